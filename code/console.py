@@ -1,0 +1,70 @@
+"""What the scripts share at the command line: checks of arguments, errors in one line, progress bars."""
+
+import argparse
+import math
+import re
+import sys
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+
+POSITIVE = ("embedding_size", "batch_size", "image_size", "lr", "alpha", "lr_decay_step", "lr_decay_gamma", "IPC")
+NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
+
+
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of all scripts."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error if a number on the command line is out of its range."""
+    for name, value in vars(args).items():
+        flag = f"argument --{name.replace('_', '-')}"
+        if name in POSITIVE and value is not None and not 0 < value < math.inf:
+            parser.error(f"{flag}: {value} is not positive")
+        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
+            parser.error(f"{flag}: {value} is negative or not finite")
+
+
+@contextmanager
+def errors_in_one_line(script: str, debug: bool):
+    """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        if debug:
+            raise
+        print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def in_one_line(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
+    text = str(error)
+    if "in DataLoader worker process" in text:  # the worker's traceback; its last line is "package.ErrorType: message"
+        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    return " ".join(text.split()) or type(error).__name__
+
+
+def progress(batches, description: str) -> tqdm:
+    """A progress bar over the batches; where stderr is not a terminal, a plain line every half minute."""
+    if sys.stderr.isatty():
+        return tqdm(batches, description, leave=False, dynamic_ncols=True)
+    return tqdm(batches, description, leave=False, ncols=80, ascii=True, file=_Lines(), delay=30, mininterval=30, maxinterval=30)
+
+
+class _Lines:
+    """stderr for a tqdm bar, each state of it on a line of its own."""
+
+    def write(self, text):
+        if text := text.replace("\r", "").strip():
+            sys.stderr.write(text + "\n")
+
+    def flush(self):
+        sys.stderr.flush()

@@ -1,0 +1,41 @@
+"""The device that a script runs on, and the way of a batch to it."""
+
+import argparse
+
+import torch
+
+
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the device."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument_group("device").add_argument("--gpu-id", default=0, type=int, metavar="N", help="CUDA device; without CUDA, Apple's GPU or the CPU")
+    return parser
+
+
+def select(gpu_id: int) -> torch.device:
+    """CUDA device `gpu_id`; without CUDA Apple's GPU or the CPU. Raises ValueError for an id that does not exist.
+
+    TF32 is turned off: convolutions would use it by default, and the published figures are float32's.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if not 0 <= gpu_id < count:
+            raise ValueError(f"There is no CUDA device {gpu_id}: --gpu-id can be 0 to {count - 1} here")
+        return torch.device("cuda", gpu_id)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def describe(device: torch.device) -> str:
+    """One line on what runs."""
+    if device.type == "cuda":
+        return f"Running on CUDA device {device.index}, {torch.cuda.get_device_name(device)}."
+    name = "Apple's GPU (MPS)" if device.type == "mps" else f"the CPU ({torch.get_num_threads()} threads)"
+    return f"No CUDA device here: running on {name}."
+
+
+def feed(batches, device: torch.device, normalize):
+    """Move each batch (images, labels) to the device and normalize the images there."""
+    for images, labels in batches:
+        yield normalize(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)

@@ -1,0 +1,96 @@
+"""One training step, and what the published recipe does around it: parameter groups, optimizers, warm-up, BN-freeze."""
+
+import argparse
+import math
+
+import torch
+from torch import nn
+
+CLIP_VALUE = 10  # of each gradient element, as published
+
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": lambda groups, **settings: torch.optim.SGD(groups, momentum=0.9, nesterov=True, **settings),
+    "rmsprop": lambda groups, **settings: torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **settings),
+}
+
+
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the recipe."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", default=60, type=int, metavar="N", help="0 evaluates the untrained network")
+    group.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer of the network and the proxies")
+    group.add_argument("--lr", default=1e-4, type=float, help="learning rate; that of Proxy-Anchor's proxies is 100 times this")
+    group.add_argument("--weight-decay", default=1e-4, type=float, help="of all parameters, the proxies included")
+    group.add_argument("--lr-decay-step", default=10, type=int, metavar="N", help="epochs between two decays of the learning rate")
+    group.add_argument("--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor of a decay")
+    group.add_argument("--warm", default=1, type=int, metavar="N", help="first epochs in which only the embedding layer and the proxies train")
+    group.add_argument("--seed", default=1, type=int, help="of the initial weights, the order and the augmentation")
+    return parser
+
+
+def create_optimizer(name: str, network: nn.Module, criterion: nn.Module, lr: float, proxy_lr: float, weight_decay: float):
+    """Optimizer of the backbone and the embedding layer at lr, and of the loss's proxies at proxy_lr; all are decayed."""
+    embedding = list(network.model.embedding.parameters())
+    backbone = [p for key, p in network.named_parameters() if not key.startswith("model.embedding.")]
+    groups = [{"params": backbone}, {"params": embedding}]
+    if proxies := list(criterion.parameters()):
+        groups.append({"params": proxies, "lr": proxy_lr})
+    return OPTIMIZERS[name](groups, lr=lr, weight_decay=weight_decay)
+
+
+def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
+    """Warm-up: before epoch `warm` (from 0) only the embedding layer and the proxies train, from then on everything.
+
+    Everything means the weights and biases of frozen BatchNorm layers too: `--bn-freeze 1` with `--warm 0` never trains
+    them, with `--warm 1` it does after the warm-up. The published figures have it so.
+    """
+    if epoch < warm:
+        network.requires_grad_(False)
+        network.model.embedding.requires_grad_(True)
+    elif epoch == warm > 0:
+        network.requires_grad_(True)
+
+
+def set_train_mode(network: nn.Module, bn_freeze: bool) -> None:
+    """Train mode, also during warm-up; with bn_freeze BatchNorm layers stay in eval mode and keep their statistics."""
+    network.train()
+    if bn_freeze:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+
+def train_one_epoch(network, criterion, batches, optimizer, epoch: int, bn_freeze: bool, clip_proxies: bool, report=None) -> float:
+    """Train on each batch (images, labels) and return the mean loss; report(loss), if given, follows each step.
+
+    The loss is read one step late, so that a GPU never waits for it. Raises FloatingPointError, with the epoch, the
+    step and the learning rate, when it is not finite.
+    """
+    set_train_mode(network, bn_freeze)
+    losses = []
+
+    def read(loss):
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            lr = optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(f"The loss is {losses[-1]} in epoch {epoch}, step {len(losses) - 1}, at learning rate {lr:g}")
+        if report:
+            report(losses[-1])
+
+    previous = None
+    for images, labels in batches:
+        loss = criterion(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_value_(network.parameters(), CLIP_VALUE)
+        if clip_proxies:
+            nn.utils.clip_grad_value_(criterion.parameters(), CLIP_VALUE)
+        optimizer.step()
+        if previous is not None:
+            read(previous)
+        previous = loss.detach()
+    read(previous)
+    return sum(losses) / len(losses)

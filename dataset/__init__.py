@@ -1,0 +1,139 @@
+"""The data sets: a registry of benchmarks, and their images as torch Datasets and DataLoaders.
+
+A benchmark is a module with
+    FOLDER        its folder under the data root
+    SIZES         split: (classes, images) of the published split
+    KS            the K of its Recall@K
+    SOURCE        where to get it
+    LIKELY_CAUSE  what is probably wrong when the sizes disagree
+    samples(folder, split)  (path, class id) of each image
+and, where needed, AUGMENTATION (arguments of transforms.training) and check_images(paths).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset import cars, cub, glyphs, inshop, sop, transforms
+from dataset.files import BadFile, missing_files, read_rgb
+from dataset.sampler import BalancedBatches, RandomBatches
+
+DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
+BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
+
+
+def options(training: bool) -> argparse.ArgumentParser:
+    """Command-line flags of the data, for a script that trains or one that only evaluates."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="cub", choices=BENCHMARKS, help="benchmark; glyphs needs no download")
+    group.add_argument("--data-root", default=str(DATA_ROOT), metavar="DIR", help="folder of the data sets")
+    group.add_argument("--allow-partial", action="store_true", help="go on with a part of a data set; its figures do not compare")
+    group.add_argument("--image-size", default=224, type=int, metavar="PIXELS", help="side of the square that the network sees")
+    batch_size = 150 if training else 120
+    group.add_argument("--batch-size", default=batch_size, type=int, metavar="N", help="images a step; lower it when memory runs out")
+    group.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images; about one a CPU core, 0 for none")
+    if training:
+        group.add_argument("--IPC", type=int, metavar="N", help="images per class in a batch, for class-balanced batches (default: random batches)")
+    return parser
+
+
+def eval_splits(name: str) -> list[str]:
+    """The splits that are embedded for evaluation: eval (each image queries all others), or query and gallery."""
+    return [split for split in BENCHMARKS[name].SIZES if split != "train"]
+
+
+class ImageDataset(Dataset):
+    """Images and labels 0 ... num_classes - 1; an item is (transform(image), label).
+
+    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
+    decides what the transform draws.
+    """
+
+    def __init__(self, paths: list[str], labels: np.ndarray, num_classes: int, transform=None):
+        self.paths = paths
+        self.labels = labels
+        self.num_classes = num_classes
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        index = key[-1] if isinstance(key, tuple) else key
+        image = read_rgb(self.paths[index])
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                if isinstance(key, tuple):
+                    torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+                image = self.transform(image)
+        return image, int(self.labels[index])
+
+
+def load(name: str, root: str | Path, split: str, transform=None, allow_partial: bool = False) -> ImageDataset:
+    """Read a split (train, eval, query or gallery) of a benchmark under the data root.
+
+    Test splits share one label space. Raises FileNotFoundError where files are missing and BadFile (a ValueError) where
+    they are malformed or not those of the published split; with allow_partial any non-empty part of it will do.
+    """
+    benchmark = BENCHMARKS[name]
+    folder = Path(root) / benchmark.FOLDER
+    if split not in benchmark.SIZES:
+        raise ValueError(f"{name} has no split '{split}'; it has {', '.join(benchmark.SIZES)}")
+    samples = benchmark.samples(folder, split)
+    paths = [path for path, _ in samples]
+    missing = set(missing_files(paths))
+    if allow_partial:
+        samples = [(path, class_id) for path, class_id in samples if path not in missing]
+        paths = [path for path, _ in samples]
+    ids = np.array([class_id for _, class_id in samples], dtype=np.int64)
+    found = (len(np.unique(ids)), len(ids))
+    if found != benchmark.SIZES[split] and not (allow_partial and samples):
+        raise BadFile(
+            f"{name} {split}: found {found[1]:,} images of {found[0]:,} classes in {folder}, expected {benchmark.SIZES[split][1]:,} of "
+            f"{benchmark.SIZES[split][0]:,}. Likely cause: {benchmark.LIKELY_CAUSE}. --allow-partial goes on with a part of the data set"
+        )
+    if missing and not allow_partial:
+        raise FileNotFoundError(f"{len(missing):,} of the {len(paths):,} images of {name} {split} are missing; the first is {min(missing)}")
+    if hasattr(benchmark, "check_images"):
+        benchmark.check_images(paths)
+    label_space = [split] if split == "train" else eval_splits(name)
+    classes = np.unique([class_id for other in label_space for _, class_id in benchmark.samples(folder, other)])
+    return ImageDataset(paths, np.searchsorted(classes, ids), len(classes), transform)
+
+
+def size(images: ImageDataset) -> tuple[int, int]:
+    """(images, classes with an image)."""
+    return len(images), len(np.unique(images.labels))
+
+
+def train_set(name: str, root: str | Path, image_size: int, allow_partial: bool = False) -> ImageDataset:
+    """The training images of a benchmark with its random transform."""
+    augmentation = getattr(BENCHMARKS[name], "AUGMENTATION", {})
+    return load(name, root, "train", transforms.training(image_size, **augmentation), allow_partial)
+
+
+def eval_sets(name: str, root: str | Path, image_size: int, allow_partial: bool = False) -> list[ImageDataset]:
+    """The test images of a benchmark: [eval], or [query, gallery]."""
+    return [load(name, root, split, transforms.evaluation(image_size), allow_partial) for split in eval_splits(name)]
+
+
+def train_loader(images: ImageDataset, batch_size: int, images_per_class: int | None, seed: int, workers: int) -> DataLoader:
+    """Batches (images (B, 3, H, W) uint8, labels (B,)) of the sampled images; call batch_sampler.set_epoch before each epoch."""
+    if images_per_class is None:
+        batches = RandomBatches(images.labels, batch_size, seed)
+    else:
+        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed)
+    return DataLoader(images, batch_sampler=batches, **_worker_settings(workers))
+
+
+def eval_loader(images: ImageDataset, batch_size: int, workers: int) -> DataLoader:
+    """Batches of all images in order."""
+    return DataLoader(images, batch_size=batch_size, **_worker_settings(workers))
+
+
+def _worker_settings(workers):
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}

@@ -1,0 +1,27 @@
+"""CUB-200-2011 (Wah et al., 2011): 200 species of birds; the first 100 train, the others test."""
+
+import os
+from pathlib import Path
+
+from dataset.files import BadFile, require
+
+FOLDER = "CUB_200_2011"
+SIZES = {"train": (100, 5864), "eval": (100, 5924)}  # classes, images
+KS = (1, 2, 4, 8, 16, 32)
+SOURCE = "Get CUB_200_2011.tgz at https://data.caltech.edu/records/65de6-vp158 and extract it into the data folder."
+LIKELY_CAUSE = "an incomplete copy, or CUB-200 of 2010 (3,043 test images) in place of CUB-200-2011"
+
+
+def samples(folder: Path, split: str) -> list[tuple[str, int]]:
+    """(path, class) of each image of the split. Classes 1-100 (the number before the folder's dot) train."""
+    found = []
+    for class_folder in sorted(require(folder / "images", SOURCE).iterdir()):
+        if class_folder.name.startswith(".") or not class_folder.is_dir():
+            continue
+        number = class_folder.name.split(".")[0]
+        if not number.isdecimal():
+            raise BadFile(f"{class_folder} is not a class folder of CUB: expected a name like 001.Black_footed_Albatross")
+        if (int(number) <= 100) == (split == "train"):
+            # Files beginning with '._' are left by macOS in some copies.
+            found += [(os.path.join(class_folder, name), int(number)) for name in sorted(os.listdir(class_folder)) if not name.startswith(".")]
+    return found

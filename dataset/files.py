@@ -1,0 +1,68 @@
+"""Reading of data set files: folders, annotation tables and images."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+class BadFile(ValueError):
+    """A data set file that is not what it should be; the message names it."""
+
+
+def require(path: Path, source: str) -> Path:
+    """The path, if it exists; else FileNotFoundError saying where to get it."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}. {source}")
+    return path
+
+
+def read_table(path: Path, columns: list[str], skip: int = 0) -> list[list[str]]:
+    """Rows of a white-space separated table whose header names these columns, after `skip` lines.
+
+    Raises BadFile with the line number of a header or row that does not fit.
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path} is not a text file: {error}") from error
+    for number, line in enumerate(lines[skip:], start=skip + 1):
+        fields = line.split()
+        if number == skip + 1 and fields != columns:
+            raise BadFile(f"{path}, line {number}: expected the header '{' '.join(columns)}', found '{line[:80]}'")
+        if len(fields) != len(columns) and fields:
+            raise BadFile(f"{path}, line {number}: expected {len(columns)} columns ({' '.join(columns)}), found '{line[:80]}'")
+        rows.append(fields)
+    if not rows:
+        raise BadFile(f"{path} ends before its header, line {skip + 1}: '{' '.join(columns)}'")
+    return [row for row in rows[1:] if row]
+
+
+def whole_number(text: str, path: Path, what: str) -> int:
+    """int(text), or BadFile naming the file and what was read."""
+    try:
+        return int(text)
+    except ValueError:
+        raise BadFile(f"{path}: the {what} '{text[:80]}' is not a whole number") from None
+
+
+def missing_files(paths: list[str]) -> list[str]:
+    """Those of the paths that are not there. Lists each folder once: 60,000 single look-ups are slow on network disks."""
+    folders = {os.path.dirname(path) for path in paths}
+    present = {entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)}
+    return [path for path in paths if path not in present]
+
+
+def read_rgb(path: str) -> Image.Image:
+    """Decode an image of any mode as 8-bit RGB; alpha is dropped, 16-bit values are scaled. Raises BadFile with the path."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would saturate at 255
+                image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise BadFile(f"The image {path} is missing") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise BadFile(f"The image {path} cannot be read: {error}") from error

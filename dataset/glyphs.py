@@ -1,0 +1,114 @@
+"""Glyphs: letters of many scripts, drawn from the fonts that matplotlib ships. One class a letter, one image a typeface.
+
+A small data set that needs no download: real training in minutes on a CPU. The images are drawn once, from fixed
+seeds, and then read from disk like those of the other data sets.
+"""
+
+import os
+import shutil
+import tempfile
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FOLDER = "glyphs"
+SIZES = {"train": (564, 8085), "eval": (282, 4035)}  # classes, images
+KS = (1, 2, 4, 8, 16, 32)
+SOURCE = "It is drawn when it is first used."
+LIKELY_CAUSE = "files were removed, or other versions of matplotlib's fonts drew them; remove the folder to draw it again"
+AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter is none
+
+TYPEFACES = [
+    *(f"DejaVu{family}{style}.ttf" for family in ("Sans", "SansMono") for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}.ttf" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}.ttf" for style in ("", "Bol", "Italic", "BolIta")),
+]
+MIN_TYPEFACES = 12
+IMAGE_SIZE = 64
+FONT_SIZE = 42
+SAME_LOOK = 0.99  # cosine similarity of two drawings above which letters are one class (Latin A, Greek Alpha, ...)
+
+
+def samples(folder: Path, split: str) -> list[tuple[str, int]]:
+    """(path, code point) of each image of the split; draws the data set if it is not there."""
+    if not folder.exists():
+        draw(folder)
+    return [
+        (os.path.join(folder, split, letter, name), int(letter, 16))
+        for letter in sorted(os.listdir(folder / split))
+        for name in sorted(os.listdir(folder / split / letter))
+    ]
+
+
+def draw(folder: Path) -> None:
+    """Draw the data set into the folder, complete or not at all: it is drawn aside and then renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".glyphs-", dir=folder.parent))
+    try:
+        fonts = {name: ImageFont.truetype(_font_path(name), FONT_SIZE) for name in TYPEFACES}
+        letters = {name: _characters(name) for name in TYPEFACES}
+        for position, letter in enumerate(choose_letters(letters)):
+            # Every third letter tests, so that both splits have letters of every script.
+            class_folder = aside / ("eval" if position % 3 == 2 else "train") / f"{letter:04X}"
+            class_folder.mkdir(parents=True)
+            for typeface, name in enumerate(TYPEFACES):
+                if letter in letters[name]:
+                    image = draw_letter(chr(letter), fonts[name], np.random.default_rng([letter, typeface]))
+                    image.save(class_folder / f"{Path(name).stem}.png")
+        aside.chmod(0o755)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def choose_letters(characters: dict[str, set[int]]) -> list[int]:
+    """Code points of the letters: in at least MIN_TYPEFACES typefaces, one diacritic at most, each look once."""
+    typefaces = Counter(character for of_font in characters.values() for character in of_font)
+    letters = [
+        character
+        for character in sorted(typefaces)
+        if typefaces[character] >= MIN_TYPEFACES
+        and unicodedata.category(chr(character)) in ("Lu", "Ll", "Lt", "Lo")
+        and len(unicodedata.normalize("NFKD", chr(character))) <= 2
+        and not 0x1E00 <= character < 0x2000  # Latin Extended Additional, Greek Extended: letters a dot apart
+    ]
+    font = ImageFont.truetype(_font_path(TYPEFACES[0]), FONT_SIZE)
+    looks = []
+    for letter in letters:
+        image = Image.new("L", (96, 96))
+        ImageDraw.Draw(image).text((48, 64), chr(letter), font=font, fill=255, anchor="ms")
+        looks.append(np.asarray(image, dtype=np.float32).ravel())
+    looks = np.stack(looks)
+    looks /= np.linalg.norm(looks, axis=1, keepdims=True)
+    first_alike = (looks @ looks.T > SAME_LOOK).argmax(axis=1)
+    return [letters[i] for i in sorted(set(first_alike))]
+
+
+def draw_letter(letter: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> Image.Image:
+    """The letter, dark on light in random colours, rotated by up to 5 degrees and shifted by up to 2 pixels."""
+    mask = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
+    middle = IMAGE_SIZE / 2 + random.uniform(-2, 2, size=2)
+    ImageDraw.Draw(mask).text((middle[0], middle[1] + FONT_SIZE * 0.3), letter, font=font, fill=255, anchor="ms")
+    mask = mask.rotate(random.uniform(-5, 5), Image.Resampling.BICUBIC)
+    light = tuple(random.integers(215, 256, size=3).tolist())
+    dark = tuple(random.integers(0, 80, size=3).tolist())
+    return Image.composite(Image.new("RGB", mask.size, dark), Image.new("RGB", mask.size, light), mask)
+
+
+def _font_path(name):
+    import matplotlib  # slow to import, and needed only when drawing
+
+    return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name)
+
+
+def _characters(name):
+    from matplotlib.ft2font import FT2Font
+
+    return set(FT2Font(_font_path(name)).get_charmap())

@@ -1,0 +1,47 @@
+"""In-shop Clothes Retrieval (DeepFashion, Liu et al., 2016): 7,982 items; test queries against a gallery."""
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from dataset.files import BadFile, read_table, require, whole_number
+
+FOLDER = "Inshop_Clothes"
+SIZES = {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)}  # classes, images
+KS = (1, 10, 20, 30, 40, 50)
+SOURCE = (
+    "Get the In-shop Clothes Retrieval Benchmark of DeepFashion (mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html): "
+    "list_eval_partition.txt into Eval/ and img.zip extracted into Img/."
+)
+LIKELY_CAUSE = "an incomplete copy"
+
+
+def samples(folder: Path, split: str) -> list[tuple[str, int]]:
+    """(path, item id) of each image of the split, in the order of the list.
+
+    The list may be in Eval/, in Anno/ or at the top, the images in Img/img/ or in img/.
+    """
+    places = [folder / place / "list_eval_partition.txt" for place in ("Eval", "Anno", ".")]
+    table = require(next((place for place in places if place.exists()), places[0]), SOURCE)
+    base = folder if (folder / "img").is_dir() else folder / "Img"
+    if not (base / "img").is_dir():
+        highres = " img_highres/ is there: the benchmark uses img.zip, not img_highres.zip." if (base / "img_highres").is_dir() else ""
+        raise FileNotFoundError(f"There is no {base / 'img'}.{highres} {SOURCE}")
+    found = []
+    for name, item, status in read_table(table, ["image_name", "item_id", "evaluation_status"], skip=1):
+        if status not in SIZES:
+            raise BadFile(f"{table}: the evaluation_status of {name} is '{status}', expected one of {', '.join(SIZES)}")
+        if status == split:
+            found.append((os.path.join(base, name), whole_number(item.removeprefix("id_"), table, "item_id")))
+    return found
+
+
+def check_images(paths: list[str]) -> None:
+    """Raise BadFile if the images are those of img_highres.zip, known by the size of the first."""
+    with Image.open(paths[0]) as image:
+        if max(image.size) > 512:
+            raise BadFile(
+                f"{paths[0]} is {image.width} x {image.height}: expected the 256-pixel images of img.zip; "
+                "likely cause: img_highres.zip was extracted in its place"
+            )

@@ -1,0 +1,19 @@
+"""Stanford Online Products (Oh Song et al., 2016): 22,634 products; the first 11,318 train, the others test."""
+
+import os
+from pathlib import Path
+
+from dataset.files import read_table, require, whole_number
+
+FOLDER = "Stanford_Online_Products"
+SIZES = {"train": (11318, 59551), "eval": (11316, 60502)}  # classes, images
+KS = (1, 10, 100, 1000)
+SOURCE = "Get Stanford_Online_Products.zip (ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip) and extract it into the data folder."
+LIKELY_CAUSE = "an incomplete copy"
+
+
+def samples(folder: Path, split: str) -> list[tuple[str, int]]:
+    """(path, product id) of each image of the split, in the order of its list."""
+    table = require(folder / ("Ebay_train.txt" if split == "train" else "Ebay_test.txt"), SOURCE)
+    rows = read_table(table, ["image_id", "class_id", "super_class_id", "path"])
+    return [(os.path.join(folder, path), whole_number(product, table, "class_id")) for _, product, _, path in rows]

@@ -1,0 +1,81 @@
+"""Embedding networks: a backbone, global average + max pooling, a linear embedding and an l2 norm."""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from net.bn_inception import BNInception
+from net.googlenet import GoogLeNet
+from net.pretrained import imagenet_file, load_weights
+from net.resnet import LAYERS, ResNet
+
+BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {name: lambda name=name: ResNet(name) for name in LAYERS}
+
+
+class EmbeddingNet(nn.Module):
+    """Images (B, 3, H, W) -> embeddings (B, D), through the published head.
+
+    The backbone is `model` and the embedding layer `model.embedding`, so that keys agree with published checkpoints.
+    """
+
+    def __init__(self, backbone: nn.Module, embedding_size: int, l2_norm: bool = True, epsilon: float = 1e-12):
+        super().__init__()
+        self.model = backbone
+        self.model.embedding = nn.Linear(backbone.num_features, embedding_size)
+        nn.init.kaiming_normal_(self.model.embedding.weight, mode="fan_out")
+        nn.init.zeros_(self.model.embedding.bias)
+        self.bgr = backbone.bgr  # the order and range of channels that the images must have
+        self.l2_norm = l2_norm
+        self.epsilon = epsilon
+
+    def forward(self, images):
+        features = self.model.features(images)  # (B, C, H', W')
+        features = (F.adaptive_avg_pool2d(features, 1) + F.adaptive_max_pool2d(features, 1)).flatten(1)  # (B, C)
+        embeddings = self.model.embedding(features)  # (B, D)
+        if self.l2_norm:
+            embeddings = embeddings / torch.sqrt(embeddings.square().sum(dim=1, keepdim=True) + self.epsilon)
+        return embeddings
+
+
+def options(training: bool) -> argparse.ArgumentParser:
+    """Command-line flags of the network, for a script that trains or one that only evaluates."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("network")
+    group.add_argument("--model", default="bn_inception", choices=BACKBONES, help="backbone")
+    group.add_argument("--embedding-size", default=512, type=int, metavar="D", help="dimensions of an embedding")
+    group.add_argument("--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length")
+    if training:
+        group.add_argument("--bn-freeze", default=1, type=int, choices=(0, 1), help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch")
+        group.add_argument("--pretrained", default="imagenet", metavar="imagenet|none|PATH", help="where the backbone's weights come from; PATH is a file of backbone weights")
+    return parser
+
+
+def create(name: str, embedding_size: int, pretrained: str | Path | None = None, l2_norm: bool = True, bn_freeze: bool = True) -> EmbeddingNet:
+    """Build an embedding network.
+
+    pretrained: "imagenet" (downloaded once into torch's cache), "none" or None, or the path of a backbone weights file.
+    bn_freeze: the weights and biases of BatchNorm start with requires_grad False, as published.
+    Raises OSError or ValueError where the weights cannot be had.
+    """
+    backbone = BACKBONES[name]()
+    if pretrained not in ("none", None):
+        load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained))
+    network = EmbeddingNet(backbone, embedding_size, l2_norm, epsilon=1e-5 if name == "googlenet" else 1e-12)  # as published
+    if bn_freeze:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+    return network
+
+
+def accepts(name: str, image_size: int) -> bool:
+    """Whether the network runs on square images of this size (BN-Inception's pools and strides disagree at many)."""
+    with torch.device("meta"):  # shapes only, no arithmetic
+        try:
+            EmbeddingNet(BACKBONES[name](), 1).eval()(torch.empty(1, 3, image_size, image_size))
+        except RuntimeError:
+            return False
+    return True

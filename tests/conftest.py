@@ -1,0 +1,19 @@
+import pytest
+import torch
+import trees
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch, tmp_path_factory):
+    """Tests neither find the user's wandb credentials nor his downloaded weights, and leave no random state behind."""
+    monkeypatch.setenv("NETRC", str(tmp_path_factory.getbasetemp() / "no-netrc"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "no-weights"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cub_root(tmp_path_factory):
+    """A data root with a small CUB: 4 training and 3 test classes of 6 images each."""
+    return trees.cub(tmp_path_factory.mktemp("cub"))

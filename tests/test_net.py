@@ -1,0 +1,189 @@
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import net
+import net.pretrained
+
+FACTS = Path(__file__).with_name("facts")
+KEYS = json.loads((FACTS / "state_dict_keys.json").read_text())
+
+
+def known_weight(key, shape):
+    """The weights of the known answer, made from the key's name."""
+    random = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF)
+    last = key.rsplit(".", 1)[1]
+    if last == "num_batches_tracked":
+        return torch.tensor(0)
+    if last == "running_var" or (len(shape) == 1 and last == "weight"):
+        values = random.uniform(0.8, 1.2, shape)
+    elif len(shape) == 1:
+        values = random.normal(0, 0.1, shape)
+    else:
+        values = random.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_and_shapes_are_the_published(name):
+    state = net.create(name, 512).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == KEYS[name]
+    assert list(state) == list(KEYS[name])
+
+
+def test_bn_inception_known_answer():
+    network = net.create("bn_inception", 512).eval()
+    network.load_state_dict({key: known_weight(key, tuple(shape)) for key, shape in KEYS["bn_inception"].items()})
+    images = torch.from_numpy(np.random.RandomState(7).normal(0, 1, (4, 3, 224, 224)).astype(np.float32))
+    with torch.inference_mode():
+        embeddings = network(images).numpy()
+    np.testing.assert_allclose(embeddings, np.load(FACTS / "bn_inception_known_answer.npz")["embeddings"], atol=1e-5)
+
+
+def test_bn_inception_batchnorm_momentum_is_caffes():
+    norms = [m for m in net.create("bn_inception", 8).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {(m.momentum, m.eps) for m in norms} == {(0.9, 1e-5)}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "googlenet"])
+def test_features_are_torchvisions(name):
+    """With the average pool alone as head, our features through torchvision's classifier give torchvision's logits."""
+    network = net.create(name, 16).eval()
+    reference = {"init_weights": False, "transform_input": False} if name == "googlenet" else {}
+    theirs = torchvision.models.get_model(name, **reference).eval()
+    theirs.load_state_dict({k.removeprefix("model."): v for k, v in network.state_dict().items() if "embedding" not in k})
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        ours = network.model.fc(network.model.features(images).mean(dim=(2, 3)))
+        torch.testing.assert_close(ours, theirs(images))
+
+
+def test_head_is_average_plus_max_pool():
+    network = net.create("resnet18", 16, l2_norm=False).eval()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        features = network.model.features(images)
+        pooled = features.mean(dim=(2, 3)) + features.amax(dim=(2, 3))
+        torch.testing.assert_close(network(images), pooled @ network.model.embedding.weight.T)
+
+
+@pytest.mark.parametrize("name, epsilon", [("resnet18", 1e-12), ("googlenet", 1e-5)])
+def test_l2_norm_has_the_published_epsilon(name, epsilon):
+    network = net.create(name, 16).eval()
+    plain = net.create(name, 16, l2_norm=False).eval()
+    plain.load_state_dict(network.state_dict())
+    for model in (network, plain):
+        model.model.embedding.weight.data *= 1e-4  # so short that the epsilon shows
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        x = plain(images)
+        torch.testing.assert_close(network(images), x / torch.sqrt((x * x).sum(1, keepdim=True) + epsilon))
+
+
+def test_embedding_layer_starts_kaiming_normal_fan_out():
+    layer = net.create("resnet50", 512).model.embedding
+    assert layer.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
+    assert layer.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("bn_freeze", [True, False])
+def test_bn_freeze_starts_with_fixed_batchnorm(bn_freeze):
+    network = net.create("resnet18", 8, bn_freeze=bn_freeze)
+    trainable = [p.requires_grad for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
+    assert all(trainable) if not bn_freeze else not any(trainable)
+
+
+def test_image_sizes_that_bn_inception_accepts():
+    assert all(net.accepts("bn_inception", size) for size in (32, 64, 224, 256, 324, 448))
+    assert not any(net.accepts("bn_inception", size) for size in (8, 300, 336))
+    assert net.accepts("resnet18", 300)
+
+
+# Weights files
+
+
+def backbone_state(name):
+    state = net.create(name, 4).state_dict()
+    return {k.removeprefix("model."): v for k, v in state.items() if "embedding" not in k and "num_batches_tracked" not in k}
+
+
+def test_weights_from_a_file(tmp_path):
+    state = backbone_state("resnet18")
+    torch.save(state, tmp_path / "resnet18.pth")
+    network = net.create("resnet18", 16, pretrained=tmp_path / "resnet18.pth")
+    torch.testing.assert_close(network.model.conv1.weight.data, state["conv1.weight"])
+
+
+def test_old_bn_inception_file_with_batchnorm_rows(tmp_path):
+    state = backbone_state("bn_inception")
+    assert len(state) == 416
+    old = {k: v[None] if "_bn." in k else v for k, v in state.items()}
+    torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    network = net.create("bn_inception", 16, pretrained=tmp_path / "old.pth")
+    torch.testing.assert_close(network.model.conv1_7x7_s2_bn.weight.data, state["conv1_7x7_s2_bn.weight"])
+
+
+def test_wrong_weights_files_are_errors(tmp_path):
+    torch.save(backbone_state("resnet18"), tmp_path / "resnet18.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(ValueError, match="another network"):
+        net.create("resnet34", 16, pretrained=tmp_path / "resnet18.pth")
+    with pytest.raises(ValueError, match="cannot be read"):
+        net.create("resnet18", 16, pretrained=tmp_path / "text.pth")
+    with pytest.raises(FileNotFoundError):
+        net.create("resnet18", 16, pretrained=tmp_path / "none.pth")
+
+
+# Download, from a server of the test's own
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    import hashlib
+    import threading
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    folder = tmp_path / "served"
+    folder.mkdir()
+    torch.save(backbone_state("resnet18"), folder / "weights.pth")
+    digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
+    (folder / "weights.pth").rename(folder / f"resnet18-{digest[:8]}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setitem(net.pretrained.URLS, "resnet18", f"http://127.0.0.1:{httpd.server_port}/resnet18-{digest[:8]}.pth")
+    yield folder / f"resnet18-{digest[:8]}.pth"
+    httpd.shutdown()
+
+
+def test_download_is_cached(server):
+    expected = torch.load(server, weights_only=True)["conv1.weight"]
+    torch.testing.assert_close(net.create("resnet18", 8, "imagenet").model.conv1.weight.data, expected)
+    server.unlink()  # so the second time can only come from the cache
+    torch.testing.assert_close(net.create("resnet18", 8, "imagenet").model.conv1.weight.data, expected)
+
+
+def test_download_of_a_wrong_file_is_refused(server, tmp_path):
+    server.write_bytes(server.read_bytes() + b"x")
+    with pytest.raises(OSError, match=rf"Fetch http://.*{server.name} by hand .* put it at .*{server.name}"):
+        net.create("resnet18", 8, "imagenet")
+    assert not list(tmp_path.glob("torch/**/*.pth"))
+
+
+def test_failed_download_says_what_to_fetch(server):
+    server.unlink()
+    with pytest.raises(OSError, match="404.*Fetch http://"):
+        net.create("resnet18", 8, "imagenet")
+
+
+def test_damaged_file_in_the_cache_is_refused(server):
+    path = net.pretrained.imagenet_file("resnet18")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(OSError, match="damaged"):
+        net.create("resnet18", 8, "imagenet")

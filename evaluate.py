@@ -20,7 +20,9 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     console.check_ranges(parser, args)
     if not net.accepts(args.model, args.image_size):
-        parser.error(f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work")
+        parser.error(
+            f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work"
+        )
     return args
 
 

@@ -1,4 +1,4 @@
-"""Train an embedding network with the Proxy-Anchor loss, or one of its rivals, and measure Recall@K after every epoch."""
+"""Train an embedding network with the Proxy-Anchor loss, or a rival, and measure Recall@K after every epoch."""
 
 import argparse
 import time
@@ -27,8 +27,10 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     console.check_ranges(parser, args)
     if not net.accepts(args.model, args.image_size):
-        parser.error(f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work")
-    if args.IPC is not None and args.IPC > args.batch_size:
+        parser.error(
+            f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work"
+        )
+    if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
     return args
 
@@ -47,7 +49,9 @@ def train(args: argparse.Namespace) -> None:
     print(", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items()))
 
     # Network, loss, optimizer.
-    network = net.create(args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze)).to(gpu)
+    network = net.create(args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze)).to(
+        gpu
+    )
     normalize = Normalize(network.bgr).to(gpu)
     criterion = losses.create(args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha).to(gpu)
     proxy_lr = args.lr * PROXY_LR.get(args.loss, 1)
@@ -64,9 +68,25 @@ def train(args: argparse.Namespace) -> None:
         return
 
     name = logbook.run_name(
-        args.model, args.loss, args.embedding_size, args.alpha, args.mrg, args.optimizer, args.lr, args.batch_size, args.seed, args.remark
+        args.model,
+        args.loss,
+        args.embedding_size,
+        args.alpha,
+        args.mrg,
+        args.optimizer,
+        args.lr,
+        args.batch_size,
+        args.seed,
+        args.remark,
     )
-    log = logbook.Logbook(Path(args.LOG_DIR), args.dataset, args.model, name, vars(args) | {"device": str(gpu), "sizes": sizes}, args.wandb)
+    log = logbook.Logbook(
+        Path(args.LOG_DIR),
+        args.dataset,
+        args.model,
+        name,
+        vars(args) | {"device": str(gpu), "sizes": sizes},
+        args.wandb,
+    )
     results = []  # of each epoch
     best = 0  # epoch
     for epoch in range(args.epochs):
@@ -78,13 +98,13 @@ def train(args: argparse.Namespace) -> None:
             network, criterion, device.feed(bar, gpu, normalize), optimizer, epoch,
             bn_freeze=bool(args.bn_freeze),
             clip_proxies=args.loss == "Proxy_Anchor",
-            report=lambda loss: bar.set_postfix(loss=f"{loss:.4f}"),
+            report=bar.show_loss,
         )  # fmt: skip
         lr = scheduler.get_last_lr()[0]
         scheduler.step()
         results.append(evaluate())
         log.log_epoch(epoch, loss, lr, time.perf_counter() - start, results[-1])
-        # The published protocol picks the epoch on the test set, which flatters the result: the last epoch is shown too.
+        # The published protocol picks the epoch on the test set, which flatters it: the last epoch is shown too.
         if epoch == 0 or results[-1][1] > results[best][1]:
             best = epoch
             checkpoint.save(log.folder / f"{args.dataset}_{args.model}_best.pth", network)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-
 POSITIVE = ("embedding_size", "batch_size", "image_size", "lr", "alpha", "lr_decay_step", "lr_decay_gamma", "IPC")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
@@ -52,11 +51,20 @@ def in_one_line(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def progress(batches, description: str) -> tqdm:
+class Bar(tqdm):
+    """A progress bar that shows the loss."""
+
+    def show_loss(self, loss: float) -> None:
+        self.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+
+def progress(batches, description: str) -> Bar:
     """A progress bar over the batches; where stderr is not a terminal, a plain line every half minute."""
     if sys.stderr.isatty():
-        return tqdm(batches, description, leave=False, dynamic_ncols=True)
-    return tqdm(batches, description, leave=False, ncols=80, ascii=True, file=_Lines(), delay=30, mininterval=30, maxinterval=30)
+        return Bar(batches, description, leave=False, dynamic_ncols=True)
+    return Bar(
+        batches, description, leave=False, ncols=80, ascii=True, file=_Lines(), delay=30, mininterval=30, maxinterval=30
+    )
 
 
 class _Lines:

@@ -8,7 +8,9 @@ import torch
 def options() -> argparse.ArgumentParser:
     """Command-line flags of the device."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument_group("device").add_argument("--gpu-id", default=0, type=int, metavar="N", help="CUDA device; without CUDA, Apple's GPU or the CPU")
+    parser.add_argument_group("device").add_argument(
+        "--gpu-id", default=0, type=int, metavar="N", help="CUDA device; without CUDA, Apple's GPU or the CPU"
+    )
     return parser
 
 

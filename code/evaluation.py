@@ -1,7 +1,6 @@
 """From a network and test images to ranks."""
 
 import torch
-
 from proxy_anchor.retrieval import best_positive_rank
 
 

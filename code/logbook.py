@@ -22,14 +22,18 @@ def options() -> argparse.ArgumentParser:
     group = parser.add_argument_group("record")
     group.add_argument("--LOG_DIR", default=str(LOG_DIR), metavar="DIR", help="where run folders go")
     group.add_argument("--remark", default="", help="ends the name of the run folder")
-    group.add_argument("--wandb", choices=("online", "offline", "disabled"), help="Weights & Biases (default: online if it has credentials)")
+    group.add_argument(
+        "--wandb",
+        choices=("online", "offline", "disabled"),
+        help="Weights & Biases (default: online if it has credentials)",
+    )
     return parser
 
 
 def run_name(model, loss, embedding_size, alpha, margin, optimizer, lr, batch_size, seed, remark) -> str:
     """The published folder name of a run; a seed other than 1 is added."""
-    name = f"{model}_{loss}_embedding{embedding_size}_alpha{alpha:g}_mrg{margin:g}_{optimizer}_lr{lr}_batch{batch_size}{remark}"
-    return name if seed == 1 else f"{name}_seed{seed}"
+    method = f"{model}_{loss}_embedding{embedding_size}_alpha{alpha:g}_mrg{margin:g}"
+    return f"{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}" + ("" if seed == 1 else f"_seed{seed}")
 
 
 def new_folder(path: Path) -> Path:
@@ -50,7 +54,7 @@ def has_wandb_credentials() -> bool:
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -74,7 +78,9 @@ class Logbook:
             import wandb  # slow to import, and not everyone has it
 
             log_dir.mkdir(parents=True, exist_ok=True)
-            self.wandb = wandb.init(project=f"{dataset}_ProxyAnchor", notes=name, dir=log_dir, mode=wandb_mode, config=config)
+            self.wandb = wandb.init(
+                project=f"{dataset}_ProxyAnchor", notes=name, dir=log_dir, mode=wandb_mode, config=config
+            )
         wanted = log_dir / f"logs_{dataset}" / name
         self.folder = new_folder(wanted)
         print(f"Logging to {self.folder}" + ("" if self.folder == wanted else f": {wanted.name} holds an earlier run."))
@@ -114,5 +120,7 @@ def recall_table(rows: dict[str, dict[int, float]]) -> str:
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{f'R@{k}':>8}" for k in ks)]
     for name, recalls in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{100 * recalls[k]:8.2f}" if k in recalls else f"{'-':>8}" for k in ks))
+        lines.append(
+            f"{name:<{width}}" + "".join(f"{100 * recalls[k]:8.2f}" if k in recalls else f"{'-':>8}" for k in ks)
+        )
     return "\n".join(lines)

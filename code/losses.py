@@ -34,7 +34,8 @@ class ProxyAnchor(nn.Module):
         num_classes, embedding_size = self.proxies.shape
         if embeddings.ndim != 2 or embeddings.shape[1] != embedding_size or labels.shape != embeddings.shape[:1]:
             raise ValueError(
-                f"Expected embeddings (B, {embedding_size}) and labels (B,), found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
+                f"Expected embeddings (B, {embedding_size}) and labels (B,), "
+                f"found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, self.proxies.dtype))
@@ -68,8 +69,12 @@ def options() -> argparse.ArgumentParser:
     """Command-line flags of the loss."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("loss")
-    group.add_argument("--loss", default="Proxy_Anchor", choices=LOSSES, help="the others have the settings of the paper's comparison")
-    group.add_argument("--alpha", default=32.0, type=float, help="scale of Proxy-Anchor: how much harder examples weigh more")
+    group.add_argument(
+        "--loss", default="Proxy_Anchor", choices=LOSSES, help="the others have the settings of the paper's comparison"
+    )
+    group.add_argument(
+        "--alpha", default=32.0, type=float, help="scale of Proxy-Anchor: how much harder examples weigh more"
+    )
     group.add_argument("--mrg", default=0.1, type=float, help="margin of Proxy-Anchor, in cosine similarity")
     return parser
 
@@ -89,11 +94,15 @@ def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1
     if name == "Proxy_NCA":
         return losses.ProxyNCALoss(num_classes, embedding_size, softmax_scale=32)
     if name == "MS":
-        return MinedLoss(losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), miners.MultiSimilarityMiner(epsilon=0.1))
+        return MinedLoss(
+            losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), miners.MultiSimilarityMiner(epsilon=0.1)
+        )
     if name == "Contrastive":
         return losses.ContrastiveLoss(neg_margin=0.5)
     if name == "Triplet":
-        return MinedLoss(losses.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(margin=0.1, type_of_triplets="semihard"))
+        return MinedLoss(
+            losses.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(margin=0.1, type_of_triplets="semihard")
+        )
     if name == "NPair":
         # The library's default distance normalises, which its N-pairs loss refuses.
         return losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))

@@ -1,7 +1,6 @@
 """Exact image retrieval: the rank of each query's best positive, and Recall@K from it."""
 
 import torch
-
 from proxy_anchor.losses import l2_normalize
 
 BLOCK_ELEMENTS = 1 << 24  # similarities at a time: 64 MB in float32
@@ -50,5 +49,7 @@ def recall_of_ranks(ranks: torch.Tensor, ks) -> dict[int, float]:
 def _unit_vectors(embeddings):
     if not torch.isfinite(embeddings).all():
         rows = torch.nonzero(~torch.isfinite(embeddings).all(dim=1))
-        raise ValueError(f"{len(rows)} of {len(embeddings)} embeddings are not finite; the first is number {int(rows[0])}")
+        raise ValueError(
+            f"{len(rows)} of {len(embeddings)} embeddings are not finite; the first is number {int(rows[0])}"
+        )
     return l2_normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))

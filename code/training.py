@@ -21,18 +21,32 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", default=60, type=int, metavar="N", help="0 evaluates the untrained network")
-    group.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer of the network and the proxies")
-    group.add_argument("--lr", default=1e-4, type=float, help="learning rate; that of Proxy-Anchor's proxies is 100 times this")
+    group.add_argument(
+        "--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer of the network and the proxies"
+    )
+    group.add_argument(
+        "--lr", default=1e-4, type=float, help="learning rate; that of Proxy-Anchor's proxies is 100 times this"
+    )
     group.add_argument("--weight-decay", default=1e-4, type=float, help="of all parameters, the proxies included")
-    group.add_argument("--lr-decay-step", default=10, type=int, metavar="N", help="epochs between two decays of the learning rate")
+    group.add_argument(
+        "--lr-decay-step", default=10, type=int, metavar="N", help="epochs between two decays of the learning rate"
+    )
     group.add_argument("--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor of a decay")
-    group.add_argument("--warm", default=1, type=int, metavar="N", help="first epochs in which only the embedding layer and the proxies train")
+    group.add_argument(
+        "--warm",
+        default=1,
+        type=int,
+        metavar="N",
+        help="first epochs in which only the embedding layer and the proxies train",
+    )
     group.add_argument("--seed", default=1, type=int, help="of the initial weights, the order and the augmentation")
     return parser
 
 
-def create_optimizer(name: str, network: nn.Module, criterion: nn.Module, lr: float, proxy_lr: float, weight_decay: float):
-    """Optimizer of the backbone and the embedding layer at lr, and of the loss's proxies at proxy_lr; all are decayed."""
+def create_optimizer(
+    name: str, network: nn.Module, criterion: nn.Module, lr: float, proxy_lr: float, weight_decay: float
+):
+    """Optimizer of the backbone and the embedding layer at lr, and of the proxies at proxy_lr; all are decayed."""
     embedding = list(network.model.embedding.parameters())
     backbone = [p for key, p in network.named_parameters() if not key.startswith("model.embedding.")]
     groups = [{"params": backbone}, {"params": embedding}]
@@ -63,7 +77,9 @@ def set_train_mode(network: nn.Module, bn_freeze: bool) -> None:
                 module.eval()
 
 
-def train_one_epoch(network, criterion, batches, optimizer, epoch: int, bn_freeze: bool, clip_proxies: bool, report=None) -> float:
+def train_one_epoch(
+    network, criterion, batches, optimizer, epoch: int, bn_freeze: bool, clip_proxies: bool, report=None
+) -> float:
     """Train on each batch (images, labels) and return the mean loss; report(loss), if given, follows each step.
 
     The loss is read one step late, so that a GPU never waits for it. Raises FloatingPointError, with the epoch, the
@@ -76,7 +92,9 @@ def train_one_epoch(network, criterion, batches, optimizer, epoch: int, bn_freez
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             lr = optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(f"The loss is {losses[-1]} in epoch {epoch}, step {len(losses) - 1}, at learning rate {lr:g}")
+            raise FloatingPointError(
+                f"The loss is {losses[-1]} in epoch {epoch}, step {len(losses) - 1}, at learning rate {lr:g}"
+            )
         if report:
             report(losses[-1])
 

@@ -31,13 +31,30 @@ def options(training: bool) -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="cub", choices=BENCHMARKS, help="benchmark; glyphs needs no download")
     group.add_argument("--data-root", default=str(DATA_ROOT), metavar="DIR", help="folder of the data sets")
-    group.add_argument("--allow-partial", action="store_true", help="go on with a part of a data set; its figures do not compare")
-    group.add_argument("--image-size", default=224, type=int, metavar="PIXELS", help="side of the square that the network sees")
+    group.add_argument(
+        "--allow-partial", action="store_true", help="go on with a part of a data set; its figures do not compare"
+    )
+    group.add_argument(
+        "--image-size", default=224, type=int, metavar="PIXELS", help="side of the square that the network sees"
+    )
     batch_size = 150 if training else 120
-    group.add_argument("--batch-size", default=batch_size, type=int, metavar="N", help="images a step; lower it when memory runs out")
-    group.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images; about one a CPU core, 0 for none")
+    group.add_argument(
+        "--batch-size", default=batch_size, type=int, metavar="N", help="images a step; lower it when memory runs out"
+    )
+    group.add_argument(
+        "--workers",
+        default=4,
+        type=int,
+        metavar="N",
+        help="processes that read images; about one a CPU core, 0 for none",
+    )
     if training:
-        group.add_argument("--IPC", type=int, metavar="N", help="images per class in a batch, for class-balanced batches (default: random batches)")
+        group.add_argument(
+            "--IPC",
+            type=int,
+            metavar="N",
+            help="images per class in a batch, for class-balanced batches (default: random batches)",
+        )
     return parser
 
 
@@ -93,11 +110,14 @@ def load(name: str, root: str | Path, split: str, transform=None, allow_partial:
     found = (len(np.unique(ids)), len(ids))
     if found != benchmark.SIZES[split] and not (allow_partial and samples):
         raise BadFile(
-            f"{name} {split}: found {found[1]:,} images of {found[0]:,} classes in {folder}, expected {benchmark.SIZES[split][1]:,} of "
-            f"{benchmark.SIZES[split][0]:,}. Likely cause: {benchmark.LIKELY_CAUSE}. --allow-partial goes on with a part of the data set"
+            f"{name} {split}: found {found[1]:,} images of {found[0]:,} classes in {folder}, "
+            f"expected {benchmark.SIZES[split][1]:,} of {benchmark.SIZES[split][0]:,}. "
+            f"Likely cause: {benchmark.LIKELY_CAUSE}. --allow-partial goes on with a part of the data set"
         )
     if missing and not allow_partial:
-        raise FileNotFoundError(f"{len(missing):,} of the {len(paths):,} images of {name} {split} are missing; the first is {min(missing)}")
+        raise FileNotFoundError(
+            f"{len(missing):,} of the {len(paths):,} images of {name} {split} are missing; the first is {min(missing)}"
+        )
     if hasattr(benchmark, "check_images"):
         benchmark.check_images(paths)
     label_space = [split] if split == "train" else eval_splits(name)
@@ -121,8 +141,10 @@ def eval_sets(name: str, root: str | Path, image_size: int, allow_partial: bool 
     return [load(name, root, split, transforms.evaluation(image_size), allow_partial) for split in eval_splits(name)]
 
 
-def train_loader(images: ImageDataset, batch_size: int, images_per_class: int | None, seed: int, workers: int) -> DataLoader:
-    """Batches (images (B, 3, H, W) uint8, labels (B,)) of the sampled images; call batch_sampler.set_epoch before each epoch."""
+def train_loader(
+    images: ImageDataset, batch_size: int, images_per_class: int | None, seed: int, workers: int
+) -> DataLoader:
+    """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch."""
     if images_per_class is None:
         batches = RandomBatches(images.labels, batch_size, seed)
     else:

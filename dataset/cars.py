@@ -11,8 +11,8 @@ FOLDER = "cars196"
 SIZES = {"train": (98, 8054), "eval": (98, 8131)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
 SOURCE = (
-    "Needed are car_ims/ and cars_annos.mat (car_ims.tgz and cars_annos.mat of the authors), or in the devkit layout cars_train/, "
-    "cars_test/, devkit/cars_train_annos.mat and devkit/cars_test_annos_withlabels.mat; see the README for copies."
+    "Needed are car_ims/ and cars_annos.mat, or in the devkit layout cars_train/, cars_test/, "
+    "devkit/cars_train_annos.mat and devkit/cars_test_annos_withlabels.mat; see the README for copies."
 )
 LIKELY_CAUSE = "an incomplete copy, or one of Kaggle's, which lack the labels of the test images"
 
@@ -39,7 +39,9 @@ def read_annotations(path: Path, path_field: str, image_folder: Path) -> list[tu
         annotations = np.atleast_1d(loadmat(path, squeeze_me=True, variable_names=["annotations"])["annotations"])
         names, labels = annotations[path_field], annotations["class"]
     except Exception as error:  # scipy raises nearly anything on damaged files
-        raise BadFile(f"{path} is not an annotation file of Cars-196 (fields {path_field} and class): {error}") from error
+        raise BadFile(
+            f"{path} is not an annotation file of Cars-196 (fields {path_field} and class): {error}"
+        ) from error
     found = []
     for number, (name, label) in enumerate(zip(names, labels), start=1):
         if not isinstance(name, str) or not np.issubdtype(np.asarray(label).dtype, np.integer) or np.size(label) != 1:

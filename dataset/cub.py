@@ -20,8 +20,14 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
             continue
         number = class_folder.name.split(".")[0]
         if not number.isdecimal():
-            raise BadFile(f"{class_folder} is not a class folder of CUB: expected a name like 001.Black_footed_Albatross")
+            raise BadFile(
+                f"{class_folder} is not a class folder of CUB: expected a name like 001.Black_footed_Albatross"
+            )
         if (int(number) <= 100) == (split == "train"):
             # Files beginning with '._' are left by macOS in some copies.
-            found += [(os.path.join(class_folder, name), int(number)) for name in sorted(os.listdir(class_folder)) if not name.startswith(".")]
+            found += [
+                (os.path.join(class_folder, name), int(number))
+                for name in sorted(os.listdir(class_folder))
+                if not name.startswith(".")
+            ]
     return found

@@ -33,7 +33,9 @@ def read_table(path: Path, columns: list[str], skip: int = 0) -> list[list[str]]
         if number == skip + 1 and fields != columns:
             raise BadFile(f"{path}, line {number}: expected the header '{' '.join(columns)}', found '{line[:80]}'")
         if len(fields) != len(columns) and fields:
-            raise BadFile(f"{path}, line {number}: expected {len(columns)} columns ({' '.join(columns)}), found '{line[:80]}'")
+            raise BadFile(
+                f"{path}, line {number}: expected {len(columns)} columns ({' '.join(columns)}), found '{line[:80]}'"
+            )
         rows.append(fields)
     if not rows:
         raise BadFile(f"{path} ends before its header, line {skip + 1}: '{' '.join(columns)}'")
@@ -49,18 +51,20 @@ def whole_number(text: str, path: Path, what: str) -> int:
 
 
 def missing_files(paths: list[str]) -> list[str]:
-    """Those of the paths that are not there. Lists each folder once: 60,000 single look-ups are slow on network disks."""
+    """The paths that are not there. Lists each folder once: 60,000 single look-ups are slow on network disks."""
     folders = {os.path.dirname(path) for path in paths}
     present = {entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)}
     return [path for path in paths if path not in present]
 
 
 def read_rgb(path: str) -> Image.Image:
-    """Decode an image of any mode as 8-bit RGB; alpha is dropped, 16-bit values are scaled. Raises BadFile with the path."""
+    """Decode an image of any mode as 8-bit RGB: alpha is dropped, 16 bits are scaled. Raises BadFile with the path."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would saturate at 255
-                image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+                image = Image.fromarray(
+                    (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+                )
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BadFile(f"The image {path} is missing") from error

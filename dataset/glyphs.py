@@ -1,4 +1,4 @@
-"""Glyphs: letters of many scripts, drawn from the fonts that matplotlib ships. One class a letter, one image a typeface.
+"""Glyphs: letters of many scripts from the fonts that matplotlib ships; one class a letter, one image a typeface.
 
 A small data set that needs no download: real training in minutes on a CPU. The images are drawn once, from fixed
 seeds, and then read from disk like those of the other data sets.
@@ -18,11 +18,17 @@ FOLDER = "glyphs"
 SIZES = {"train": (564, 8085), "eval": (282, 4035)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
 SOURCE = "It is drawn when it is first used."
-LIKELY_CAUSE = "files were removed, or other versions of matplotlib's fonts drew them; remove the folder to draw it again"
+LIKELY_CAUSE = (
+    "files were removed, or other versions of matplotlib's fonts drew them; remove the folder to draw it again"
+)
 AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter is none
 
 TYPEFACES = [
-    *(f"DejaVu{family}{style}.ttf" for family in ("Sans", "SansMono") for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(
+        f"DejaVu{family}{style}.ttf"
+        for family in ("Sans", "SansMono")
+        for style in ("", "-Bold", "-Oblique", "-BoldOblique")
+    ),
     *(f"DejaVuSerif{style}.ttf" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"STIXGeneral{style}.ttf" for style in ("", "Bol", "Italic", "BolIta")),
 ]

@@ -26,7 +26,11 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
     table = require(next((place for place in places if place.exists()), places[0]), SOURCE)
     base = folder if (folder / "img").is_dir() else folder / "Img"
     if not (base / "img").is_dir():
-        highres = " img_highres/ is there: the benchmark uses img.zip, not img_highres.zip." if (base / "img_highres").is_dir() else ""
+        highres = (
+            " img_highres/ is there: the benchmark uses img.zip, not img_highres.zip."
+            if (base / "img_highres").is_dir()
+            else ""
+        )
         raise FileNotFoundError(f"There is no {base / 'img'}.{highres} {SOURCE}")
     found = []
     for name, item, status in read_table(table, ["image_name", "item_id", "evaluation_status"], skip=1):

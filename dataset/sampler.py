@@ -13,7 +13,10 @@ class RandomBatches(Sampler):
 
     def __init__(self, labels, batch_size: int, seed: int):
         if batch_size > len(labels):
-            raise ValueError(f"The batch size {batch_size} is larger than the training set of {len(labels)} images; choose a smaller --batch-size")
+            raise ValueError(
+                f"The batch size {batch_size} is larger than the training set of {len(labels)} images; "
+                "choose a smaller --batch-size"
+            )
         self.labels = np.asarray(labels)
         self.batch_size = batch_size
         self.seed = seed
@@ -52,8 +55,8 @@ class BalancedBatches(RandomBatches):
         self.members = np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1)  # indices of each class
         if self.classes_per_batch > len(self.members):
             raise ValueError(
-                f"--batch-size {batch_size} with --IPC {images_per_class} needs {self.classes_per_batch} classes a batch, "
-                f"and the training set has {len(self.members)}; choose a smaller --batch-size or a larger --IPC"
+                f"--batch-size {batch_size} with --IPC {images_per_class} needs {self.classes_per_batch} classes "
+                f"a batch, the training set has {len(self.members)}; choose a smaller --batch-size or a larger --IPC"
             )
 
     def _batches(self, random):

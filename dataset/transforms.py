@@ -11,7 +11,7 @@ RESIZED = {224: 256, 256: 292, 324: 361, 448: 512}  # crop: shorter side before 
 
 
 def training(image_size: int, scale: tuple[float, float] = (0.08, 1.0), flip: bool = True) -> v2.Compose:
-    """PIL image -> random crop of a random share of its area, mirrored half of the time: uint8 (3, image_size, image_size)."""
+    """PIL image -> crop of a random share of its area, mirrored half of the time: uint8 (3, image_size, image_size)."""
     crop = v2.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BILINEAR, antialias=True)
     return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
 

@@ -12,7 +12,9 @@ from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
 from net.resnet import LAYERS, ResNet
 
-BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {name: lambda name=name: ResNet(name) for name in LAYERS}
+BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
+    name: lambda name=name: ResNet(name) for name in LAYERS
+}
 
 
 class EmbeddingNet(nn.Module):
@@ -48,12 +50,25 @@ def options(training: bool) -> argparse.ArgumentParser:
     group.add_argument("--embedding-size", default=512, type=int, metavar="D", help="dimensions of an embedding")
     group.add_argument("--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length")
     if training:
-        group.add_argument("--bn-freeze", default=1, type=int, choices=(0, 1), help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch")
-        group.add_argument("--pretrained", default="imagenet", metavar="imagenet|none|PATH", help="where the backbone's weights come from; PATH is a file of backbone weights")
+        group.add_argument(
+            "--bn-freeze",
+            default=1,
+            type=int,
+            choices=(0, 1),
+            help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch",
+        )
+        group.add_argument(
+            "--pretrained",
+            default="imagenet",
+            metavar="imagenet|none|PATH",
+            help="where the backbone's weights come from; PATH is a file of backbone weights",
+        )
     return parser
 
 
-def create(name: str, embedding_size: int, pretrained: str | Path | None = None, l2_norm: bool = True, bn_freeze: bool = True) -> EmbeddingNet:
+def create(
+    name: str, embedding_size: int, pretrained: str | Path | None = None, l2_norm: bool = True, bn_freeze: bool = True
+) -> EmbeddingNet:
     """Build an embedding network.
 
     pretrained: "imagenet" (downloaded once into torch's cache), "none" or None, or the path of a backbone weights file.
@@ -63,7 +78,9 @@ def create(name: str, embedding_size: int, pretrained: str | Path | None = None,
     backbone = BACKBONES[name]()
     if pretrained not in ("none", None):
         load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained))
-    network = EmbeddingNet(backbone, embedding_size, l2_norm, epsilon=1e-5 if name == "googlenet" else 1e-12)  # as published
+    network = EmbeddingNet(
+        backbone, embedding_size, l2_norm, epsilon=1e-5 if name == "googlenet" else 1e-12
+    )  # as published
     if bn_freeze:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

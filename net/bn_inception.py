@@ -35,7 +35,13 @@ class Conv(NamedTuple):
     stride: int = 1
 
 
-STEM = [Conv("conv1_7x7_s2", 64, 7, 2), MAX_POOL_HALVING, Conv("conv2_3x3_reduce", 64, 1), Conv("conv2_3x3", 192, 3), MAX_POOL_HALVING]
+STEM = [
+    Conv("conv1_7x7_s2", 64, 7, 2),
+    MAX_POOL_HALVING,
+    Conv("conv2_3x3_reduce", 64, 1),
+    Conv("conv2_3x3", 192, 3),
+    MAX_POOL_HALVING,
+]
 
 
 def block_branches(block):
@@ -46,7 +52,11 @@ def block_branches(block):
     pool = AVG_POOL if pool == "avg" else MAX_POOL if one else MAX_POOL_HALVING
     branches = [
         [Conv(name("3x3_reduce"), three_reduce, 1), Conv(name("3x3"), three, 3, stride)],
-        [Conv(name("double_3x3_reduce"), double_reduce, 1), Conv(name("double_3x3_1"), double, 3), Conv(name("double_3x3_2"), double, 3, stride)],
+        [
+            Conv(name("double_3x3_reduce"), double_reduce, 1),
+            Conv(name("double_3x3_1"), double, 3),
+            Conv(name("double_3x3_2"), double, 3, stride),
+        ],
         [pool, Conv(name("pool_proj"), projection, 1)] if projection else [pool],
     ]
     return [[Conv(name("1x1"), one, 1)], *branches] if one else branches
@@ -69,7 +79,9 @@ class BNInception(nn.Module):
         """Register the branch's layers under their flat names; returns the branch's width."""
         for step in branch:
             if isinstance(step, Conv):
-                self.add_module(step.name, nn.Conv2d(channels, step.width, step.kernel, step.stride, padding=step.kernel // 2))
+                self.add_module(
+                    step.name, nn.Conv2d(channels, step.width, step.kernel, step.stride, padding=step.kernel // 2)
+                )
                 # Momentum 0.9 as in Caffe: SOP and In-shop train BatchNorm, and the published figures have it.
                 self.add_module(f"{step.name}_bn", nn.BatchNorm2d(step.width, eps=1e-5, momentum=0.9))
                 channels = step.width

@@ -19,9 +19,10 @@ TIMEOUT = 60  # seconds without a byte
 
 
 def imagenet_file(name: str) -> Path:
-    """The backbone's ImageNet weights in torch's cache, downloaded if need be and checked against the hash in the file name.
+    """The backbone's ImageNet weights in torch's cache, downloaded if need be.
 
-    Raises OSError, saying which file to fetch and where to put it, if it cannot be had.
+    The file is checked against the hash in its name. Raises OSError, saying which file to fetch by hand and where to
+    put it, if it cannot be had.
     """
     url = URLS[name]
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
@@ -38,7 +39,7 @@ def imagenet_file(name: str) -> Path:
         finally:
             socket.setdefaulttimeout(timeout)
     elif not (digest := _sha256(path)).startswith(sha256):
-        raise OSError(f"{path} is damaged (its sha256 is {digest[: len(sha256)]}...). {by_hand}, or remove it to download it again.")
+        raise OSError(f"{path} is damaged (its sha256 is {digest[: len(sha256)]}...). {by_hand}, or remove it.")
     return path
 
 
@@ -51,7 +52,7 @@ def _sha256(path):
 
 
 def load_weights(backbone: torch.nn.Module, path: Path) -> None:
-    """Load a file of backbone weights (state_dict keys as in torchvision, or the Caffe names of BN-Inception), strictly.
+    """Load a file of backbone weights (keys as in torchvision, or BN-Inception's Caffe names), strictly.
 
     Raises FileNotFoundError, or ValueError where the file is no such state dict.
     """
@@ -63,7 +64,9 @@ def load_weights(backbone: torch.nn.Module, path: Path) -> None:
         raise ValueError(f"{path} cannot be read as a weights file: {str(error).splitlines()[0]}") from error
     expected = backbone.state_dict()
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a state dict of backbone weights; --pretrained takes those, --resume takes checkpoints")
+        raise ValueError(
+            f"{path} is not a state dict of backbone weights; --pretrained takes those, --resume takes checkpoints"
+        )
     # Older copies of the BN-Inception file store BatchNorm tensors as [1, C].
     state = {
         key: value.squeeze(0) if key in expected and value.ndim == 2 and expected[key].ndim == 1 else value

@@ -2,14 +2,15 @@ import math
 
 import pytest
 import torch
+from proxy_anchor.losses import LOSSES, ProxyAnchor
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 
 from proxy_anchor import losses
-from proxy_anchor.losses import LOSSES, ProxyAnchor
 
 
 def by_the_equation(embeddings, proxies, labels, margin, alpha):
     """The loss as the paper writes it, in Python's double precision, pair by pair."""
+
     def s(x, p):
         dot = sum(a * b for a, b in zip(x, p))
         return dot / math.sqrt(sum(a * a for a in x) + 1e-12) / math.sqrt(sum(b * b for b in p) + 1e-12)

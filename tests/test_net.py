@@ -56,7 +56,9 @@ def test_features_are_torchvisions(name):
     network = net.create(name, 16).eval()
     reference = {"init_weights": False, "transform_input": False} if name == "googlenet" else {}
     theirs = torchvision.models.get_model(name, **reference).eval()
-    theirs.load_state_dict({k.removeprefix("model."): v for k, v in network.state_dict().items() if "embedding" not in k})
+    theirs.load_state_dict(
+        {k.removeprefix("model."): v for k, v in network.state_dict().items() if "embedding" not in k}
+    )
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         ours = network.model.fc(network.model.features(images).mean(dim=(2, 3)))
@@ -94,7 +96,9 @@ def test_embedding_layer_starts_kaiming_normal_fan_out():
 @pytest.mark.parametrize("bn_freeze", [True, False])
 def test_bn_freeze_starts_with_fixed_batchnorm(bn_freeze):
     network = net.create("resnet18", 8, bn_freeze=bn_freeze)
-    trainable = [p.requires_grad for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
+    trainable = [
+        p.requires_grad for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()
+    ]
     assert all(trainable) if not bn_freeze else not any(trainable)
 
 
@@ -109,7 +113,9 @@ def test_image_sizes_that_bn_inception_accepts():
 
 def backbone_state(name):
     state = net.create(name, 4).state_dict()
-    return {k.removeprefix("model."): v for k, v in state.items() if "embedding" not in k and "num_batches_tracked" not in k}
+    return {
+        k.removeprefix("model."): v for k, v in state.items() if "embedding" not in k and "num_batches_tracked" not in k
+    }
 
 
 def test_weights_from_a_file(tmp_path):
@@ -157,7 +163,9 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder))
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    monkeypatch.setitem(net.pretrained.URLS, "resnet18", f"http://127.0.0.1:{httpd.server_port}/resnet18-{digest[:8]}.pth")
+    monkeypatch.setitem(
+        net.pretrained.URLS, "resnet18", f"http://127.0.0.1:{httpd.server_port}/resnet18-{digest[:8]}.pth"
+    )
     yield folder / f"resnet18-{digest[:8]}.pth"
     httpd.shutdown()
 

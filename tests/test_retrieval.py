@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from proxy_anchor.retrieval import best_positive_rank, recall_at_k
 
 from proxy_anchor import retrieval
-from proxy_anchor.retrieval import best_positive_rank, recall_at_k
 
 
 def brute_force(queries, labels, gallery=None, gallery_labels=None):
@@ -13,7 +13,9 @@ def brute_force(queries, labels, gallery=None, gallery_labels=None):
     similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
     ranks = []
     for i in range(len(queries)):
-        ranking = [(-similarity[i, j], gallery_labels[j] == labels[i]) for j in range(len(gallery)) if not (within and i == j)]
+        ranking = [
+            (-similarity[i, j], gallery_labels[j] == labels[i]) for j in range(len(gallery)) if not (within and i == j)
+        ]
         found = [positive for _, positive in sorted(ranking)]  # at equal similarity False sorts before True
         ranks.append(found.index(True) if True in found else -1)
     return ranks

@@ -17,7 +17,9 @@ def cub(root, classes=(1, 2, 3, 4, 101, 102, 103), images=6):
     for c in classes:
         for i in range(images):
             write_image(root / "CUB_200_2011" / "images" / f"{c:03d}.Bird_{c}" / f"Bird_{c}_{i:04d}.jpg", 100 * c + i)
-    (root / "CUB_200_2011" / "images" / f"{classes[0]:03d}.Bird_{classes[0]}" / "._Bird.jpg").write_bytes(b"left by macOS")
+    (root / "CUB_200_2011" / "images" / f"{classes[0]:03d}.Bird_{classes[0]}" / "._Bird.jpg").write_bytes(
+        b"left by macOS"
+    )
     return root
 
 

@@ -1,0 +1,347 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+
+import dataset
+from dataset import cars, cub, files, glyphs, inshop, sop, transforms
+from dataset.files import BadFile
+from dataset.sampler import BalancedBatches, RandomBatches
+
+# The published layouts
+
+
+def names(images):
+    return [os.path.basename(path) for path in images.paths]
+
+
+def test_cub(cub_root):
+    train = dataset.load("cub", cub_root, "train", allow_partial=True)
+    test = dataset.load("cub", cub_root, "eval", allow_partial=True)
+    assert (len(train), train.num_classes, len(test), test.num_classes) == (24, 4, 18, 3)
+    assert train.labels.tolist() == [c for c in range(4) for _ in range(6)]
+    assert names(test)[6] == "Bird_102_0000.jpg" and test[6][1] == 1
+    assert test[6][0].mode == "RGB"
+
+
+@pytest.mark.parametrize("layout", [trees.cars, trees.cars_devkit])
+def test_cars(tmp_path, layout):
+    layout(tmp_path)
+    train = dataset.load("cars", tmp_path, "train", allow_partial=True)
+    test = dataset.load("cars", tmp_path, "eval", allow_partial=True)
+    assert (len(train), train.num_classes, len(test), test.num_classes) == (12, 3, 12, 3)
+    assert np.bincount(train.labels).tolist() == [4, 4, 4]
+
+
+def test_cars_labels_beside_the_devkit(tmp_path):
+    trees.cars_devkit(tmp_path)
+    with_labels = "cars_test_annos_withlabels.mat"
+    (tmp_path / "cars196" / "devkit" / with_labels).rename(tmp_path / "cars196" / with_labels)
+    assert len(dataset.load("cars", tmp_path, "eval", allow_partial=True)) == 12
+
+
+def test_sop(tmp_path):
+    trees.sop(tmp_path)
+    test = dataset.load("SOP", tmp_path, "eval", allow_partial=True)
+    assert (len(test), test.num_classes, test.labels.tolist()) == (9, 3, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert names(test)[0] == "111085134189_0.JPG"
+
+
+@pytest.mark.parametrize("table, images", [("Eval", "Img"), (".", "."), ("Anno", "Img"), ("Anno", ".")])
+def test_inshop(tmp_path, table, images):
+    trees.inshop(tmp_path, table, images)
+    train = dataset.load("Inshop", tmp_path, "train", allow_partial=True)
+    query = dataset.load("Inshop", tmp_path, "query", allow_partial=True)
+    gallery = dataset.load("Inshop", tmp_path, "gallery", allow_partial=True)
+    assert (len(train), train.num_classes) == (8, 2)
+    assert query.labels.tolist() == gallery.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert names(query) != names(gallery)
+
+
+def test_query_and_gallery_share_labels_when_ids_differ(tmp_path):
+    trees.inshop(tmp_path)
+    path = tmp_path / "Inshop_Clothes" / "Eval" / "list_eval_partition.txt"
+    rows = [row for row in path.read_text().splitlines() if not ("id_00000003" in row and row.endswith("query"))]
+    path.write_text("\n".join(rows) + "\n")
+    assert dataset.load("Inshop", tmp_path, "query", allow_partial=True).labels.tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "name, make, sizes",
+    [
+        ("cub", trees.cub, {"train": (4, 24), "eval": (3, 18)}),
+        ("cars", trees.cars, {"train": (3, 12), "eval": (3, 12)}),
+        ("SOP", trees.sop, {"train": (3, 9), "eval": (3, 9)}),
+        ("Inshop", trees.inshop, {"train": (2, 8), "query": (3, 6), "gallery": (3, 6)}),
+    ],
+)
+def test_sizes_are_checked(tmp_path, monkeypatch, name, make, sizes):
+    make(tmp_path)
+    for split in sizes:
+        with pytest.raises(BadFile, match=rf"{name} {split}: found .* expected .* Likely cause: .*--allow-partial"):
+            dataset.load(name, tmp_path, split)
+    monkeypatch.setattr(dataset.BENCHMARKS[name], "SIZES", sizes)
+    for split, (classes, images) in sizes.items():
+        loaded = dataset.load(name, tmp_path, split)
+        assert (loaded.num_classes, len(loaded)) == (classes, images)
+
+
+def test_published_sizes():
+    assert cub.SIZES == {"train": (100, 5864), "eval": (100, 5924)}
+    assert cars.SIZES == {"train": (98, 8054), "eval": (98, 8131)}
+    assert sop.SIZES == {"train": (11318, 59551), "eval": (11316, 60502)}
+    assert inshop.SIZES == {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)}
+
+
+# What can be wrong
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [("cub", "images"), ("cars", "cars_annos.mat"), ("SOP", "Ebay_train.txt"), ("Inshop", "list_eval_partition.txt")],
+)
+def test_missing_data_names_the_file_and_its_source(tmp_path, name, file):
+    with pytest.raises(FileNotFoundError, match=rf"There is no .*{file}\. (Get|Needed)"):
+        dataset.load(name, tmp_path, "train")
+
+
+def test_missing_image_is_named(cub_root, tmp_path, monkeypatch):
+    trees.sop(tmp_path)
+    monkeypatch.setattr(sop, "SIZES", {"train": (3, 9), "eval": (3, 9)})
+    (tmp_path / "Stanford_Online_Products" / "bicycle_final" / "111085122872_1.JPG").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 9 images .*111085122872_1.JPG"):
+        dataset.load("SOP", tmp_path, "train")
+    assert len(dataset.load("SOP", tmp_path, "train", allow_partial=True)) == 8
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "ends before its header, line 1"),
+        ("image_id class_id path\n", "line 1: expected the header"),
+        ("image_id class_id super_class_id path\n1 1 1 a.JPG\n2 1\n", "line 3: expected 4 columns"),
+        ("image_id class_id super_class_id path\n1 x 1 a.JPG\n", "'x' is not a whole number"),
+    ],
+)
+def test_malformed_table_names_the_line(tmp_path, text, message):
+    trees.sop(tmp_path)
+    (tmp_path / "Stanford_Online_Products" / "Ebay_train.txt").write_text(text)
+    with pytest.raises(BadFile, match=rf"Ebay_train.txt.*{message}"):
+        dataset.load("SOP", tmp_path, "train")
+
+
+def test_malformed_mat_file(tmp_path):
+    trees.cars(tmp_path)
+    path = tmp_path / "cars196" / "cars_annos.mat"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(BadFile, match="cars_annos.mat is not an annotation file"):
+        dataset.load("cars", tmp_path, "train")
+
+
+def test_malformed_mat_record(tmp_path):
+    from scipy.io import savemat
+
+    trees.cars(tmp_path)
+    fields = ["relative_im_path", "class"]
+    savemat(
+        tmp_path / "cars196" / "cars_annos.mat",
+        {"annotations": trees._annotations([("car_ims/000001.jpg", 1), (5, "x")], fields)},
+    )
+    with pytest.raises(BadFile, match="record 2"):
+        dataset.load("cars", tmp_path, "train")
+
+
+def test_wrong_inshop_archive(tmp_path):
+    trees.inshop(tmp_path)
+    folder = tmp_path / "Inshop_Clothes" / "Img"
+    trees.write_image(folder / "img" / "x.jpg", 0)
+    for path in folder.glob("img/WOMEN/**/*.jpg"):
+        Image.new("RGB", (750, 1101)).save(path)
+    with pytest.raises(BadFile, match="img_highres.zip"):
+        dataset.load("Inshop", tmp_path, "train", allow_partial=True)
+    (folder / "img").rename(folder / "img_highres")
+    with pytest.raises(FileNotFoundError, match="not img_highres.zip"):
+        dataset.load("Inshop", tmp_path, "train")
+
+
+def test_unknown_split(cub_root):
+    with pytest.raises(ValueError, match="no split 'query'"):
+        dataset.load("cub", cub_root, "query")
+
+
+# Images
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    image = Image.new("RGB", (8, 8), (200, 180, 20)).convert(mode)
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    image.save(path)
+    rgb = files.read_rgb(path)
+    assert rgb.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(rgb), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("dtype, suffix", [(np.uint16, "png"), (np.uint16, "tiff"), (np.int32, "tiff")])
+def test_16_bits_are_scaled(tmp_path, dtype, suffix):
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(dtype)
+    Image.fromarray(values).save(tmp_path / f"image.{suffix}")
+    rgb = np.asarray(files.read_rgb(tmp_path / f"image.{suffix}"))
+    np.testing.assert_allclose(rgb, np.repeat(values[..., None] / 257, 3, axis=2), atol=0.5)
+
+
+def test_unreadable_image_is_named(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(BadFile, match="bad.jpg cannot be read"):
+        files.read_rgb(tmp_path / "bad.jpg")
+    with pytest.raises(BadFile, match="none.jpg is missing"):
+        files.read_rgb(tmp_path / "none.jpg")
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("size, resized", [(224, 256), (256, 292), (324, 361), (448, 512), (64, 73)])
+@pytest.mark.parametrize("shape", [(500, 375), (300, 421)])
+def test_evaluation_transform_is_pils(size, resized, shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
+    short, long = sorted(shape)
+    target = (resized, int(resized * long / short))
+    target = target if shape[0] == short else target[::-1]
+    scaled = image.resize(target, Image.Resampling.BILINEAR)
+    left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
+    expected = np.asarray(scaled.crop((left, top, left + size, top + size)))
+    result = transforms.evaluation(size)(image).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_normalize():
+    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    pixels = image.numpy().astype(np.float64)
+    expected = (pixels / 255 - np.array([0.485, 0.456, 0.406])[:, None, None]) / np.array([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    np.testing.assert_allclose(transforms.Normalize(bgr=False)(image).numpy(), expected, atol=1e-6)
+    expected = pixels[:, ::-1] - np.array([104, 117, 128])[:, None, None]
+    np.testing.assert_allclose(transforms.Normalize(bgr=True)(image).numpy(), expected, atol=1e-5)
+
+
+def test_glyphs_are_never_mirrored():
+    half = Image.new("L", (64, 64))
+    half.paste(255, (32, 0, 64, 64))  # dark left, light right
+    mild = transforms.training(32, **glyphs.AUGMENTATION)
+    full = transforms.training(32)
+
+    def mirrored(transform):
+        return [
+            bool((x := transform(half.convert("RGB"))[0].float())[:, 0].mean() > x[:, -1].mean()) for _ in range(60)
+        ]
+
+    assert not any(mirrored(mild)) and any(mirrored(full))
+
+
+# Sampling and randomness
+
+
+def keys(sampler, epoch=0):
+    sampler.set_epoch(epoch)
+    return [[index for _, _, index in batch] for batch in sampler]
+
+
+def test_random_batches_are_a_shuffle_without_the_rest():
+    batches = keys(RandomBatches(np.zeros(23), 5, seed=1))
+    assert [len(b) for b in batches] == [5, 5, 5, 5]
+    assert len({i for b in batches for i in b}) == 20
+    assert batches == keys(RandomBatches(np.zeros(23), 5, seed=1)) != keys(RandomBatches(np.zeros(23), 5, seed=2))
+    assert batches != keys(RandomBatches(np.zeros(23), 5, seed=1), epoch=1)
+
+
+@pytest.mark.parametrize("batch_size, per_class, size", [(12, 3, 12), (10, 4, 8), (6, 6, 6), (8, 1, 8)])
+def test_balanced_batches(batch_size, per_class, size):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(9), 5))
+    sampler = BalancedBatches(labels, batch_size, per_class, seed=1)
+    batches = keys(sampler)
+    assert len(batches) == len(sampler) == 45 // batch_size
+    for batch in batches:
+        counts = np.bincount(labels[batch])
+        assert len(batch) == size and set(counts) <= {0, per_class} and (counts > 0).sum() == size // per_class
+    assert batches == keys(BalancedBatches(labels, batch_size, per_class, seed=1)) != keys(sampler, epoch=1)
+
+
+def test_wrong_batch_sizes():
+    with pytest.raises(ValueError, match="larger than the training set of 9 images"):
+        RandomBatches(np.zeros(9), 10, seed=1)
+    with pytest.raises(ValueError, match="between 1 and the batch size"):
+        BalancedBatches(np.zeros(9), 4, 5, seed=1)
+    with pytest.raises(ValueError, match="needs 4 classes a batch, the training set has 2"):
+        BalancedBatches(np.repeat([0, 1], 5), 8, 2, seed=1)
+
+
+def epoch_of(cub_root, workers, epoch, per_class=None):
+    loader = dataset.train_loader(
+        dataset.train_set("cub", cub_root, 32, allow_partial=True), 6, per_class, seed=3, workers=workers
+    )
+    loader.batch_sampler.set_epoch(epoch)
+    return [(images, labels) for images, labels in loader]
+
+
+def test_the_number_of_workers_changes_nothing(cub_root):
+    alone = epoch_of(cub_root, 0, epoch=2)
+    torch.manual_seed(99)  # nor does what was drawn before
+    for (a, la), (b, lb) in zip(alone, epoch_of(cub_root, 2, epoch=2), strict=True):
+        assert torch.equal(a, b) and torch.equal(la, lb)
+    assert not torch.equal(alone[0][0], epoch_of(cub_root, 0, epoch=1)[0][0])
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(cub_root):
+    images = dataset.train_set("cub", cub_root, 32, allow_partial=True)
+    state = torch.get_rng_state()
+    first = images[3, 1, 7][0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(images[3, 1, 7][0], first)
+    assert not torch.equal(images[3, 2, 7][0], first) and not torch.equal(images[4, 1, 7][0], first)
+
+
+# Glyphs
+
+
+@pytest.fixture(scope="module")
+def glyph_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("glyphs")
+    dataset.load("glyphs", root, "train")
+    return root
+
+
+def test_glyphs_are_complete(glyph_root):
+    train, test = (dataset.load("glyphs", glyph_root, split) for split in ("train", "eval"))
+    assert not {os.path.dirname(p).rsplit("/")[-1] for p in train.paths} & {
+        os.path.dirname(p).rsplit("/")[-1] for p in test.paths
+    }
+    for images in (train, test):
+        counts = np.bincount(images.labels)
+        assert counts.min() >= 12 and counts.max() <= 16
+    assert train[0][0].size == (64, 64)
+
+
+def test_glyphs_of_one_look_are_one_class(glyph_root):
+    letters = {path.name for path in glyph_root.glob("glyphs/*/*")}
+    assert "0041" in letters and "0391" not in letters and "0410" not in letters  # A, Alpha, Cyrillic A
+
+
+def test_glyphs_are_drawn_the_same_again(glyph_root):
+    from PIL import ImageFont
+
+    path = glyph_root / "glyphs" / "train" / "0041" / "DejaVuSans-Bold.png"
+    font = ImageFont.truetype(glyphs._font_path("DejaVuSans-Bold.ttf"), glyphs.FONT_SIZE)
+    again = glyphs.draw_letter("A", font, np.random.default_rng([0x41, 1]))
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(again))
+
+
+def test_glyphs_interrupted_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, "choose_letters", lambda characters: [0x41, None])
+    with pytest.raises(TypeError):
+        glyphs.draw(tmp_path / "glyphs")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,385 @@
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trees
+from PIL import Image
+
+import dataset
+import evaluate
+import net
+import train
+from proxy_anchor import checkpoint
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RUN = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8"
+
+
+def arguments(root, **changed):
+    settings = {
+        "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8,
+        "batch-size": 8, "image-size": 32, "workers": 0,
+    } | changed  # fmt: skip
+    return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
+
+
+def run_train(root, logs, **changed):
+    train.main(arguments(root, **{"pretrained": "none", "epochs": 2, "LOG_DIR": logs} | changed))
+
+
+def read_metrics(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(cub_root, tmp_path_factory):
+    """Log folder of a finished run."""
+    logs = tmp_path_factory.mktemp("logs")
+    run_train(cub_root, logs)
+    return logs / "logs_cub" / RUN
+
+
+# Training
+
+
+def test_run_folder_is_the_published_one(trained):
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "config.json", "cub_resnet18_best.pth", "cub_resnet18_best_results.txt", "metrics.csv"
+    ]  # fmt: skip
+    rows = read_metrics(trained)
+    assert list(rows[0]) == ["epoch", "loss", "lr", "seconds", "R@1", "R@2", "R@4", "R@8", "R@16", "R@32"]
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    best = max(rows, key=lambda row: (float(row["R@1"]), -int(row["epoch"])))
+    lines = (trained / "cub_resnet18_best_results.txt").read_text().splitlines()
+    assert lines[0] == f"Best Epoch: {best['epoch']}"
+    assert lines[1] == f"Best Recall@1: {100 * float(best['R@1']):.4f}"
+    config = json.loads((trained / "config.json").read_text())
+    assert config["seed"] == 1 and config["sizes"] == {"train": [24, 4], "eval": [18, 3]}
+    assert (
+        config["versions"]["torch"] == torch.__version__.split("+")[0]
+        or config["versions"]["torch"] == torch.__version__
+    )
+
+
+def test_evaluation_gives_the_recalls_of_training(trained, cub_root, capsys):
+    recalls = evaluate.main(arguments(cub_root, resume=trained / "cub_resnet18_best.pth"))
+    best = max(read_metrics(trained), key=lambda row: (float(row["R@1"]), -int(row["epoch"])))
+    assert {f"R@{k}": v for k, v in recalls.items()} == {k: float(v) for k, v in best.items() if k.startswith("R@")}
+    assert "all 124 tensors match" in capsys.readouterr().out
+
+
+def test_second_run_is_the_same_and_overwrites_nothing(trained, cub_root, capsys):
+    first = (trained / "cub_resnet18_best.pth").read_bytes()
+    run_train(cub_root, trained.parent.parent)
+    second = trained.with_name(RUN + "_2")
+    assert f"Logging to {second}" in capsys.readouterr().out
+    assert (trained / "cub_resnet18_best.pth").read_bytes() == first
+    without_seconds = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(f)] for f in (trained, second)
+    ]
+    assert without_seconds[0] == without_seconds[1]
+
+
+def test_seed_and_remark_are_in_the_name(cub_root, tmp_path):
+    run_train(cub_root, tmp_path, epochs=1, seed=2, remark="_trial", alpha=16.5)
+    assert [p.name for p in (tmp_path / "logs_cub").iterdir()] == [RUN.replace("alpha32", "alpha16.5") + "_trial_seed2"]
+
+
+def test_both_ends_are_shown(cub_root, tmp_path, capsys):
+    run_train(cub_root, tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"best epoch \(\d\) .*\nlast epoch \(1\) ", out) and "No CUDA device here: running on" in out
+    assert "train: 24 images of 4 classes, eval: 18 images of 3 classes" in out and "wandb has no credentials" in out
+
+
+def test_no_epochs_evaluate_the_untrained_network(cub_root, tmp_path, capsys):
+    run_train(cub_root, tmp_path, epochs=0)
+    assert "untrained" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loss", ["Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair"])
+def test_every_loss_trains(cub_root, tmp_path, loss):
+    run_train(cub_root, tmp_path, loss=loss, epochs=1, IPC=2)
+    assert len(read_metrics(next((tmp_path / "logs_cub").iterdir()))) == 1
+
+
+@pytest.mark.parametrize("model", ["bn_inception", "googlenet", "resnet34", "resnet50", "resnet101"])
+def test_every_network_trains_and_evaluates(cub_root, tmp_path, model):
+    run_train(cub_root, tmp_path, model=model, epochs=1, **{"bn-freeze": 0})
+    path = next(tmp_path.glob("**/*.pth"))
+    evaluate.main(arguments(cub_root, model=model, resume=path))
+
+
+@pytest.mark.parametrize(
+    "name, make, ks", [("cars", trees.cars, "R@32"), ("SOP", trees.sop, "R@1000"), ("Inshop", trees.inshop, "R@50")]
+)
+def test_every_benchmark_trains_and_evaluates(tmp_path, name, make, ks, capsys):
+    make(tmp_path / "data")
+    run_train(tmp_path / "data", tmp_path / "logs", dataset=name, epochs=1)
+    recalls = evaluate.main(arguments(tmp_path / "data", dataset=name, resume=next(tmp_path.glob("**/*.pth"))))
+    row = read_metrics(next(tmp_path.glob("logs/*/*")))[0]
+    assert {f"R@{k}": v for k, v in recalls.items()} == {k: float(v) for k, v in row.items() if k.startswith("R@")}
+    assert ks in capsys.readouterr().out
+
+
+def test_from_another_directory_paths_are_the_users(cub_root, tmp_path):
+    command = [
+        sys.executable,
+        REPOSITORY / "train.py",
+        *arguments(cub_root, pretrained="none", epochs=1, LOG_DIR="mine", workers=2),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "mine" / "logs_cub" / RUN
+    assert (folder / "cub_resnet18_best.pth").exists() and not done.stderr
+    command = [
+        sys.executable,
+        REPOSITORY / "evaluate.py",
+        *arguments(cub_root, resume=folder.relative_to(tmp_path) / "cub_resnet18_best.pth"),
+    ]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+
+
+def test_default_paths_are_the_repositorys():
+    args = train.parse([])
+    assert (args.data_root, args.LOG_DIR) == (str(REPOSITORY / "data"), str(REPOSITORY / "logs"))
+
+
+def test_defaults_are_the_published():
+    published = {
+        "dataset": "cub", "embedding_size": 512, "batch_size": 150, "epochs": 60, "gpu_id": 0, "workers": 4,
+        "model": "bn_inception", "loss": "Proxy_Anchor", "optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-4,
+        "lr_decay_step": 10, "lr_decay_gamma": 0.5, "alpha": 32, "mrg": 0.1, "IPC": None, "warm": 1, "bn_freeze": 1,
+        "l2_norm": 1, "remark": "", "image_size": 224, "seed": 1, "pretrained": "imagenet",
+    }  # fmt: skip
+    assert published.items() <= vars(train.parse([])).items()
+
+
+# wandb
+
+
+def test_wandb_offline(cub_root, tmp_path):
+    run_train(cub_root, tmp_path, epochs=1, wandb="offline")
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_wandb_credentials_are_found_without_wandb(monkeypatch, tmp_path):
+    from proxy_anchor.logbook import has_wandb_credentials
+
+    assert not has_wandb_credentials()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert has_wandb_credentials()
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert has_wandb_credentials()
+
+
+# Evaluation of published checkpoints
+
+
+def test_published_figures_are_shown(cub_root, tmp_path, capsys):
+    torch.save(
+        {"model_state_dict": {f"module.{k}": v for k, v in net.create("bn_inception", 8).state_dict().items()}},
+        tmp_path / "cub_bn_inception_best.pth",
+        _use_new_zipfile_serialization=False,
+    )
+    evaluate.main(arguments(cub_root, model="bn_inception", resume=tmp_path / "cub_bn_inception_best.pth"))
+    out = capsys.readouterr().out
+    assert "all 487 tensors match" in out and re.search(r"published +69.10 +78.90 +86.10 +91.20", out)
+
+
+def test_queries_without_a_positive_are_counted(tmp_path, capsys):
+    trees.cub(tmp_path / "data")
+    for i in range(5):
+        (tmp_path / "data" / "CUB_200_2011" / "images" / "101.Bird_101" / f"Bird_101_{i:04d}.jpg").unlink()
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8))
+    evaluate.main(arguments(tmp_path / "data", resume=tmp_path / "a.pth"))
+    assert "1 of 13 queries have no image of their class" in capsys.readouterr().out
+
+
+# Bad input: one line on stderr, non-zero exit, nothing written
+
+
+def fails(capsys, script, argv, message, status=1):
+    with pytest.raises(SystemExit) as exit:
+        script.main(argv)
+    err = capsys.readouterr().err
+    assert exit.value.code == status, err
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and re.search(message, lines[0]), err
+    if status == 1:
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"model": "vgg"}, "--model: invalid choice"),
+        ({"loss": "None"}, "--loss: invalid choice"),
+        ({"dataset": "cifar"}, "--dataset: invalid choice"),
+        ({"optimizer": "lion"}, "--optimizer: invalid choice"),
+        ({"embedding-size": 0}, "--embedding-size: 0 is not positive"),
+        ({"batch-size": -1}, "--batch-size: -1 is not positive"),
+        ({"lr": 0}, "--lr: 0.0 is not positive"),
+        ({"lr": "nan"}, "--lr: nan is not positive"),
+        ({"epochs": -1}, "--epochs: -1 is negative"),
+        ({"IPC": 9}, "--IPC: 9 images per class do not fit into a batch of 8"),
+        ({"model": "bn_inception", "image-size": 300}, "--image-size: bn_inception cannot take images of 300"),
+        ({"gpu-id": "x"}, "--gpu-id: invalid int"),
+        ({"embedding": 8}, "unrecognized arguments: --embedding 8"),
+    ],
+)
+def test_usage_errors(cub_root, tmp_path, capsys, changed, message):
+    argv = arguments(cub_root, **{"pretrained": "none", "LOG_DIR": tmp_path / "logs"} | changed)
+    fails(capsys, train, argv, message, status=2)
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"data-root": "nowhere"}, r"There is no nowhere/CUB_200_2011/images\. Get CUB_200_2011.tgz"),
+        ({"batch-size": 25}, "batch size 25 is larger than the training set of 24"),
+        ({"batch-size": 24, "IPC": 2}, "needs 12 classes a batch, the training set has 4"),
+        ({"pretrained": "nowhere.pth"}, "There is no weights file nowhere.pth"),
+        ({"LOG_DIR": "/dev/null/x"}, "/dev/null"),
+    ],
+)
+def test_errors(cub_root, tmp_path, capsys, changed, message):
+    argv = arguments(cub_root, **{"pretrained": "none", "LOG_DIR": tmp_path / "logs"} | changed)
+    fails(capsys, train, argv, message)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_partial_data_set_is_an_error_unless_allowed(cub_root, tmp_path, capsys):
+    argv = [
+        argument
+        for argument in arguments(cub_root, pretrained="none", LOG_DIR=tmp_path / "logs")
+        if argument != "--allow-partial"
+    ]
+    fails(capsys, train, argv, "cub train: found 24 images of 4 classes .*expected 5,864 of 100.*CUB-200 of 2010")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_one_line(tmp_path, capsys, workers):
+    trees.cub(tmp_path / "data")
+    bad = tmp_path / "data" / "CUB_200_2011" / "images" / "002.Bird_2" / "Bird_2_0003.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    argv = arguments(tmp_path / "data", pretrained="none", LOG_DIR=tmp_path / "logs", workers=workers)
+    fails(capsys, train, argv, rf"error: The image {bad} cannot be read: .+")
+    assert not list(tmp_path.glob("logs/**/*.pth"))
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train.main(["--debug", *arguments(tmp_path, pretrained="none")])
+
+
+def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
+    argv = arguments(cub_root, pretrained="none", LOG_DIR=tmp_path / "logs", lr=1e30, epochs=3, warm=0)
+    fails(capsys, train, argv, "error: The loss is (nan|inf) in epoch 0, step [12], at learning rate 1e.30")
+    assert not list(tmp_path.glob("logs/**/*.pth"))
+
+
+def test_checkpoint_errors(cub_root, tmp_path, capsys):
+    fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), "There is no checkpoint")
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 16))
+    message = r"another network: .*model.embedding.weight: expected \(8, 512\), found \(16, 512\)"
+    fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), message)
+
+
+def test_cuda_device_that_does_not_exist(cub_root, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    fails(
+        capsys,
+        train,
+        arguments(cub_root, **{"gpu-id": 2, "pretrained": "none"}),
+        "There is no CUDA device 2: --gpu-id can be 0 to 1 here",
+    )
+
+
+def test_out_of_memory_suggests_a_smaller_batch(cub_root, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(train.training, "train_one_epoch", out_of_memory)
+    fails(
+        capsys,
+        train,
+        arguments(cub_root, pretrained="none", LOG_DIR=tmp_path),
+        "out of memory; choose a smaller --batch-size",
+    )
+
+
+# The README
+
+
+def readme_commands(script):
+    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+    return [shlex.split(line.strip())[2:] for line in text.splitlines() if line.strip().startswith(f"python {script}")]
+
+
+def test_training_commands_of_the_readme_are_the_published_recipes():
+    recipes = {
+        ("cub", "bn_inception"): (180, 1e-4, 1, 1, 10, 0.5),
+        ("cub", "resnet50"): (120, 1e-4, 5, 1, 5, 0.5),
+        ("cars", "bn_inception"): (180, 1e-4, 1, 1, 20, 0.5),
+        ("cars", "resnet50"): (120, 1e-4, 5, 1, 10, 0.5),
+        ("SOP", "bn_inception"): (180, 6e-4, 1, 0, 20, 0.25),
+        ("Inshop", "bn_inception"): (180, 6e-4, 1, 0, 20, 0.25),
+    }
+    found = {}
+    for argv in readme_commands("train.py"):
+        args = train.parse(argv)
+        if args.dataset in ("cub", "cars", "SOP", "Inshop"):
+            assert (args.loss, args.embedding_size) == ("Proxy_Anchor", 512)
+            found[args.dataset, args.model] = (
+                args.batch_size, args.lr, args.warm, args.bn_freeze, args.lr_decay_step, args.lr_decay_gamma
+            )  # fmt: skip
+    assert found == recipes
+
+
+def test_evaluation_commands_of_the_readme_parse():
+    commands = readme_commands("evaluate.py")
+    assert commands
+    for argv in commands:
+        evaluate.parse(argv)
+
+
+def test_published_command_runs_as_it_stands(tmp_path, monkeypatch):
+    """The published CUB command, on a small data root and with ImageNet weights from torch's cache."""
+    trees.cub(tmp_path / "data", classes=(*range(1, 11), 101, 102), images=18)
+    monkeypatch.setattr(dataset.cub, "SIZES", {"train": (10, 180), "eval": (2, 36)})
+    weights = {
+        k.removeprefix("model."): v
+        for k, v in net.create("bn_inception", 4).state_dict().items()
+        if "embedding" not in k
+    }
+    torch.save(weights, tmp_path / "weights.pth")
+    monkeypatch.setattr(net, "imagenet_file", lambda name: tmp_path / "weights.pth")
+    monkeypatch.setattr(dataset, "DATA_ROOT", tmp_path / "data")
+    monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
+    command = next(c for c in readme_commands("train.py") if "cub" in c and "bn_inception" in c)
+    train.main([*command, "--epochs", "1"])
+    name = "bn_inception_Proxy_Anchor_embedding512_alpha32_mrg0.1_adamw_lr0.0001_batch180"
+    assert (tmp_path / "logs" / "logs_cub" / name / "cub_bn_inception_best.pth").exists()
+
+
+def test_no_file_is_left_behind_in_the_repository():
+    assert not any((REPOSITORY / "code").glob("__init__.py"))
+
+
+def test_image_of_one_pixel(tmp_path):
+    trees.cub(tmp_path)
+    Image.new("RGB", (1, 1)).save(tmp_path / "CUB_200_2011" / "images" / "001.Bird_1" / "Bird_1_0000.jpg")
+    images = dataset.train_set("cub", tmp_path, 32, allow_partial=True)
+    assert images[1, 0, 0][0].shape == (3, 32, 32)

@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+
+import net
+from proxy_anchor import checkpoint, losses, training
+
+
+def setup(bn_freeze=True, optimizer="adamw", loss="Proxy_Anchor", lr=1e-3, proxy_lr=1e-1):
+    network = net.create("resnet18", 8, bn_freeze=bn_freeze)
+    criterion = losses.create(loss, 4, 8)
+    return network, criterion, training.create_optimizer(optimizer, network, criterion, lr, proxy_lr, 1e-4)
+
+
+def batches(steps=2, size=4):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(size, 3, 64, 64, generator=generator), torch.arange(size) % 4) for _ in range(steps)]
+
+
+def train(network, criterion, optimizer, epoch, warm, bn_freeze, data=None):
+    training.set_trainable(network, epoch, warm)
+    return training.train_one_epoch(
+        network, criterion, data or batches(), optimizer, epoch, bn_freeze, clip_proxies=True
+    )
+
+
+def changed_by_training(network, criterion, optimizer, *settings):
+    """Names of the tensors that change during an epoch of training, buffers included."""
+    before = {k: v.clone() for k, v in (network.state_dict() | criterion.state_dict()).items()}
+    train(network, criterion, optimizer, *settings)
+    return {k for k, v in (network.state_dict() | criterion.state_dict()).items() if not torch.equal(v, before[k])}
+
+
+def kinds(network):
+    norms = {
+        f"{name}.{part}"
+        for name, m in network.named_modules()
+        if isinstance(m, torch.nn.BatchNorm2d)
+        for part in ("weight", "bias")
+    }
+    head = {"model.embedding.weight", "model.embedding.bias"}
+    unused = {"model.fc.weight", "model.fc.bias"}
+    convolutions = {k for k, _ in network.named_parameters()} - norms - head - unused
+    statistics = {k for k, _ in network.named_buffers()}
+    return norms, head, convolutions, statistics
+
+
+@pytest.mark.parametrize("bn_freeze", [True, False])
+@pytest.mark.parametrize("warm", [0, 1, 2])
+def test_what_trains_in_which_epoch(bn_freeze, warm):
+    """The published warm-up and BN-freeze, its end included, which makes frozen BatchNorm parameters trainable."""
+    network, criterion, optimizer = setup(bn_freeze)
+    norms, head, convolutions, statistics = kinds(network)
+    for epoch in range(3):
+        expected = head | {"proxies"}
+        if not bn_freeze:
+            expected |= statistics
+        if epoch >= warm:
+            expected |= convolutions
+            if warm > 0 or not bn_freeze:
+                expected |= norms
+        assert changed_by_training(network, criterion, optimizer, epoch, warm, bn_freeze) == expected
+
+
+def test_parameter_groups():
+    network, criterion, optimizer = setup(lr=1e-4, proxy_lr=1e-2)
+    backbone, embedding, proxies = optimizer.param_groups
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-4, 1e-4, 1e-2]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [1e-4] * 3
+    assert proxies["params"][0] is criterion.proxies
+    assert embedding["params"][0] is network.model.embedding.weight
+    assert len(backbone["params"]) + 2 == len(list(network.parameters()))
+
+
+def test_loss_without_parameters_has_no_group():
+    assert len(setup(loss="Contrastive")[2].param_groups) == 2
+
+
+@pytest.mark.parametrize("name", training.OPTIMIZERS)
+def test_optimizers(name):
+    network, criterion, optimizer = setup(optimizer=name)
+    settings = {"sgd": {"momentum": 0.9, "nesterov": True}, "rmsprop": {"alpha": 0.9, "momentum": 0.9}}.get(
+        name, {"betas": (0.9, 0.999)}
+    )
+    assert settings.items() <= optimizer.param_groups[0].items()
+    assert math.isfinite(train(network, criterion, optimizer, 0, 0, True))
+
+
+@pytest.mark.parametrize("clip_proxies", [True, False])
+def test_gradients_are_clipped_by_value(clip_proxies):
+    network, criterion, optimizer = setup(optimizer="sgd", lr=0.0, proxy_lr=0.0)
+    big = torch.nn.Module()
+    big.proxies = criterion.proxies
+    big.forward = lambda x, y: 1e6 * criterion(x, y)
+    training.train_one_epoch(network, big, batches(1), optimizer, 0, True, clip_proxies)
+    assert max(p.grad.abs().max() for p in network.parameters() if p.grad is not None) == 10
+    assert (criterion.proxies.grad.abs().max() == 10) == clip_proxies
+
+
+@pytest.mark.parametrize("bn_freeze", [True, False])
+def test_batch_of_one_image(bn_freeze):
+    network, criterion, optimizer = setup(bn_freeze)
+    assert math.isfinite(train(network, criterion, optimizer, 0, 0, bn_freeze, batches(2, size=1)))
+
+
+def test_loss_that_is_not_finite_stops_the_run():
+    network, criterion, optimizer = setup()
+    data = batches(6)
+    data[2][0][0] = torch.nan
+    with pytest.raises(FloatingPointError, match="nan in epoch 7, step 2, at learning rate 0.001"):
+        train(network, criterion, optimizer, 7, 0, True, data)
+    network, criterion, optimizer = setup()
+    with pytest.raises(FloatingPointError, match="step 2"):  # also when it is the last step
+        train(network, criterion, optimizer, 7, 0, True, data[:3])
+
+
+def test_mean_loss_and_report():
+    network, criterion, optimizer = setup()
+    seen = []
+    mean = training.train_one_epoch(network, criterion, batches(3), optimizer, 0, True, True, report=seen.append)
+    assert len(seen) == 3 and mean == pytest.approx(sum(seen) / 3)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def network():
+    return net.create("resnet18", 8)
+
+
+def test_checkpoint_has_the_published_layout(network, tmp_path):
+    checkpoint.save(tmp_path / "a.pth", network)
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert list(content) == ["model_state_dict"] and list(content["model_state_dict"]) == list(network.state_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_checkpoints_of_the_published_code_load(network, tmp_path, prefix, zip_format):
+    state = {prefix + key: value for key, value in network.state_dict().items()}
+    torch.save({"model_state_dict": state}, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_format)
+    other = net.create("resnet18", 8)
+    assert checkpoint.load(tmp_path / "a.pth", other) == len(state)
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values()))
+
+
+def test_other_network_is_refused_and_nothing_loaded(network, tmp_path):
+    checkpoint.save(tmp_path / "a.pth", network)
+    for other in (net.create("resnet18", 16), net.create("resnet34", 8), net.create("googlenet", 8)):
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+        with pytest.raises(
+            ValueError, match=r"another network: .* tensors differ .*expected .*found .*--embedding-size"
+        ):
+            checkpoint.load(tmp_path / "a.pth", other)
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_pickle_that_runs_code_is_refused(network, tmp_path, capsys, zip_format):
+    torch.save({"model_state_dict": RunsCode()}, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(ValueError, match="could run code"):
+        checkpoint.load(tmp_path / "a.pth", network)
+    assert "this must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 neither"])
+def test_not_a_checkpoint(network, tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="a.pth is"):
+        checkpoint.load(tmp_path / "a.pth", network)
+
+
+def test_truncated_missing_or_other_content(network, tmp_path):
+    checkpoint.save(tmp_path / "a.pth", network)
+    (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(tmp_path / "a.pth", network)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoint.load(tmp_path / "b.pth", network)
+    torch.save(network.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="model_state_dict"):
+        checkpoint.load(tmp_path / "c.pth", network)

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+BLOCK_ELEMENTS = 1 << 20  # similarities at a time; they stay in a CPU's cache
 
-def l2_normalize(x: torch.Tensor) -> torch.Tensor:
-    """Rows of unit length, with the published epsilon."""
-    return x / torch.sqrt(x.square().sum(dim=1, keepdim=True) + 1e-12)
+
+def norms(x: torch.Tensor) -> torch.Tensor:
+    """Lengths of the rows of (N, D) as (N, 1), with the published epsilon, which keeps them from 0."""
+    return torch.sqrt(torch.linalg.vector_norm(x, dim=1, keepdim=True).square() + 1e-12)
 
 
 class ProxyAnchor(nn.Module):
@@ -19,7 +21,8 @@ class ProxyAnchor(nn.Module):
       + 1/|P|  sum_{p in P}  log(1 + sum_{x in X-_p} exp( alpha (s(x, p) + margin)))
 
     s is the cosine similarity, P are all proxies (one a class), P+ those with a positive in the batch, X+_p and X-_p
-    the embeddings of p's class and of all others. Half-precision embeddings are computed with in float32.
+    the embeddings of p's class and of all others. Half-precision embeddings are computed with in float32. Memory is
+    that of the proxies and their gradient, whatever the number of classes.
     """
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
@@ -30,27 +33,81 @@ class ProxyAnchor(nn.Module):
         nn.init.kaiming_normal_(self.proxies, mode="fan_out")
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes."""
+        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels."""
         num_classes, embedding_size = self.proxies.shape
         if embeddings.ndim != 2 or embeddings.shape[1] != embedding_size or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"Expected embeddings (B, {embedding_size}) and labels (B,), "
                 f"found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
+        # On a GPU a look at the labels would make the host wait.
+        if labels.device.type == "cpu" and not ((labels >= 0) & (labels < num_classes)).all():
+            raise ValueError(f"Expected labels from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, self.proxies.dtype))
-            s = l2_normalize(embeddings.to(dtype)) @ l2_normalize(self.proxies.to(dtype)).T  # (B, C)
-            positive = F.one_hot(labels, num_classes).bool()  # (B, C)
-            with_positive = positive.any(dim=0).sum().clamp(min=1)  # |P+|
-            pull = log_one_plus_sum_exp(-self.alpha * (s - self.margin), positive)  # (C,), 0 where p is not in P+
-            push = log_one_plus_sum_exp(self.alpha * (s + self.margin), ~positive)  # (C,)
-            return pull.sum() / with_positive + push.sum() / num_classes
+            embeddings = embeddings.to(dtype)
+            embeddings = embeddings / norms(embeddings)
+            return ProxyAnchorFunction.apply(embeddings, self.proxies.to(dtype), labels, self.margin, self.alpha)
 
 
-def log_one_plus_sum_exp(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log(1 + sum of exp(logits) over the rows that the mask selects), for each column of (B, C), without overflow."""
-    one = logits.new_zeros(1, logits.shape[1])
-    return torch.logsumexp(torch.cat([one, logits.masked_fill(~mask, -torch.inf)]), dim=0)
+class ProxyAnchorFunction(torch.autograd.Function):
+    """The equation and its gradient in one pass over blocks of classes.
+
+    A class's terms depend on no other class but for the factors 1/|P+| and 1/|P|, known beforehand, so the gradient of
+    a block is complete as soon as its similarities are there, and nothing of size B x C is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, proxies, labels, margin, alpha):
+        """x (B, D) of unit length, proxies (C, D) of any length, labels (B,)."""
+        batch, num_classes = len(x), len(proxies)
+        rows = torch.arange(batch, device=x.device)
+        same = labels[:, None] == labels  # (B, B)
+        with_positive = (1 / same.sum(dim=1).to(x.dtype)).sum()  # |P+|: a class of n embeddings counts n times 1/n
+
+        # Positives: one similarity for each embedding, that with the proxy of its class. log(1 + sum exp(z)) and its
+        # derivatives exp(z) / (1 + sum exp(z)), without overflow, from log_softmax over z with a 0 in front.
+        p = proxies[labels]  # (B, D)
+        p_norms = norms(p)
+        s = (x * p).sum(dim=1) / p_norms[:, 0]  # (B,)
+        z = torch.where(same, -alpha * (s - margin), -torch.inf)  # (B, B): row i holds all positives of i's class
+        log_shares = F.log_softmax(F.pad(z, (1, 0)), dim=1)  # (B, 1 + B)
+        # A class is in as many rows as it has embeddings.
+        loss = -(log_shares[:, 0] / same.sum(dim=1)).sum() / with_positive
+        positive_slopes = -alpha / with_positive * log_shares[rows, 1 + rows].exp()  # (B,): dL/ds
+
+        grad_x = torch.zeros_like(x) if any(ctx.needs_input_grad) else None
+        grad_proxies = torch.empty_like(proxies) if any(ctx.needs_input_grad) else None
+        step = max(1, BLOCK_ELEMENTS // (1 + batch))
+        for start in range(0, num_classes, step):
+            p = proxies[start : start + step]  # (c, D)
+            p_norms = norms(p)  # (c, 1)
+            s = p @ x.T / p_norms  # (c, B)
+            # Negatives: all but each embedding's own class. The positives are overwritten by index, in or out of the
+            # block alike, for a search would make a GPU's host wait.
+            own = (labels - start).clamp(0, len(p) - 1)  # (B,)
+            in_block = (labels >= start) & (labels < start + len(p))
+            z = F.pad(alpha * (s + margin), (1, 0))  # (c, 1 + B)
+            z[own, 1 + rows] = torch.where(in_block, -torch.inf, z[own, 1 + rows])
+            log_shares = F.log_softmax(z, dim=1)
+            loss -= log_shares[:, 0].sum() / num_classes
+            if grad_x is None:
+                continue
+            slopes = log_shares[:, 1:].exp_().mul_(alpha / num_classes)  # (c, B): dL/ds
+            slopes[own, rows] += torch.where(in_block, positive_slopes, 0)
+            slopes /= p_norms  # from here the slopes by p . x
+            grad_x.addmm_(slopes.T, p)
+            grad_p = torch.mm(slopes, x, out=grad_proxies[start : start + step])
+            # Through the proxies' normalization: less the part along the proxy.
+            grad_p.addcmul_(p, (slopes * s).sum(dim=1, keepdim=True) / p_norms, value=-1)
+        ctx.save_for_backward(grad_x, grad_proxies)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_x, grad_proxies = ctx.saved_tensors
+        return grad_x * grad_loss, grad_proxies * grad_loss, None, None, None
 
 
 class MinedLoss(nn.Module):

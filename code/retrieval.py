@@ -1,7 +1,7 @@
 """Exact image retrieval: the rank of each query's best positive, and Recall@K from it."""
 
 import torch
-from proxy_anchor.losses import l2_normalize
+from proxy_anchor.losses import norms
 
 BLOCK_ELEMENTS = 1 << 24  # similarities at a time: 64 MB in float32
 
@@ -52,4 +52,5 @@ def _unit_vectors(embeddings):
         raise ValueError(
             f"{len(rows)} of {len(embeddings)} embeddings are not finite; the first is number {int(rows[0])}"
         )
-    return l2_normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return embeddings / norms(embeddings)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from proxy_anchor.losses import LOSSES, ProxyAnchor
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 
@@ -24,6 +25,22 @@ def by_the_equation(embeddings, proxies, labels, margin, alpha):
             positive_terms.append(math.log(1 + sum(math.exp(-alpha * (v - margin)) for v in positives)))
         negative_terms.append(math.log(1 + sum(math.exp(alpha * (v + margin)) for v in negatives)))
     return sum(positive_terms) / len(positive_terms) + sum(negative_terms) / len(proxies)
+
+
+def by_autograd(embeddings, proxies, labels, margin, alpha):
+    """The loss in plain torch operations on the whole (B, C) matrix: what the hand-written gradient must equal."""
+    s = F.normalize(embeddings) @ F.normalize(proxies).T  # (B, C)
+    positive = F.one_hot(labels, len(proxies)).bool()
+    one = torch.zeros_like(s[:1])  # log(1 + sum exp(z)) is logsumexp over z and a 0
+    pull = torch.cat([one, (-alpha * (s - margin)).masked_fill(~positive, -torch.inf)]).logsumexp(dim=0)
+    push = torch.cat([one, (alpha * (s + margin)).masked_fill(positive, -torch.inf)]).logsumexp(dim=0)
+    return pull.sum() / positive.any(dim=0).sum() + push.mean()
+
+
+def value_and_gradients(function, embeddings, proxies):
+    leaves = [embeddings.detach().clone().requires_grad_(), proxies.detach().clone().requires_grad_()]
+    value = function(*leaves)
+    return value.detach(), *torch.autograd.grad(value, leaves)
 
 
 def sample(batch, classes, size, dtype=torch.float64):
@@ -54,6 +71,44 @@ def test_gradcheck(classes):
     assert torch.autograd.gradcheck(function, (x.requires_grad_(), loss.proxies.detach().clone().requires_grad_()))
 
 
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
+@pytest.mark.parametrize("batch, classes", [(30, 50), (8, 1), (8, 2), (1, 7), (60, 5)])
+def test_gradients_are_those_of_autograd(batch, classes, block, monkeypatch):
+    """Whatever the size of the blocks of classes."""
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", block)
+    loss = ProxyAnchor(classes, 8, margin=0.2, alpha=20).double()
+    x, y = sample(batch, classes, 8)
+    ours = value_and_gradients(lambda x, p: torch.func.functional_call(loss, {"proxies": p}, (x, y)), x, loss.proxies)
+    for a, b in zip(ours, value_and_gradients(lambda x, p: by_autograd(x, p, y, 0.2, 20), x, loss.proxies)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_frozen_proxies_or_embeddings():
+    loss = ProxyAnchor(6, 8)
+    x, y = sample(10, 6, 8, torch.float32)
+    expected = loss(x.requires_grad_(), y).item()
+    with torch.no_grad():
+        assert loss(x, y).item() == pytest.approx(expected)
+    loss.proxies.requires_grad_(False)
+    loss(x, y).backward()
+    assert x.grad is not None and loss.proxies.grad is None
+
+
+def test_backward_twice():
+    loss = ProxyAnchor(6, 8)
+    x, y = sample(10, 6, 8, torch.float32)
+    value = 3 * loss(x.requires_grad_(), y)
+    value.backward(retain_graph=True)
+    first = x.grad.clone()
+    value.backward()
+    torch.testing.assert_close(x.grad, 2 * first)
+
+
+def test_labels_out_of_range_are_an_error():
+    with pytest.raises(ValueError, match="labels from 0 to 5, found 0 to 6"):
+        ProxyAnchor(6, 8)(torch.randn(2, 8), torch.tensor([0, 6]))
+
+
 def test_agrees_with_pytorch_metric_learning():
     ours = ProxyAnchor(20, 16, margin=0.1, alpha=32)
     theirs = ProxyAnchorLoss(20, 16, margin=0.1, alpha=32)
@@ -81,8 +136,8 @@ def test_large_alpha_stays_finite():
 
 def by_the_equation_in_logs(embeddings, proxies, labels, margin, alpha):
     """With so large an alpha the largest exponent decides: log(1 + sum exp(z)) is max(0, z) to within log(n)."""
-    s = torch.nn.functional.cosine_similarity(embeddings.double()[:, None], proxies.double()[None], dim=2)
-    y = torch.nn.functional.one_hot(labels, len(proxies)).bool()
+    s = F.cosine_similarity(embeddings.double()[:, None], proxies.double()[None], dim=2)
+    y = F.one_hot(labels, len(proxies)).bool()
     pull = torch.where(y, -alpha * (s - margin), -torch.inf).amax(0).clamp(min=0)
     push = torch.where(~y, alpha * (s + margin), -torch.inf).amax(0).clamp(min=0)
     return (pull.sum() / y.any(0).sum() + push.mean()).item()
@@ -112,7 +167,7 @@ def test_wrong_shapes_are_named():
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_trains(name):
     criterion = losses.create(name, 6, 8)
-    x = torch.nn.functional.normalize(torch.randn(24, 8)).requires_grad_()
+    x = F.normalize(torch.randn(24, 8)).requires_grad_()
     y = torch.arange(24) % 6
     value = criterion(x, y)
     value.backward()

@@ -1,9 +1,16 @@
-"""Exact image retrieval: the rank of each query's best positive, and Recall@K from it."""
+"""Exact image retrieval by cosine similarity: the rank of each query's best positive, Recall@K, MAP@R, R-precision."""
+
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from proxy_anchor.losses import norms
 
-BLOCK_ELEMENTS = 1 << 24  # similarities at a time: 64 MB in float32
+# Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
+# ALIGNMENT: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
+TILE = {"cpu": 1024, "cuda": 4096, "mps": 4096}
+ALIGNMENT = 64
+BLOCK_ELEMENTS = 1 << 23  # similarities at a time where whole rows are needed
 
 
 @torch.no_grad()
@@ -14,23 +21,88 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None) ->
     it is left out of its own ranking by its index, so duplicate images count. A negative as similar as the best
     positive ranks above it: a network that maps all images to one point finds nothing. -1 where a query has no
     positive. Raises ValueError for embeddings that are not finite.
+
+    Nothing is sorted: the best positive of each query is found, then the negatives above it are counted, tile by tile
+    of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed.
     """
-    queries = _unit_vectors(embeddings)
+    size = TILE[embeddings.device.type]
+    queries = Tiled.of(embeddings, labels, size)
     within = gallery is None
-    gallery, gallery_labels = (queries, labels) if within else (_unit_vectors(gallery), gallery_labels)
-    labels, gallery_labels = labels.to(queries.device), gallery_labels.to(queries.device)
-    ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
-    rows = max(1, BLOCK_ELEMENTS // max(1, len(gallery)))
-    for start in range(0, len(queries), rows):
-        block = slice(start, start + rows)
-        similarity = queries[block] @ gallery.T  # (b, M)
-        positive = labels[block, None] == gallery_labels  # (b, M)
-        if within:
-            similarity.diagonal(offset=start).fill_(-torch.inf)
-        best = similarity.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)  # (b, 1)
-        above = ((similarity >= best) & ~positive).sum(dim=1)
-        ranks[block] = torch.where(best[:, 0] == -torch.inf, -1, above)
+    targets = queries if within else Tiled.of(gallery.to(embeddings.device), gallery_labels, size)
+    tiles = [(i, j) for i in range(len(queries)) for j in range(i if within else 0, len(targets))]
+    # In the order of the labels, the positives are in few of the tiles.
+    with_positives = {(i, j) for i, j in tiles if queries.shares_labels(i, targets, j)}
+    mirrored = {(i, j) for i, j in tiles if within and i != j}  # these are tiles of the rows j too
+    buffer = torch.empty(2, size, size, dtype=queries.embeddings.dtype, device=embeddings.device)
+
+    def similarities(i, j):
+        """Tile (i, j), without what fills it up."""
+        torch.mm(queries.embeddings[queries.padded(i)], targets.embeddings[targets.padded(j)].T, out=buffer[0])
+        return buffer[0, : queries.length(i), : targets.length(j)]
+
+    def positives(i, j):
+        positive = queries.labels[queries.slice(i), None] == targets.labels[targets.slice(j)]
+        return positive.fill_diagonal_(False) if within and i == j else positive
+
+    best = torch.full((len(labels),), -torch.inf, dtype=buffer.dtype, device=buffer.device)
+    for i, j in sorted(with_positives):
+        similarity = similarities(i, j).masked_fill_(~positives(i, j), -torch.inf)
+        rows, columns = queries.slice(i), targets.slice(j)
+        best[rows] = torch.maximum(best[rows], similarity.amax(dim=1))
+        if (i, j) in mirrored:
+            best[columns] = torch.maximum(best[columns], similarity.amax(dim=0))
+
+    above = torch.zeros_like(best, dtype=torch.long)
+    for i, j in tiles:
+        similarity = similarities(i, j)
+        if (i, j) in with_positives:  # of itself and its positives, a query is not below
+            same_label = queries.labels[queries.slice(i), None] == targets.labels[targets.slice(j)]
+            similarity.masked_fill_(same_label, -torch.inf)
+        rows, columns = queries.slice(i), targets.slice(j)
+        is_above = buffer[1, : similarity.shape[0], : similarity.shape[1]]  # 0 or 1; floats are added faster than bools
+        above[rows] += torch.ge(similarity, best[rows, None], out=is_above).sum(dim=1).long()
+        if (i, j) in mirrored:
+            above[columns] += torch.ge(similarity, best[columns], out=is_above).sum(dim=0).long()
+
+    ranks = torch.empty_like(above)
+    ranks[queries.order] = torch.where(best == -torch.inf, -1, above)
     return ranks
+
+
+@dataclass
+class Tiled:
+    """Unit vectors in the order of their labels, in tiles of equal size; zeros fill up the last tile."""
+
+    embeddings: torch.Tensor  # (tiles x size, D)
+    labels: torch.Tensor  # (N,), ascending
+    order: torch.Tensor  # (N,): the index of each before
+    size: int
+    ranges: list[tuple[int, int]]  # first and last label of each tile
+
+    @classmethod
+    def of(cls, embeddings, labels, size):
+        unit = unit_vectors(embeddings)
+        labels, order = torch.sort(labels.to(unit.device), stable=True)
+        ends = [(start, min(start + size, len(labels)) - 1) for start in range(0, len(labels), size)]
+        ranges = labels[torch.tensor(ends, device=labels.device)].tolist()
+        return cls(F.pad(unit[order], (0, 0, 0, -len(labels) % size)), labels, order, size, ranges)
+
+    def __len__(self):
+        return len(self.ranges)
+
+    def padded(self, tile):
+        return slice(tile * self.size, (tile + 1) * self.size)
+
+    def slice(self, tile):
+        return slice(tile * self.size, min((tile + 1) * self.size, len(self.labels)))
+
+    def length(self, tile):
+        return min(self.size, len(self.labels) - tile * self.size)
+
+    def shares_labels(self, tile, other, other_tile):
+        first, last = self.ranges[tile]
+        other_first, other_last = other.ranges[other_tile]
+        return first <= other_last and other_first <= last
 
 
 def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None) -> dict[int, float]:
@@ -43,14 +115,54 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None) -> di
 
 def recall_of_ranks(ranks: torch.Tensor, ks) -> dict[int, float]:
     """Recall@K for each K from the ranks of best_positive_rank."""
-    return {k: ((ranks >= 0) & (ranks < k)).double().mean().item() for k in ks}
+    return {k: ((ranks >= 0) & (ranks < k)).sum().item() / len(ranks) for k in ks}
 
 
-def _unit_vectors(embeddings):
-    if not torch.isfinite(embeddings).all():
-        rows = torch.nonzero(~torch.isfinite(embeddings).all(dim=1))
-        raise ValueError(
-            f"{len(rows)} of {len(embeddings)} embeddings are not finite; the first is number {int(rows[0])}"
-        )
+@torch.no_grad()
+def map_at_r(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """MAP@R and R-precision of each query: two tensors (N,) in 0..1, as in "A Metric Learning Reality Check" (2020).
+
+    R is the query's number of positives. R-precision is the share of positives among its R nearest neighbours; MAP@R
+    the mean over these places of the precision up to the place, where it holds a positive, and 0 where not. Arguments,
+    ties and errors as for best_positive_rank; a query without a positive scores 0.
+    """
+    queries = unit_vectors(embeddings)
+    within = gallery is None
+    targets = queries if within else unit_vectors(gallery.to(embeddings.device))
+    labels = labels.to(queries.device)
+    target_labels = labels if within else gallery_labels.to(queries.device)
+    most = int(torch.unique(target_labels, return_counts=True)[1].max())  # positives of a query, at most
+    targets = F.pad(targets, (0, 0, 0, -len(targets) % ALIGNMENT))
+    step = ALIGNMENT * max(1, BLOCK_ELEMENTS // (ALIGNMENT * len(targets)))
+    scores = []
+    for start in range(0, len(queries), step):
+        own_labels = labels[start : start + step]
+        block = F.pad(queries[start : start + step], (0, 0, 0, step - len(own_labels)))
+        similarity = (block @ targets.T)[: len(own_labels), : len(target_labels)]  # (b, M)
+        same_label = own_labels[:, None] == target_labels
+        positive = same_label.clone()
+        if within:
+            positive.diagonal(offset=start).fill_(False)
+        count = positive.sum(dim=1, keepdim=True).cpu()  # (b, 1): R
+        # The rank of every positive: how many negatives are above the j-th best, and j.
+        best = similarity.masked_fill(~positive, -torch.inf).topk(most, dim=1).values.flip(1)  # (b, most), ascending
+        negative = similarity.masked_fill(same_label, -torch.inf)
+        passed = torch.searchsorted(best, negative, right=True)  # (b, M): positives that the negative is not below
+        negatives = torch.zeros(len(best), most + 1, dtype=torch.long, device=best.device)
+        negatives.scatter_add_(1, passed, torch.ones_like(passed))
+        above = negatives.flip(1).cumsum(1)[:, :most].cpu()  # (b, most): above the best positive, the second, ...
+        place = torch.arange(1, most + 1)
+        found = (place <= count) & (above + place <= count)  # among the R nearest
+        precision = torch.where(found, place / (above + place).double(), 0)
+        scores.append(torch.stack([precision.sum(dim=1), found.sum(dim=1)]) / count[:, 0].clamp(min=1))
+    return tuple(torch.cat(scores, dim=1))
+
+
+def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their length, in float32 or better. Raises ValueError if any is not finite."""
+    finite = torch.isfinite(embeddings).all(dim=1)
+    if not finite.all():
+        rows = torch.nonzero(~finite)
+        raise ValueError(f"{len(rows)} of {len(finite)} embeddings are not finite; the first is number {int(rows[0])}")
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return embeddings / norms(embeddings)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from proxy_anchor.retrieval import best_positive_rank, recall_at_k
+from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k
 
 from proxy_anchor import retrieval
 
@@ -29,19 +29,19 @@ def grid_embeddings(n, seed):
 
 
 @pytest.mark.parametrize("kind", ["random", "ties"])
-@pytest.mark.parametrize("block", [1, 37, 1 << 24])
-def test_ranks_are_brute_force(kind, block, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", block)
+@pytest.mark.parametrize("tile", [64, 1024])
+def test_ranks_are_brute_force(kind, tile, monkeypatch):
+    monkeypatch.setitem(retrieval.TILE, "cpu", tile)
     random = np.random.default_rng(0)
-    x = grid_embeddings(60, 1) if kind == "ties" else random.normal(size=(60, 16))
+    x = grid_embeddings(200, 1) if kind == "ties" else random.normal(size=(200, 16))
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     x[30:40] = x[:10]  # duplicates, of the same class or not
-    labels = random.integers(0, 12, size=60)
-    labels[50:] = np.arange(100, 110)  # classes of one image
+    labels = random.integers(0, 12, size=200)
+    labels[190:] = np.arange(100, 110)  # classes of one image
     tensors = torch.from_numpy(x), torch.from_numpy(labels)
     assert best_positive_rank(*tensors).tolist() == brute_force(x, labels)
-    queries, gallery = (tensors[0][:25], tensors[1][:25]), (tensors[0][25:], tensors[1][25:])
-    assert best_positive_rank(*queries, *gallery).tolist() == brute_force(x[:25], labels[:25], x[25:], labels[25:])
+    queries, gallery = (tensors[0][:90], tensors[1][:90]), (tensors[0][90:], tensors[1][90:])
+    assert best_positive_rank(*queries, *gallery).tolist() == brute_force(x[:90], labels[:90], x[90:], labels[90:])
 
 
 def test_recall_follows_from_ranks():
@@ -58,10 +58,16 @@ def test_similarity_is_cosine():
     assert best_positive_rank(x * torch.rand(50, 1).add(0.1), y).tolist() == best_positive_rank(x, y).tolist()
 
 
-def test_network_collapsed_to_a_point_finds_nothing():
-    x, y = torch.ones(30, 8), torch.arange(30) % 3
-    assert recall_at_k(x, y, [1, 8]) == {1: 0.0, 8: 0.0}
-    assert recall_at_k(x[:10], y[:10], [1], x[10:], y[10:]) == {1: 0.0}
+@pytest.mark.parametrize("size", [512, 128, 100])
+def test_network_collapsed_to_a_point_finds_nothing(size):
+    """Whatever the point: products of equal vectors are equal only if they are added in one order."""
+    for count in [*range(2, 40), 57, 255, 1030]:
+        x, y = torch.randn(1, size).repeat(count, 1), torch.arange(count) % 2
+        assert recall_at_k(x, y, [1]) == {1: 0.0}
+        assert recall_at_k(x[:3], y[:3], [1], x, y) == {1: 0.0}
+        map_r, _ = map_at_r(x[:1], y[:1], x, y)  # all negatives rank before the first of the R positives
+        r, negatives = (count + 1) // 2, count // 2
+        assert map_r.item() == pytest.approx(sum(i / (negatives + i) for i in range(1, r - negatives + 1)) / r)
 
 
 def test_duplicate_image_is_found():
@@ -84,3 +90,46 @@ def test_embeddings_that_are_not_finite_are_an_error(value):
     x[3, 2] = value
     with pytest.raises(ValueError, match="1 of 5 embeddings are not finite; the first is number 3"):
         best_positive_rank(x, torch.zeros(5, dtype=torch.long))
+
+
+# MAP@R and R-precision
+
+
+def test_map_at_r_by_hand():
+    """One query along the axis; similarities fall with the angle: positive, negative, positive, positive, negative."""
+    angles = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.double)
+    gallery = torch.stack([angles.cos(), angles.sin()], dim=1)
+    query = torch.tensor([[1.0, 0.0]], dtype=torch.double)
+    map_r, r_precision = map_at_r(query, torch.tensor([1]), gallery, torch.tensor([1, 0, 1, 1, 0]))
+    assert map_r.item() == pytest.approx((1 + 0 + 2 / 3) / 3)
+    assert r_precision.item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("block", [1, 5000, 1 << 23])
+@pytest.mark.parametrize("gallery", [False, True])
+def test_agrees_with_pytorch_metric_learning(gallery, block, monkeypatch):
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", block)
+    x, y = torch.randn(400, 16, dtype=torch.double), torch.arange(400) % 37
+    x += torch.randn(37, 16, dtype=torch.double)[y]  # so that there is something to find
+    arguments = (x[:150], y[:150], x[150:], y[150:]) if gallery else (x, y)
+    calculator = AccuracyCalculator(
+        include=("mean_average_precision_at_r", "r_precision", "precision_at_1"),
+        k="max_bin_count",
+        knn_func=CustomKNN(CosineSimilarity()),
+    )
+    theirs = calculator.get_accuracy(*arguments)
+    map_r, r_precision = map_at_r(*arguments)
+    assert map_r.mean().item() == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-6)
+    assert r_precision.mean().item() == pytest.approx(theirs["r_precision"], abs=1e-6)
+    ours = recall_at_k(arguments[0], arguments[1], [1], *arguments[2:])
+    assert ours[1] == pytest.approx(theirs["precision_at_1"], abs=1e-6)
+
+
+def test_map_at_r_ties_and_lonely_queries():
+    x, y = torch.ones(6, 8), torch.tensor([0, 0, 1, 1, 1, 2])
+    map_r, r_precision = map_at_r(x, y)
+    assert map_r.tolist() == r_precision.tolist() == [0] * 6

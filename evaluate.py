@@ -2,10 +2,12 @@
 
 import argparse
 
+import torch
+
 import dataset
 import net
 from dataset.transforms import Normalize
-from proxy_anchor import checkpoint, console, device, evaluation, logbook, published, retrieval
+from proxy_anchor import checkpoint, console, device, distributed, evaluation, logbook, published
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -26,8 +28,7 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def evaluate(args: argparse.Namespace) -> dict[int, float]:
-    gpu = device.select(args.gpu_id)
+def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
     print(device.describe(gpu))
 
     network = net.create(args.model, args.embedding_size, pretrained=None, l2_norm=bool(args.l2_norm)).to(gpu)
@@ -35,25 +36,28 @@ def evaluate(args: argparse.Namespace) -> dict[int, float]:
     print(f"Loaded {args.resume}: all {matched} tensors match.")
     normalize = Normalize(network.bgr).to(gpu)
 
-    eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.allow_partial)
-    loaders = [dataset.eval_loader(images, args.batch_size, args.workers) for images in eval_sets]
+    with distributed.first_process_first():
+        eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.allow_partial)
+    share = distributed.rank(), distributed.count()
+    loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
     bars = [console.progress(loader, "embedding") for loader in loaders]
-    ranks = evaluation.rank(network, *(device.feed(bar, gpu, normalize) for bar in bars))
+    test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
+    result = evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets)
 
-    recalls = retrieval.recall_of_ranks(ranks, dataset.BENCHMARKS[args.dataset].KS)
-    rows = {args.remark or "this checkpoint": recalls}
+    rows = {args.remark or "this checkpoint": result.metrics}
     if figures := published.RESULTS.get((args.dataset, args.model)):
-        rows["published"] = {k: recall / 100 for k, recall in figures.items()}
-    print(logbook.recall_table(rows))
-    if alone := int((ranks < 0).sum()):
-        print(f"{alone:,} of {len(ranks):,} queries have no image of their class to find; they count as misses.")
-    return recalls
+        rows["published (512-d, 224 px)"] = {f"R@{k}": recall / 100 for k, recall in figures.items()}
+    print(logbook.table(rows) + "\n" + result.remark(), end="")
+    if args.allow_partial:
+        print("With --allow-partial: figures of a part of the data set compare with no others.")
+    return result.metrics
 
 
 def main(argv=None):
     args = parse(argv)
-    with console.errors_in_one_line("evaluate.py", args.debug):
-        return evaluate(args)
+    distributed.launch_on_all_gpus(args.gpu_id)
+    with console.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as gpu:
+        return evaluate(args, gpu)
 
 
 if __name__ == "__main__":

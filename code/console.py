@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
+
+from proxy_anchor import distributed
 
 POSITIVE = ("embedding_size", "batch_size", "image_size", "lr", "alpha", "lr_decay_step", "lr_decay_gamma", "IPC")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
@@ -26,8 +29,14 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         flag = f"argument --{name.replace('_', '-')}"
         if name in POSITIVE and value is not None and not 0 < value < math.inf:
             parser.error(f"{flag}: {value} is not positive")
-        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
-            parser.error(f"{flag}: {value} is negative or not finite")
+        if name in NOT_NEGATIVE and not 0 <= value < 2**63:
+            parser.error(f"{flag}: {value} is negative or too large")
+        if name == "mrg" and not math.isfinite(value):
+            parser.error(f"{flag}: {value} is not finite")
+        if name == "gpu_id" and value < -1:
+            parser.error(f"{flag}: {value} is no device; -1 means all")
+        if name == "remark" and ("/" in value or os.sep in value):
+            parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
 
 
 @contextmanager
@@ -60,6 +69,8 @@ class Bar(tqdm):
 
 def progress(batches, description: str) -> Bar:
     """A progress bar over the batches; where stderr is not a terminal, a plain line every half minute."""
+    if distributed.rank() > 0:
+        return Bar(batches, disable=True)
     if sys.stderr.isatty():
         return Bar(batches, description, leave=False, dynamic_ncols=True)
     return Bar(

@@ -9,7 +9,11 @@ def options() -> argparse.ArgumentParser:
     """Command-line flags of the device."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument_group("device").add_argument(
-        "--gpu-id", default=0, type=int, metavar="N", help="CUDA device; without CUDA, Apple's GPU or the CPU"
+        "--gpu-id",
+        default=0,
+        type=int,
+        metavar="N",
+        help="CUDA device, -1 for all; without CUDA, another",
     )
     return parser
 
@@ -25,6 +29,7 @@ def select(gpu_id: int) -> torch.device:
         count = torch.cuda.device_count()
         if not 0 <= gpu_id < count:
             raise ValueError(f"There is no CUDA device {gpu_id}: --gpu-id can be 0 to {count - 1} here")
+        torch.cuda.set_device(gpu_id)  # else what asks for no device would start on the first one too
         return torch.device("cuda", gpu_id)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

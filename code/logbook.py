@@ -6,14 +6,17 @@ import json
 import netrc
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlparse
 
 from proxy_anchor.files import replacing
 
+from proxy_anchor import checkpoint, distributed
+
 LOG_DIR = Path(__file__).resolve().parent.parent / "logs"
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
 
 
 def options() -> argparse.ArgumentParser:
@@ -25,7 +28,7 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--wandb",
         choices=("online", "offline", "disabled"),
-        help="Weights & Biases (default: online if it has credentials)",
+        help="Weights & Biases; without this flag, online if it has credentials",
     )
     return parser
 
@@ -59,53 +62,79 @@ def has_wandb_credentials() -> bool:
         return False
 
 
+def start_wandb(mode: str | None, log_dir: Path, project: str, name: str, config: dict):
+    """A wandb run, or None if the mode is disabled. Mode None: WANDB_MODE, else online with credentials, else disabled.
+
+    Raises ValueError for online without credentials, for which wandb would ask, and RuntimeError if wandb fails.
+    """
+    if mode is None:
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_credentials() else None)
+        if mode is None:
+            print("wandb has no credentials here (wandb login): logging to the run folder alone.")
+    if mode in (None, "disabled"):
+        return None
+    if mode == "online" and not has_wandb_credentials():
+        raise ValueError("wandb has no credentials to go online with: run `wandb login`, or choose --wandb offline")
+    import wandb  # slow to import, and not everyone has it
+
+    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        return wandb.init(project=project, notes=name, dir=log_dir, mode=mode, config=config)
+    except wandb.errors.Error as error:
+        raise RuntimeError(f"wandb does not start: {error}. --wandb offline or disabled goes on without it") from error
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries here on which results depend."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def open_logbook(*args, **keywords):
+    """The Logbook of these arguments in the first process, which alone writes; in others one that does nothing."""
+    return Logbook(*args, **keywords) if distributed.rank() == 0 else NoLogbook()
+
+
 class Logbook:
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
     The files are whole at any moment: metrics.csv (a row an epoch), config.json, {dataset}_{model}_best_results.txt.
-    wandb_mode: online, offline, disabled, or None for online if wandb has credentials, else disabled.
+    wandb_mode: see start_wandb.
     """
 
     def __init__(self, log_dir: Path, dataset: str, model: str, name: str, config: dict, wandb_mode: str | None):
         self.prefix = f"{dataset}_{model}"
         self.rows = []
-        self.wandb = None
-        if wandb_mode is None:
-            wandb_mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_credentials() else "disabled")
-            if wandb_mode == "disabled":
-                print("wandb has no credentials here (wandb login): logging to the run folder alone.")
-        if wandb_mode != "disabled":
-            import wandb  # slow to import, and not everyone has it
-
-            log_dir.mkdir(parents=True, exist_ok=True)
-            self.wandb = wandb.init(
-                project=f"{dataset}_ProxyAnchor", notes=name, dir=log_dir, mode=wandb_mode, config=config
-            )
+        self.wandb = start_wandb(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config)
         wanted = log_dir / f"logs_{dataset}" / name
         self.folder = new_folder(wanted)
         print(f"Logging to {self.folder}" + ("" if self.folder == wanted else f": {wanted.name} holds an earlier run."))
-        versions = {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-        self._write("config.json", json.dumps(config | {"versions": versions}, indent=2) + "\n")
+        self._write("config.json", json.dumps(config | {"versions": versions()}, indent=2) + "\n")
 
-    def log_epoch(self, epoch: int, loss: float, lr: float, seconds: float, recalls: dict[int, float]) -> None:
-        """Add a row to metrics.csv and print it; recalls are in 0..1."""
-        shown = "  ".join(f"R@{k} {100 * recall:.2f}" for k, recall in recalls.items())
+    def log_epoch(self, epoch: int, loss: float, lr: float, seconds: float, metrics: dict[str, float]) -> None:
+        """Add a row to metrics.csv and print it; metrics are in 0..1."""
+        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
         print(f"epoch {epoch:>2}  loss {loss:.4f}  lr {lr:g}  {seconds:.0f} s  {shown}", flush=True)
-        recalls = {f"R@{k}": recall for k, recall in recalls.items()}
-        self.rows.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": round(seconds, 2)} | recalls)
+        self.rows.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": round(seconds, 2)} | metrics)
         with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0])
             writer.writeheader()
             writer.writerows(self.rows)
         if self.wandb:
-            self.wandb.log({"loss": loss} | recalls, step=epoch)
+            self.wandb.log({"loss": loss} | metrics, step=epoch)
 
-    def write_best(self, epoch: int, recalls: dict[int, float]) -> None:
-        """The published text file of the best epoch, in percent."""
+    def save_best(self, epoch: int, network, metrics: dict[str, float]) -> None:
+        """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
+        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network)
+        recalls = {name.removeprefix("R@"): value for name, value in metrics.items() if name.startswith("R@")}
         lines = [f"Best Epoch: {epoch}", *(f"Best Recall@{k}: {100 * recall:.4f}" for k, recall in recalls.items())]
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
     def close(self) -> None:
+        print(f"The best network is in {self.folder}")
         if self.wandb:
             self.wandb.finish()
 
@@ -114,13 +143,24 @@ class Logbook:
             path.write_text(text)
 
 
-def recall_table(rows: dict[str, dict[int, float]]) -> str:
-    """A table of Recall@K in percent: a line for each name, a column for each K that any line has."""
-    ks = sorted({k for recalls in rows.values() for k in recalls})
+class NoLogbook:
+    """In place of the logbook where another process writes it."""
+
+    def log_epoch(self, *args):
+        pass
+
+    save_best = log_epoch
+
+    def close(self):
+        pass
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A table of metrics in percent: a line for each name of rows, a column for each metric that any line has."""
+    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{f'R@{k}':>8}" for k in ks)]
-    for name, recalls in rows.items():
-        lines.append(
-            f"{name:<{width}}" + "".join(f"{100 * recalls[k]:8.2f}" if k in recalls else f"{'-':>8}" for k in ks)
-        )
+    lines = [" " * width + "".join(f"  {name:>6}" for name in columns)]
+    for name, metrics in rows.items():
+        cells = (f"{100 * metrics[c]:.2f}" if c in metrics else "-" for c in columns)
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{max(6, len(c))}}" for c, cell in zip(columns, cells)))
     return "\n".join(lines)

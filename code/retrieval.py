@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from proxy_anchor.losses import norms
 
@@ -14,7 +15,7 @@ BLOCK_ELEMENTS = 1 << 23  # similarities at a time where whole rows are needed
 
 
 @torch.no_grad()
-def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None) -> torch.Tensor:
+def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *, group=None) -> torch.Tensor:
     """Number of negatives that rank above each query's most similar positive, by cosine similarity: (N,), from 0.
 
     embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D) each query is compared with all others;
@@ -23,13 +24,17 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None) ->
     positive. Raises ValueError for embeddings that are not finite.
 
     Nothing is sorted: the best positive of each query is found, then the negatives above it are counted, tile by tile
-    of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed.
+    of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed. The
+    processes of a torch.distributed group, which all pass the same, divide the tiles: the ranks are the same for any
+    number of them.
     """
     size = TILE[embeddings.device.type]
     queries = Tiled.of(embeddings, labels, size)
     within = gallery is None
     targets = queries if within else Tiled.of(gallery.to(embeddings.device), gallery_labels, size)
     tiles = [(i, j) for i in range(len(queries)) for j in range(i if within else 0, len(targets))]
+    if group:
+        tiles = tiles[dist.get_rank(group) :: dist.get_world_size(group)]
     # In the order of the labels, the positives are in few of the tiles.
     with_positives = {(i, j) for i, j in tiles if queries.shares_labels(i, targets, j)}
     mirrored = {(i, j) for i, j in tiles if within and i != j}  # these are tiles of the rows j too
@@ -51,6 +56,8 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None) ->
         best[rows] = torch.maximum(best[rows], similarity.amax(dim=1))
         if (i, j) in mirrored:
             best[columns] = torch.maximum(best[columns], similarity.amax(dim=0))
+    if group:
+        dist.all_reduce(best, dist.ReduceOp.MAX, group)
 
     above = torch.zeros_like(best, dtype=torch.long)
     for i, j in tiles:
@@ -63,6 +70,8 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None) ->
         above[rows] += torch.ge(similarity, best[rows, None], out=is_above).sum(dim=1).long()
         if (i, j) in mirrored:
             above[columns] += torch.ge(similarity, best[columns], out=is_above).sum(dim=0).long()
+    if group:
+        dist.all_reduce(above, group=group)
 
     ranks = torch.empty_like(above)
     ranks[queries.order] = torch.where(best == -torch.inf, -1, above)
@@ -119,12 +128,13 @@ def recall_of_ranks(ranks: torch.Tensor, ks) -> dict[int, float]:
 
 
 @torch.no_grad()
-def map_at_r(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """MAP@R and R-precision of each query: two tensors (N,) in 0..1, as in "A Metric Learning Reality Check" (2020).
+def map_at_r(embeddings, labels, gallery=None, gallery_labels=None, *, group=None) -> torch.Tensor:
+    """MAP@R and R-precision of each query, (2, N) in 0..1, as in "A Metric Learning Reality Check" (2020).
 
     R is the query's number of positives. R-precision is the share of positives among its R nearest neighbours; MAP@R
     the mean over these places of the precision up to the place, where it holds a positive, and 0 where not. Arguments,
-    ties and errors as for best_positive_rank; a query without a positive scores 0.
+    ties and errors as for best_positive_rank; a query without a positive scores 0. The processes of a group divide
+    the queries.
     """
     queries = unit_vectors(embeddings)
     within = gallery is None
@@ -134,8 +144,9 @@ def map_at_r(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[tor
     most = int(torch.unique(target_labels, return_counts=True)[1].max())  # positives of a query, at most
     targets = F.pad(targets, (0, 0, 0, -len(targets) % ALIGNMENT))
     step = ALIGNMENT * max(1, BLOCK_ELEMENTS // (ALIGNMENT * len(targets)))
-    scores = []
-    for start in range(0, len(queries), step):
+    starts = range(0, len(queries), step)
+    scores = torch.zeros(2, len(queries), dtype=torch.double)
+    for start in starts[dist.get_rank(group) :: dist.get_world_size(group)] if group else starts:
         own_labels = labels[start : start + step]
         block = F.pad(queries[start : start + step], (0, 0, 0, step - len(own_labels)))
         similarity = (block @ targets.T)[: len(own_labels), : len(target_labels)]  # (b, M)
@@ -154,8 +165,12 @@ def map_at_r(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[tor
         place = torch.arange(1, most + 1)
         found = (place <= count) & (above + place <= count)  # among the R nearest
         precision = torch.where(found, place / (above + place).double(), 0)
-        scores.append(torch.stack([precision.sum(dim=1), found.sum(dim=1)]) / count[:, 0].clamp(min=1))
-    return tuple(torch.cat(scores, dim=1))
+        scores[:, start : start + step] = torch.stack([precision.sum(dim=1), found.sum(dim=1)])
+        scores[:, start : start + step] /= count[:, 0].clamp(min=1)
+    if group:
+        scores = scores.to(queries.device)
+        dist.all_reduce(scores, group=group)
+    return scores.cpu()
 
 
 def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:

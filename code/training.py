@@ -6,6 +6,8 @@ import math
 import torch
 from torch import nn
 
+from proxy_anchor import distributed
+
 CLIP_VALUE = 10  # of each gradient element, as published
 
 OPTIMIZERS = {
@@ -78,12 +80,21 @@ def set_train_mode(network: nn.Module, bn_freeze: bool) -> None:
 
 
 def train_one_epoch(
-    network, criterion, batches, optimizer, epoch: int, bn_freeze: bool, clip_proxies: bool, report=None
+    network,
+    criterion,
+    batches,
+    images_per_batch: int,
+    optimizer,
+    epoch: int,
+    bn_freeze: bool,
+    clip_proxies: bool,
+    report=None,
 ) -> float:
     """Train on each batch (images, labels) and return the mean loss; report(loss), if given, follows each step.
 
-    The loss is read one step late, so that a GPU never waits for it. Raises FloatingPointError, with the epoch, the
-    step and the learning rate, when it is not finite.
+    Where several processes share the work, the batches are this one's part of batches of images_per_batch. The loss is
+    read one step late, so that a GPU never waits for it. Raises FloatingPointError, with the epoch, the step and the
+    learning rate, when it is not finite.
     """
     set_train_mode(network, bn_freeze)
     losses = []
@@ -100,9 +111,11 @@ def train_one_epoch(
 
     previous = None
     for images, labels in batches:
-        loss = criterion(network(images), labels)
+        embeddings = distributed.gather(network(images), images_per_batch)  # (B, D)
+        loss = criterion(embeddings, distributed.gather(labels, images_per_batch))
         optimizer.zero_grad()
         loss.backward()
+        distributed.sum_gradients(network.parameters())
         nn.utils.clip_grad_value_(network.parameters(), CLIP_VALUE)
         if clip_proxies:
             nn.utils.clip_grad_value_(criterion.parameters(), CLIP_VALUE)

@@ -37,9 +37,8 @@ def options(training: bool) -> argparse.ArgumentParser:
     group.add_argument(
         "--image-size", default=224, type=int, metavar="PIXELS", help="side of the square that the network sees"
     )
-    batch_size = 150 if training else 120
     group.add_argument(
-        "--batch-size", default=batch_size, type=int, metavar="N", help="images a step; lower it when memory runs out"
+        "--batch-size", default=150, type=int, metavar="N", help="images a step; lower it when memory runs out"
     )
     group.add_argument(
         "--workers",
@@ -53,7 +52,7 @@ def options(training: bool) -> argparse.ArgumentParser:
             "--IPC",
             type=int,
             metavar="N",
-            help="images per class in a batch, for class-balanced batches (default: random batches)",
+            help="images per class of class-balanced batches; without it, batches are random",
         )
     return parser
 
@@ -142,19 +141,24 @@ def eval_sets(name: str, root: str | Path, image_size: int, allow_partial: bool 
 
 
 def train_loader(
-    images: ImageDataset, batch_size: int, images_per_class: int | None, seed: int, workers: int
+    images: ImageDataset, batch_size: int, images_per_class: int | None, seed: int, workers: int, share=(0, 1)
 ) -> DataLoader:
-    """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch."""
+    """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch.
+
+    share = (rank, processes): where several processes share the work, this one's part of every batch.
+    """
     if images_per_class is None:
-        batches = RandomBatches(images.labels, batch_size, seed)
+        batches = RandomBatches(images.labels, batch_size, seed, share)
     else:
-        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed)
+        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed, share)
     return DataLoader(images, batch_sampler=batches, **_worker_settings(workers))
 
 
-def eval_loader(images: ImageDataset, batch_size: int, workers: int) -> DataLoader:
-    """Batches of all images in order."""
-    return DataLoader(images, batch_size=batch_size, **_worker_settings(workers))
+def eval_loader(images: ImageDataset, batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
+    """Batches of all images in order, or of the part of the process share = (rank, processes)."""
+    rank, processes = share
+    own = np.array_split(np.arange(len(images)), processes)[rank]
+    return DataLoader(images, sampler=own.tolist(), batch_size=batch_size, **_worker_settings(workers))
 
 
 def _worker_settings(workers):

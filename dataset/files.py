@@ -18,8 +18,8 @@ def require(path: Path, source: str) -> Path:
     return path
 
 
-def read_table(path: Path, columns: list[str], skip: int = 0) -> list[list[str]]:
-    """Rows of a white-space separated table whose header names these columns, after `skip` lines.
+def read_table(path: Path, columns: list[str], skip: int = 0) -> list[tuple[int, list[str]]]:
+    """(line number, fields) of each row of a table whose header, after `skip` lines, names these columns.
 
     Raises BadFile with the line number of a header or row that does not fit.
     """
@@ -36,18 +36,17 @@ def read_table(path: Path, columns: list[str], skip: int = 0) -> list[list[str]]
             raise BadFile(
                 f"{path}, line {number}: expected {len(columns)} columns ({' '.join(columns)}), found '{line[:80]}'"
             )
-        rows.append(fields)
+        rows.append((number, fields))
     if not rows:
         raise BadFile(f"{path} ends before its header, line {skip + 1}: '{' '.join(columns)}'")
-    return [row for row in rows[1:] if row]
+    return [(number, fields) for number, fields in rows[1:] if fields]
 
 
-def whole_number(text: str, path: Path, what: str) -> int:
-    """int(text), or BadFile naming the file and what was read."""
-    try:
-        return int(text)
-    except ValueError:
-        raise BadFile(f"{path}: the {what} '{text[:80]}' is not a whole number") from None
+def whole_number(text: str, path: Path, line: int, what: str) -> int:
+    """int(text), or BadFile naming the file, the line and what was read."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise BadFile(f"{path}, line {line}: the {what} '{text[:80]}' is not a whole number")
+    return int(text)
 
 
 def missing_files(paths: list[str]) -> list[str]:

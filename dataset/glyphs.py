@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dataset.files import require
+
 FOLDER = "glyphs"
 SIZES = {"train": (564, 8085), "eval": (282, 4035)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
@@ -42,11 +44,8 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
     """(path, code point) of each image of the split; draws the data set if it is not there."""
     if not folder.exists():
         draw(folder)
-    return [
-        (os.path.join(folder, split, letter, name), int(letter, 16))
-        for letter in sorted(os.listdir(folder / split))
-        for name in sorted(os.listdir(folder / split / letter))
-    ]
+    letters = sorted(require(folder / split, f"Remove {folder} to draw it again.").glob("*/"))
+    return [(str(path), int(letter.name, 16)) for letter in letters for path in sorted(letter.glob("*.png"))]
 
 
 def draw(folder: Path) -> None:

@@ -24,7 +24,8 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
     """
     places = [folder / place / "list_eval_partition.txt" for place in ("Eval", "Anno", ".")]
     table = require(next((place for place in places if place.exists()), places[0]), SOURCE)
-    base = folder if (folder / "img").is_dir() else folder / "Img"
+    # Img/img first: where file names do not mind case, img is Img.
+    base = folder if (folder / "img").is_dir() and not (folder / "Img" / "img").is_dir() else folder / "Img"
     if not (base / "img").is_dir():
         highres = (
             " img_highres/ is there: the benchmark uses img.zip, not img_highres.zip."
@@ -33,11 +34,13 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
         )
         raise FileNotFoundError(f"There is no {base / 'img'}.{highres} {SOURCE}")
     found = []
-    for name, item, status in read_table(table, ["image_name", "item_id", "evaluation_status"], skip=1):
+    for line, (name, item, status) in read_table(table, ["image_name", "item_id", "evaluation_status"], skip=1):
         if status not in SIZES:
-            raise BadFile(f"{table}: the evaluation_status of {name} is '{status}', expected one of {', '.join(SIZES)}")
+            raise BadFile(
+                f"{table}, line {line}: the evaluation_status is '{status}', expected {', '.join(SIZES)}"
+            )
         if status == split:
-            found.append((os.path.join(base, name), whole_number(item.removeprefix("id_"), table, "item_id")))
+            found.append((os.path.join(base, name), whole_number(item.removeprefix("id_"), table, line, "item_id")))
     return found
 
 

@@ -9,9 +9,12 @@ from torch.utils.data import Sampler
 
 
 class RandomBatches(Sampler):
-    """Batches of a random permutation of the images; what does not fill a batch is left out, as published."""
+    """Batches of a random permutation of the images; what does not fill a batch is left out, as published.
 
-    def __init__(self, labels, batch_size: int, seed: int):
+    Where several processes share the work, each yields its part, share = (rank, processes), of every batch.
+    """
+
+    def __init__(self, labels, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)):
         if batch_size > len(labels):
             raise ValueError(
                 f"The batch size {batch_size} is larger than the training set of {len(labels)} images; "
@@ -19,7 +22,9 @@ class RandomBatches(Sampler):
             )
         self.labels = np.asarray(labels)
         self.batch_size = batch_size
+        self.images_per_batch = batch_size
         self.seed = seed
+        self.share = share
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -31,7 +36,8 @@ class RandomBatches(Sampler):
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
         for indices in self._batches(random):
-            yield [(self.seed, self.epoch, int(index)) for index in indices]
+            rank, processes = self.share
+            yield [(self.seed, self.epoch, int(index)) for index in np.array_split(indices, processes)[rank]]
 
     def _batches(self, random):
         order = random.permutation(len(self.labels))
@@ -45,12 +51,13 @@ class BalancedBatches(RandomBatches):
     divide the batch size, batches are the smaller multiple (the published code re-cut them across classes by accident).
     """
 
-    def __init__(self, labels, batch_size: int, images_per_class: int, seed: int):
-        super().__init__(labels, batch_size, seed)
+    def __init__(self, labels, batch_size: int, images_per_class: int, seed: int, share: tuple[int, int] = (0, 1)):
+        super().__init__(labels, batch_size, seed, share)
         if not 1 <= images_per_class <= batch_size:
             raise ValueError(f"--IPC {images_per_class} must be between 1 and the batch size {batch_size}")
         self.images_per_class = images_per_class
         self.classes_per_batch = batch_size // images_per_class
+        self.images_per_batch = self.classes_per_batch * images_per_class
         order = np.argsort(self.labels, kind="stable")
         self.members = np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1)  # indices of each class
         if self.classes_per_batch > len(self.members):

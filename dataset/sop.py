@@ -16,4 +16,7 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
     """(path, product id) of each image of the split, in the order of its list."""
     table = require(folder / ("Ebay_train.txt" if split == "train" else "Ebay_test.txt"), SOURCE)
     rows = read_table(table, ["image_id", "class_id", "super_class_id", "path"])
-    return [(os.path.join(folder, path), whole_number(product, table, "class_id")) for _, product, _, path in rows]
+    return [
+        (os.path.join(folder, path), whole_number(product, table, line, "class_id"))
+        for line, (_, product, _, path) in rows
+    ]

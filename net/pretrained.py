@@ -60,10 +60,14 @@ def load_weights(backbone: torch.nn.Module, path: Path) -> None:
         raise FileNotFoundError(f"There is no weights file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise ValueError(f"{path} cannot be read as a weights file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch.load raises nearly anything on damaged files, with advice that is not ours
+        raise ValueError(
+            f"{path} cannot be read as a weights file: it is damaged, or holds more than tensors"
+        ) from error
     expected = backbone.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise ValueError(
             f"{path} is not a state dict of backbone weights; --pretrained takes those, --resume takes checkpoints"
         )

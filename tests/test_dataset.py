@@ -123,7 +123,7 @@ def test_missing_image_is_named(cub_root, tmp_path, monkeypatch):
         ("", "ends before its header, line 1"),
         ("image_id class_id path\n", "line 1: expected the header"),
         ("image_id class_id super_class_id path\n1 1 1 a.JPG\n2 1\n", "line 3: expected 4 columns"),
-        ("image_id class_id super_class_id path\n1 x 1 a.JPG\n", "'x' is not a whole number"),
+        ("image_id class_id super_class_id path\n1 x 1 a.JPG\n", "line 2: the class_id 'x' is not a whole number"),
     ],
 )
 def test_malformed_table_names_the_line(tmp_path, text, message):

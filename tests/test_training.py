@@ -21,7 +21,7 @@ def batches(steps=2, size=4):
 def train(network, criterion, optimizer, epoch, warm, bn_freeze, data=None):
     training.set_trainable(network, epoch, warm)
     return training.train_one_epoch(
-        network, criterion, data or batches(), optimizer, epoch, bn_freeze, clip_proxies=True
+        network, criterion, data or batches(), 4, optimizer, epoch, bn_freeze, clip_proxies=True
     )
 
 
@@ -93,7 +93,7 @@ def test_gradients_are_clipped_by_value(clip_proxies):
     big = torch.nn.Module()
     big.proxies = criterion.proxies
     big.forward = lambda x, y: 1e6 * criterion(x, y)
-    training.train_one_epoch(network, big, batches(1), optimizer, 0, True, clip_proxies)
+    training.train_one_epoch(network, big, batches(1), 4, optimizer, 0, True, clip_proxies)
     assert max(p.grad.abs().max() for p in network.parameters() if p.grad is not None) == 10
     assert (criterion.proxies.grad.abs().max() == 10) == clip_proxies
 
@@ -118,7 +118,7 @@ def test_loss_that_is_not_finite_stops_the_run():
 def test_mean_loss_and_report():
     network, criterion, optimizer = setup()
     seen = []
-    mean = training.train_one_epoch(network, criterion, batches(3), optimizer, 0, True, True, report=seen.append)
+    mean = training.train_one_epoch(network, criterion, batches(3), 4, optimizer, 0, True, True, report=seen.append)
     assert len(seen) == 3 and mean == pytest.approx(sum(seen) / 3)
 
 

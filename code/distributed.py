@@ -1,0 +1,128 @@
+"""Many processes that do what one does: torch.distributed under torchrun. In a single process all of this does nothing.
+
+The loss of a batch is not the mean of its parts' losses, since every embedding meets every other's proxy: embeddings
+are gathered, every process computes the loss of the whole batch, and the gradients of the network, to which each
+process contributes the part through its own images, are summed.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, redirect_stdout
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from proxy_anchor import device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def group():
+    """The group of all processes, or None in a single process."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+@contextmanager
+def processes(gpu_id: int):
+    """Join the processes that torchrun started, if it did; yields this process's device. Only the first one prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield device.select(0 if gpu_id == -1 else gpu_id)
+        return
+    gpu = device.select(int(os.environ["LOCAL_RANK"]))
+    if gpu.type == "cuda":
+        dist.init_process_group("nccl", device_id=gpu)
+    else:
+        gpu = torch.device("cpu")
+        dist.init_process_group("gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
+            yield gpu
+    finally:
+        dist.destroy_process_group()
+
+
+def launch_on_all_gpus(gpu_id: int) -> None:
+    """With --gpu-id -1 and several GPUs: start this command again under torchrun, a process a GPU. Does not return."""
+    if gpu_id == -1 and torch.cuda.device_count() > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torch.cuda.device_count()}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+@contextmanager
+def first_process_first():
+    """What this context downloads or draws is made once, by the first process; the others then find it."""
+    if dist.is_initialized() and rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
+
+
+def describe(batch_size: int) -> str:
+    """A line on how a batch is divided, or nothing in a single process. Raises ValueError if it is too small."""
+    if count() == 1:
+        return ""
+    if batch_size < count():
+        raise ValueError(f"A batch of {batch_size} images cannot be divided among {count()} processes")
+    shares = " or ".join(str(size) for size in sorted(set(sizes(batch_size))))
+    return f"{count()} processes: of each batch of {batch_size} images, a process has {shares}.\n"
+
+
+def with_common_statistics(network: torch.nn.Module, bn_freeze: bool) -> torch.nn.Module:
+    """The network with BatchNorm, where it trains, over the whole batch: on CUDA alone, a CPU cannot."""
+    if count() > 1 and not bn_freeze:
+        if next(network.parameters()).is_cuda:
+            return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        print("On a CPU, BatchNorm statistics are those of each process's part of the batch.")
+    return network
+
+
+def sizes(total: int) -> list[int]:
+    """How many of `total` items each process has: as equal as can be, the first ones a larger share."""
+    return [len(part) for part in np.array_split(np.arange(total), count())]
+
+
+def gather(share: torch.Tensor, total: int) -> torch.Tensor:
+    """The processes' shares (n, ...) of `total` rows, in their order, as (total, ...); the gradient flows back."""
+    return Gather.apply(share, total) if count() > 1 else share
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, share, total):
+        ctx.sizes = sizes(total)
+        padded = share.new_zeros(max(ctx.sizes), *share.shape[1:])  # all_gather takes equal shapes alone
+        padded[: len(share)] = share
+        parts = [torch.empty_like(padded) for _ in ctx.sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # Every process computes the same loss of all rows: its own rows' gradient is already whole.
+        return gradient.split(ctx.sizes)[rank()], None
+
+
+def sum_gradients(parameters) -> None:
+    """Add up the processes' gradients, where there are any: not in frozen layers and those that never run."""
+    if count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient))
+
+
+def broadcast(module: torch.nn.Module) -> None:
+    """Give all processes the first one's parameters and buffers."""
+    if count() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)

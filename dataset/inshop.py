@@ -36,9 +36,7 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
     found = []
     for line, (name, item, status) in read_table(table, ["image_name", "item_id", "evaluation_status"], skip=1):
         if status not in SIZES:
-            raise BadFile(
-                f"{table}, line {line}: the evaluation_status is '{status}', expected {', '.join(SIZES)}"
-            )
+            raise BadFile(f"{table}, line {line}: the evaluation_status is '{status}', expected {', '.join(SIZES)}")
         if status == split:
             found.append((os.path.join(base, name), whole_number(item.removeprefix("id_"), table, line, "item_id")))
     return found

@@ -1,0 +1,242 @@
+"""Several gloo processes must do what one process does on the same batches."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from proxy_anchor.retrieval import best_positive_rank, map_at_r
+
+import net
+from dataset.sampler import BalancedBatches, RandomBatches
+from proxy_anchor import distributed, evaluation, losses, training
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
+
+
+def in_processes(count, function, *arguments):
+    """function(*arguments) in each of `count` processes; the result of the first."""
+    if count == 1:
+        return function(*arguments)
+    # Threads of this process would not be there in a fork, so the processes are spawned.
+    with mp.Manager() as manager:
+        results = manager.dict()
+        port = 20000 + os.getpid() % 20000
+        mp.spawn(_process, (count, port, function, arguments, results), nprocs=count)
+        assert all(results[rank][0] == results[0][0] for rank in results)
+        return results[0][1]
+
+
+def _process(rank, count, port, function, arguments, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    result = function(*arguments)
+    fingerprint = sum(float(tensor.double().sum()) for tensor in result.values())
+    results[rank] = fingerprint, {name: tensor.numpy() for name, tensor in result.items()}
+    dist.destroy_process_group()
+
+
+def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_Anchor"):
+    """A few steps of training on random images; every parameter, and the last step's gradients."""
+    torch.manual_seed(0)
+    pixels = torch.randn(IMAGES, 3, 32, 32, dtype=dtype)
+    labels = np.arange(IMAGES) % CLASSES
+    share = distributed.rank(), distributed.count()
+    sampler = (
+        BalancedBatches(labels, BATCH, per_class, 1, share) if per_class else RandomBatches(labels, BATCH, 1, share)
+    )
+    network = net.create("resnet18", 8, bn_freeze=bn_freeze).to(dtype)
+    criterion = losses.create(loss, CLASSES, 8).to(dtype)
+    optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-1, 1e-4)
+    for epoch in range(epochs):
+        training.set_trainable(network, epoch, warm)
+        sampler.set_epoch(epoch)
+        batches = [([key[-1] for key in keys]) for keys in sampler]
+        batches = [(pixels[indices], torch.from_numpy(labels[indices])) for indices in batches[:3]]
+        training.train_one_epoch(
+            network, criterion, batches, sampler.images_per_batch, optimizer, epoch, bn_freeze, loss == "Proxy_Anchor"
+        )
+    named = {f"network.{k}": p for k, p in network.named_parameters()} | {
+        f"loss.{k}": p for k, p in criterion.named_parameters()
+    }
+    gradients = {f"gradient of {k}": p.grad for k, p in named.items() if p.grad is not None}
+    return {k: p.detach() for k, p in named.items()} | gradients
+
+
+def assert_close(ours, expected, tolerance):
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_allclose(tensor, expected[name].numpy(), rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("per_class", [None, 2])
+def test_sgd_in_float32(processes, per_class):
+    """Warm-up and its end, BN-freeze, both samplers: parameters and gradients after some steps."""
+    settings = ("sgd", torch.float32, 1, True, per_class)
+    assert_close(in_processes(processes, train, *settings), train(*settings), 1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_adamw_in_float64(processes):
+    """AdamW divides by the gradient's size, which amplifies rounding: close agreement needs float64."""
+    settings = ("adamw", torch.float64, 1, True, 2)
+    assert_close(in_processes(processes, train, *settings), train(*settings), 1e-9)
+
+
+def test_rivals_see_the_whole_batch_too():
+    settings = ("sgd", torch.float64, 0, True, 4, 1, "MS")
+    assert_close(in_processes(2, train, *settings), train(*settings), 1e-9)
+
+
+def averaged_gradient(parts):
+    """The gradient that plain DDP would give: the mean of the gradients of each part's own loss."""
+    torch.manual_seed(0)
+    x, y = torch.randn(BATCH, 8, dtype=torch.double).requires_grad_(), torch.arange(BATCH) % CLASSES
+    criterion = losses.ProxyAnchor(CLASSES, 8).double()
+    loss = sum(criterion(a, b) for a, b in zip(x.chunk(parts), y.chunk(parts))) / parts
+    loss.backward()
+    return x.grad
+
+
+def test_mean_of_the_parts_losses_would_be_another_loss():
+    assert (averaged_gradient(2) - averaged_gradient(1)).abs().max() > 1e-3 * averaged_gradient(1).abs().max()
+
+
+class Pixels(torch.nn.Module):
+    """A network that embeds an image as its pixels."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.embedding = torch.nn.Linear(size, size)
+
+    def forward(self, images):
+        return images
+
+
+def figures(total, gallery_total):
+    torch.manual_seed(0)
+
+    def part(count):
+        x, y = torch.randn(count, 8), torch.arange(count) % 7
+        own = np.array_split(np.arange(count), distributed.count())[distributed.rank()]
+        return [(x[i : i + 1], y[i : i + 1]) for i in own], count
+
+    test_sets = [part(total)] + ([part(gallery_total)] if gallery_total else [])
+    embedded = [t for batches, count in test_sets for t in evaluation.embed(Pixels(8), batches, count)]
+    result = evaluation.evaluate(Pixels(8), [1, 4], test_sets)
+    group = distributed.group()
+    return {
+        "embeddings": embedded[0], "labels": embedded[1], "ranks": best_positive_rank(*embedded, group=group),
+        "map": map_at_r(*embedded, group=group), "metrics": torch.tensor(list(result.metrics.values())),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("total, gallery", [(50, None), (23, 31), (2, 40)])
+def test_evaluation_is_the_same(total, gallery, monkeypatch):
+    """No image lost or counted twice, also where 3 processes do not divide them, or one of them has none."""
+    alone = figures(total, gallery)
+    for name, array in in_processes(3, figures, total, gallery).items():
+        np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
+
+
+def torchrun(processes, script, *arguments, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    arguments = [str(argument) for argument in arguments]
+    return subprocess.run(
+        [*command, str(REPOSITORY / script), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def read_metrics(folder):
+    with open(next(folder.glob("**/metrics.csv")), newline="") as file:
+        return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_torchrun(cub_root, tmp_path):
+    """The scripts under torchrun: the same figures, one folder, one voice."""
+    import evaluate
+    import train as script
+
+    common = [
+        "--allow-partial",
+        "--data-root",
+        cub_root,
+        "--model",
+        "resnet18",
+        "--embedding-size",
+        8,
+        "--image-size",
+        64,
+        "--workers",
+        0,
+    ]
+    flags = [*common, "--batch-size", 8, "--pretrained", "none", "--optimizer", "sgd", "--epochs", 2]
+    done = torchrun(2, "train.py", *flags, "--LOG_DIR", tmp_path / "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.count("epoch  1") == 1 and "2 processes: of each batch of 8 images, a process has 4." in done.stdout
+    )
+    assert len(list(tmp_path.glob("two/logs_cub/*"))) == 1
+    script.main([str(argument) for argument in [*flags, "--LOG_DIR", tmp_path / "one"]])
+    for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(expected, abs=1e-4)
+
+    checkpoint = next(tmp_path.glob("one/**/*.pth"))
+    done = torchrun(3, "evaluate.py", *common, "--batch-size", 4, "--resume", checkpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = evaluate.main([str(argument) for argument in [*common, "--batch-size", 4, "--resume", checkpoint]])
+    row = next(line for line in done.stdout.splitlines() if line.startswith("this checkpoint"))
+    assert [float(cell) for cell in row.split()[2:]] == pytest.approx([100 * v for v in metrics.values()], abs=0.005)
+
+
+def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
+    import trees
+
+    trees.cub(tmp_path / "data")
+    bad = tmp_path / "data" / "CUB_200_2011" / "images" / "002.Bird_2" / "Bird_2_0003.jpg"
+    bad.write_bytes(b"no image")
+    flags = [
+        "--allow-partial",
+        "--data-root",
+        tmp_path / "data",
+        "--model",
+        "resnet18",
+        "--image-size",
+        64,
+        "--workers",
+        0,
+    ]
+    done = torchrun(
+        2, "train.py", *flags, "--batch-size", 24, "--pretrained", "none", "--LOG_DIR", tmp_path / "logs", cwd=tmp_path
+    )
+    assert done.returncode != 0 and f"train.py: error: The image {bad} cannot be read" in done.stderr
+
+
+def test_batch_smaller_than_the_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 8)
+    assert distributed.describe(180) == "8 processes: of each batch of 180 images, a process has 22 or 23.\n"
+    with pytest.raises(ValueError, match="cannot be divided among 8 processes"):
+        distributed.describe(7)
+
+
+def test_all_gpus_start_torchrun(monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--gpu-id", "-1"])
+    distributed.launch_on_all_gpus(0)
+    assert not started
+    distributed.launch_on_all_gpus(-1)
+    assert started == [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", *sys.argv]]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "already")
+    distributed.launch_on_all_gpus(-1)
+    assert len(started) == 1

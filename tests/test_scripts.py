@@ -398,3 +398,47 @@ def test_image_of_one_pixel(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "CUB_200_2011" / "images" / "001.Bird_1" / "Bird_1_0000.jpg")
     images = dataset.train_set("cub", tmp_path, 32, allow_partial=True)
     assert images[1, 0, 0][0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("loss, proxy_lr, clipped", [("Proxy_Anchor", 100, True), ("Proxy_NCA", 1, False)])
+def test_recipe_is_what_the_flags_say(cub_root, tmp_path, monkeypatch, loss, proxy_lr, clipped):
+    """train.py passes on what it is told: learning rates, decay, warm-up, BN-freeze, the epoch of the order."""
+    seen = {"epochs": [], "trainable": []}
+    create_optimizer, train_one_epoch = train.training.create_optimizer, train.training.train_one_epoch
+
+    def spy_optimizer(*args, **keywords):
+        seen["optimizer"] = create_optimizer(*args, **keywords)
+        return seen["optimizer"]
+
+    def spy_epoch(network, criterion, batches, images_per_batch, optimizer, epoch, **settings):
+        seen["settings"] = settings
+        seen["trainable"].append(network.model.conv1.weight.requires_grad)
+        seen["bn"] = network.model.bn1.weight.requires_grad
+        batches = list(batches)
+        seen["epochs"].append(batches[0][0])
+        return train_one_epoch(network, criterion, batches, images_per_batch, optimizer, epoch, **settings)
+
+    monkeypatch.setattr(train.training, "create_optimizer", spy_optimizer)
+    monkeypatch.setattr(train.training, "train_one_epoch", spy_epoch)
+    torch.backends.cudnn.allow_tf32 = True
+    flags = {"lr": 1e-3, "weight-decay": 0.01, "warm": 2, "lr-decay-step": 1, "lr-decay-gamma": 0.1, "epochs": 3}
+    run_train(cub_root, tmp_path, loss=loss, **flags)
+    groups = seen["optimizer"].param_groups
+    assert [group["initial_lr"] for group in groups] == pytest.approx([1e-3, 1e-3, 1e-3 * proxy_lr])
+    assert {group["weight_decay"] for group in groups} == {0.01}
+    rows = read_metrics(next(tmp_path.glob("logs_cub/*")))
+    assert [float(row["lr"]) for row in rows] == pytest.approx([1e-3, 1e-4, 1e-5])
+    assert seen["trainable"] == [False, False, True]
+    assert seen["bn"]  # the end of the warm-up frees frozen BatchNorm too
+    assert seen["settings"]["clip_proxies"] == clipped
+    assert seen["settings"]["bn_freeze"]
+    assert not torch.equal(seen["epochs"][0], seen["epochs"][1])  # another order in another epoch
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_best_epoch_is_the_first_of_equals(cub_root, tmp_path, monkeypatch):
+    result = train.evaluation.Result({"R@1": 0.5, "MAP@R": 0.1}, 10, 0)
+    monkeypatch.setattr(train.evaluation, "evaluate", lambda *args: result)
+    run_train(cub_root, tmp_path, epochs=2)
+    assert next(tmp_path.glob("**/*_best_results.txt")).read_text() == "Best Epoch: 0\nBest Recall@1: 50.0000\n"

@@ -32,7 +32,7 @@ def measure(way, batch, classes, size, queue):
     x = F.normalize(torch.randn(batch, size)).requires_grad_()
     y = torch.randint(classes, (batch,))
     ours = ProxyAnchor(classes, size)
-    ours.proxies.grad = torch.zeros_like(ours.proxies)  # the gradient's memory counts as held
+    ours.proxies.grad = torch.ones_like(ours.proxies)  # its memory counts as held (zeros would take none)
     small = ProxyAnchor(8, size)  # what a first step loads is not counted
     small(x, y % 8).backward()
     before = peak()

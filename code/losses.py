@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-BLOCK_ELEMENTS = 1 << 20  # similarities at a time; they stay in a CPU's cache
+BLOCK_ELEMENTS = 1 << 19  # similarities at a time; they stay in a CPU's cache
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:

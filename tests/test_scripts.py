@@ -338,8 +338,9 @@ def test_out_of_memory_suggests_a_smaller_batch(cub_root, tmp_path, monkeypatch,
 
 
 def readme_commands(script):
-    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
-    return [shlex.split(line.strip())[2:] for line in text.splitlines() if line.strip().startswith(f"python {script}")]
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    commands = [line.split(" && ")[-1] for line in lines]
+    return [shlex.split(command)[2:] for command in commands if command.startswith(f"python {script}")]
 
 
 def test_training_commands_of_the_readme_are_the_published_recipes():
@@ -369,23 +370,34 @@ def test_evaluation_commands_of_the_readme_parse():
         evaluate.parse(argv)
 
 
-def test_published_command_runs_as_it_stands(tmp_path, monkeypatch):
-    """The published CUB command, on a small data root and with ImageNet weights from torch's cache."""
-    trees.cub(tmp_path / "data", classes=(*range(1, 11), 101, 102), images=18)
-    monkeypatch.setattr(dataset.cub, "SIZES", {"train": (10, 180), "eval": (2, 36)})
+SMALL = {  # data set: how to write a small one with enough training images for a batch, and its sizes
+    "cub": (lambda root: trees.cub(root, (*range(1, 11), 101, 102), 18), {"train": (10, 180), "eval": (2, 36)}),
+    "cars": (lambda root: trees.cars(root, images=60), {"train": (3, 180), "eval": (3, 180)}),
+    "SOP": (lambda root: trees.sop(root, train=60), {"train": (60, 180), "eval": (3, 9)}),
+    "Inshop": (lambda root: trees.inshop(root, train=45), {"train": (45, 180), "query": (3, 6), "gallery": (3, 6)}),
+}
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_published_training_command_runs(tmp_path, monkeypatch, number):
+    """On small data under the default root, with weights from torch's cache. All but the first see small images."""
+    command = [c for c in readme_commands("train.py") if "glyphs" not in c][number]
+    args = train.parse(command)
+    write, sizes = SMALL[args.dataset]
+    write(tmp_path / "data")
+    monkeypatch.setattr(dataset.BENCHMARKS[args.dataset], "SIZES", sizes)
     weights = {
-        k.removeprefix("model."): v
-        for k, v in net.create("bn_inception", 4).state_dict().items()
-        if "embedding" not in k
+        k.removeprefix("model."): v for k, v in net.create(args.model, 4).state_dict().items() if "embedding" not in k
     }
     torch.save(weights, tmp_path / "weights.pth")
     monkeypatch.setattr(net, "imagenet_file", lambda name: tmp_path / "weights.pth")
     monkeypatch.setattr(dataset, "DATA_ROOT", tmp_path / "data")
     monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
-    command = next(c for c in readme_commands("train.py") if "cub" in c and "bn_inception" in c)
-    train.main([*command, "--epochs", "1"])
-    name = "bn_inception_Proxy_Anchor_embedding512_alpha32_mrg0.1_adamw_lr0.0001_batch180"
-    assert (tmp_path / "logs" / "logs_cub" / name / "cub_bn_inception_best.pth").exists()
+    train.main([*command, "--epochs", "1", *(["--image-size", "64"] if number else [])])
+    (checkpoint_file,) = (tmp_path / "logs").glob("logs_*/*/*_best.pth")
+    assert checkpoint_file.parent.name == (
+        f"{args.model}_Proxy_Anchor_embedding512_alpha32_mrg0.1_adamw_lr{args.lr}_batch{args.batch_size}"
+    )
 
 
 def test_code_is_no_package_of_its_own():

@@ -7,6 +7,7 @@ process contributes the part through its own images, are summed.
 
 import os
 import sys
+import time
 from contextlib import contextmanager, redirect_stdout
 
 import numpy as np
@@ -45,6 +46,9 @@ def processes(gpu_id: int):
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
             yield gpu
     finally:
+        # gloo's threads need the GIL to let go of the last collective's tensors, and the group's destructor holds it
+        # while it waits for them: a deadlock in torch 2.6 (pytorch#154976). Asleep, this thread lets them have it.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

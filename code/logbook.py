@@ -79,7 +79,7 @@ def start_wandb(mode: str | None, log_dir: Path, project: str, name: str, config
 
     log_dir.mkdir(parents=True, exist_ok=True)
     try:
-        return wandb.init(project=project, notes=name, dir=log_dir, mode=mode, config=config)
+        return wandb.init(project=project, notes=name, dir=str(log_dir), mode=mode, config=config)
     except wandb.errors.Error as error:
         raise RuntimeError(f"wandb does not start: {error}. --wandb offline or disabled goes on without it") from error
 

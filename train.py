@@ -9,7 +9,7 @@ import torch
 import dataset
 import net
 from dataset.transforms import Normalize
-from proxy_anchor import console, device, distributed, evaluation, logbook, losses, training
+from proxy_anchor import console, device, distributed, evaluation, logbook, losses, randomness, runs, stopping, training
 
 PROXY_LR = {"Proxy_Anchor": 100, "Proxy_NCA": 1}  # learning rate of the proxies, as a multiple of --lr
 
@@ -25,6 +25,13 @@ def parse(argv=None) -> argparse.Namespace:
         ],
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.resume not in (None, "auto"):
+        try:
+            args.resume = str(runs.folder(args.resume))
+            parser.set_defaults(**runs.arguments(args.resume))  # what is not given now is as it was
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --resume: {error}")
+        args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"resume": args.resume})
     console.check_ranges(parser, args)
     if not net.accepts(args.model, args.image_size):
         parser.error(
@@ -36,7 +43,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, gpu: torch.device) -> None:
-    torch.manual_seed(args.seed)
+    randomness.seed(args.seed)
     print(device.describe(gpu))
     share = distributed.rank(), distributed.count()
     print(distributed.describe(args.batch_size), end="")
@@ -61,12 +68,14 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     optimizer = training.create_optimizer(args.optimizer, network, criterion, args.lr, proxy_lr, args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
 
+    stop = stopping.Stop()
+
     def evaluate() -> evaluation.Result:
-        bars = [console.progress(loader, "evaluation") for loader in eval_loaders]
+        bars = [stop.after_each(console.progress(loader, "evaluation"), everywhere=False) for loader in eval_loaders]
         test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
         return evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets)
 
-    if args.epochs == 0:
+    if args.epochs == 0:  # no run, nothing to write
         result = evaluate()
         print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
         return
@@ -79,34 +88,49 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
         ),
         config=vars(args) | {"device": str(gpu), "processes": distributed.count(), "sizes": sizes},
         wandb_mode=args.wandb,
+        resume=args.resume,
     )  # fmt: skip
-    results = []  # of each epoch
-    best = 0  # epoch
-    for epoch in range(args.epochs):
-        start = time.perf_counter()
-        training.set_trainable(network, epoch, args.warm)
-        train_loader.batch_sampler.set_epoch(epoch)
-        bar = console.progress(train_loader, f"epoch {epoch}")
-        loss = training.train_one_epoch(
-            network, criterion, device.feed(bar, gpu, normalize), train_loader.batch_sampler.images_per_batch,
-            optimizer, epoch,
-            bn_freeze=bn_freeze,
-            clip_proxies=args.loss == "Proxy_Anchor",
-            report=bar.show_loss,
-        )  # fmt: skip
-        lr = scheduler.get_last_lr()[0]
-        scheduler.step()
-        distributed.broadcast(network)
-        result = evaluate()
-        results.append(result.metrics)
-        log.log_epoch(epoch, loss, lr, time.perf_counter() - start, result.metrics)
-        # The published protocol picks the epoch on the test set, which flatters it: the last epoch is shown too.
-        if epoch == 0 or results[epoch]["R@1"] > results[best]["R@1"]:
-            best = epoch
-            log.save_best(epoch, network, result.metrics)
-    print(logbook.table({f"best epoch ({best})": results[best], f"last epoch ({epoch})": results[-1]}))
+    with log, stop:
+        parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+        progress = log.restore(network, parts)
+        rows = progress["rows"]  # of metrics.csv, one of each epoch
+        if progress["epoch"] >= args.epochs:
+            raise ValueError(f"{log.folder} has finished its {progress['epoch']} epochs; to go on, raise --epochs")
+        try:
+            for epoch in range(progress["epoch"], args.epochs):
+                start = time.perf_counter() - progress["seconds"]
+                training.set_trainable(network, epoch, args.warm)
+                train_loader.batch_sampler.set_epoch(epoch, done=len(progress["losses"]))
+                bar = console.progress(train_loader, f"epoch {epoch}")
+                loss = training.train_one_epoch(
+                    network, criterion, stop.after_each(device.feed(bar, gpu, normalize)),
+                    train_loader.batch_sampler.images_per_batch, optimizer, epoch,
+                    bn_freeze=bn_freeze,
+                    clip_proxies=args.loss == "Proxy_Anchor",
+                    losses=progress["losses"],
+                    report=bar.show_loss,
+                )  # fmt: skip
+                distributed.broadcast(network)
+                result = evaluate()
+                row = {"epoch": epoch, "loss": loss, "lr": scheduler.get_last_lr()[0]}
+                rows.append(row | {"seconds": round(time.perf_counter() - start, 2)} | result.metrics)
+                scheduler.step()
+                log.log_epoch(rows)
+                # The published protocol picks the epoch on the test set, which flatters it: the last one is shown too.
+                best = max(rows, key=lambda row: row["R@1"])  # the first of equals
+                if best is rows[-1]:
+                    log.save_best(best, network)
+                progress |= {"epoch": epoch + 1, "losses": [], "seconds": 0.0}
+                log.save_last(network, parts, progress)
+        except stopping.Interrupted:
+            progress["seconds"] = time.perf_counter() - start
+            log.save_last(network, parts, progress)
+            raise
+    best = max(rows, key=lambda row: row["R@1"])
+    ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({rows[-1]['epoch']})": rows[-1]}
+    print(logbook.table({name: logbook.metrics_of(row) for name, row in ends.items()}))
     print(result.remark(), end="")
-    log.close()
+    print(f"The best network is in {log.folder}")
 
 
 def main(argv=None):

@@ -1,10 +1,12 @@
-"""Checkpoints in the published layout: {"model_state_dict": ...}."""
+"""Checkpoints in the published layout, {"model_state_dict": ...}, and those to resume a run from, which hold more."""
 
 import pickle
 from pathlib import Path
 
 import torch
 from proxy_anchor.files import replacing
+
+from proxy_anchor import randomness
 
 SHOWN = 3  # differing keys in an error
 
@@ -15,16 +17,52 @@ def save(path: Path, network: torch.nn.Module) -> None:
         torch.save({"model_state_dict": network.state_dict()}, file)
 
 
+def save_run(path: Path, network: torch.nn.Module, parts: dict, progress: dict) -> None:
+    """Write a checkpoint to resume from: the network, the parts (which have state_dict), progress, random states."""
+    content = {"model_state_dict": network.state_dict()} | {name: part.state_dict() for name, part in parts.items()}
+    with replacing(path) as file:
+        torch.save(content | {"progress": progress, "random": randomness.state()}, file)
+
+
+def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
+    """Bring the network, the parts and the random states to what save_run wrote; returns its progress.
+
+    Raises FileNotFoundError or ValueError where it cannot be read or is of another network, optimizer ...
+    """
+    content = read(path)
+    missing = [name for name in (*parts, "progress", "random") if name not in content]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint to resume from: it has no {', '.join(missing)}")
+    load_weights(path, content, network)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+        randomness.restore(content["random"])
+    except Exception as error:  # of many kinds, one for each part
+        raise ValueError(f"{path} does not fit this run: {str(error) or type(error).__name__}") from error
+    return content["progress"]
+
+
+def epochs_done(path: Path) -> int:
+    """The finished epochs of the run that save_run wrote to this file; of the file, little more than that is read."""
+    return read(path, mmap=True)["progress"]["epoch"]
+
+
 def load(path: str | Path, network: torch.nn.Module) -> int:
     """Load a checkpoint, ours or a published one, strictly; returns the number of tensors, all of which matched.
 
-    Keys may carry the `module.` prefix of DataParallel. The file is read with weights_only: it cannot run code.
+    Keys may carry the `module.` prefix of DataParallel.
     Raises FileNotFoundError, or ValueError for a file that is damaged or of another network, which is left as it was.
     """
+    return load_weights(path, read(path), network)
+
+
+def read(path: str | Path, mmap: bool = False):
+    """The content of a checkpoint, with weights_only: the file cannot run code. Raises as load does."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is not a checkpoint, or it holds more than tensors and is refused, because it could run code"
@@ -33,11 +71,18 @@ def load(path: str | Path, network: torch.nn.Module) -> int:
         raise ValueError(
             f"{path} is damaged or not a checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint: expected a dict, found {type(content).__name__}")
+    return content
+
+
+def load_weights(path: str | Path, content: dict, network: torch.nn.Module) -> int:
+    """Load the weights of a checkpoint's content; path is for messages. Raises and returns as load does."""
+    state = content.get("model_state_dict")
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{path} is not a checkpoint: expected a dict with the entry 'model_state_dict' of tensors")
+        raise ValueError(f"{path} is not a checkpoint: expected an entry 'model_state_dict' of tensors")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}

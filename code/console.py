@@ -4,10 +4,12 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 
 import torch
+from proxy_anchor.stopping import Interrupted
 from tqdm import tqdm
 
 from proxy_anchor import distributed
@@ -44,6 +46,12 @@ def errors_in_one_line(script: str, debug: bool):
     """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
     try:
         yield
+    except Interrupted as interruption:
+        print(f"{script}: {interruption}; all is saved, --resume auto goes on from here", file=sys.stderr)
+        sys.exit(128 + interruption.signum)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         if debug:
             raise

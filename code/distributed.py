@@ -38,7 +38,7 @@ def processes(gpu_id: int):
         return
     gpu = device.select(int(os.environ["LOCAL_RANK"]))
     if gpu.type == "cuda":
-        dist.init_process_group("nccl", device_id=gpu)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=gpu)
     else:
         gpu = torch.device("cpu")
         dist.init_process_group("gloo")
@@ -123,6 +123,23 @@ def sum_gradients(parameters) -> None:
     dist.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(total.view_as(gradient))
+
+
+def from_first(make):
+    """What make() returns in the first process, in all of them."""
+    box = [make() if rank() == 0 else None]
+    if count() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def maximum(number: int) -> int:
+    """The largest of the processes' numbers; on the CPU, so that no GPU is waited for."""
+    if count() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def broadcast(module: torch.nn.Module) -> None:

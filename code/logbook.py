@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from proxy_anchor.files import replacing
 
-from proxy_anchor import checkpoint, distributed
+from proxy_anchor import checkpoint, distributed, runs
 
 LOG_DIR = Path(__file__).resolve().parent.parent / "logs"
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
@@ -24,6 +24,11 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("record")
     group.add_argument("--LOG_DIR", default=str(LOG_DIR), metavar="DIR", help="where run folders go")
+    group.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on with an interrupted run: its folder, or auto for the one that this command would write, if any",
+    )
     group.add_argument("--remark", default="", help="ends the name of the run folder")
     group.add_argument(
         "--wandb",
@@ -39,18 +44,6 @@ def run_name(model, loss, embedding_size, alpha, margin, optimizer, lr, batch_si
     return f"{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}" + ("" if seed == 1 else f"_seed{seed}")
 
 
-def new_folder(path: Path) -> Path:
-    """Create the folder or, where there is one already, the first free of path_2, path_3, ..."""
-    number = 1
-    while True:
-        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-
-
 def has_wandb_credentials() -> bool:
     """Whether wandb would find an API key, in the environment or in the netrc file, without asking for one."""
     if os.environ.get("WANDB_API_KEY"):
@@ -62,9 +55,10 @@ def has_wandb_credentials() -> bool:
         return False
 
 
-def start_wandb(mode: str | None, log_dir: Path, project: str, name: str, config: dict):
-    """A wandb run, or None if the mode is disabled. Mode None: WANDB_MODE, else online with credentials, else disabled.
+def start_wandb(mode: str | None, log_dir: Path, project: str, name: str, config: dict, run_id: str | None = None):
+    """A wandb run, that of run_id continued where it is given, or None if the mode is disabled.
 
+    Mode None: WANDB_MODE, else online with credentials, else disabled.
     Raises ValueError for online without credentials, for which wandb would ask, and RuntimeError if wandb fails.
     """
     if mode is None:
@@ -78,8 +72,11 @@ def start_wandb(mode: str | None, log_dir: Path, project: str, name: str, config
     import wandb  # slow to import, and not everyone has it
 
     log_dir.mkdir(parents=True, exist_ok=True)
+    resume = "allow" if run_id and mode == "online" else None
     try:
-        return wandb.init(project=project, notes=name, dir=str(log_dir), mode=mode, config=config)
+        return wandb.init(
+            project=project, notes=name, dir=str(log_dir), mode=mode, config=config, id=run_id, resume=resume
+        )
     except wandb.errors.Error as error:
         raise RuntimeError(f"wandb does not start: {error}. --wandb offline or disabled goes on without it") from error
 
@@ -94,65 +91,126 @@ def versions() -> dict[str, str]:
 
 
 def open_logbook(*args, **keywords):
-    """The Logbook of these arguments in the first process, which alone writes; in others one that does nothing."""
-    return Logbook(*args, **keywords) if distributed.rank() == 0 else NoLogbook()
+    """The Logbook of these arguments in the first process, which alone writes; in others one that only reads."""
+    log = Logbook(*args, **keywords) if distributed.rank() == 0 else ReadingLogbook()
+    log.folder, log.resumes = distributed.from_first(lambda: (log.folder, log.resumes))
+    return log
 
 
-class Logbook:
+class ReadingLogbook:
+    """The folder of a run, for a process that does not write to it; as a context, it ends with the run.
+
+    folder: of the run; resumes: whether the run goes on from the last.pth that is there.
+    """
+
+    folder = resumes = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def restore(self, network, parts: dict) -> dict:
+        """Bring the network and the other parts to where the run stopped; returns its progress, if new at the start."""
+        if not self.resumes:
+            return {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}
+        return checkpoint.load_run(self.folder / runs.LAST, network, parts)
+
+    def log_epoch(self, *args):
+        pass
+
+    save_best = save_last = log_epoch
+
+
+class Logbook(ReadingLogbook):
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
     The files are whole at any moment: metrics.csv (a row an epoch), config.json, {dataset}_{model}_best_results.txt.
-    wandb_mode: see start_wandb.
+    wandb_mode: see start_wandb. resume: None for a new run, a folder, or "auto" for the unfinished run with this
+    configuration or else a new one. Raises runs.Locked if another process writes the run, ValueError if it is another
+    experiment.
     """
 
-    def __init__(self, log_dir: Path, dataset: str, model: str, name: str, config: dict, wandb_mode: str | None):
+    def __init__(self, log_dir, dataset, model, name: str, config: dict, wandb_mode: str | None, resume=None):
         self.prefix = f"{dataset}_{model}"
-        self.rows = []
-        self.wandb = start_wandb(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config)
         wanted = log_dir / f"logs_{dataset}" / name
-        self.folder = new_folder(wanted)
-        print(f"Logging to {self.folder}" + ("" if self.folder == wanted else f": {wanted.name} holds an earlier run."))
-        self._write("config.json", json.dumps(config | {"versions": versions()}, indent=2) + "\n")
+        folder = runs.unfinished(wanted, config) if resume == "auto" else resume
+        old = {}
+        if folder is not None:
+            self.folder, self.lock = Path(folder), runs.lock(Path(folder))
+            old = runs.read_config(self.folder)
+            self._check(old, config)
+        # Before anything is written, for it may fail.
+        self.wandb = start_wandb(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
+        if folder is None:
+            self.folder, self.lock = runs.new(wanted)
+            other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
+            print(f"Logging to {self.folder}{other}")
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+        self.resumes = (self.folder / runs.LAST).exists()
+        config = config | {"versions": versions(), "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id")}
+        self._write(runs.CONFIG, json.dumps(config, indent=2) + "\n")
 
-    def log_epoch(self, epoch: int, loss: float, lr: float, seconds: float, metrics: dict[str, float]) -> None:
-        """Add a row to metrics.csv and print it; metrics are in 0..1."""
-        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
-        print(f"epoch {epoch:>2}  loss {loss:.4f}  lr {lr:g}  {seconds:.0f} s  {shown}", flush=True)
-        self.rows.append({"epoch": epoch, "loss": loss, "lr": lr, "seconds": round(seconds, 2)} | metrics)
-        with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[0])
-            writer.writeheader()
-            writer.writerows(self.rows)
+    def __exit__(self, *error):
         if self.wandb:
-            self.wandb.log({"loss": loss} | metrics, step=epoch)
+            self.wandb.finish(exit_code=int(error[0] is not None))
+        self.lock.close()
 
-    def save_best(self, epoch: int, network, metrics: dict[str, float]) -> None:
+    def restore(self, network, parts: dict) -> dict:
+        progress = super().restore(network, parts)
+        if self.resumes:
+            print(f"Going on in {self.folder} at epoch {progress['epoch']}, step {len(progress['losses'])}")
+        if progress["rows"]:  # the file may have one more, of an epoch that was not saved
+            self._write_rows(progress["rows"])
+        return progress
+
+    def log_epoch(self, rows: list[dict]) -> None:
+        """Write the rows of all epochs to metrics.csv and print the last; metrics are in 0..1."""
+        row = rows[-1]
+        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics_of(row).items())
+        print(
+            f"epoch {row['epoch']:>2}  loss {row['loss']:.4f}  lr {row['lr']:g}  {row['seconds']:.0f} s  {shown}",
+            flush=True,
+        )
+        self._write_rows(rows)
+        if self.wandb:
+            self.wandb.log({"loss": row["loss"]} | metrics_of(row), step=row["epoch"])
+
+    def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
         checkpoint.save(self.folder / f"{self.prefix}_best.pth", network)
-        recalls = {name.removeprefix("R@"): value for name, value in metrics.items() if name.startswith("R@")}
-        lines = [f"Best Epoch: {epoch}", *(f"Best Recall@{k}: {100 * recall:.4f}" for k, recall in recalls.items())]
+        recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
+        lines = [f"Best Epoch: {row['epoch']}", *(f"Best Recall@{k}: {100 * r:.4f}" for k, r in recalls.items())]
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
-    def close(self) -> None:
-        print(f"The best network is in {self.folder}")
-        if self.wandb:
-            self.wandb.finish()
+    def save_last(self, network, parts: dict, progress: dict) -> None:
+        """Where the run is, to go on from."""
+        checkpoint.save_run(self.folder / runs.LAST, network, parts, progress)
+
+    def _check(self, old, config):
+        """Raise ValueError if a run of the configuration `old` cannot go on with this one."""
+        if different := runs.differences(old, config):
+            raise ValueError(f"{self.folder} is another experiment ({'; '.join(different)}); start a new one")
+        then, now = old.get("versions"), versions()
+        if then != now:
+            print(f"The run was written with {then}, and goes on with {now}: rounding may differ.")
+
+    def _write_rows(self, rows):
+        with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
 
     def _write(self, name, text):
         with replacing(self.folder / name) as path:
             path.write_text(text)
 
 
-class NoLogbook:
-    """In place of the logbook where another process writes it."""
-
-    def log_epoch(self, *args):
-        pass
-
-    save_best = log_epoch
-
-    def close(self):
-        pass
+def metrics_of(row: dict) -> dict[str, float]:
+    """The metrics in a row of metrics.csv."""
+    return {name: value for name, value in row.items() if name not in ("epoch", "loss", "lr", "seconds")}
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -4,6 +4,7 @@ import argparse
 import math
 
 import torch
+from proxy_anchor.stopping import Interrupted
 from torch import nn
 
 from proxy_anchor import distributed
@@ -66,7 +67,7 @@ def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
     if epoch < warm:
         network.requires_grad_(False)
         network.model.embedding.requires_grad_(True)
-    elif epoch == warm > 0:
+    elif warm > 0:
         network.requires_grad_(True)
 
 
@@ -88,16 +89,19 @@ def train_one_epoch(
     epoch: int,
     bn_freeze: bool,
     clip_proxies: bool,
+    losses: list[float] | None = None,
     report=None,
 ) -> float:
     """Train on each batch (images, labels) and return the mean loss; report(loss), if given, follows each step.
+
+    losses: those of the epoch's earlier steps, if it was interrupted; those of the others are added to it.
 
     Where several processes share the work, the batches are this one's part of batches of images_per_batch. The loss is
     read one step late, so that a GPU never waits for it. Raises FloatingPointError, with the epoch, the step and the
     learning rate, when it is not finite.
     """
     set_train_mode(network, bn_freeze)
-    losses = []
+    losses = [] if losses is None else losses
 
     def read(loss):
         losses.append(loss.item())
@@ -110,18 +114,23 @@ def train_one_epoch(
             report(losses[-1])
 
     previous = None
-    for images, labels in batches:
-        embeddings = distributed.gather(network(images), images_per_batch)  # (B, D)
-        loss = criterion(embeddings, distributed.gather(labels, images_per_batch))
-        optimizer.zero_grad()
-        loss.backward()
-        distributed.sum_gradients(network.parameters())
-        nn.utils.clip_grad_value_(network.parameters(), CLIP_VALUE)
-        if clip_proxies:
-            nn.utils.clip_grad_value_(criterion.parameters(), CLIP_VALUE)
-        optimizer.step()
-        if previous is not None:
-            read(previous)
-        previous = loss.detach()
-    read(previous)
+    try:
+        for images, labels in batches:
+            embeddings = distributed.gather(network(images), images_per_batch)  # (B, D)
+            loss = criterion(embeddings, distributed.gather(labels, images_per_batch))
+            optimizer.zero_grad()
+            loss.backward()
+            distributed.sum_gradients(network.parameters())
+            nn.utils.clip_grad_value_(network.parameters(), CLIP_VALUE)
+            if clip_proxies:
+                nn.utils.clip_grad_value_(criterion.parameters(), CLIP_VALUE)
+            optimizer.step()
+            if previous is not None:
+                read(previous)
+            previous = loss.detach()
+    except Interrupted:
+        read(previous)
+        raise
+    if previous is not None:
+        read(previous)
     return sum(losses) / len(losses)

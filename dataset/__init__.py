@@ -11,6 +11,7 @@ and, where needed, AUGMENTATION (arguments of transforms.training) and check_ima
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -162,4 +163,15 @@ def eval_loader(images: ImageDataset, batch_size: int, workers: int, share=(0, 1
 
 
 def _worker_settings(workers):
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+    return {
+        "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _leave_signals_to_the_main_process if workers else None,
+        "generator": torch.Generator(),  # each pass takes a number from it, otherwise from the global one
+    }  # fmt: skip
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A signal to a whole job (Ctrl-C, SLURM) must not take the images away from a step that is to be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # which kills it, should nobody end it before

@@ -4,6 +4,8 @@ The key is all that the randomness of an image's augmentation depends on, and (s
 depends on, so neither the number of workers nor what ran before changes what the network sees.
 """
 
+from itertools import islice
+
 import numpy as np
 from torch.utils.data import Sampler
 
@@ -25,23 +27,26 @@ class RandomBatches(Sampler):
         self.images_per_batch = batch_size
         self.seed = seed
         self.share = share
-        self.epoch = 0
+        self.steps = len(labels) // batch_size
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Choose the epoch, and how many of its batches are left out because they were done before."""
         self.epoch = epoch
+        self.done = done
 
     def __len__(self):
-        return len(self.labels) // self.batch_size
+        return self.steps - self.done
 
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
-        for indices in self._batches(random):
+        for indices in islice(self._batches(random), self.done, None):
             rank, processes = self.share
             yield [(self.seed, self.epoch, int(index)) for index in np.array_split(indices, processes)[rank]]
 
     def _batches(self, random):
         order = random.permutation(len(self.labels))
-        return order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
+        return order[: self.steps * self.batch_size].reshape(self.steps, self.batch_size)
 
 
 class BalancedBatches(RandomBatches):
@@ -67,6 +72,6 @@ class BalancedBatches(RandomBatches):
             )
 
     def _batches(self, random):
-        for _ in range(len(self)):
+        for _ in range(self.steps):
             classes = random.choice(len(self.members), self.classes_per_batch, replace=False)
             yield np.concatenate([random.choice(self.members[c], self.images_per_class) for c in classes])

@@ -190,7 +190,7 @@ def test_torchrun(cub_root, tmp_path):
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-4)
 
-    checkpoint = next(tmp_path.glob("one/**/*.pth"))
+    checkpoint = next(tmp_path.glob("one/**/*_best.pth"))
     done = torchrun(3, "evaluate.py", *common, "--batch-size", 4, "--resume", checkpoint, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = evaluate.main([str(argument) for argument in [*common, "--batch-size", 4, "--resume", checkpoint]])

@@ -51,7 +51,7 @@ def trained(cub_root, tmp_path_factory):
 
 def test_run_folder_is_the_published_one(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
-        "config.json", "cub_resnet18_best.pth", "cub_resnet18_best_results.txt", "metrics.csv"
+        ".lock", "config.json", "cub_resnet18_best.pth", "cub_resnet18_best_results.txt", "last.pth", "metrics.csv"
     ]  # fmt: skip
     rows = read_metrics(trained)
     assert list(rows[0]) == [
@@ -127,7 +127,7 @@ def test_every_loss_trains(cub_root, tmp_path, loss):
 @pytest.mark.parametrize("model", ["bn_inception", "googlenet", "resnet34", "resnet50", "resnet101"])
 def test_every_network_trains_and_evaluates(cub_root, tmp_path, model):
     run_train(cub_root, tmp_path, model=model, epochs=1, **{"bn-freeze": 0})
-    path = next(tmp_path.glob("**/*.pth"))
+    path = next(tmp_path.glob("**/*_best.pth"))
     evaluate.main(arguments(cub_root, model=model, resume=path))
 
 
@@ -137,7 +137,7 @@ def test_every_network_trains_and_evaluates(cub_root, tmp_path, model):
 def test_every_benchmark_trains_and_evaluates(tmp_path, name, make, ks, capsys):
     make(tmp_path / "data")
     run_train(tmp_path / "data", tmp_path / "logs", dataset=name, epochs=1)
-    metrics = evaluate.main(arguments(tmp_path / "data", dataset=name, resume=next(tmp_path.glob("**/*.pth"))))
+    metrics = evaluate.main(arguments(tmp_path / "data", dataset=name, resume=next(tmp_path.glob("**/*_best.pth"))))
     row = read_metrics(next(tmp_path.glob("logs/*/*")))[0]
     assert metrics == {k: float(v) for k, v in row.items() if k in metrics}
     assert ks in capsys.readouterr().out

@@ -1,0 +1,35 @@
+"""The random states of a process: torch's, of the CPU and of each GPU, numpy's and Python's."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
+
+
+def state() -> dict:
+    """All of them, as tensors and numbers."""
+    _, keys, *numpy_rest = np.random.get_state()
+    version, python_keys, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), *numpy_rest),
+        "python": (version, torch.tensor(python_keys), gauss),
+    }
+
+
+def restore(state: dict) -> None:
+    """Set all of them; GPUs that are not here, or were not there, are left out."""
+    torch.set_rng_state(state["torch"])
+    for gpu, gpu_state in zip(range(torch.cuda.device_count()), state["cuda"]):
+        torch.cuda.set_rng_state(gpu_state, gpu)
+    keys, *numpy_rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numpy_rest))
+    version, python_keys, gauss = state["python"]
+    random.setstate((version, tuple(python_keys.tolist()), gauss))

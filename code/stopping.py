@@ -1,0 +1,50 @@
+"""Signals that end a run, at a moment when nothing is lost: the end of a step."""
+
+import signal
+import sys
+
+from proxy_anchor import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM can send SIGUSR1 some time before its limit
+
+
+class Interrupted(Exception):
+    """The run was told to stop by the signal `signum`."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class Stop:
+    """As a context: SIGTERM, SIGINT and SIGUSR1 are noted instead of killing. A second SIGINT (Ctrl-C) ends at once."""
+
+    signum = 0
+
+    def __enter__(self):
+        self.previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, frame):
+        if self.signum == signum == signal.SIGINT and distributed.count() == 1:  # torchrun hands on a Ctrl-C twice
+            raise KeyboardInterrupt
+        self.signum = signum
+        if distributed.rank() == 0:
+            print(f"{signal.Signals(signum).name}: stopping at the end of this step", file=sys.stderr, flush=True)
+
+    def after_each(self, batches, everywhere: bool = True):
+        """Yield the batches, and raise Interrupted after the first that ends with a signal noted.
+
+        Where several processes share the work they agree on it at each batch, so all must have equally many; with
+        everywhere=False, for batches of which they may not, they do not stop here.
+        """
+        for batch in batches:
+            yield batch
+            if everywhere or distributed.count() == 1:
+                signum = distributed.maximum(self.signum)
+                if signum:
+                    raise Interrupted(signum)

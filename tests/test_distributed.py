@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from proxy_anchor.retrieval import best_positive_rank, map_at_r
 
 import net
 from dataset.sampler import BalancedBatches, RandomBatches
-from proxy_anchor import distributed, evaluation, losses, training
+from proxy_anchor import checkpoint, distributed, evaluation, losses, training
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
@@ -190,12 +191,68 @@ def test_torchrun(cub_root, tmp_path):
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-4)
 
-    checkpoint = next(tmp_path.glob("one/**/*_best.pth"))
-    done = torchrun(3, "evaluate.py", *common, "--batch-size", 4, "--resume", checkpoint, cwd=tmp_path)
+    best = next(tmp_path.glob("one/**/*_best.pth"))
+    done = torchrun(3, "evaluate.py", *common, "--batch-size", 4, "--resume", best, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    metrics = evaluate.main([str(argument) for argument in [*common, "--batch-size", 4, "--resume", checkpoint]])
+    metrics = evaluate.main([str(argument) for argument in [*common, "--batch-size", 4, "--resume", best]])
     row = next(line for line in done.stdout.splitlines() if line.startswith("this checkpoint"))
     assert [float(cell) for cell in row.split()[2:]] == pytest.approx([100 * v for v in metrics.values()], abs=0.005)
+
+
+def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
+    """A process dies: torchrun starts all again, and they go on. Then one process goes on where two were."""
+    flags = [
+        "--allow-partial", "--data-root", cub_root, "--model", "resnet18", "--embedding-size", 8, "--image-size", 32,
+        "--batch-size", 4, "--workers", 0, "--pretrained", "none", "--optimizer", "sgd", "--warm", 0,
+    ]  # fmt: skip
+    flags = [str(flag) for flag in flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    resumed = [*flags, "--epochs", "6", "--LOG_DIR", str(tmp_path / "resumed"), "--resume", "auto"]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else restarts meet old addresses (pytorch#135712)
+    agent = subprocess.Popen(
+        [*command, str(REPOSITORY / "train.py"), *resumed], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    output = []
+    for line in agent.stdout:
+        output.append(line)
+        if line.startswith("epoch  1") and not any(line.startswith("Going on") for line in output):
+            children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+    assert agent.wait(timeout=60) == 0
+    assert any(line.startswith("Going on in") for line in output)
+
+    done = torchrun(2, "train.py", *flags, "--epochs", 6, "--LOG_DIR", tmp_path / "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path / "resumed") == read_metrics(tmp_path / "one")
+
+    import train as script
+
+    (folder,) = (tmp_path / "one" / "logs_cub").iterdir()
+    script.main(["--resume", str(folder), "--epochs", "7"])
+    script.main([*flags, "--epochs", "7", "--LOG_DIR", str(tmp_path / "alone")])
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
+    """The processes agree on the step after which they stop."""
+    flags = [
+        "--allow-partial", "--data-root", cub_root, "--model", "resnet18", "--embedding-size", 8, "--image-size", 32,
+        "--batch-size", 4, "--workers", 0, "--pretrained", "none", "--epochs", 1000, "--LOG_DIR", tmp_path,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    agent = subprocess.Popen(
+        [*command, str(REPOSITORY / "train.py"), *(str(flag) for flag in flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in agent.stdout:
+        if line.startswith("epoch  1"):
+            agent.terminate()
+            break
+    _, error = agent.communicate(timeout=120)
+    assert "train.py: stopped by SIGTERM; all is saved" in error
+    (last,) = tmp_path.glob("logs_cub/*/last.pth")
+    assert checkpoint.read(last)["progress"]["epoch"] >= 2
 
 
 def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):

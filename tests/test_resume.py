@@ -1,0 +1,276 @@
+import csv
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+
+import train
+from proxy_anchor import checkpoint, files, randomness, runs, stopping
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def arguments(root, logs, **changed):
+    settings = {
+        "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "batch-size": 4,
+        "image-size": 32, "workers": 0, "pretrained": "none", "epochs": 3, "lr-decay-step": 1, "LOG_DIR": logs,
+    } | changed  # fmt: skip
+    return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cub_root, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("uninterrupted")
+    train.main(arguments(cub_root, logs))
+    return logs
+
+
+def run_folder(logs):
+    (folder,) = (logs / "logs_cub").iterdir()
+    return folder
+
+
+def stop_at(monkeypatch, moment, signum=signal.SIGTERM):
+    """Send the signal while batch number `moment` is worked on, batches of training and of evaluation counted alike."""
+    seen = []
+
+    def feed(batches, *arguments, feed=train.device.feed):
+        for batch in feed(batches, *arguments):
+            seen.append(batch)
+            if len(seen) == moment:
+                os.kill(os.getpid(), signum)
+            yield batch
+
+    monkeypatch.setattr(train.device, "feed", feed)
+
+
+# An epoch is 6 batches of training and 5 of evaluation.
+@pytest.mark.parametrize("moment", [1, 6, 8, 14, 22])
+def test_run_stopped_by_a_signal_goes_on_to_the_same_end(cub_root, tmp_path, monkeypatch, uninterrupted, moment):
+    signum = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[moment % 3]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_at(patch, moment, signum)
+        train.main(arguments(cub_root, tmp_path))
+    assert stopped.value.code == 128 + signum
+    progress = checkpoint.read(run_folder(tmp_path) / "last.pth")["progress"]
+    epoch, batch = divmod(moment - 1, 11)
+    assert (progress["epoch"], len(progress["losses"])) == (epoch, min(batch + 1, 6))
+    train.main(arguments(cub_root, tmp_path, resume="auto"))
+    kills.assert_identical(kills.outcome(tmp_path), kills.outcome(uninterrupted))
+
+
+@pytest.mark.parametrize("loss, flags", [("Triplet", {"IPC": 2}), ("Proxy_NCA", {"optimizer": "sgd"})])
+def test_every_part_goes_on(cub_root, tmp_path, monkeypatch, loss, flags):
+    """Other losses (with random miners), samplers and optimizers."""
+    train.main(arguments(cub_root, tmp_path / "one", loss=loss, **flags))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 14)
+        train.main(arguments(cub_root, tmp_path / "two", loss=loss, **flags))
+    train.main(arguments(cub_root, tmp_path / "two", loss=loss, resume="auto", **flags))
+    kills.assert_identical(kills.outcome(tmp_path / "two"), kills.outcome(tmp_path / "one"))
+
+
+def test_kills(cub_root, tmp_path, uninterrupted):
+    """20 times SIGKILL at random moments."""
+    context = kills.processes()
+    seconds = kills.finish(context, arguments(cub_root, tmp_path / "one", epochs=10))
+    died = kills.killed_and_resumed(context, arguments(cub_root, tmp_path / "two", epochs=10), 20, seconds / 7, seed=0)
+    assert died >= 15  # the others found the run at its end
+    kills.assert_identical(kills.outcome(tmp_path / "two"), kills.outcome(tmp_path / "one"))
+
+
+def test_resume_by_path_takes_the_arguments_of_the_run(cub_root, tmp_path, uninterrupted):
+    train.main(arguments(cub_root, tmp_path, epochs=2))
+    last = run_folder(tmp_path) / "last.pth"
+    train.main(["--resume", str(last), "--epochs", "3"])
+    kills.assert_identical(kills.outcome(tmp_path), kills.outcome(uninterrupted))
+    args = train.parse(["--resume", str(last.parent)])
+    assert (args.model, args.batch_size, args.epochs, args.workers) == ("resnet18", 4, 3, 0)
+
+
+def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(folder), "--epochs", "2", "--lr", "0.5", "--warm", "0"])
+    error = capsys.readouterr().err
+    assert refused.value.code == 1
+    assert "lr: 0.0001, now 0.5" in error and "warm: 1, now 0" in error and "epochs" not in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+
+
+def test_resume_of_another_data_set_is_refused(cub_root, tmp_path, capsys):
+    import trees
+
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    trees.cub(tmp_path / "data", images=7)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(run_folder(tmp_path)), "--epochs", "2", "--data-root", str(tmp_path / "data")])
+    assert "sizes" in capsys.readouterr().err
+
+
+def test_auto_starts_fresh_where_nothing_is_unfinished(cub_root, tmp_path, capsys):
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))  # the first has finished
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto", warm=0))  # another experiment of the same name
+    names = sorted(path.name for path in (tmp_path / "logs_cub").iterdir())
+    assert len(names) == 3 and names[1].endswith("_2") and names[2].endswith("_3")
+    capsys.readouterr()
+    train.main(arguments(cub_root, tmp_path, epochs=2, resume="auto"))
+    assert f"Going on in {tmp_path / 'logs_cub' / names[1]} at epoch 1, step 0" in capsys.readouterr().out
+
+
+def test_finished_run_is_not_resumed(cub_root, tmp_path, capsys):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(run_folder(tmp_path))])
+    assert refused.value.code == 1 and "has finished its 1 epochs; to go on, raise --epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nowhere/last.pth"])
+def test_no_run_to_resume(tmp_path, capsys, path):
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(tmp_path / path)])
+    assert refused.value.code == 2 and "There is no run to resume in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"nonsense"])
+def test_damaged_last_checkpoint_is_an_error(cub_root, tmp_path, capsys, damage):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    last = run_folder(tmp_path) / "last.pth"
+    last.write_bytes(damage(last.read_bytes()))
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(last), "--epochs", "2"])
+    assert refused.value.code == 1 and str(last) in capsys.readouterr().err
+
+
+def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    held = runs.lock(folder)
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(folder), "--epochs", "2"])
+    assert refused.value.code == 1
+    assert f"being written by process {os.getpid()} on {socket.gethostname()}" in capsys.readouterr().err
+    held.close()
+    train.main(["--resume", str(folder), "--epochs", "2"])
+
+
+def test_child_does_not_hold_the_lock(tmp_path):
+    """A worker that outlives its killed parent must not keep others from the run."""
+    held = runs.lock(tmp_path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"here")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(reading, 4)
+        held.close()
+        runs.lock(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_new_run_takes_no_folder_of_another(tmp_path):
+    first, lock = runs.new(tmp_path / "run")
+    second, _ = runs.new(tmp_path / "run")  # the first has no config.json yet, but is held
+    assert [first.name, second.name] == ["run", "run_2"]
+    lock.close()
+    third, _ = runs.new(tmp_path / "run")  # given up before it began
+    assert third.name == "run"
+
+
+def test_random_states_are_restored():
+    import random
+
+    import numpy as np
+
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.gauss(0, 1), np.random.randn()
+
+    draw()
+    state = randomness.state()
+    first = draw()
+    draw()
+    randomness.restore(state)
+    assert draw() == first
+
+
+def test_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), stopping.Stop():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+
+@pytest.mark.parametrize("whole_job", [False, True])
+def test_signal_to_a_running_command(cub_root, tmp_path, whole_job):
+    """SIGTERM as a scheduler sends it, to the process or to all of the job: the workers do not take the step away."""
+    flags = arguments(cub_root, tmp_path, epochs=1000, workers=2)
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "train.py", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch  1"):
+            break
+    (os.killpg if whole_job else os.kill)(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert "train.py: stopped by SIGTERM; all is saved" in error and "Traceback" not in error
+    with open(run_folder(tmp_path) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    progress = checkpoint.read(run_folder(tmp_path) / "last.pth")["progress"]
+    assert [int(row["epoch"]) for row in rows] == list(range(progress["epoch"]))
+
+
+def test_write_that_fails_leaves_the_old_file(tmp_path):
+    """The file size limit of the process makes real writes fail half-way."""
+    path = tmp_path / "run.pth"
+    network = torch.nn.Linear(100, 100)
+    checkpoint.save(path, network)
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"run\.pth cannot be written .*MB free"):
+            checkpoint.save(path, network)
+        with pytest.raises(OSError, match=r"text cannot be written"), files.replacing(tmp_path / "text") as temporary:
+            temporary.write_text("x" * 30_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["run.pth"]
+
+
+def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
+    """The run ends with an error that names the file, and goes on when there is room."""
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, hard))
+    try:
+        with pytest.raises(SystemExit) as failed:
+            train.main(["--resume", str(folder), "--epochs", "3"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert failed.value.code == 1 and ".pth cannot be written" in error and "MB free" in error
+    assert checkpoint.epochs_done(folder / "last.pth") == 1
+    train.main(["--resume", str(folder), "--epochs", "3"])
+    rows = (folder / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["0", "1", "2"]
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 3

@@ -38,6 +38,11 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
 
     with distributed.first_process_first():
         eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.allow_partial)
+    if args.skip_bad_images:
+        for images in eval_sets:
+            bad = distributed.from_first(lambda images=images: dataset.bad_images(images, args.workers))
+            images.leave_out(bad)
+            print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
     share = distributed.rank(), distributed.count()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
     bars = [console.progress(loader, "embedding") for loader in loaders]

@@ -52,6 +52,11 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     with distributed.first_process_first():
         train_set = dataset.train_set(args.dataset, args.data_root, args.image_size, args.allow_partial)
         eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.allow_partial)
+    if args.skip_bad_images:
+        for images in [train_set, *eval_sets]:
+            bad = distributed.from_first(lambda images=images: dataset.bad_images(images, args.workers))
+            images.leave_out(bad)
+            print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
     eval_loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
     sizes = dict(zip(["train", *dataset.eval_splits(args.dataset)], map(dataset.size, [train_set, *eval_sets])))

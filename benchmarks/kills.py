@@ -8,10 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-import kills
-import trees
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests import kills, trees
 
 
 def main():

@@ -1,6 +1,7 @@
 """Checkpoints in the published layout, {"model_state_dict": ...}, and those to resume a run from, which hold more."""
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -62,6 +63,10 @@ def read(path: str | Path, mmap: bool = False):
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}")
     try:
+        if not mmap and zipfile.is_zipfile(path):  # torch does not look at the checksums
+            with zipfile.ZipFile(path) as file:
+                if part := file.testzip():
+                    raise ValueError(f"its part {part} does not have its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import cars, cub, glyphs, inshop, sop, transforms
+from dataset.check import inspect
 from dataset.files import BadFile, missing_files, read_rgb
 from dataset.sampler import BalancedBatches, RandomBatches
 
@@ -34,6 +35,9 @@ def options(training: bool) -> argparse.ArgumentParser:
     group.add_argument("--data-root", default=str(DATA_ROOT), metavar="DIR", help="folder of the data sets")
     group.add_argument(
         "--allow-partial", action="store_true", help="go on with a part of a data set; its figures do not compare"
+    )
+    group.add_argument(
+        "--skip-bad-images", action="store_true", help="look at every image first and leave out those that are damaged"
     )
     group.add_argument(
         "--image-size", default=224, type=int, metavar="PIXELS", help="side of the square that the network sees"
@@ -75,6 +79,7 @@ class ImageDataset(Dataset):
         self.labels = labels
         self.num_classes = num_classes
         self.transform = transform
+        self.numbers = np.arange(len(paths))  # in the whole data set, whatever is left out
 
     def __len__(self):
         return len(self.paths)
@@ -85,9 +90,16 @@ class ImageDataset(Dataset):
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 if isinstance(key, tuple):
-                    torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+                    entropy = (*key[:-1], int(self.numbers[index]))
+                    torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
                 image = self.transform(image)
         return image, int(self.labels[index])
+
+    def leave_out(self, paths) -> None:
+        """Go on without these images; the others stay what they are."""
+        kept = np.array([path not in paths for path in self.paths], dtype=bool)
+        self.paths = [path for path, keep in zip(self.paths, kept) if keep]
+        self.labels, self.numbers = self.labels[kept], self.numbers[kept]
 
 
 def load(name: str, root: str | Path, split: str, transform=None, allow_partial: bool = False) -> ImageDataset:
@@ -139,6 +151,11 @@ def train_set(name: str, root: str | Path, image_size: int, allow_partial: bool 
 def eval_sets(name: str, root: str | Path, image_size: int, allow_partial: bool = False) -> list[ImageDataset]:
     """The test images of a benchmark: [eval], or [query, gallery]."""
     return [load(name, root, split, transforms.evaluation(image_size), allow_partial) for split in eval_splits(name)]
+
+
+def bad_images(images: ImageDataset, workers: int) -> dict[str, str]:
+    """{path: reason} of the images that cannot be read; all are decoded to find out."""
+    return {image.path: image.problem for image in inspect(images.paths, workers) if image.problem}
 
 
 def train_loader(

@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+import zipfile
 from pathlib import Path
 
 import torch
@@ -59,6 +60,10 @@ def load_weights(backbone: torch.nn.Module, path: Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no weights file {path}")
     try:
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums
+            with zipfile.ZipFile(path) as file:
+                if part := file.testzip():
+                    raise ValueError(f"its part {part} does not have its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on damaged files, with advice that is not ours
         raise ValueError(

@@ -11,8 +11,6 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 
 def run(argv):
     """train.py in this process, a fork of one that has imported it already."""
@@ -32,9 +30,8 @@ def run(argv):
 
 def processes():
     """A context whose processes start as forks of one that has imported train.py, in milliseconds."""
-    sys.path[:0] = [path for path in (str(REPOSITORY), str(REPOSITORY / "tests")) if path not in sys.path]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "kills"])
+    context.set_forkserver_preload(["train", __name__])
     first = context.Process(target=time.sleep, args=(0,))  # starts the server, which imports torch
     first.start()
     first.join()

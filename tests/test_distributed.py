@@ -208,7 +208,9 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     flags = [str(flag) for flag in flags]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     resumed = [*flags, "--epochs", "6", "--LOG_DIR", str(tmp_path / "resumed"), "--resume", "auto"]
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else restarts meet old addresses (pytorch#135712)
+    environment = os.environ | {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
+    }  # else restarts meet old addresses (pytorch#135712)
     agent = subprocess.Popen(
         [*command, str(REPOSITORY / "train.py"), *resumed], stdout=subprocess.PIPE, text=True, env=environment
     )

@@ -1,0 +1,93 @@
+"""Check a data set, or prepare one from its archives.
+
+python -m dataset check NAME                 counts, sizes, unreadable files, images in training and test alike
+python -m dataset prepare NAME ARCHIVE...    verify, extract and lay out, then check
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import dataset
+from dataset import files, prepare
+from dataset.check import duplicates, inspect
+from proxy_anchor import console
+
+SHOWN = 10  # of a kind of problem
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
+    common = argparse.ArgumentParser(add_help=False, parents=[console.options()])
+    common.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR", help="folder of the data sets")
+    common.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images")
+    check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
+    check.add_argument("name", choices=dataset.BENCHMARKS)
+    make = commands.add_parser("prepare", parents=[common], help="from archives to a data set", allow_abbrev=False)
+    make.add_argument("name", choices=prepare.LAYOUTS)
+    make.add_argument("archives", nargs="+", metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list")
+    args = parser.parse_args(argv)
+    console.check_ranges(parser, args)
+    return args
+
+
+def run_prepare(name: str, root: str, archives: list[str]) -> None:
+    for archive in map(Path, archives):
+        if archive.is_file():
+            known = prepare.published_name(archive)
+            print(f"{archive}: {f'the published {known}' if known else 'not a file whose checksum is known'}")
+    folder = dataset.BENCHMARKS[name].FOLDER
+    for _ in console.progress(prepare.prepare(name, Path(root), folder, list(map(Path, archives))), "extracting"):
+        pass
+    print(f"Laid out in {Path(root) / folder}")
+
+
+def run_check(name: str, root: str, workers: int) -> int:
+    """Print what the data set holds; the number of its problems."""
+    benchmark = dataset.BENCHMARKS[name]
+    problems = []
+    parts = {}
+    for split, (classes, count) in benchmark.SIZES.items():
+        images = dataset.load(name, root, split, allow_partial=True)
+        found = list(console.progress(inspect(images.paths, workers), split))
+        parts[split] = found
+        unreadable = [image.problem for image in found if image.problem]
+        problems += unreadable
+        here = dataset.size(images)
+        print(f"{split}: {here[0]:,} images of {here[1]:,} classes; published: {count:,} of {classes:,}")
+        if here != (count, classes):
+            problems.append(f"{split} is not the published split; likely cause: {benchmark.LIKELY_CAUSE}")
+        sizes = sorted((image.width, image.height) for image in found if not image.problem)
+        if sizes:
+            widths, heights = (sorted(side) for side in zip(*sizes))
+            print(
+                f"  width {widths[0]} to {widths[-1]}, median {widths[len(widths) // 2]}; "
+                f"height {heights[0]} to {heights[-1]}, median {heights[len(heights) // 2]}; "
+                f"{len(unreadable)} unreadable"
+            )
+    tests = [image for split, images in parts.items() if split != "train" for image in images]
+    twice = duplicates({"train": parts["train"], "test": tests})
+    print(f"{len(twice)} images are in training and test alike" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))
+    for problem in problems[:SHOWN]:
+        print(f"  {problem}")
+    if len(problems) > SHOWN:
+        print(f"  ... and {len(problems) - SHOWN:,} problems more")
+    return len(problems)
+
+
+def main(argv=None):
+    args = parse(argv)
+    with console.errors_in_one_line("python -m dataset", args.debug):
+        if args.command == "prepare":
+            run_prepare(args.name, args.data_root, args.archives)
+        if problems := run_check(args.name, args.data_root, args.workers):
+            raise files.BadFile(f"{args.name} has {problems:,} problem{'s' * (problems > 1)}, listed above")
+        print(f"This is the published {args.name}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

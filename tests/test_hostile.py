@@ -1,0 +1,154 @@
+"""Damaged files: each ends in an error that the scripts show as one line, or in the right result."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+
+import dataset
+import net
+from dataset.files import read_rgb
+from net import pretrained
+from proxy_anchor import checkpoint
+
+SHOWN_IN_ONE_LINE = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)  # as in console
+
+
+def mutations(data: bytes, count: int, seed: int):
+    """Damaged copies: a flipped bit, a changed byte, cut short, a piece removed, doubled, zeroed or of random bytes."""
+    chance = random.Random(seed)
+    for number in range(count):
+        place = chance.randrange(len(data))
+        end = min(len(data), place + chance.choice((1, 8, 200)))
+        yield (
+            data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :],
+            data[:place] + chance.randbytes(1) + data[place + 1 :],
+            data[:place],
+            data[:place] + data[end:],
+            data[:end] + data[place:end] + data[end:],
+            data[:place] + bytes(end - place) + data[end:],
+            data[:place] + chance.randbytes(end - place) + data[end:],
+        )[number % 7]
+
+
+def outcome(function):
+    """What the function returns, or the error, which must be one that the scripts show."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function()
+    except SHOWN_IN_ONE_LINE as error:
+        assert str(error)
+        return error
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((7, 30), value))
+        self.register_buffer("count", torch.tensor(5))
+
+
+def test_damaged_checkpoints(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(path, Tiny(1.5))
+    errors = 0
+    for data in mutations(path.read_bytes(), 210, seed=0):
+        path.write_bytes(data)
+        network = Tiny(0.0)
+        if isinstance(outcome(lambda network=network: checkpoint.load(path, network)), Exception):
+            errors += 1
+            assert not network.weight.any()  # nothing was loaded
+        else:
+            assert (network.weight == 1.5).all() and network.count == 5
+    assert errors > 100
+
+
+def test_damaged_legacy_checkpoints(tmp_path):
+    """The legacy format has no checksums: cut short or with pieces missing, it is an error."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model_state_dict": Tiny(1.5).state_dict()}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    for length in range(0, len(data), max(1, len(data) // 60)):
+        path.write_bytes(data[:length])
+        network = Tiny(0.0)
+        assert isinstance(outcome(lambda network=network: checkpoint.load(path, network)), Exception)
+        assert not network.weight.any()
+
+
+def test_damaged_run_checkpoints(tmp_path):
+    """last.pth: what does not load whole is an error."""
+    path = tmp_path / "last.pth"
+    network = Tiny(1.5)
+    optimizer = torch.optim.AdamW(network.parameters())
+    checkpoint.save_run(path, network, {"optimizer": optimizer}, {"epoch": 3, "losses": [], "rows": []})
+    for data in mutations(path.read_bytes(), 70, seed=1):
+        path.write_bytes(data)
+        other = Tiny(0.0)
+        parts = {"optimizer": torch.optim.AdamW(other.parameters())}
+        progress = outcome(lambda other=other, parts=parts: checkpoint.load_run(path, other, parts))
+        if isinstance(progress, Exception):
+            assert not other.weight.any()
+        else:
+            assert progress["epoch"] == 3 and (other.weight == 1.5).all()
+
+
+def test_damaged_weights_files(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(Tiny(1.5).state_dict(), path)
+    for data in mutations(path.read_bytes(), 70, seed=2):
+        path.write_bytes(data)
+        network = Tiny(0.0)
+        if isinstance(outcome(lambda network=network: pretrained.load_weights(network, path)), Exception):
+            assert not network.weight.any()
+        else:
+            assert (network.weight == 1.5).all()
+
+
+@pytest.mark.parametrize(
+    "name, make, table",
+    [
+        ("SOP", trees.sop, "Stanford_Online_Products/Ebay_train.txt"),
+        ("Inshop", trees.inshop, "Inshop_Clothes/Eval/list_eval_partition.txt"),
+        ("cars", trees.cars, "cars196/cars_annos.mat"),
+        ("cars", trees.cars_devkit, "cars196/devkit/cars_train_annos.mat"),
+    ],
+)
+def test_damaged_annotations(tmp_path, name, make, table):
+    """Every split of what is read has an image and a label in range for each entry."""
+    root = make(tmp_path)
+    path = root / table
+    for data in mutations(path.read_bytes(), 35 if name == "cars" else 70, seed=3):
+        path.write_bytes(data)
+        for split in dataset.BENCHMARKS[name].SIZES:
+            images = outcome(lambda split=split: dataset.load(name, root, split, allow_partial=True))
+            if not isinstance(images, Exception):
+                assert len(images.paths) == len(images.labels) > 0
+                assert images.labels.min() >= 0 and images.labels.max() < images.num_classes
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_damaged_images(tmp_path, kind):
+    path = tmp_path / "image"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, kind)
+    for data in mutations(path.read_bytes(), 35, seed=4):
+        path.write_bytes(data)
+        image = outcome(lambda: read_rgb(str(path)))
+        if isinstance(image, Exception):
+            assert str(path) in str(image)
+        else:
+            assert image.mode == "RGB"
+
+
+def test_network_stays_as_it_was(tmp_path):
+    """A checkpoint of another size loads nothing, not even the tensors that would fit."""
+    network = net.create("resnet18", 8)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    checkpoint.save(tmp_path / "other.pth", net.create("resnet18", 16))
+    assert isinstance(outcome(lambda: checkpoint.load(tmp_path / "other.pth", network)), ValueError)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())

@@ -1,0 +1,285 @@
+import io
+import os
+import resource
+import stat
+import tarfile
+import zipfile
+
+import pytest
+import trees
+from PIL import Image
+
+import dataset
+from dataset import prepare
+from dataset.__main__ import main
+
+
+def archive_of(folder, path, names):
+    """A tar or zip archive of these names in the folder, as its extension says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name in names:
+                for member in sorted([folder / name, *(folder / name).rglob("*")]):
+                    file.write(member, member.relative_to(folder))
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            for name in names:
+                file.add(folder / name, name)
+    return str(path)
+
+
+def same_files(left, right):
+    found = [{p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (left, right)]
+    return found[0] == found[1]
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Small data sets count as the published ones."""
+
+    def set_sizes(name, **sizes):
+        monkeypatch.setattr(dataset.BENCHMARKS[name], "SIZES", sizes)
+
+    return set_sizes
+
+
+def run(*argv):
+    main([str(argument) for argument in argv])
+
+
+@pytest.mark.parametrize(
+    "name, make, archives, sizes",
+    [
+        ("cub", trees.cub, {"CUB_200_2011.tgz": ("", ["CUB_200_2011"])}, {"train": (4, 24), "eval": (3, 18)}),
+        (
+            "cars", trees.cars, {"car_ims.tgz": ("cars196", ["car_ims"]), "cars_annos.mat": None},
+            {"train": (3, 12), "eval": (3, 12)},
+        ),
+        (
+            "cars", trees.cars_devkit,
+            {"car_devkit.tgz": ("cars196", ["devkit"]), "t.tgz": ("cars196", ["cars_train", "cars_test"])},
+            {"train": (3, 12), "eval": (3, 12)},
+        ),
+        ("SOP", trees.sop, {"S.zip": ("", ["Stanford_Online_Products"])}, {"train": (3, 9), "eval": (3, 9)}),
+        (
+            "Inshop", trees.inshop, {"img.zip": ("Inshop_Clothes/Img", ["img"]), "Eval/list_eval_partition.txt": None},
+            {"train": (2, 8), "query": (3, 6), "gallery": (3, 6)},
+        ),
+    ],
+)  # fmt: skip
+def test_prepare_and_check(tmp_path, published, capsys, name, make, archives, sizes):
+    published(name, **sizes)
+    original = make(tmp_path / "original")
+    folder = dataset.BENCHMARKS[name].FOLDER
+    paths = []
+    for archive, content in archives.items():
+        if content is None:
+            paths.append(original / folder / archive)
+        else:
+            paths.append(archive_of(original / content[0], tmp_path / archive, content[1]))
+    run("prepare", name, *paths, "--data-root", tmp_path / "data", "--workers", 0)
+    output = capsys.readouterr().out
+    assert "not a file whose checksum is known" in output and f"This is the published {name}." in output
+    if name != "cub":  # CUB's extra file of macOS is in both
+        assert same_files(original / folder, tmp_path / "data" / folder)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [folder]
+
+
+def test_known_archive_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    monkeypatch.setitem(prepare.DIGESTS, "9a0364b9e99bb480dd25e1f0284c8555", "known.tgz")
+    assert prepare.published_name(path) == "known.tgz"
+    path.write_bytes(b"other")
+    assert prepare.published_name(path) is None
+
+
+def tar_with(path, **attributes):
+    with tarfile.open(path, "w") as file:
+        data = attributes.pop("data", b"data")
+        member = tarfile.TarInfo(attributes.pop("name", "images/a"))
+        member.size = 0 if attributes.get("type", tarfile.REGTYPE) != tarfile.REGTYPE else len(data)
+        for key, value in attributes.items():
+            setattr(member, key, value)
+        file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def zip_with(path, name, mode=stat.S_IFREG | 0o644):
+    with zipfile.ZipFile(path, "w") as file:
+        member = zipfile.ZipInfo(name)
+        member.external_attr = mode << 16
+        member.create_system = 3
+        file.writestr(member, "/etc/passwd")
+    return path
+
+
+HOSTILE = {
+    "parent": lambda path: tar_with(path, name="../outside"),
+    "link out": lambda path: tar_with(path, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "link up": lambda path: tar_with(path, type=tarfile.SYMTYPE, linkname="../../outside"),
+    "hard link": lambda path: tar_with(path, type=tarfile.LNKTYPE, linkname="../../outside"),
+    "device": lambda path: tar_with(path, type=tarfile.CHRTYPE),
+    "fifo": lambda path: tar_with(path, type=tarfile.FIFOTYPE),
+    "zip parent": lambda path: zip_with(path, "images/../../outside"),
+    "zip absolute": lambda path: zip_with(path, "/outside"),
+    "zip backslash": lambda path: zip_with(path, "..\\outside"),
+    "zip drive": lambda path: zip_with(path, "c:outside"),
+    "zip link": lambda path: zip_with(path, "images/a", stat.S_IFLNK | 0o777),
+    "zip device": lambda path: zip_with(path, "images/a", stat.S_IFCHR | 0o666),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_archives_are_refused(tmp_path, capsys, kind):
+    archive = HOSTILE[kind](tmp_path / "archive")
+    with pytest.raises(SystemExit) as refused:
+        run("prepare", "cub", archive, "--data-root", tmp_path / "data" / "deep")
+    error = capsys.readouterr().err
+    assert refused.value.code == 1 and "python -m dataset: error: " in error and str(archive) in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "data" / "deep").iterdir()) and not (tmp_path / "outside").exists()
+
+
+def test_absolute_tar_names_land_inside(tmp_path):
+    """tarfile's data filter strips the slash."""
+    archive = tar_with(tmp_path / "archive", name="/images/a")
+    assert list(prepare.extract(archive, tmp_path / "out")) == ["/images/a"]
+    assert (tmp_path / "out" / "images" / "a").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("suffix", [".tgz", ".zip"])
+def test_bombs_are_refused(tmp_path, monkeypatch, suffix):
+    (tmp_path / "images").mkdir()
+    for i in range(5):
+        (tmp_path / "images" / str(i)).write_bytes(bytes(1_000_000))
+    archive = tmp_path / f"bomb{suffix}"
+    archive_of(tmp_path, archive, ["images"])
+    monkeypatch.setattr(prepare, "MAX_BYTES", 3e6)
+    with pytest.raises(ValueError, match="holds more than"):
+        list(prepare.extract(archive, tmp_path / "out"))
+    monkeypatch.setattr(prepare, "MAX_BYTES", 3e9)
+    monkeypatch.setattr(prepare, "MAX_FILES", 3)
+    with pytest.raises(ValueError, match="than 3 files"):
+        list(prepare.extract(archive, tmp_path / "out2"))
+
+
+def test_interrupted_it_starts_again(tmp_path, published, monkeypatch):
+    published("cub", train=(4, 24), eval=(3, 18))
+    original = trees.cub(tmp_path / "original")
+    archive = archive_of(original, tmp_path / "a.tgz", ["CUB_200_2011"])
+    leftover = tmp_path / "data" / "CUB_200_2011.preparing" / "extracted" / "images" / "999.Nothing"
+    leftover.mkdir(parents=True)  # of a killed attempt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_place", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        list(prepare.prepare("cub", tmp_path / "data", "CUB_200_2011", [tmp_path / "a.tgz"]))
+    assert not (tmp_path / "data" / "CUB_200_2011").exists()
+    run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
+    with pytest.raises(SystemExit):
+        run("prepare", "cub", archive, "--data-root", tmp_path / "data")  # it is there already
+
+
+def test_full_disk_names_the_file(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "large").write_bytes(bytes(100_000))
+    archive = archive_of(tmp_path, tmp_path / "a.tgz", ["images"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(SystemExit):
+            run("prepare", "cub", archive, "--data-root", tmp_path / "data")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "'images/large' cannot be extracted to" in capsys.readouterr().err
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["cub", "nowhere.tgz"], "There is no archive nowhere.tgz"),
+        (["cub", __file__], "Nothing of cub is in"),
+    ],
+)
+def test_wrong_archives(tmp_path, capsys, argv, words):
+    with pytest.raises(SystemExit) as refused:
+        run("prepare", *argv, "--data-root", tmp_path)
+    assert refused.value.code == 1 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_finds_what_is_wrong(tmp_path, published, capsys):
+    published("cub", train=(4, 24), eval=(3, 18))
+    images = trees.cub(tmp_path) / "CUB_200_2011" / "images"
+    run("check", "cub", "--data-root", tmp_path, "--workers", 2)
+    assert "0 images are in training and test alike" in capsys.readouterr().out
+    (images / "001.Bird_1" / "Bird_1_0000.jpg").write_bytes(b"")
+    (images / "101.Bird_101" / "Bird_101_0000.jpg").write_bytes(
+        (images / "002.Bird_2" / "Bird_2_0000.jpg").read_bytes()
+    )
+    os.remove(images / "103.Bird_103" / "Bird_103_0005.jpg")
+    with pytest.raises(SystemExit) as failed:
+        run("check", "cub", "--data-root", tmp_path, "--workers", 0)
+    output = capsys.readouterr()
+    assert failed.value.code == 1 and "cub has 2 problems" in output.err
+    assert "1 images are in training and test alike" in output.out and "Bird_101_0000.jpg" in output.out
+    assert "Bird_1_0000.jpg cannot be read" in output.out and "eval is not the published split" in output.out
+
+
+def test_usage_errors(capsys):
+    for argv in (
+        [],
+        ["check"],
+        ["check", "mnist"],
+        ["prepare", "glyphs", "a.zip"],
+        ["check", "cub", "--workers", "-1"],
+    ):
+        with pytest.raises(SystemExit) as refused:
+            run(*argv)
+        assert refused.value.code == 2
+
+
+def test_bad_images_are_left_out_and_change_no_other(tmp_path):
+    """With --skip-bad-images the others get the augmentation that they would have got."""
+    root = trees.cub(tmp_path)
+    whole = dataset.train_set("cub", root, 32, allow_partial=True)
+    bad = [whole.paths[1], whole.paths[7]]
+    expected = {path: whole[3, 5, index][0] for index, path in enumerate(whole.paths)}
+    with open(bad[0], "wb") as file:
+        file.write(b"no image")
+    os.truncate(bad[1], 600)
+    images = dataset.train_set("cub", root, 32, allow_partial=True)
+    found = dataset.bad_images(images, workers=2)
+    assert list(found) == bad and all("cannot be read" in reason for reason in found.values())
+    images.leave_out(found)
+    assert len(images) == 22 and images.num_classes == 4
+    for index, path in enumerate(images.paths):
+        assert (images[3, 5, index][0] == expected[path]).all() and images.labels[index] == whole.labels[
+            whole.paths.index(path)
+        ]
+
+
+def test_kinds_of_images(tmp_path):
+    """Each kind of file is either an image or an error with the path and the reason."""
+    from dataset.files import BadFile, read_rgb
+
+    pixels = Image.effect_noise((20, 10), 50)
+    frames = [Image.new("P", (20, 10), color) for color in (1, 2)]
+    frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
+    pixels.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    pixels.convert("P").save(tmp_path / "palette.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
+    for name in ("animated.gif", "cmyk.jpg", "palette.png"):
+        image = read_rgb(str(tmp_path / name))
+        assert (image.mode, image.size) == ("RGB", (20, 10))
+    assert read_rgb(str(tmp_path / "one.png")).size == (1, 1)
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    (tmp_path / "huge.png").write_bytes(bomb.getvalue())
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    pixels.save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-100])
+    (tmp_path / "text.jpg").write_text("no image")
+    for name in ("huge.png", "empty.jpg", "cut.jpg", "text.jpg"):
+        with pytest.raises(BadFile, match=rf"{name} cannot be read: \S+"):
+            read_rgb(str(tmp_path / name))

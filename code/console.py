@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -41,6 +42,15 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
 
 
+# What torch says when something runs out, and what to do about it.
+ADVICE = {
+    r"shared memory|</torch_|Bus error": "/dev/shm is too small for the workers: choose fewer --workers (0 needs none) "
+    "or make it larger (docker run --shm-size=8g)",
+    r"[cC]an't allocate memory|Cannot allocate memory|killed by signal: Killed": "The memory is exhausted: choose a "
+    "smaller --batch-size or --image-size, or fewer --workers",
+}
+
+
 @contextmanager
 def errors_in_one_line(script: str, debug: bool):
     """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
@@ -52,10 +62,12 @@ def errors_in_one_line(script: str, debug: bool):
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError) as error:
         if debug:
             raise
         print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they take their time with a SIGTERM
         sys.exit(1)
 
 
@@ -63,6 +75,9 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
     text = str(error)
+    for words, advice in ADVICE.items():
+        if re.search(words, text):
+            return f"{advice} ({' '.join(text.split())[:200]})"
     if "in DataLoader worker process" in text:  # the worker's traceback; its last line is "package.ErrorType: message"
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
     return " ".join(text.split()) or type(error).__name__

@@ -334,6 +334,67 @@ def test_out_of_memory_suggests_a_smaller_batch(cub_root, tmp_path, monkeypatch,
     )
 
 
+def run_limited(shell, *flags):
+    """train.py in a shell that has limited what it may use."""
+    command = shlex.join([sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)])
+    return subprocess.run(["bash", "-c", f"{shell}; {command}"], capture_output=True, text=True, timeout=200)
+
+
+def test_memory_that_is_too_small(cub_root, tmp_path):
+    flags = [*arguments(cub_root, **{"image-size": 1024, "batch-size": 24, "warm": 0}), "--pretrained", "none"]
+    done = run_limited("ulimit -v 6000000", *flags, "--LOG_DIR", tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "The memory is exhausted: choose a smaller --batch-size" in done.stderr
+
+
+def test_shared_memory_that_is_too_small(cub_root, tmp_path):
+    """A real /dev/shm of 200 kB, in a mount namespace of its own."""
+    namespace = ["unshare", "-m", "bash", "-c"]
+    small = "mount -t tmpfs -o size=200k tmpfs /dev/shm"
+    if subprocess.run([*namespace, small], capture_output=True).returncode != 0:
+        pytest.skip("mounting needs to be root")
+    flags = [*arguments(cub_root, **{"image-size": 224, "workers": 2}), "--pretrained", "none", "--LOG_DIR", tmp_path]
+    command = shlex.join([sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)])
+    done = subprocess.run([*namespace, f"{small}; {command}"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "train.py: error: /dev/shm is too small for the workers: choose fewer --workers" in done.stderr
+
+
+def test_embeddings_that_are_not_finite(trained, cub_root, tmp_path, capsys):
+    content = torch.load(trained / "cub_resnet18_best.pth", weights_only=True)
+    content["model_state_dict"]["model.embedding.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    with pytest.raises(SystemExit) as failed:
+        evaluate.main(arguments(cub_root, resume=tmp_path / "nan.pth"))
+    assert failed.value.code == 1 and "not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{}, {"IPC": 4}])
+def test_class_with_one_image(tmp_path, flags, capsys):
+    """In training it is like any other (with --IPC, its image is drawn again); in a test, its query is a miss."""
+    trees.cub(tmp_path / "data", classes=(1, 2, 3, 101, 102))
+    for name in ("001.Bird_1", "102.Bird_102"):
+        for path in sorted((tmp_path / "data" / "CUB_200_2011" / "images" / name).glob("B*"))[1:]:
+            path.unlink()
+    run_train(tmp_path / "data", tmp_path / "logs", epochs=1, **flags)
+    output = capsys.readouterr().out
+    assert "train: 13 images of 3 classes, eval: 7 images of 2 classes" in output
+    assert "1 of 7 queries have no image of their class to find: they are misses." in output
+
+
+def test_bad_images_are_skipped_on_demand(tmp_path, capsys):
+    root = trees.cub(tmp_path / "data")
+    bad = root / "CUB_200_2011" / "images" / "101.Bird_101" / "Bird_101_0002.jpg"
+    bad.write_bytes(b"no image")
+    train.main([*arguments(root, pretrained="none", epochs=1, LOG_DIR=tmp_path / "logs"), "--skip-bad-images"])
+    output = capsys.readouterr().out
+    assert f"Left out: 1 unreadable images\n  The image {bad} cannot be read" in output
+    assert "train: 24 images of 4 classes, eval: 17 images of 3 classes" in output
+    path = next(tmp_path.glob("logs/**/*_best.pth"))
+    metrics = evaluate.main([*arguments(root, resume=path), "--skip-bad-images"])
+    assert metrics["R@1"] == float(read_metrics(path.parent)[0]["R@1"])
+
+
 # The README
 
 

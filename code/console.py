@@ -66,9 +66,17 @@ def errors_in_one_line(script: str, debug: bool):
         if debug:
             raise
         print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
-        for worker in multiprocessing.active_children():
-            worker.kill()  # they take their time with a SIGTERM
+        kill_workers()
         sys.exit(1)
+
+
+def kill_workers() -> None:
+    """End the processes that read images, which take their time with a SIGTERM."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would make their death an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def in_one_line(error: Exception) -> str:

@@ -14,7 +14,6 @@ import dataset
 from dataset import prepare
 from dataset.__main__ import main, parse
 
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

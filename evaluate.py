@@ -31,9 +31,12 @@ def parse(argv=None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
     print(device.describe(gpu))
 
-    network = net.create(args.model, args.embedding_size, pretrained=None, l2_norm=bool(args.l2_norm)).to(gpu)
-    matched = checkpoint.load(args.resume, network)
+    network = net.create(args.model, args.embedding_size, pretrained=None, l2_norm=bool(args.l2_norm))
+    matched = checkpoint.load(args.resume, device.place(network, gpu))
     print(f"Loaded {args.resume}: all {matched} tensors match.")
+    if args.compile:
+        network.compile()
+    precision = device.Precision(args.amp, gpu)
     normalize = Normalize(network.bgr).to(gpu)
 
     with distributed.first_process_first():
@@ -43,11 +46,14 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
             bad = distributed.from_first(lambda images=images: dataset.bad_images(images, args.workers))
             images.leave_out(bad)
             print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
+    if args.cache:
+        for images in eval_sets:
+            images.use_cache(args.cache, args.workers, console.progress, report=print)
     share = distributed.rank(), distributed.count()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
     bars = [console.progress(loader, "embedding") for loader in loaders]
     test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
-    result = evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets)
+    result = evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets, precision)
 
     rows = {args.remark or "this checkpoint": result.metrics}
     if figures := published.RESULTS.get((args.dataset, args.model)):

@@ -57,8 +57,12 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
             bad = distributed.from_first(lambda images=images: dataset.bad_images(images, args.workers))
             images.leave_out(bad)
             print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
+    if args.cache:
+        for images in [train_set, *eval_sets]:
+            images.use_cache(args.cache, args.workers, console.progress, report=print)
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
-    eval_loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
+    # Without gradients, twice the images fit into the memory.
+    eval_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in eval_sets]
     sizes = dict(zip(["train", *dataset.eval_splits(args.dataset)], map(dataset.size, [train_set, *eval_sets])))
     print(", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items()))
 
@@ -66,7 +70,10 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     bn_freeze = bool(args.bn_freeze)
     with distributed.first_process_first():
         network = net.create(args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bn_freeze)
-    network = distributed.with_common_statistics(network.to(gpu), bn_freeze)
+    network = distributed.with_common_statistics(device.place(network, gpu), bn_freeze)
+    if args.compile:
+        network.compile()
+    precision = device.Precision(args.amp, gpu)
     normalize = Normalize(network.bgr).to(gpu)
     criterion = losses.create(args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha).to(gpu)
     proxy_lr = args.lr * PROXY_LR.get(args.loss, 1)
@@ -78,7 +85,7 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     def evaluate() -> evaluation.Result:
         bars = [stop.after_each(console.progress(loader, "evaluation"), everywhere=False) for loader in eval_loaders]
         test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
-        return evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets)
+        return evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets, precision)
 
     if args.epochs == 0:  # no run, nothing to write
         result = evaluate()
@@ -96,7 +103,7 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
         resume=args.resume,
     )  # fmt: skip
     with log, stop:
-        parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+        parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": precision.scaler}
         progress = log.restore(network, parts)
         rows = progress["rows"]  # of metrics.csv, one of each epoch
         if progress["epoch"] >= args.epochs:
@@ -109,7 +116,7 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
                 bar = console.progress(train_loader, f"epoch {epoch}")
                 loss = training.train_one_epoch(
                     network, criterion, stop.after_each(device.feed(bar, gpu, normalize)),
-                    train_loader.batch_sampler.images_per_batch, optimizer, epoch,
+                    train_loader.batch_sampler.images_per_batch, optimizer, precision, epoch,
                     bn_freeze=bn_freeze,
                     clip_proxies=args.loss == "Proxy_Anchor",
                     losses=progress["losses"],

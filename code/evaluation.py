@@ -24,7 +24,7 @@ class Result:
 
 
 @torch.inference_mode()
-def embed(network, batches, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(network, batches, total: int, precision) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (total, D) and labels (total,) of all batches (images, labels), in eval mode.
 
     Where several processes share the work, the batches are this one's part of the images.
@@ -34,17 +34,18 @@ def embed(network, batches, total: int) -> tuple[torch.Tensor, torch.Tensor]:
     embeddings = [torch.empty(0, network.model.embedding.out_features, device=device)]
     labels = [torch.empty(0, dtype=torch.long, device=device)]
     for images, batch_labels in batches:
-        embeddings.append(network(images).float())
+        with precision.autocast():
+            embeddings.append(network(images).float())
         labels.append(batch_labels)
     return distributed.gather(torch.cat(embeddings), total), distributed.gather(torch.cat(labels), total)
 
 
-def evaluate(network, ks, test_sets) -> Result:
+def evaluate(network, ks, test_sets, precision) -> Result:
     """Search each query of one test set within it or, of two, each of the first in the second.
 
     test_sets: (batches, number of images) of each.
     """
-    embedded = [tensor for batches, total in test_sets for tensor in embed(network, batches, total)]
+    embedded = [tensor for batches, total in test_sets for tensor in embed(network, batches, total, precision)]
     ranks = best_positive_rank(*embedded, group=distributed.group())
     map_r, r_precision = map_at_r(*embedded, group=distributed.group()).mean(dim=1).tolist()
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}

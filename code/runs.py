@@ -11,7 +11,7 @@ from proxy_anchor import checkpoint
 CONFIG, LAST, LOCK = "config.json", "last.pth", ".lock"
 RECORDS = ("device", "processes", "sizes", "versions", "wandb_id")  # in the configuration beside the arguments
 # Arguments that do not change the experiment, so that a run may go on with others.
-FREE = ("epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "wandb", "resume", "debug")
+FREE = ("epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "cache", "compile", "wandb", "resume", "debug")
 
 
 class Locked(RuntimeError):

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 
 import torch
 from proxy_anchor.stopping import Interrupted
@@ -11,10 +12,10 @@ from proxy_anchor import distributed
 
 CLIP_VALUE = 10  # of each gradient element, as published
 
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": lambda groups, **settings: torch.optim.SGD(groups, momentum=0.9, nesterov=True, **settings),
+OPTIMIZERS = {  # fused: one pass over all parameters, where torch has it
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adam": partial(torch.optim.Adam, fused=True),
+    "sgd": lambda groups, **settings: torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True, **settings),
     "rmsprop": lambda groups, **settings: torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **settings),
 }
 
@@ -80,12 +81,18 @@ def set_train_mode(network: nn.Module, bn_freeze: bool) -> None:
                 module.eval()
 
 
+def in_full_precision(x: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def train_one_epoch(
     network,
     criterion,
     batches,
     images_per_batch: int,
     optimizer,
+    precision,
     epoch: int,
     bn_freeze: bool,
     clip_proxies: bool,
@@ -96,9 +103,9 @@ def train_one_epoch(
 
     losses: those of the epoch's earlier steps, if it was interrupted; those of the others are added to it.
 
-    Where several processes share the work, the batches are this one's part of batches of images_per_batch. The loss is
-    read one step late, so that a GPU never waits for it. Raises FloatingPointError, with the epoch, the step and the
-    learning rate, when it is not finite.
+    precision: a device.Precision. The loss is read one step late, so that a GPU never waits for it. Where several
+    processes share the work, the batches are this one's part of batches of images_per_batch. Raises
+    FloatingPointError, with the epoch, the step and the learning rate, when the loss is not finite.
     """
     set_train_mode(network, bn_freeze)
     losses = [] if losses is None else losses
@@ -116,15 +123,19 @@ def train_one_epoch(
     previous = None
     try:
         for images, labels in batches:
-            embeddings = distributed.gather(network(images), images_per_batch)  # (B, D)
+            with precision.autocast():
+                embeddings = network(images)
+            embeddings = distributed.gather(in_full_precision(embeddings), images_per_batch)  # (B, D)
             loss = criterion(embeddings, distributed.gather(labels, images_per_batch))
             optimizer.zero_grad()
-            loss.backward()
+            precision.scaler.scale(loss).backward()
             distributed.sum_gradients(network.parameters())
+            precision.scaler.unscale_(optimizer)
             nn.utils.clip_grad_value_(network.parameters(), CLIP_VALUE)
             if clip_proxies:
                 nn.utils.clip_grad_value_(criterion.parameters(), CLIP_VALUE)
-            optimizer.step()
+            precision.scaler.step(optimizer)
+            precision.scaler.update()
             if previous is not None:
                 read(previous)
             previous = loss.detach()

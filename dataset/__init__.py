@@ -19,8 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import cars, cub, glyphs, inshop, sop, transforms
+from dataset.cache import Cache
 from dataset.check import inspect
-from dataset.files import BadFile, missing_files, read_rgb
+from dataset.files import BadFile, missing_files, read_image
 from dataset.sampler import BalancedBatches, RandomBatches
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
@@ -38,6 +39,11 @@ def options(training: bool) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--skip-bad-images", action="store_true", help="look at every image first and leave out those that are damaged"
+    )
+    group.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep decoded images in this folder (CUB takes 7 GB); for slow or few CPU cores",
     )
     group.add_argument(
         "--image-size", default=224, type=int, metavar="PIXELS", help="side of the square that the network sees"
@@ -68,7 +74,7 @@ def eval_splits(name: str) -> list[str]:
 
 
 class ImageDataset(Dataset):
-    """Images and labels 0 ... num_classes - 1; an item is (transform(image), label).
+    """Images uint8 (3, H, W) and labels 0 ... num_classes - 1; an item is (transform(image), label).
 
     An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
     decides what the transform draws.
@@ -79,6 +85,7 @@ class ImageDataset(Dataset):
         self.labels = labels
         self.num_classes = num_classes
         self.transform = transform
+        self.cache = None
         self.numbers = np.arange(len(paths))  # in the whole data set, whatever is left out
 
     def __len__(self):
@@ -86,7 +93,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key):
         index = key[-1] if isinstance(key, tuple) else key
-        image = read_rgb(self.paths[index])
+        image = read_image(self.paths[index]) if self.cache is None else self.cache[index]
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 if isinstance(key, tuple):
@@ -95,8 +102,14 @@ class ImageDataset(Dataset):
                 image = self.transform(image)
         return image, int(self.labels[index])
 
+    def use_cache(self, folder: Path, workers: int, progress, report) -> None:
+        """Take the images from a Cache in this folder, built first where need be; see Cache.build."""
+        cache = Cache(folder, self.paths)
+        cache.build(workers, progress, report)
+        self.cache = cache
+
     def leave_out(self, paths) -> None:
-        """Go on without these images; the others stay what they are."""
+        """Go on without these images, before a cache is used; the others stay what they are."""
         kept = np.array([path not in paths for path in self.paths], dtype=bool)
         self.paths = [path for path, keep in zip(self.paths, kept) if keep]
         self.labels, self.numbers = self.labels[kept], self.numbers[kept]

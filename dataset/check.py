@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.files import BadFile, read_rgb
+from dataset.files import BadFile, read_image
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Inspection(Dataset):
     def __getitem__(self, index):
         path = self.paths[index]
         try:
-            image = read_rgb(path)
-            return Image(path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), *image.size)
+            _, height, width = read_image(path).shape
+            return Image(path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), width, height)
         except BadFile as error:
             return Image(path, problem=str(error))
 

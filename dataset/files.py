@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 
 class BadFile(ValueError):
@@ -56,16 +58,38 @@ def missing_files(paths: list[str]) -> list[str]:
     return [path for path in paths if path not in present]
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Decode an image of any mode as 8-bit RGB: alpha is dropped, 16 bits are scaled. Raises BadFile with the path."""
+def image_size(path: str) -> tuple[int, int]:
+    """(width, height) of an image, of which no more is read than its header. Raises BadFile with the path."""
+    return _open(path, lambda image: image.size)
+
+
+def read_image(path: str) -> torch.Tensor:
+    """Decode an image as uint8 RGB (3, H, W): alpha is dropped, 16 bits are scaled. Raises BadFile with the path.
+
+    Nearly all images are JPEGs, which torchvision decodes without Pillow's copies; all else is left to Pillow.
+    """
+    return _open(path, lambda image: _decode_jpeg(path) if _is_plain_jpeg(image) else _decode_with_pillow(image))
+
+
+def _open(path, read):
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would saturate at 255
-                image = Image.fromarray(
-                    (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-                )
-            return image.convert("RGB")
+        with Image.open(path) as image:  # reads the header, and refuses decompression bombs
+            return read(image)
     except FileNotFoundError as error:
         raise BadFile(f"The image {path} is missing") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except Exception as error:  # decoders raise nearly anything on damaged files
         raise BadFile(f"The image {path} cannot be read: {error}") from error
+
+
+def _is_plain_jpeg(image):
+    return image.format == "JPEG" and image.mode in ("L", "RGB")
+
+
+def _decode_jpeg(path):
+    return decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+
+
+def _decode_with_pillow(image):
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would saturate at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -10,17 +10,17 @@ from torchvision.transforms import InterpolationMode, v2
 RESIZED = {224: 256, 256: 292, 324: 361, 448: 512}  # crop: shorter side before the crop, as in the paper
 
 
-def training(image_size: int, scale: tuple[float, float] = (0.08, 1.0), flip: bool = True) -> v2.Compose:
-    """PIL image -> crop of a random share of its area, mirrored half of the time: uint8 (3, image_size, image_size)."""
+def training(image_size: int, scale: tuple[float, float] = (0.08, 1.0), flip: bool = True) -> v2.Transform:
+    """uint8 (3, H, W) -> crop of a random share of its area, mirrored half of the time: (3, image_size, image_size)."""
     crop = v2.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
+    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
 
 
-def evaluation(image_size: int) -> v2.Compose:
-    """PIL image -> resized, then the central crop: uint8 (3, image_size, image_size)."""
+def evaluation(image_size: int) -> v2.Transform:
+    """uint8 (3, H, W) -> resized, then the central crop: (3, image_size, image_size)."""
     resized = RESIZED.get(image_size, int(image_size * 256 / 224))
     resize = v2.Resize(resized, interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(image_size), v2.PILToTensor()])
+    return v2.Compose([resize, v2.CenterCrop(image_size)])
 
 
 class Normalize(torch.nn.Module):

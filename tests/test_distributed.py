@@ -16,9 +16,10 @@ from proxy_anchor.retrieval import best_positive_rank, map_at_r
 
 import net
 from dataset.sampler import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, distributed, evaluation, losses, training
+from proxy_anchor import checkpoint, device, distributed, evaluation, losses, training
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PLAIN = device.Precision("none", torch.device("cpu"))
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
 
 
@@ -62,7 +63,15 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
         batches = [([key[-1] for key in keys]) for keys in sampler]
         batches = [(pixels[indices], torch.from_numpy(labels[indices])) for indices in batches[:3]]
         training.train_one_epoch(
-            network, criterion, batches, sampler.images_per_batch, optimizer, epoch, bn_freeze, loss == "Proxy_Anchor"
+            network,
+            criterion,
+            batches,
+            sampler.images_per_batch,
+            optimizer,
+            PLAIN,
+            epoch,
+            bn_freeze,
+            loss == "Proxy_Anchor",
         )
     named = {f"network.{k}": p for k, p in network.named_parameters()} | {
         f"loss.{k}": p for k, p in criterion.named_parameters()
@@ -132,8 +141,8 @@ def figures(total, gallery_total):
         return [(x[i : i + 1], y[i : i + 1]) for i in own], count
 
     test_sets = [part(total)] + ([part(gallery_total)] if gallery_total else [])
-    embedded = [t for batches, count in test_sets for t in evaluation.embed(Pixels(8), batches, count)]
-    result = evaluation.evaluate(Pixels(8), [1, 4], test_sets)
+    embedded = [t for batches, count in test_sets for t in evaluation.embed(Pixels(8), batches, count, PLAIN)]
+    result = evaluation.evaluate(Pixels(8), [1, 4], test_sets, PLAIN)
     group = distributed.group()
     return {
         "embeddings": embedded[0], "labels": embedded[1], "ranks": best_positive_rank(*embedded, group=group),

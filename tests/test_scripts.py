@@ -483,13 +483,13 @@ def test_recipe_is_what_the_flags_say(cub_root, tmp_path, monkeypatch, loss, pro
         seen["optimizer"] = create_optimizer(*args, **keywords)
         return seen["optimizer"]
 
-    def spy_epoch(network, criterion, batches, images_per_batch, optimizer, epoch, **settings):
+    def spy_epoch(network, criterion, batches, images_per_batch, optimizer, precision, epoch, **settings):
         seen["settings"] = settings
         seen["trainable"].append(network.model.conv1.weight.requires_grad)
         seen["bn"] = network.model.bn1.weight.requires_grad
         batches = list(batches)
         seen["epochs"].append(batches[0][0])
-        return train_one_epoch(network, criterion, batches, images_per_batch, optimizer, epoch, **settings)
+        return train_one_epoch(network, criterion, batches, images_per_batch, optimizer, precision, epoch, **settings)
 
     monkeypatch.setattr(train.training, "create_optimizer", spy_optimizer)
     monkeypatch.setattr(train.training, "train_one_epoch", spy_epoch)

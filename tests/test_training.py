@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import net
-from proxy_anchor import checkpoint, losses, training
+from proxy_anchor import checkpoint, device, losses, training
+
+CPU = torch.device("cpu")
+PLAIN = device.Precision("none", CPU)
 
 
 def setup(bn_freeze=True, optimizer="adamw", loss="Proxy_Anchor", lr=1e-3, proxy_lr=1e-1):
@@ -21,7 +24,7 @@ def batches(steps=2, size=4):
 def train(network, criterion, optimizer, epoch, warm, bn_freeze, data=None):
     training.set_trainable(network, epoch, warm)
     return training.train_one_epoch(
-        network, criterion, data or batches(), 4, optimizer, epoch, bn_freeze, clip_proxies=True
+        network, criterion, data or batches(), 4, optimizer, PLAIN, epoch, bn_freeze, clip_proxies=True
     )
 
 
@@ -93,7 +96,7 @@ def test_gradients_are_clipped_by_value(clip_proxies):
     big = torch.nn.Module()
     big.proxies = criterion.proxies
     big.forward = lambda x, y: 1e6 * criterion(x, y)
-    training.train_one_epoch(network, big, batches(1), 4, optimizer, 0, True, clip_proxies)
+    training.train_one_epoch(network, big, batches(1), 4, optimizer, PLAIN, 0, True, clip_proxies)
     assert max(p.grad.abs().max() for p in network.parameters() if p.grad is not None) == 10
     assert (criterion.proxies.grad.abs().max() == 10) == clip_proxies
 
@@ -118,7 +121,9 @@ def test_loss_that_is_not_finite_stops_the_run():
 def test_mean_loss_and_report():
     network, criterion, optimizer = setup()
     seen = []
-    mean = training.train_one_epoch(network, criterion, batches(3), 4, optimizer, 0, True, True, report=seen.append)
+    mean = training.train_one_epoch(
+        network, criterion, batches(3), 4, optimizer, PLAIN, 0, True, True, report=seen.append
+    )
     assert len(seen) == 3 and mean == pytest.approx(sum(seen) / 3)
 
 
@@ -188,3 +193,67 @@ def test_truncated_missing_or_other_content(network, tmp_path):
     torch.save(network.state_dict(), tmp_path / "c.pth")
     with pytest.raises(ValueError, match="model_state_dict"):
         checkpoint.load(tmp_path / "c.pth", network)
+
+
+def one_step(precision=PLAIN, compiled=False, fused=None, memory_format=torch.contiguous_format):
+    """Loss and gradients of one step of training."""
+    torch.manual_seed(0)
+    network, criterion, optimizer = setup(optimizer="sgd")
+    if fused is not None:
+        optimizer.param_groups[:] = [group | {"fused": fused, "foreach": False} for group in optimizer.param_groups]
+    network.to(memory_format=memory_format)
+    if compiled:
+        network.compile()
+    training.set_trainable(network, 1, 0)
+    data = [(images.contiguous(memory_format=memory_format), labels) for images, labels in batches(1)]
+    loss = training.train_one_epoch(network, criterion, data, 4, optimizer, precision, 1, True, clip_proxies=True)
+    parameters = [*network.parameters(), *criterion.parameters()]
+    gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    return loss, gradients, torch.cat([p.detach().flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("change", [{"compiled": True}, {"memory_format": torch.channels_last}, {"fused": False}])
+def test_what_makes_it_faster_changes_nothing(change):
+    """One step's loss and gradients with and without torch.compile, channels_last and fused optimizers."""
+    for ours, expected in zip(map(torch.as_tensor, one_step(**change)), map(torch.as_tensor, one_step())):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_fused_adamw_is_adamw():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(50), torch.randn(3, 50)
+    ends = []
+    for make in (training.OPTIMIZERS["adamw"], lambda p, **s: torch.optim.AdamW(p, fused=False, foreach=False, **s)):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = make([parameter], lr=1e-2, weight_decay=1e-2)
+        for step in gradient:
+            parameter.grad = step.clone()
+            optimizer.step()
+        ends.append(parameter.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-7)
+
+
+def set_scale(precision, scale):
+    precision.scaler.scale(torch.zeros(()))  # makes its state
+    precision.scaler.update(scale)
+
+
+@pytest.mark.parametrize("amp, tolerance", [("bf16", 0.1), ("fp16", 0.03)])
+def test_mixed_precision_steps_along_the_same_gradient(amp, tolerance):
+    """The loss stays float32's but for the embeddings' rounding; fp16 gradients are unscaled before clipping."""
+    precision = device.Precision(amp, CPU)
+    set_scale(precision, 256.0)  # 65,536, the first one tried, overflows here, and the step would be skipped
+    ours, expected = one_step(precision), one_step()
+    assert ours[0] == pytest.approx(expected[0], rel=tolerance)
+    assert torch.nn.functional.cosine_similarity(ours[1], expected[1], dim=0) > 1 - tolerance
+    assert float(ours[1].norm()) == pytest.approx(float(expected[1].norm()), rel=tolerance)
+    assert ours[1].dtype == torch.float32
+
+
+def test_scaler_skips_a_step_whose_gradients_overflow():
+    network, criterion, optimizer = setup()
+    precision = device.Precision("fp16", CPU)
+    before = criterion.proxies.detach().clone()
+    set_scale(precision, 1e38)
+    training.train_one_epoch(network, criterion, batches(1), 4, optimizer, precision, 1, True, clip_proxies=True)
+    assert torch.equal(criterion.proxies, before) and precision.scaler.get_scale() < 1e38

@@ -1,0 +1,117 @@
+"""Decoded images in a memory-mapped file, so that a JPEG is decoded once on a machine and not once an epoch."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.files import image_size, read_image
+
+FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 1"  # of images.bin; whoever changes it, changes this
+
+
+class Cache:
+    """The decoded images of these files, in a folder named by their paths, sizes and times and by the format.
+
+    Where one of them changes, so does the name, and the images are decoded again.
+    """
+
+    def __init__(self, folder: Path, paths: list[str]):
+        self.paths = paths
+        stats = [os.stat(path) for path in paths]
+        identity = [FORMAT, [[path, s.st_size, s.st_mtime_ns] for path, s in zip(map(os.path.abspath, paths), stats)]]
+        self.folder = Path(folder, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20])
+        self.opened = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"opened": None}  # each process maps the file itself
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """The image as uint8 (3, H, W)."""
+        if self.opened is None:
+            shapes = np.load(self.folder / "shapes.npy")
+            self.opened = np.memmap(self.folder / "images.bin", np.uint8, "c"), shapes, offsets(shapes)
+        pixels, shapes, starts = self.opened
+        height, width = shapes[index]
+        image = pixels[starts[index] : starts[index + 1]].reshape(height, width, 3)
+        return torch.from_numpy(image).permute(2, 0, 1)
+
+    def build(self, workers: int, progress, report) -> None:
+        """Decode all images, unless that has been done, waiting for another process that is at it.
+
+        progress(batches, description) shows how far it is, report(line) says what disk it needs.
+        Raises OSError where the disk is too small, BadFile for an image that cannot be read. The folder gets its name
+        at the end, so what is unfinished is never read.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.folder.exists():
+                return
+            unfinished = self.folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            sizes = DataLoader(Each(image_size, self.paths), batch_size=None, num_workers=workers)
+            shapes = np.array([(height, width) for width, height in progress(sizes, "image sizes")]).reshape(-1, 2)
+            need, free = int(offsets(shapes)[-1]), shutil.disk_usage(unfinished).free
+            report(
+                f"Decoding {len(self.paths):,} images into {self.folder}: {need / 1e9:.2f} GB, {free / 1e9:.2f} GB free"
+            )
+            if need > 0.98 * free:
+                shutil.rmtree(unfinished)
+                raise OSError(f"{self.folder.parent} has too little room: {need:,} bytes are needed, {free:,} are free")
+            with open(unfinished / "images.bin", "wb") as file:
+                file.truncate(need)
+            writer = Writer(unfinished / "images.bin", self.paths, shapes)
+            for _ in progress(DataLoader(writer, batch_size=None, num_workers=workers), "decoding"):
+                pass
+            np.save(unfinished / "shapes.npy", shapes)
+            for name in ("images.bin", "shapes.npy"):
+                with open(unfinished / name, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(unfinished, self.folder)
+
+
+def offsets(shapes: np.ndarray) -> np.ndarray:
+    """Where each image of these (height, width) begins, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(shapes.astype(np.int64).prod(axis=1) * 3)])
+
+
+class Each(Dataset):
+    """function(path) of each path."""
+
+    def __init__(self, function, paths):
+        self.function = function
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.function(self.paths[index])
+
+
+class Writer(Dataset):
+    """As a Dataset, so that workers do it: decoding an image and writing it to its place in the file."""
+
+    def __init__(self, file, paths, shapes):
+        self.file = file
+        self.paths = paths
+        self.starts = offsets(shapes)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        pixels = read_image(self.paths[index]).permute(1, 2, 0).numpy().tobytes()
+        assert len(pixels) == self.starts[index + 1] - self.starts[index], self.paths[index]
+        with open(self.file, "rb+") as file:
+            file.seek(self.starts[index])
+            file.write(pixels)
+        return index

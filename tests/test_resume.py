@@ -53,7 +53,7 @@ def stop_at(monkeypatch, moment, signum=signal.SIGTERM):
     monkeypatch.setattr(train.device, "feed", feed)
 
 
-# An epoch is 6 batches of training and 5 of evaluation.
+# An epoch is 6 batches of training and 3 of evaluation.
 @pytest.mark.parametrize("moment", [1, 6, 8, 14, 22])
 def test_run_stopped_by_a_signal_goes_on_to_the_same_end(cub_root, tmp_path, monkeypatch, uninterrupted, moment):
     signum = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[moment % 3]
@@ -62,7 +62,7 @@ def test_run_stopped_by_a_signal_goes_on_to_the_same_end(cub_root, tmp_path, mon
         train.main(arguments(cub_root, tmp_path))
     assert stopped.value.code == 128 + signum
     progress = checkpoint.read(run_folder(tmp_path) / "last.pth")["progress"]
-    epoch, batch = divmod(moment - 1, 11)
+    epoch, batch = divmod(moment - 1, 9)
     assert (progress["epoch"], len(progress["losses"])) == (epoch, min(batch + 1, 6))
     train.main(arguments(cub_root, tmp_path, resume="auto"))
     kills.assert_identical(kills.outcome(tmp_path), kills.outcome(uninterrupted))

@@ -52,7 +52,7 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 
 class PublishedStyle(torch.utils.data.Dataset):
-    """PIL, then floats in the worker; for BN-Inception, channels swapped in PIL and values scaled to 0-255 as floats."""
+    """PIL, then floats in the worker; for BN-Inception, channels swapped and values scaled to 0-255 there too."""
 
     def __init__(self, paths, labels, bgr):
         swap = [v1.Lambda(lambda image: Image.merge("RGB", image.split()[::-1]))] if bgr else []

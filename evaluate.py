@@ -20,11 +20,11 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to evaluate")
     parser.add_argument("--remark", default="", help="a name for the line of figures")
     args = parser.parse_args(argv)
+    with console.errors_in_one_line("evaluate.py", args.debug):
+        record = checkpoint.record(args.resume)
+    args = console.parse_with_record(parser, argv, record)
     console.check_ranges(parser, args)
-    if not net.accepts(args.model, args.image_size):
-        parser.error(
-            f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work"
-        )
+    net.check_arguments(parser, args)
     return args
 
 
@@ -40,7 +40,8 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
     normalize = Normalize(network.bgr).to(gpu)
 
     with distributed.first_process_first():
-        eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.allow_partial)
+        choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
+        eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, **choice)
     if args.skip_bad_images:
         for images in eval_sets:
             bad = distributed.from_first(lambda images=images: dataset.bad_images(images, args.workers))
@@ -53,7 +54,7 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
     bars = [console.progress(loader, "embedding") for loader in loaders]
     test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
-    result = evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets, precision)
+    result = evaluation.evaluate(network, dataset.ALL[args.dataset].KS, test_sets, precision)
 
     rows = {args.remark or "this checkpoint": result.metrics}
     if figures := published.RESULTS.get((args.dataset, args.model)):

@@ -33,10 +33,7 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error(f"argument --resume: {error}")
         args = argparse.Namespace(**vars(parser.parse_args(argv)) | {"resume": args.resume})
     console.check_ranges(parser, args)
-    if not net.accepts(args.model, args.image_size):
-        parser.error(
-            f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work"
-        )
+    net.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
     return args
@@ -49,9 +46,10 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     print(distributed.describe(args.batch_size), end="")
 
     # Data: zero-shot retrieval, so training and test classes are disjoint.
+    choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     with distributed.first_process_first():
-        train_set = dataset.train_set(args.dataset, args.data_root, args.image_size, args.allow_partial)
-        eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.allow_partial)
+        train_set = dataset.train_set(args.dataset, args.data_root, args.image_size, **choice)
+        eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, **choice)
     if args.skip_bad_images:
         for images in [train_set, *eval_sets]:
             bad = distributed.from_first(lambda images=images: dataset.bad_images(images, args.workers))
@@ -63,7 +61,8 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
     # Without gradients, twice the images fit into the memory.
     eval_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in eval_sets]
-    sizes = dict(zip(["train", *dataset.eval_splits(args.dataset)], map(dataset.size, [train_set, *eval_sets])))
+    splits = dataset.splits(args.dataset, args.data_root)
+    sizes = dict(zip(splits, map(dataset.size, [train_set, *eval_sets])))
     print(", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items()))
 
     # Network, loss, optimizer.
@@ -85,7 +84,7 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     def evaluate() -> evaluation.Result:
         bars = [stop.after_each(console.progress(loader, "evaluation"), everywhere=False) for loader in eval_loaders]
         test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
-        return evaluation.evaluate(network, dataset.BENCHMARKS[args.dataset].KS, test_sets, precision)
+        return evaluation.evaluate(network, dataset.ALL[args.dataset].KS, test_sets, precision)
 
     if args.epochs == 0:  # no run, nothing to write
         result = evaluate()

@@ -10,19 +10,33 @@ from proxy_anchor.files import replacing
 from proxy_anchor import randomness
 
 SHOWN = 3  # differing keys in an error
+RECORD = ("model", "embedding_size", "image_size", "l2_norm")  # arguments that say how to use a network
 
 
-def save(path: Path, network: torch.nn.Module) -> None:
-    """Write the network's weights as a checkpoint that the published code loads too."""
+def save(path: Path, network: torch.nn.Module, record: dict) -> None:
+    """Write the network's weights as a checkpoint that the published code loads too, and the arguments of RECORD."""
     with replacing(path) as file:
-        torch.save({"model_state_dict": network.state_dict()}, file)
+        torch.save({"model_state_dict": network.state_dict(), "network": record}, file)
 
 
-def save_run(path: Path, network: torch.nn.Module, parts: dict, progress: dict) -> None:
-    """Write a checkpoint to resume from: the network, the parts (which have state_dict), progress, random states."""
-    content = {"model_state_dict": network.state_dict()} | {name: part.state_dict() for name, part in parts.items()}
+def save_run(path: Path, network: torch.nn.Module, record: dict, parts: dict, progress: dict) -> None:
+    """Write a checkpoint to resume from: that of save, the parts (which have state_dict), progress, random states."""
+    content = {"model_state_dict": network.state_dict(), "network": record}
+    content |= {name: part.state_dict() for name, part in parts.items()}
     with replacing(path) as file:
         torch.save(content | {"progress": progress, "random": randomness.state()}, file)
+
+
+def record(path: str | Path) -> dict:
+    """The arguments of RECORD that a checkpoint of ours was written with; {} for a published one. Raises as load does.
+
+    Little more of the file is read than that.
+    """
+    mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False
+    found = read(path, mmap=True).get("network", {}) if mappable else {}
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), (str, int)) for name in RECORD if found):
+        raise ValueError(f"{path} is damaged: its record of the network is {str(found)[:80]}")
+    return {name: found[name] for name in RECORD if found}
 
 
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:

@@ -42,6 +42,21 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
 
 
+def parse_with_record(parser: argparse.ArgumentParser, argv: list[str] | None, record: dict, at: int = 0):
+    """Parse the command line; what it does not say is as in the record, and what it says otherwise a usage error.
+
+    at: where flags may come in argv.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    flags = {name: f"--{name.replace('_', '-')}" for name in record}
+    recorded = [f"{flags[name]}={value}" for name, value in record.items()]
+    args = parser.parse_args([*argv[:at], *recorded, *argv[at:]])
+    for name, value in record.items():
+        if (given := getattr(args, name)) != value:
+            parser.error(f"argument {flags[name]}: the checkpoint was trained with {value}, not {given}")
+    return args
+
+
 # What torch says when something runs out, and what to do about it.
 ADVICE = {
     r"shared memory|</torch_|Bus error": "/dev/shm is too small for the workers: choose fewer --workers (0 needs none) "

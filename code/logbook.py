@@ -134,6 +134,7 @@ class Logbook(ReadingLogbook):
 
     def __init__(self, log_dir, dataset, model, name: str, config: dict, wandb_mode: str | None, resume=None):
         self.prefix = f"{dataset}_{model}"
+        self.record = {name: config[name] for name in checkpoint.RECORD}
         wanted = log_dir / f"logs_{dataset}" / name
         folder = runs.unfinished(wanted, config) if resume == "auto" else resume
         old = {}
@@ -180,14 +181,14 @@ class Logbook(ReadingLogbook):
 
     def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
-        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network)
+        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.record)
         recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
         lines = [f"Best Epoch: {row['epoch']}", *(f"Best Recall@{k}: {100 * r:.4f}" for k, r in recalls.items())]
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
         """Where the run is, to go on from."""
-        checkpoint.save_run(self.folder / runs.LAST, network, parts, progress)
+        checkpoint.save_run(self.folder / runs.LAST, network, self.record, parts, progress)
 
     def _check(self, old, config):
         """Raise ValueError if a run of the configuration `old` cannot go on with this one."""

@@ -1,4 +1,4 @@
-"""The data sets: a registry of benchmarks, and their images as torch Datasets and DataLoaders.
+"""The data sets: a registry of them, and their images as torch Datasets and DataLoaders.
 
 A benchmark is a module with
     FOLDER        its folder under the data root
@@ -6,8 +6,9 @@ A benchmark is a module with
     KS            the K of its Recall@K
     SOURCE        where to get it
     LIKELY_CAUSE  what is probably wrong when the sizes disagree
-    samples(folder, split)  (path, class id) of each image
+    samples(folder, split)  (path, class) of each image; classes are what sorts, numbers or names
 and, where needed, AUGMENTATION (arguments of transforms.training) and check_images(paths).
+One's own images, for which nothing is published, have splits(root) in place of all but KS and samples(root, split).
 """
 
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import cars, cub, glyphs, inshop, sop, transforms
+from dataset import cars, cub, folder, glyphs, inshop, sop, table, transforms
 from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import BadFile, missing_files, read_image
@@ -26,14 +27,17 @@ from dataset.sampler import BalancedBatches, RandomBatches
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
+OWN = {"folder": folder, "csv": table}
+ALL = BENCHMARKS | OWN
 
 
 def options(training: bool) -> argparse.ArgumentParser:
     """Command-line flags of the data, for a script that trains or one that only evaluates."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="cub", choices=BENCHMARKS, help="benchmark; glyphs needs no download")
+    group.add_argument("--dataset", default="cub", choices=ALL, help="benchmark; glyphs needs no download")
     group.add_argument("--data-root", default=str(DATA_ROOT), metavar="DIR", help="folder of the data sets")
+    group.add_argument("--test-classes", metavar="FILE", help="of --dataset folder")
     group.add_argument(
         "--allow-partial", action="store_true", help="go on with a part of a data set; its figures do not compare"
     )
@@ -68,25 +72,34 @@ def options(training: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def eval_splits(name: str) -> list[str]:
+def splits(name: str, root: str | Path) -> list[str]:
+    """The splits of a data set: of train, eval, query and gallery those that it has."""
+    return list(BENCHMARKS[name].SIZES) if name in BENCHMARKS else OWN[name].splits(Path(root))
+
+
+def eval_splits(name: str, root: str | Path) -> list[str]:
     """The splits that are embedded for evaluation: eval (each image queries all others), or query and gallery."""
-    return [split for split in BENCHMARKS[name].SIZES if split != "train"]
+    return [split for split in splits(name, root) if split != "train"]
 
 
 class ImageDataset(Dataset):
-    """Images uint8 (3, H, W) and labels 0 ... num_classes - 1; an item is (transform(image), label).
+    """Images uint8 (3, H, W) and labels, numbers of classes; an item is (transform(image), label).
 
     An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
     decides what the transform draws.
     """
 
-    def __init__(self, paths: list[str], labels: np.ndarray, num_classes: int, transform=None):
+    def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None):
         self.paths = paths
         self.labels = labels
-        self.num_classes = num_classes
+        self.classes = classes
         self.transform = transform
         self.cache = None
         self.numbers = np.arange(len(paths))  # in the whole data set, whatever is left out
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     def __len__(self):
         return len(self.paths)
@@ -115,39 +128,56 @@ class ImageDataset(Dataset):
         self.labels, self.numbers = self.labels[kept], self.numbers[kept]
 
 
-def load(name: str, root: str | Path, split: str, transform=None, allow_partial: bool = False) -> ImageDataset:
-    """Read a split (train, eval, query or gallery) of a benchmark under the data root.
+def load(
+    name: str,
+    root: str | Path,
+    split: str,
+    transform=None,
+    allow_partial: bool = False,
+    test_classes: str | None = None,
+) -> ImageDataset:
+    """Read a split (train, eval, query or gallery) of a benchmark under the data root, or of one's own images there.
 
     Test splits share one label space. Raises FileNotFoundError where files are missing and BadFile (a ValueError) where
     they are malformed or not those of the published split; with allow_partial any non-empty part of it will do.
+    test_classes: a file, see dataset/folder.py.
     """
-    benchmark = BENCHMARKS[name]
-    folder = Path(root) / benchmark.FOLDER
-    if split not in benchmark.SIZES:
-        raise ValueError(f"{name} has no split '{split}'; it has {', '.join(benchmark.SIZES)}")
-    samples = benchmark.samples(folder, split)
+    source = ALL[name]
+    choice = {}
+    if test_classes:
+        if name != "folder":
+            raise ValueError(f"--test-classes is for --dataset folder: {name} has its own split")
+        choice = {"test_classes": Path(test_classes)}
+    if split not in splits(name, root):
+        raise ValueError(f"{name} has no split '{split}'; it has {', '.join(splits(name, root))}")
+    place = Path(root) / source.FOLDER if name in BENCHMARKS else Path(root)
+    samples = source.samples(place, split, **choice)
     paths = [path for path, _ in samples]
     missing = set(missing_files(paths))
     if allow_partial:
-        samples = [(path, class_id) for path, class_id in samples if path not in missing]
+        samples = [(path, label) for path, label in samples if path not in missing]
         paths = [path for path, _ in samples]
-    ids = np.array([class_id for _, class_id in samples], dtype=np.int64)
-    found = (len(np.unique(ids)), len(ids))
-    if found != benchmark.SIZES[split] and not (allow_partial and samples):
+    found = len({label for _, label in samples}), len(samples)
+    published = source.SIZES[split] if name in BENCHMARKS else found
+    if found != published and not allow_partial:
         raise BadFile(
-            f"{name} {split}: found {found[1]:,} images of {found[0]:,} classes in {folder}, "
-            f"expected {benchmark.SIZES[split][1]:,} of {benchmark.SIZES[split][0]:,}. "
-            f"Likely cause: {benchmark.LIKELY_CAUSE}. --allow-partial goes on with a part of the data set"
+            f"{name} {split}: found {found[1]:,} images of {found[0]:,} classes in {place}, "
+            f"expected {published[1]:,} of {published[0]:,}. "
+            f"Likely cause: {source.LIKELY_CAUSE}. --allow-partial goes on with a part of the data set"
         )
+    if not samples:
+        raise BadFile(f"{name} {split}: found no images in {place}")
     if missing and not allow_partial:
         raise FileNotFoundError(
             f"{len(missing):,} of the {len(paths):,} images of {name} {split} are missing; the first is {min(missing)}"
         )
-    if hasattr(benchmark, "check_images"):
-        benchmark.check_images(paths)
-    label_space = [split] if split == "train" else eval_splits(name)
-    classes = np.unique([class_id for other in label_space for _, class_id in benchmark.samples(folder, other)])
-    return ImageDataset(paths, np.searchsorted(classes, ids), len(classes), transform)
+    if hasattr(source, "check_images"):
+        source.check_images(paths)
+    label_space = [split] if split == "train" else eval_splits(name, root)
+    everything = [sample for other in label_space for sample in source.samples(place, other, **choice)]
+    classes = sorted({label for _, label in everything})
+    labels = np.searchsorted(classes, [label for _, label in samples])
+    return ImageDataset(paths, labels, classes, transform)
 
 
 def size(images: ImageDataset) -> tuple[int, int]:
@@ -155,15 +185,15 @@ def size(images: ImageDataset) -> tuple[int, int]:
     return len(images), len(np.unique(images.labels))
 
 
-def train_set(name: str, root: str | Path, image_size: int, allow_partial: bool = False) -> ImageDataset:
-    """The training images of a benchmark with its random transform."""
-    augmentation = getattr(BENCHMARKS[name], "AUGMENTATION", {})
-    return load(name, root, "train", transforms.training(image_size, **augmentation), allow_partial)
+def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
+    """The training images with their random transform; choice: allow_partial and test_classes as in load."""
+    augmentation = getattr(ALL[name], "AUGMENTATION", {})
+    return load(name, root, "train", transforms.training(image_size, **augmentation), **choice)
 
 
-def eval_sets(name: str, root: str | Path, image_size: int, allow_partial: bool = False) -> list[ImageDataset]:
-    """The test images of a benchmark: [eval], or [query, gallery]."""
-    return [load(name, root, split, transforms.evaluation(image_size), allow_partial) for split in eval_splits(name)]
+def eval_sets(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:
+    """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load."""
+    return [load(name, root, split, transforms.evaluation(image_size), **choice) for split in eval_splits(name, root)]
 
 
 def bad_images(images: ImageDataset, workers: int) -> dict[str, str]:

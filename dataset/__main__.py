@@ -26,7 +26,8 @@ def parse(argv=None) -> argparse.Namespace:
     common.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR", help="folder of the data sets")
     common.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images")
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
-    check.add_argument("name", choices=dataset.BENCHMARKS)
+    check.add_argument("name", choices=dataset.ALL)
+    check.add_argument("--test-classes", metavar="FILE", help="of folder")
     make = commands.add_parser("prepare", parents=[common], help="from archives to a data set", allow_abbrev=False)
     make.add_argument("name", choices=prepare.LAYOUTS)
     make.add_argument("archives", nargs="+", metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list")
@@ -46,21 +47,25 @@ def run_prepare(name: str, root: str, archives: list[str]) -> None:
     print(f"Laid out in {Path(root) / folder}")
 
 
-def run_check(name: str, root: str, workers: int) -> int:
+def run_check(name: str, root: str, workers: int, test_classes: str | None) -> int:
     """Print what the data set holds; the number of its problems."""
-    benchmark = dataset.BENCHMARKS[name]
+    published = dataset.BENCHMARKS[name].SIZES if name in dataset.BENCHMARKS else {}
     problems = []
-    parts = {}
-    for split, (classes, count) in benchmark.SIZES.items():
-        images = dataset.load(name, root, split, allow_partial=True)
+    parts = {"train": []}
+    for split in dataset.splits(name, root):
+        images = dataset.load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
         found = list(console.progress(inspect(images.paths, workers), split))
         parts[split] = found
         unreadable = [image.problem for image in found if image.problem]
         problems += unreadable
-        here = dataset.size(images)
-        print(f"{split}: {here[0]:,} images of {here[1]:,} classes; published: {count:,} of {classes:,}")
-        if here != (count, classes):
-            problems.append(f"{split} is not the published split; likely cause: {benchmark.LIKELY_CAUSE}")
+        count, classes = dataset.size(images)
+        print(f"{split}: {count:,} images of {classes:,} classes", end="")
+        if published:
+            print(f"; published: {published[split][1]:,} of {published[split][0]:,}", end="")
+            if (classes, count) != published[split]:
+                cause = dataset.BENCHMARKS[name].LIKELY_CAUSE
+                problems.append(f"{split} is not the published split; likely cause: {cause}")
+        print()
         sizes = sorted((image.width, image.height) for image in found if not image.problem)
         if sizes:
             widths, heights = (sorted(side) for side in zip(*sizes))
@@ -84,9 +89,10 @@ def main(argv=None):
     with console.errors_in_one_line("python -m dataset", args.debug):
         if args.command == "prepare":
             run_prepare(args.name, args.data_root, args.archives)
-        if problems := run_check(args.name, args.data_root, args.workers):
+            args.test_classes = None
+        if problems := run_check(args.name, args.data_root, args.workers, args.test_classes):
             raise files.BadFile(f"{args.name} has {problems:,} problem{'s' * (problems > 1)}, listed above")
-        print(f"This is the published {args.name}.")
+        print(f"This is the published {args.name}." if args.name in dataset.BENCHMARKS else "Nothing is wrong.")
 
 
 if __name__ == "__main__":

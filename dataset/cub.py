@@ -12,8 +12,8 @@ SOURCE = "Get CUB_200_2011.tgz at https://data.caltech.edu/records/65de6-vp158 a
 LIKELY_CAUSE = "an incomplete copy, or CUB-200 of 2010 (3,043 test images) in place of CUB-200-2011"
 
 
-def samples(folder: Path, split: str) -> list[tuple[str, int]]:
-    """(path, class) of each image of the split. Classes 1-100 (the number before the folder's dot) train."""
+def samples(folder: Path, split: str) -> list[tuple[str, str]]:
+    """(path, class) of each image of the split. Classes 001-100 (the number before the folder's dot) train."""
     found = []
     for class_folder in sorted(require(folder / "images", SOURCE).iterdir()):
         if class_folder.name.startswith(".") or not class_folder.is_dir():
@@ -26,7 +26,7 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
         if (int(number) <= 100) == (split == "train"):
             # Files beginning with '._' are left by macOS in some copies.
             found += [
-                (os.path.join(class_folder, name), int(number))
+                (os.path.join(class_folder, name), class_folder.name)
                 for name in sorted(os.listdir(class_folder))
                 if not name.startswith(".")
             ]

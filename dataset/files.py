@@ -86,6 +86,7 @@ def _is_plain_jpeg(image):
 
 
 def _decode_jpeg(path):
+    # Deprecated since torchvision 0.29; TorchCodec, which follows it, needs torch 2.11.
     return decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
 
 

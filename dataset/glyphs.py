@@ -40,12 +40,12 @@ FONT_SIZE = 42
 SAME_LOOK = 0.99  # cosine similarity of two drawings above which letters are one class (Latin A, Greek Alpha, ...)
 
 
-def samples(folder: Path, split: str) -> list[tuple[str, int]]:
-    """(path, code point) of each image of the split; draws the data set if it is not there."""
+def samples(folder: Path, split: str) -> list[tuple[str, str]]:
+    """(path, letter) of each image of the split; draws the data set if it is not there."""
     if not folder.exists():
         draw(folder)
     letters = sorted(require(folder / split, f"Remove {folder} to draw it again.").glob("*/"))
-    return [(str(path), int(letter.name, 16)) for letter in letters for path in sorted(letter.glob("*.png"))]
+    return [(str(path), chr(int(letter.name, 16))) for letter in letters for path in sorted(letter.glob("*.png"))]
 
 
 def draw(folder: Path) -> None:

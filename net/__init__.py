@@ -88,6 +88,14 @@ def create(
     return network
 
 
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error if the network cannot take images of this size."""
+    if not accepts(args.model, args.image_size):
+        parser.error(
+            f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work"
+        )
+
+
 def accepts(name: str, image_size: int) -> bool:
     """Whether the network runs on square images of this size (BN-Inception's pools and strides disagree at many)."""
     with torch.device("meta"):  # shapes only, no arithmetic

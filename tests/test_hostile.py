@@ -55,11 +55,12 @@ class Tiny(torch.nn.Module):
 
 def test_damaged_checkpoints(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save(path, Tiny(1.5))
+    checkpoint.save(path, Tiny(1.5), {"model": "tiny", "embedding_size": 4, "image_size": 32, "l2_norm": 1})
     errors = 0
     for data in mutations(path.read_bytes(), 210, seed=0):
         path.write_bytes(data)
         network = Tiny(0.0)
+        outcome(lambda: checkpoint.record(path))
         if isinstance(outcome(lambda network=network: checkpoint.load(path, network)), Exception):
             errors += 1
             assert not network.weight.any()  # nothing was loaded
@@ -85,7 +86,7 @@ def test_damaged_run_checkpoints(tmp_path):
     path = tmp_path / "last.pth"
     network = Tiny(1.5)
     optimizer = torch.optim.AdamW(network.parameters())
-    checkpoint.save_run(path, network, {"optimizer": optimizer}, {"epoch": 3, "losses": [], "rows": []})
+    checkpoint.save_run(path, network, {}, {"optimizer": optimizer}, {"epoch": 3, "losses": [], "rows": []})
     for data in mutations(path.read_bytes(), 70, seed=1):
         path.write_bytes(data)
         other = Tiny(0.0)
@@ -149,6 +150,6 @@ def test_network_stays_as_it_was(tmp_path):
     """A checkpoint of another size loads nothing, not even the tensors that would fit."""
     network = net.create("resnet18", 8)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    checkpoint.save(tmp_path / "other.pth", net.create("resnet18", 16))
+    checkpoint.save(tmp_path / "other.pth", net.create("resnet18", 16), {})
     assert isinstance(outcome(lambda: checkpoint.load(tmp_path / "other.pth", network)), ValueError)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())

@@ -89,6 +89,18 @@ def test_evaluation_gives_the_recalls_of_training(trained, cub_root, capsys):
     assert "all 124 tensors match" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["cub_resnet18_best.pth", "last.pth"])
+def test_checkpoint_says_how_it_is_used(trained, cub_root, capsys, name):
+    flags = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(trained / name)]
+    metrics = evaluate.main(flags)
+    assert metrics == evaluate.main(arguments(cub_root, resume=trained / name))
+    for contradiction in (["--model", "resnet50"], ["--embedding-size", "512"], ["--l2-norm", "0"]):
+        with pytest.raises(SystemExit) as error:
+            evaluate.main(flags + contradiction)
+        assert error.value.code == 2
+        assert re.search(rf"{contradiction[0]}: the checkpoint was trained with \w+, not", capsys.readouterr().err)
+
+
 def test_second_run_is_the_same_and_overwrites_nothing(trained, cub_root, capsys):
     first = (trained / "cub_resnet18_best.pth").read_bytes()
     run_train(cub_root, trained.parent.parent)
@@ -214,7 +226,7 @@ def test_queries_without_a_positive_are_counted(tmp_path, capsys):
     trees.cub(tmp_path / "data")
     for i in range(5):
         (tmp_path / "data" / "CUB_200_2011" / "images" / "101.Bird_101" / f"Bird_101_{i:04d}.jpg").unlink()
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8))
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), {})
     evaluate.main(arguments(tmp_path / "data", resume=tmp_path / "a.pth"))
     assert "1 of 13 queries have no image of their class to find" in capsys.readouterr().out
 
@@ -305,7 +317,7 @@ def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
 
 def test_checkpoint_errors(cub_root, tmp_path, capsys):
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), "There is no checkpoint")
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 16))
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 16), {})
     message = r"another network: .*model.embedding.weight: expected \(8, 512\), found \(16, 512\)"
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), message)
 

@@ -136,9 +136,9 @@ def network():
 
 
 def test_checkpoint_has_the_published_layout(network, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", network)
-    content = torch.load(tmp_path / "a.pth", weights_only=True)
-    assert list(content) == ["model_state_dict"] and list(content["model_state_dict"]) == list(network.state_dict())
+    checkpoint.save(tmp_path / "a.pth", network, {})
+    content = torch.load(tmp_path / "a.pth", weights_only=True)  # as the published code reads it, up to weights_only
+    assert list(content["model_state_dict"]) == list(network.state_dict())
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
@@ -153,7 +153,7 @@ def test_checkpoints_of_the_published_code_load(network, tmp_path, prefix, zip_f
 
 
 def test_other_network_is_refused_and_nothing_loaded(network, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", network)
+    checkpoint.save(tmp_path / "a.pth", network, {})
     for other in (net.create("resnet18", 16), net.create("resnet34", 8), net.create("googlenet", 8)):
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(
@@ -184,7 +184,7 @@ def test_not_a_checkpoint(network, tmp_path, content):
 
 
 def test_truncated_missing_or_other_content(network, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", network)
+    checkpoint.save(tmp_path / "a.pth", network, {})
     (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-1000])
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.load(tmp_path / "a.pth", network)

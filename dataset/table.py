@@ -1,0 +1,51 @@
+"""One's own images, listed in a CSV file with the columns path, label and split (train, eval, query or gallery).
+
+Paths are relative to the file's folder, or absolute.
+"""
+
+import csv
+import os
+from pathlib import Path
+
+from dataset.files import BadFile, require
+
+KS = (1, 2, 4, 8, 16, 32)
+COLUMNS = ["path", "label", "split"]
+SPLITS = ("train", "eval", "query", "gallery")
+
+
+def splits(root: Path) -> list[str]:
+    """Those that the file has. Raises BadFile unless they are one way to test: eval, or query and gallery."""
+    present = {split for _, _, split in _read(root)}
+    if present - {"train"} not in ({"eval"}, {"query", "gallery"}):
+        raise BadFile(
+            f"{root} has the splits {', '.join(sorted(present))}: to test, it needs eval, or query and gallery"
+        )
+    return [split for split in SPLITS if split in present]
+
+
+def samples(root: Path, split: str) -> list[tuple[str, str]]:
+    """(path, label) of each image of the split, in the order of the file."""
+    return [(path, label) for path, label, of in _read(root) if of == split]
+
+
+def _read(path):
+    """(path, label, split) of each row. Raises BadFile with the line of a row that does not fit."""
+    if require(path, "--data-root is to be the CSV file.").is_dir():
+        raise BadFile(f"{path} is a folder: with --dataset csv, --data-root is to be the CSV file")
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            if sorted(reader.fieldnames or []) != sorted(COLUMNS):
+                raise BadFile(f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or not all(row.values()):
+                    raise BadFile(f"{where}: expected a path, a label and a split, found {list(row.values())}")
+                if row["split"] not in SPLITS:
+                    raise BadFile(f"{where}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
+                rows.append((os.path.normpath(path.parent / row["path"]), row["label"], row["split"]))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BadFile(f"{path} is not a CSV file: {error}") from error
+    return rows

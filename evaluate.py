@@ -1,13 +1,17 @@
 """Evaluate a checkpoint, ours or a published one: Recall@K beside the published figures."""
 
 import argparse
+import hashlib
+import shlex
+import sys
+from pathlib import Path
 
 import torch
 
 import dataset
 import net
 from dataset.transforms import Normalize
-from proxy_anchor import checkpoint, console, device, distributed, evaluation, logbook, published
+from proxy_anchor import checkpoint, console, device, distributed, evaluation, logbook, published, report
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -19,6 +23,9 @@ def parse(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to evaluate")
     parser.add_argument("--remark", default="", help="a name for the line of figures")
+    parser.add_argument(
+        "--report", metavar="DIR", help="write a page with queries, classes, similarities and a map into this folder"
+    )
     args = parser.parse_args(argv)
     with console.errors_in_one_line("evaluate.py", args.debug):
         record = checkpoint.record(args.resume)
@@ -54,7 +61,10 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
     bars = [console.progress(loader, "embedding") for loader in loaders]
     test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
-    result = evaluation.evaluate(network, dataset.ALL[args.dataset].KS, test_sets, precision)
+    if args.report and distributed.rank() == 0:
+        report.open_folder(Path(args.report))  # before the work is done
+    embedded = evaluation.embed_all(network, test_sets, precision)
+    result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS)
 
     rows = {args.remark or "this checkpoint": result.metrics}
     if figures := published.RESULTS.get((args.dataset, args.model)):
@@ -62,6 +72,22 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
     print(logbook.table(rows) + "\n" + result.remark(), end="")
     if args.allow_partial:
         print("With --allow-partial: figures of a part of the data set compare with no others.")
+
+    if args.report and distributed.rank() == 0:
+        environment = {
+            "command": shlex.join(["python", *sys.argv]),
+            "checkpoint": args.resume,
+            "sha256": hashlib.sha256(Path(args.resume).read_bytes()).hexdigest(),
+            "device": device.describe(gpu),
+            "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
+        }
+        sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, eval_sets)]
+        page = report.write(
+            Path(args.report), f"{args.model} on {args.dataset}", f"{args.resume}; {' searched in '.join(sizes)}",
+            rows, result, environment,
+            *(report.TestSet(*embedded[2 * i : 2 * i + 2], images) for i, images in enumerate(eval_sets)),
+        )  # fmt: skip
+        print(f"The report is {page}")
     return result.metrics
 
 

@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     def evaluate() -> evaluation.Result:
         bars = [stop.after_each(console.progress(loader, "evaluation"), everywhere=False) for loader in eval_loaders]
         test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
-        return evaluation.evaluate(network, dataset.ALL[args.dataset].KS, test_sets, precision)
+        return evaluation.measure(evaluation.embed_all(network, test_sets, precision), dataset.ALL[args.dataset].KS)
 
     if args.epochs == 0:  # no run, nothing to write
         result = evaluate()

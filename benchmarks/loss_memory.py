@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor.losses import ProxyAnchor
-
 from benchmarks.loss_time import published_way
+from proxy_anchor.losses import ProxyAnchor
 
 
 def peak() -> int:

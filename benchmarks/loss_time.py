@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor.losses import ProxyAnchor
-
 from benchmarks.timing import interleaved, print_ratios
+from proxy_anchor.losses import ProxyAnchor
 
 
 def published_way(x, proxies, labels, margin=0.1, alpha=32):

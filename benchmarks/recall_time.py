@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor.retrieval import map_at_r, recall_at_k
-
 from benchmarks.timing import interleaved, print_ratios
+from proxy_anchor.retrieval import map_at_r, recall_at_k
 
 KS = (1, 10, 100, 1000)
 

@@ -5,9 +5,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from proxy_anchor.files import replacing
 
 from proxy_anchor import randomness
+from proxy_anchor.files import replacing
 
 SHOWN = 3  # differing keys in an error
 RECORD = ("model", "embedding_size", "image_size", "l2_norm")  # arguments that say how to use a network

@@ -10,10 +10,10 @@ import sys
 from contextlib import contextmanager
 
 import torch
-from proxy_anchor.stopping import Interrupted
 from tqdm import tqdm
 
 from proxy_anchor import distributed
+from proxy_anchor.stopping import Interrupted
 
 POSITIVE = ("embedding_size", "batch_size", "image_size", "lr", "alpha", "lr_decay_step", "lr_decay_gamma", "IPC")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")

@@ -71,7 +71,7 @@ def describe(device: torch.device) -> str:
     """One line on what runs."""
     if device.type == "cuda":
         return f"Running on CUDA device {device.index}, {torch.cuda.get_device_name(device)}."
-    name = "Apple's GPU (MPS)" if device.type == "mps" else f"the CPU ({torch.get_num_threads()} threads)"
+    name = "Apple's GPU (MPS)" if device.type == "mps" else f"the CPU (threads: {torch.get_num_threads()})"
     return f"No CUDA device here: running on {name}."
 
 

@@ -3,24 +3,28 @@
 from dataclasses import dataclass
 
 import torch
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_of_ranks
 
 from proxy_anchor import distributed
+from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_of_ranks
 
 
 @dataclass
 class Result:
-    """metrics: R@K for each K, MAP@R and R-precision, in 0..1; alone: queries with no image of their class to find."""
+    """metrics: R@K for each K, MAP@R and R-precision, in 0..1.
+
+    Of each query: ranks, as best_positive_rank gives them, and average_precisions, of which MAP@R is the mean.
+    """
 
     metrics: dict[str, float]
-    queries: int
-    alone: int
+    ranks: torch.Tensor
+    average_precisions: torch.Tensor
 
     def remark(self) -> str:
         """A line on the queries that cannot be answered, or nothing."""
-        if not self.alone:
+        alone = int((self.ranks < 0).sum())
+        if not alone:
             return ""
-        return f"{self.alone:,} of {self.queries:,} queries have no image of their class to find: they are misses.\n"
+        return f"{alone:,} of {len(self.ranks):,} queries have no image of their class to find: they are misses.\n"
 
 
 @torch.inference_mode()
@@ -40,13 +44,15 @@ def embed(network, batches, total: int, precision) -> tuple[torch.Tensor, torch.
     return distributed.gather(torch.cat(embeddings), total), distributed.gather(torch.cat(labels), total)
 
 
-def evaluate(network, ks, test_sets, precision) -> Result:
-    """Search each query of one test set within it or, of two, each of the first in the second.
+def embed_all(network, test_sets, precision) -> list[torch.Tensor]:
+    """Embeddings and labels of each test set, given as (batches, number of images)."""
+    return [tensor for batches, total in test_sets for tensor in embed(network, batches, total, precision)]
 
-    test_sets: (batches, number of images) of each.
-    """
-    embedded = [tensor for batches, total in test_sets for tensor in embed(network, batches, total, precision)]
+
+def measure(embedded: list[torch.Tensor], ks) -> Result:
+    """Search each query of one test set within it or, of two, each of the first in the second; from embed_all."""
     ranks = best_positive_rank(*embedded, group=distributed.group())
-    map_r, r_precision = map_at_r(*embedded, group=distributed.group()).mean(dim=1).tolist()
+    average_precisions, r_precisions = map_at_r(*embedded, group=distributed.group())
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
-    return Result(recalls | {"MAP@R": map_r, "R-precision": r_precision}, len(ranks), int((ranks < 0).sum()))
+    means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
+    return Result(recalls | means, ranks.cpu(), average_precisions)

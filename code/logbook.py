@@ -11,9 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlparse
 
-from proxy_anchor.files import replacing
-
 from proxy_anchor import checkpoint, distributed, runs
+from proxy_anchor.files import replacing
 
 LOG_DIR = Path(__file__).resolve().parent.parent / "logs"
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
 from proxy_anchor.losses import norms
 
 # Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of

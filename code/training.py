@@ -5,10 +5,10 @@ import math
 from functools import partial
 
 import torch
-from proxy_anchor.stopping import Interrupted
 from torch import nn
 
 from proxy_anchor import distributed
+from proxy_anchor.stopping import Interrupted
 
 CLIP_VALUE = 10  # of each gradient element, as published
 

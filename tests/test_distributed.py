@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from proxy_anchor.retrieval import best_positive_rank, map_at_r
 
 import net
 from dataset.sampler import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, device, distributed, evaluation, losses, training
+from proxy_anchor.retrieval import best_positive_rank, map_at_r
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAIN = device.Precision("none", torch.device("cpu"))
@@ -141,8 +141,8 @@ def figures(total, gallery_total):
         return [(x[i : i + 1], y[i : i + 1]) for i in own], count
 
     test_sets = [part(total)] + ([part(gallery_total)] if gallery_total else [])
-    embedded = [t for batches, count in test_sets for t in evaluation.embed(Pixels(8), batches, count, PLAIN)]
-    result = evaluation.evaluate(Pixels(8), [1, 4], test_sets, PLAIN)
+    embedded = evaluation.embed_all(Pixels(8), test_sets, PLAIN)
+    result = evaluation.measure(embedded, [1, 4])
     group = distributed.group()
     return {
         "embeddings": embedded[0], "labels": embedded[1], "ranks": best_positive_rank(*embedded, group=group),

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from proxy_anchor.losses import LOSSES, ProxyAnchor
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 
 from proxy_anchor import losses
+from proxy_anchor.losses import LOSSES, ProxyAnchor
 
 
 def by_the_equation(embeddings, proxies, labels, margin, alpha):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k
 
 from proxy_anchor import retrieval
+from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k
 
 
 def brute_force(queries, labels, gallery=None, gallery_labels=None):

@@ -1,0 +1,147 @@
+"""evaluate.py --report: what the page says, and that a browser shows all of it without the network."""
+
+import csv
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import trees
+from test_scripts import arguments
+
+import evaluate
+import net
+from proxy_anchor import checkpoint, report
+from proxy_anchor.evaluation import measure
+from proxy_anchor.retrieval import best_positive_rank
+
+RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+
+
+class Squares:
+    """Stands for a data set: image i is a square of one grey."""
+
+    def __init__(self, labels, classes):
+        self.labels, self.classes = labels, classes
+        self.paths = [f"{i}.jpg" for i in range(len(labels))]
+
+    def __getitem__(self, index):
+        return torch.full((3, 32, 32), index % 256, dtype=torch.uint8), int(self.labels[index])
+
+
+def random_set(count, classes, seed=0):
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, count)
+    embeddings = random.normal(size=(classes, 16))[labels] + random.normal(size=(count, 16))
+    images = Squares(labels, [f"<b>class & {c}</b>" for c in range(classes)])
+    return report.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images)
+
+
+def write(folder, queries, gallery=None):
+    embedded = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
+    result = measure(embedded, [1, 2])
+    report.open_folder(folder)
+    return report.write(
+        folder, "a title", "", {"ours": result.metrics}, result, {"device": "a <CPU>"}, queries, gallery
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The report on an untrained network and a small In-shop, whose queries are searched in a gallery."""
+    folder = tmp_path_factory.mktemp("report")
+    trees.inshop(folder / "data")
+    torch.manual_seed(0)
+    checkpoint.save(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    flags = {"dataset": "Inshop", "resume": folder / "a.pth", "report": folder / "page"}
+    evaluate.main(arguments(folder / "data", **flags))
+    return folder / "page" / "index.html"
+
+
+def test_page_needs_nothing_from_elsewhere(page):
+    text = page.read_text()
+    for source in re.findall(r'(?:src|href)="([^"#][^"]*)"', text):
+        assert source.startswith("data:") or (page.parent / source).is_file(), source
+    assert "http" not in re.sub(r"http-equiv", "", text) and "$" not in text
+    assert {path.name for path in page.parent.iterdir()} == {
+        "index.html", "images", "map.jpg", "similarities.svg", "classes.csv"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_browser_shows_the_page(page, width):
+    """Every image loads, nothing is asked for outside of the folder, nothing is wider than the screen."""
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser_path:
+        pytest.skip("no Chromium here")
+    playwright = pytest.importorskip("playwright.sync_api")
+    requests, complaints = [], []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.goto(page.as_uri())
+        tab.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+        tab.wait_for_function("Array.from(document.images).every(image => image.complete)")
+        broken = tab.evaluate("Array.from(document.images).filter(i => !i.naturalWidth).map(i => i.src)")
+        images, page_width = tab.evaluate("[document.images.length, document.documentElement.scrollWidth]")
+        browser.close()
+    assert not broken and not complaints and images > 20 and page_width <= width
+    assert all(url.startswith((page.parent.as_uri(), "data:")) for url in requests) and len(requests) > 10
+
+
+@pytest.mark.parametrize("gallery", [None, random_set(300, 12, seed=1)])
+def test_neighbours_and_classes_are_those_of_brute_force(tmp_path, gallery):
+    queries = random_set(200, 12)
+    targets = gallery or queries
+    similarity = (queries.embeddings @ targets.embeddings.T).double().numpy()
+    if gallery is None:
+        np.fill_diagonal(similarity, -np.inf)
+    nearest = similarity.argmax(axis=1)
+    assert report.nearest_neighbour(queries, gallery).tolist() == nearest.tolist()
+    write(tmp_path, queries, gallery)
+    with open(tmp_path / "classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["R@1"]) for row in rows] == sorted(float(row["R@1"]) for row in rows) and len(rows) == 12
+    for row in rows:
+        label = queries.images.classes.index(row["class"])
+        own = np.flatnonzero(queries.labels.numpy() == label)
+        found = targets.labels.numpy()[nearest[own]]
+        assert int(row["queries"]) == len(own) and float(row["R@1"]) == pytest.approx((found == label).mean())
+        wrong = np.bincount(found[found != label], minlength=12)
+        assert int(row["times"]) == wrong.max()
+        if wrong.any():
+            assert wrong[queries.images.classes.index(row["most often taken for"])] == wrong.max()
+    same, other = report.sample_similarities(queries, gallery)
+    alike = queries.labels[:, None].numpy() == targets.labels.numpy()
+    assert same.mean() == pytest.approx(similarity[alike & np.isfinite(similarity)].mean(), abs=0.02)
+    assert other.mean() == pytest.approx(similarity[~alike].mean(), abs=0.02)
+
+
+def test_page_escapes_names_and_frames_neighbours(tmp_path):
+    queries = random_set(200, 12)
+    text = write(tmp_path, queries).read_text()
+    assert "<b>class" not in text and "&lt;b&gt;class &amp; 3&lt;/b&gt;" in text and "a &lt;CPU&gt;" in text
+    assert text.count('<div class="row">') == 3 * report.QUERIES
+    assert text.count('<figure class="right">') == text.count("✓ ")  # and one of each in the words above them
+    assert text.count('<figure class="right">') + text.count('<figure class="wrong">') == 3 * 6 * 8
+    ranks = [int(place.replace(",", "")) for place in re.findall(r"first found at ([\d,]+)", text)]
+    expected = sorted((best_positive_rank(queries.embeddings, queries.labels) + 1).tolist())
+    assert ranks[12] == expected[-1] and ranks[12:] == sorted(ranks[12:], reverse=True) and set(ranks[:6]) == {1}
+
+
+def test_many_classes_are_shortened_and_few_images_are_enough(tmp_path):
+    text = write(tmp_path / "many", random_set(800, 300)).read_text()
+    assert "The 50 hardest and the 50 easiest of" in text and text.count("<tr>") < 110
+    for count in (1, 2, 3, 5):
+        assert write(tmp_path / str(count), random_set(count, 2)).exists()
+
+
+def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
+    (tmp_path / "thesis.tex").write_text("")
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments(cub_root, resume=tmp_path / "a.pth", report=tmp_path))
+    assert "neither empty nor a report" in capsys.readouterr().err

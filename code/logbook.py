@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlparse
 
-from proxy_anchor import checkpoint, distributed, runs
+from proxy_anchor import checkpoint, curves, distributed, runs
 from proxy_anchor.files import replacing
 
 LOG_DIR = Path(__file__).resolve().parent.parent / "logs"
@@ -125,7 +125,8 @@ class ReadingLogbook:
 class Logbook(ReadingLogbook):
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
-    The files are whole at any moment: metrics.csv (a row an epoch), config.json, {dataset}_{model}_best_results.txt.
+    The files are whole at any moment: metrics.csv (a row an epoch), its curves.png, config.json,
+    {dataset}_{model}_best_results.txt.
     wandb_mode: see start_wandb. resume: None for a new run, a folder, or "auto" for the unfinished run with this
     configuration or else a new one. Raises runs.Locked if another process writes the run, ValueError if it is another
     experiment.
@@ -175,6 +176,7 @@ class Logbook(ReadingLogbook):
             flush=True,
         )
         self._write_rows(rows)
+        curves.draw(self.folder / "metrics.csv", self.folder / "curves.png")
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics_of(row), step=row["epoch"])
 

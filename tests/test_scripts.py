@@ -51,7 +51,8 @@ def trained(cub_root, tmp_path_factory):
 
 def test_run_folder_is_the_published_one(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
-        ".lock", "config.json", "cub_resnet18_best.pth", "cub_resnet18_best_results.txt", "last.pth", "metrics.csv"
+        ".lock", "config.json", "cub_resnet18_best.pth", "cub_resnet18_best_results.txt", "curves.png", "last.pth",
+        "metrics.csv",
     ]  # fmt: skip
     rows = read_metrics(trained)
     assert list(rows[0]) == [

@@ -1,7 +1,6 @@
 """Evaluate a checkpoint, ours or a published one: Recall@K beside the published figures."""
 
 import argparse
-import hashlib
 import shlex
 import sys
 from pathlib import Path
@@ -77,7 +76,7 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
         environment = {
             "command": shlex.join(["python", *sys.argv]),
             "checkpoint": args.resume,
-            "sha256": hashlib.sha256(Path(args.resume).read_bytes()).hexdigest(),
+            "sha256": checkpoint.identity(args.resume),
             "device": device.describe(gpu),
             "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
         }

@@ -1,5 +1,6 @@
 """Checkpoints in the published layout, {"model_state_dict": ...}, and those to resume a run from, which hold more."""
 
+import hashlib
 import pickle
 import zipfile
 from pathlib import Path
@@ -56,6 +57,13 @@ def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     except Exception as error:  # of many kinds, one for each part
         raise ValueError(f"{path} does not fit this run: {str(error) or type(error).__name__}") from error
     return content["progress"]
+
+
+def identity(path: str | Path) -> str:
+    """What tells a checkpoint from all others: the sha256 of its file. Raises FileNotFoundError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def epochs_done(path: Path) -> int:

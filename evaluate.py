@@ -12,17 +12,30 @@ import net
 from dataset.transforms import Normalize
 from proxy_anchor import checkpoint, console, device, distributed, evaluation, logbook, published, report
 
+EXAMPLES = """examples:
+  a published checkpoint:
+    python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
+  one of train.py, which says by itself what network it is of, with a page to look at:
+    python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --report report
+"""
+
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        usage="evaluate.py --resume PATH [--flag value ...]",
         description=__doc__,
+        epilog=EXAMPLES,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=console.HelpFormatter,
         parents=[dataset.options(training=False), net.options(training=False), device.options(), console.options()],
     )
-    parser.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to evaluate")
-    parser.add_argument("--remark", default="", help="a name for the line of figures")
-    parser.add_argument(
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--resume", required=True, metavar="PATH",
+        help="checkpoint to evaluate; ours know --model, --embedding-size, --image-size and --l2-norm",
+    )  # fmt: skip
+    group.add_argument("--remark", default="", help="name of the line of figures, to tell tables apart")
+    group.add_argument(
         "--report", metavar="DIR", help="write a page with queries, classes, similarities and a map into this folder"
     )
     args = parser.parse_args(argv)

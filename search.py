@@ -28,16 +28,18 @@ EXAMPLES = """examples:
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=console.HelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
     form = {
         "parents": [device.options(), console.options()],
-        "allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+        "allow_abbrev": False, "formatter_class": console.HelpFormatter,
     }  # fmt: skip
 
     make = commands.add_parser(
         "index", help="embed images into an index",
+        usage="search.py index --resume PATH (--images DIR | --split NAME) --out INDEX [--flag value ...]",
+        epilog=EXAMPLES,
         description="Embed images with a checkpoint into an index; one that exists gets those that it lacks.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
@@ -53,17 +55,22 @@ def parse(argv=None) -> argparse.Namespace:
 
     ask = commands.add_parser(
         "query", help="find the neighbours of images",
+        usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]", epilog=EXAMPLES,
         description="Print the images of an index that are the most similar to each of these.", **form,
     )  # fmt: skip
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
     group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
     group.add_argument("--resume", metavar="PATH", help="the checkpoint of the index, if it has moved")
-    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="how many of each image")
+    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="how many for each image")
     group.add_argument("--json", action="store_true", help="print JSON in place of a table")
     group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
-    group.add_argument("--batch-size", default=32, type=int, metavar="N", help="images a step")
-    group.add_argument("--workers", default=0, type=int, metavar="N", help="processes that read images")
+    group.add_argument(
+        "--batch-size", default=32, type=int, metavar="N", help="images a step; lower it when memory runs out"
+    )
+    group.add_argument(
+        "--workers", default=0, type=int, metavar="N", help="processes that read images; for thousands of queries"
+    )
 
     args = parser.parse_args(argv)
     if args.command == "index":

@@ -22,8 +22,21 @@ NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 def options() -> argparse.ArgumentParser:
     """Command-line flags of all scripts."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group = parser.add_argument_group("errors")
+    group.add_argument("--debug", action="store_true", help="show where an error came from, to report it")
     return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something, and leaves texts of several lines as they are."""
+
+    def _fill_text(self, text, width, indent):
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == "" or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -14,18 +14,18 @@ def options() -> argparse.ArgumentParser:
         default=0,
         type=int,
         metavar="N",
-        help="CUDA device, -1 for all; without CUDA, another",
+        help="CUDA device, -1 for all of them; without CUDA, Apple's GPU or the CPU runs",
     )
     group.add_argument(
         "--amp",
         default="none",
         choices=("none", "bf16", "fp16"),
-        help="precision of the network's products; bf16 is fast on recent GPUs, the published figures are of none",
+        help="precision of the network's products: bf16 is faster on recent GPUs, fp16 on older ones; published: none",
     )
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network (torch.compile): minutes at first, then faster steps",
+        help="compile the network (torch.compile): a minute at first, then faster steps; for long runs",
     )
     return parser
 

@@ -22,17 +22,19 @@ def options() -> argparse.ArgumentParser:
     """Command-line flags of the record."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("record")
-    group.add_argument("--LOG_DIR", default=str(LOG_DIR), metavar="DIR", help="where run folders go")
+    group.add_argument(
+        "--LOG_DIR", default=str(LOG_DIR), metavar="DIR", help="where the folders of runs go (default: logs/ here)"
+    )
     group.add_argument(
         "--resume",
         metavar="auto|PATH",
         help="go on with an interrupted run: its folder, or auto for the one that this command would write, if any",
     )
-    group.add_argument("--remark", default="", help="ends the name of the run folder")
+    group.add_argument("--remark", default="", help="end of the name of the run's folder, to tell runs apart")
     group.add_argument(
         "--wandb",
         choices=("online", "offline", "disabled"),
-        help="Weights & Biases; without this flag, online if it has credentials",
+        help="Weights & Biases; online if there are credentials, where this is not given",
     )
     return parser
 

@@ -127,12 +127,25 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("loss")
     group.add_argument(
-        "--loss", default="Proxy_Anchor", choices=LOSSES, help="the others have the settings of the paper's comparison"
+        "--loss",
+        default="Proxy_Anchor",
+        choices=LOSSES,
+        help="the others have the settings of the paper's comparison; the last four want --IPC",
     )
     group.add_argument(
-        "--alpha", default=32.0, type=float, help="scale of Proxy-Anchor: how much harder examples weigh more"
+        "--alpha",
+        default=32.0,
+        type=float,
+        metavar="A",
+        help="scale of Proxy-Anchor; larger, and the hardest examples weigh more",
     )
-    group.add_argument("--mrg", default=0.1, type=float, help="margin of Proxy-Anchor, in cosine similarity")
+    group.add_argument(
+        "--mrg",
+        default=0.1,
+        type=float,
+        metavar="M",
+        help="margin of Proxy-Anchor, in cosine similarity; larger pulls and pushes further",
+    )
     return parser
 
 

@@ -24,26 +24,56 @@ def options() -> argparse.ArgumentParser:
     """Command-line flags of the recipe."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", default=60, type=int, metavar="N", help="0 evaluates the untrained network")
     group.add_argument(
-        "--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer of the network and the proxies"
+        "--epochs",
+        default=60,
+        type=int,
+        metavar="N",
+        help="passes over the training images; 0 evaluates the untrained network",
     )
     group.add_argument(
-        "--lr", default=1e-4, type=float, help="learning rate; that of Proxy-Anchor's proxies is 100 times this"
+        "--optimizer",
+        default="adamw",
+        choices=OPTIMIZERS,
+        help="of the network and the proxies; the published figures are of adamw",
     )
-    group.add_argument("--weight-decay", default=1e-4, type=float, help="of all parameters, the proxies included")
     group.add_argument(
-        "--lr-decay-step", default=10, type=int, metavar="N", help="epochs between two decays of the learning rate"
+        "--lr",
+        default=1e-4,
+        type=float,
+        help="learning rate, 100 times that for Proxy-Anchor's proxies; lower it when the loss diverges",
     )
-    group.add_argument("--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor of a decay")
+    group.add_argument(
+        "--weight-decay",
+        default=1e-4,
+        type=float,
+        metavar="W",
+        help="of all parameters, the proxies too; more against overfitting",
+    )
+    group.add_argument(
+        "--lr-decay-step",
+        default=10,
+        type=int,
+        metavar="N",
+        help="epochs between two decays of the learning rate; scale it with --epochs",
+    )
+    group.add_argument(
+        "--lr-decay-gamma", default=0.5, type=float, metavar="G", help="what the learning rate is multiplied with then"
+    )
     group.add_argument(
         "--warm",
         default=1,
         type=int,
         metavar="N",
-        help="first epochs in which only the embedding layer and the proxies train",
+        help="first epochs, in which only the embedding layer and the proxies train; 0 from scratch",
     )
-    group.add_argument("--seed", default=1, type=int, help="of the initial weights, the order and the augmentation")
+    group.add_argument(
+        "--seed",
+        default=1,
+        type=int,
+        metavar="S",
+        help="of the initial weights, the order and the augmentation; several show the spread",
+    )
     return parser
 
 

@@ -35,22 +35,44 @@ def options(training: bool) -> argparse.ArgumentParser:
     """Command-line flags of the data, for a script that trains or one that only evaluates."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="cub", choices=ALL, help="benchmark; glyphs needs no download")
-    group.add_argument("--data-root", default=str(DATA_ROOT), metavar="DIR", help="folder of the data sets")
-    group.add_argument("--test-classes", metavar="FILE", help="of --dataset folder")
     group.add_argument(
-        "--allow-partial", action="store_true", help="go on with a part of a data set; its figures do not compare"
+        "--dataset",
+        default="cub",
+        choices=ALL,
+        help="a benchmark, glyphs, which needs no download, or one's own images: folder or csv",
     )
     group.add_argument(
-        "--skip-bad-images", action="store_true", help="look at every image first and leave out those that are damaged"
+        "--data-root",
+        default=str(DATA_ROOT),
+        metavar="DIR",
+        help="where the data sets are (default: data/ here); of one's own images, the folder or the CSV file",
+    )
+    group.add_argument(
+        "--test-classes",
+        metavar="FILE",
+        help="with --dataset folder: names of the classes to test on, one a line (default: the second half)",
+    )
+    group.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="go on with a part of a data set, to try things out; its figures do not compare",
+    )
+    group.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="look at every image first and leave out the damaged ones; for a data set that has some",
     )
     group.add_argument(
         "--cache",
         metavar="DIR",
-        help="keep decoded images in this folder (CUB takes 7 GB); for slow or few CPU cores",
+        help="keep the decoded images in this folder (CUB takes 7 GB); when the GPU waits for few or slow CPU cores",
     )
     group.add_argument(
-        "--image-size", default=224, type=int, metavar="PIXELS", help="side of the square that the network sees"
+        "--image-size",
+        default=224,
+        type=int,
+        metavar="PIXELS",
+        help="side of the square that the network sees; larger ones show more and take longer",
     )
     group.add_argument(
         "--batch-size", default=150, type=int, metavar="N", help="images a step; lower it when memory runs out"
@@ -60,14 +82,14 @@ def options(training: bool) -> argparse.ArgumentParser:
         default=4,
         type=int,
         metavar="N",
-        help="processes that read images; about one a CPU core, 0 for none",
+        help="processes that read images; about as many as there are CPU cores, 0 for none",
     )
     if training:
         group.add_argument(
             "--IPC",
             type=int,
             metavar="N",
-            help="images per class of class-balanced batches; without it, batches are random",
+            help="images of each class in a batch, for losses that compare images; without it, batches are random",
         )
     return parser
 

@@ -1,8 +1,4 @@
-"""Check a data set, or prepare one from its archives.
-
-python -m dataset check NAME                 counts, sizes, unreadable files, images in training and test alike
-python -m dataset prepare NAME ARCHIVE...    verify, extract and lay out, then check
-"""
+"""Check a data set, or prepare one from its archives."""
 
 import argparse
 import sys
@@ -16,18 +12,31 @@ from proxy_anchor import console
 SHOWN = 10  # of a kind of problem
 
 
+EXAMPLES = """examples:
+  counts, sizes, unreadable files, images in training and test alike:
+    python -m dataset check cub
+  verify an archive, extract it and lay it out, then check:
+    python -m dataset prepare cub CUB_200_2011.tgz
+"""
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dataset", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m dataset", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=console.HelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
     common = argparse.ArgumentParser(add_help=False, parents=[console.options()])
-    common.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR", help="folder of the data sets")
-    common.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images")
+    common.add_argument(
+        "--data-root",
+        default=str(dataset.DATA_ROOT),
+        metavar="DIR",
+        help="where the data sets are (default: data/ here); for folder and csv, the folder or the file",
+    )
+    common.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images; 0 for none")
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
     check.add_argument("name", choices=dataset.ALL)
-    check.add_argument("--test-classes", metavar="FILE", help="of folder")
+    check.add_argument("--test-classes", metavar="FILE", help="with folder: names of the classes to test on")
     make = commands.add_parser("prepare", parents=[common], help="from archives to a data set", allow_abbrev=False)
     make.add_argument("name", choices=prepare.LAYOUTS)
     make.add_argument("archives", nargs="+", metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list")

@@ -46,9 +46,22 @@ def options(training: bool) -> argparse.ArgumentParser:
     """Command-line flags of the network, for a script that trains or one that only evaluates."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("network")
-    group.add_argument("--model", default="bn_inception", choices=BACKBONES, help="backbone")
-    group.add_argument("--embedding-size", default=512, type=int, metavar="D", help="dimensions of an embedding")
-    group.add_argument("--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length")
+    group.add_argument(
+        "--model",
+        default="bn_inception",
+        choices=BACKBONES,
+        help="backbone; bn_inception and resnet50 have published figures, resnet18 is the quickest",
+    )
+    group.add_argument(
+        "--embedding-size",
+        default=512,
+        type=int,
+        metavar="D",
+        help="dimensions of an embedding; fewer make a search faster and recall lower",
+    )
+    group.add_argument(
+        "--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length, as published"
+    )
     if training:
         group.add_argument(
             "--bn-freeze",
@@ -61,7 +74,7 @@ def options(training: bool) -> argparse.ArgumentParser:
             "--pretrained",
             default="imagenet",
             metavar="imagenet|none|PATH",
-            help="where the backbone's weights come from; PATH is a file of backbone weights",
+            help="weights of the backbone to start from; none to start from scratch, PATH for a file of them",
         )
     return parser
 

@@ -524,7 +524,7 @@ def test_recipe_is_what_the_flags_say(cub_root, tmp_path, monkeypatch, loss, pro
 
 
 def test_best_epoch_is_the_first_of_equals(cub_root, tmp_path, monkeypatch):
-    result = train.evaluation.Result({"R@1": 0.5, "MAP@R": 0.1}, 10, 0)
-    monkeypatch.setattr(train.evaluation, "evaluate", lambda *args: result)
+    result = train.evaluation.Result({"R@1": 0.5, "MAP@R": 0.1}, torch.zeros(10), torch.zeros(10))
+    monkeypatch.setattr(train.evaluation, "measure", lambda *args: result)
     run_train(cub_root, tmp_path, epochs=2)
     assert next(tmp_path.glob("**/*_best_results.txt")).read_text() == "Best Epoch: 0\nBest Recall@1: 50.0000\n"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from dataset.check import each
 from dataset.files import image_size, read_image
 
 FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 1"  # of images.bin; whoever changes it, changes this
@@ -57,7 +58,7 @@ class Cache:
             unfinished = self.folder.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            sizes = DataLoader(Each(image_size, self.paths), batch_size=None, num_workers=workers)
+            sizes = each(Each(image_size, self.paths), workers)
             shapes = np.array([(height, width) for width, height in progress(sizes, "image sizes")]).reshape(-1, 2)
             need, free = int(offsets(shapes)[-1]), shutil.disk_usage(unfinished).free
             report(
@@ -69,7 +70,7 @@ class Cache:
             with open(unfinished / "images.bin", "wb") as file:
                 file.truncate(need)
             writer = Writer(unfinished / "images.bin", self.paths, shapes)
-            for _ in progress(DataLoader(writer, batch_size=None, num_workers=workers), "decoding"):
+            for _ in progress(each(writer, workers), "decoding"):
                 pass
             np.save(unfinished / "shapes.npy", shapes)
             for name in ("images.bin", "shapes.npy"):

@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.files import BadFile, read_image
@@ -39,7 +40,12 @@ class Inspection(Dataset):
 
 def inspect(paths: list[str], workers: int) -> DataLoader:
     """An Image for each path, in their order; each file is decoded whole."""
-    return DataLoader(Inspection(paths), batch_size=None, num_workers=workers)
+    return each(Inspection(paths), workers)
+
+
+def each(items: Dataset, workers: int) -> DataLoader:
+    """The items in their order, made by workers; the global random numbers, of which a DataLoader takes, stay."""
+    return DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator())
 
 
 def duplicates(parts: dict[str, list[Image]]) -> list[list[str]]:

@@ -67,7 +67,7 @@ def draw(groups: dict[str, list[list[dict]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     unit, unit_name = curves.time_axis(max(rows[-1]["elapsed"] for members in groups.values() for rows in members))
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for (name, members), marker in zip(groups.items(), "osD^vP*X<>" * len(groups)):
         epochs = list(zip(*members))  # those that all have; of each, a row a run
@@ -85,7 +85,7 @@ def draw(groups: dict[str, list[list[dict]]], path: Path) -> None:
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(loc="lower right", frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
 
 

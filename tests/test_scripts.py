@@ -90,6 +90,42 @@ def test_evaluation_gives_the_recalls_of_training(trained, cub_root, capsys):
     assert "all 124 tensors match" in capsys.readouterr().out
 
 
+def without_seconds(folder):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(folder)]
+
+
+def test_cache_changes_nothing(trained, cub_root, tmp_path, capsys):
+    """Neither training nor evaluation; the second run finds it built."""
+    for _ in range(2):
+        run_train(cub_root, tmp_path, cache=tmp_path / "cache")
+    assert capsys.readouterr().out.count("Decoding ") == 2  # of the training and the test images
+    assert without_seconds(tmp_path / "logs_cub" / RUN) == without_seconds(trained)
+    assert without_seconds(tmp_path / "logs_cub" / f"{RUN}_2") == without_seconds(trained)
+
+
+def test_cache_without_the_bad_images(tmp_path, capsys):
+    root = trees.cub(tmp_path)
+    damaged = root / "CUB_200_2011" / "images" / "101.Bird_101" / "Bird_101_0000.jpg"
+    damaged.write_bytes(b"")
+    flags = {"epochs": 1, "cache": tmp_path / "cache"}
+    with pytest.raises(SystemExit):
+        run_train(root, tmp_path, **flags)
+    assert "Bird_101_0000.jpg cannot be read" in capsys.readouterr().err
+    for folder in (tmp_path / "first", tmp_path / "second"):  # the cache is built, then read
+        train.main([*arguments(root, pretrained="none", LOG_DIR=folder, **flags), "--skip-bad-images"])
+        assert "Left out: 1 unreadable images" in capsys.readouterr().out
+    assert without_seconds(tmp_path / "first" / "logs_cub" / RUN) == without_seconds(
+        tmp_path / "second" / "logs_cub" / RUN
+    )
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(trained, cub_root, tmp_path, amp):
+    run_train(cub_root, tmp_path, amp=amp)
+    for row, plain in zip(read_metrics(tmp_path / "logs_cub" / RUN), read_metrics(trained), strict=True):
+        assert float(row["loss"]) == pytest.approx(float(plain["loss"]), rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["cub_resnet18_best.pth", "last.pth"])
 def test_checkpoint_says_how_it_is_used(trained, cub_root, capsys, name):
     flags = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(trained / name)]
@@ -108,10 +144,7 @@ def test_second_run_is_the_same_and_overwrites_nothing(trained, cub_root, capsys
     second = trained.with_name(RUN + "_2")
     assert f"Logging to {second}" in capsys.readouterr().out
     assert (trained / "cub_resnet18_best.pth").read_bytes() == first
-    without_seconds = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(f)] for f in (trained, second)
-    ]
-    assert without_seconds[0] == without_seconds[1]
+    assert without_seconds(second) == without_seconds(trained)
 
 
 def test_seed_and_remark_are_in_the_name(cub_root, tmp_path):

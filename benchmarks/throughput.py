@@ -91,7 +91,7 @@ def loaders(paths, labels, cache_folder, seconds):
     """Images a second of each loader in this process, interleaved."""
 
     def ours(cached):
-        images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.training(224))
+        images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.RandomCrop(224))
         if cached:
             images.use_cache(cache_folder, 0, lambda batches, _: batches, print)
         return images
@@ -145,7 +145,7 @@ def training_speed(name, paths, labels, cache_folder, gpu, args):
         training.train_one_epoch(network, criterion, batches, batch, optimizer, precision, 1, True, True)
 
     def ours(cached):
-        images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.training(224))
+        images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.RandomCrop(224))
         if cached:
             images.use_cache(cache_folder, args.workers, lambda batches, _: batches, print)
         return endless(dataset.train_loader(images, batch, None, 1, args.workers))

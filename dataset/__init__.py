@@ -7,7 +7,7 @@ A benchmark is a module with
     SOURCE        where to get it
     LIKELY_CAUSE  what is probably wrong when the sizes disagree
     samples(folder, split)  (path, class) of each image; classes are what sorts, numbers or names
-and, where needed, AUGMENTATION (arguments of transforms.training) and check_images(paths).
+and, where needed, AUGMENTATION (arguments of transforms.RandomCrop) and check_images(paths).
 One's own images, for which nothing is published, have splits(root) in place of all but KS and samples(root, split).
 """
 
@@ -210,7 +210,7 @@ def size(images: ImageDataset) -> tuple[int, int]:
 def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
     """The training images with their random transform; choice: allow_partial and test_classes as in load."""
     augmentation = getattr(ALL[name], "AUGMENTATION", {})
-    return load(name, root, "train", transforms.training(image_size, **augmentation), **choice)
+    return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
 
 
 def eval_sets(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:

@@ -14,8 +14,9 @@ RESIZED = {224: 256, 256: 292, 324: 361, 448: 512}  # crop: shorter side before 
 class RandomCrop:
     """uint8 (3, H, W) -> crop of a random share of its area, mirrored half of the time: (3, image_size, image_size).
 
-    To the last bit v2.RandomResizedCrop and v2.RandomHorizontalFlip, in two thirds of their time: the resize is fast
-    on images in channels_last, which a crop is only once it is copied.
+    What v2.RandomResizedCrop and v2.RandomHorizontalFlip do, in two thirds of their time: the resize is fast on images
+    in channels_last, which a crop is only once it is copied. The same to the last bit, where torch is recent; torch 2.6
+    rounds some pixels otherwise.
     """
 
     def __init__(self, image_size: int, scale: tuple[float, float] = (0.08, 1.0), flip: bool = True):

@@ -27,6 +27,7 @@ MAPPED = 1_500  # images on the map, at most
 MAP_SIZE, MAP_IMAGE = 2400, 48  # pixels
 THUMBNAIL = 160  # pixels
 BLOCK = 1024  # queries at a time
+GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # by which a report is known
 
 
 @dataclass
@@ -39,15 +40,17 @@ class TestSet:
 
     def __post_init__(self):
         self.embeddings = unit_vectors(self.embeddings)
+        self.labels = self.labels.cpu()
 
     def name(self, label) -> str:
         return str(self.images.classes[int(label)])
 
 
 def open_folder(folder: Path) -> None:
-    """Make the folder of a report. Raises ValueError for a folder that holds anything else."""
+    """Make the folder of a report. Raises ValueError for a folder that holds anything but an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / "index.html").exists():
+    page = folder / "index.html"
+    if any(folder.iterdir()) and not (page.is_file() and GENERATOR in page.read_text(errors="replace")):
         raise ValueError(f"{folder} is neither empty nor a report: choose another folder for the report")
     (folder / "images").mkdir(exist_ok=True)
 
@@ -66,7 +69,8 @@ def write(
     shown, listed, pairs = class_tables(folder, queries, targets, nearest, result, pictures)
     draw_similarities(folder / "similarities.svg", queries, gallery)
     mapped = draw_map(folder / "map.jpg", queries)
-    page = Template(Path(__file__).with_suffix(".html").read_text()).substitute(
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+        generator=GENERATOR,
         title=html.escape(title),
         subtitle=html.escape(subtitle),
         figures=figures_table(figures),
@@ -136,7 +140,7 @@ def nearest_neighbour(queries: TestSet, gallery: TestSet | None) -> torch.Tensor
         if gallery is None:
             similarity.diagonal(offset=start).fill_(-torch.inf)
         nearest.append(similarity.argmax(dim=1))
-    return torch.cat(nearest)
+    return torch.cat(nearest).cpu()
 
 
 def select(order: list[int], labels, count: int) -> list[int]:
@@ -238,7 +242,7 @@ def sample_similarities(queries: TestSet, gallery: TestSet | None) -> tuple[np.n
     """Similarities of random pairs of one class and of two."""
     targets = gallery or queries
     random = np.random.default_rng(0)
-    labels, target_labels = queries.labels.cpu().numpy(), targets.labels.cpu().numpy()
+    labels, target_labels = queries.labels.numpy(), targets.labels.numpy()
     order = np.argsort(target_labels, kind="stable")
     start = np.searchsorted(target_labels[order], labels)
     count = np.searchsorted(target_labels[order], labels, side="right") - start

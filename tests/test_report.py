@@ -140,8 +140,15 @@ def test_many_classes_are_shortened_and_few_images_are_enough(tmp_path):
 
 
 def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
-    (tmp_path / "thesis.tex").write_text("")
+    """Also a web page of somebody's, whose pictures would go; a report is written over."""
     checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
-    with pytest.raises(SystemExit):
-        evaluate.main(arguments(cub_root, resume=tmp_path / "a.pth", report=tmp_path))
-    assert "neither empty nor a report" in capsys.readouterr().err
+    site = tmp_path / "site"
+    (site / "images").mkdir(parents=True)
+    (site / "index.html").write_text("<html>mine</html>")
+    flags = arguments(cub_root, resume=tmp_path / "a.pth")
+    for folder in (site, tmp_path):
+        with pytest.raises(SystemExit):
+            evaluate.main([*flags, "--report", str(folder)])
+        assert "neither empty nor a report" in capsys.readouterr().err
+    for _ in range(2):
+        evaluate.main([*flags, "--report", str(tmp_path / "page")])

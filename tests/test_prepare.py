@@ -290,6 +290,6 @@ def test_kinds_of_images(tmp_path):
 def test_commands_of_the_readme_parse():
     lines = (REPOSITORY / "README.md").read_text().splitlines()
     commands = [line.split()[3:] for line in lines if line.startswith("python -m dataset")]
-    assert {command[1] for command in commands} == {"cub", "cars", "SOP", "Inshop"}
+    assert {command[1] for command in commands} == {"cub", "cars", "SOP", "Inshop", "folder"}
     for command in commands:
         parse(command)

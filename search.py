@@ -100,12 +100,10 @@ def add_images(args: argparse.Namespace) -> None:
             index = Index.new(folder, made, args.index_factory or "Flat")
         images = images_to_index(args)
         known = set(index.paths)
-        images.leave_out([path for path in images.paths if path in known])
+        images.leave_out(known)
         print(f"{len(known):,} images are in {folder}, {len(images):,} are new")
         if args.skip_bad_images:
-            bad = dataset.bad_images(images, args.workers)
-            images.leave_out(bad)
-            print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
+            console.leave_out_bad(images, lambda images: dataset.bad_images(images, args.workers))
         if len(images) == 0:
             return
         if args.cache:
@@ -190,9 +188,8 @@ def draw(paths: list[str], found: list[list[tuple[str, float]]], path: Path) -> 
     for row, (query, neighbours) in zip(axes, rows):
         for ax in row:
             ax.axis("off")
-        for ax, (image, title) in zip(
-            row, [(query, "query"), *((other, f"{value:.3f}") for other, value in neighbours)]
-        ):
+        titled = [(query, "query"), *((other, f"{value:.3f}") for other, value in neighbours)]
+        for ax, (image, title) in zip(row, titled):
             ax.imshow(read_image(image).permute(1, 2, 0).numpy())
             ax.set_title(title, fontsize=9, fontweight="bold" if title == "query" else None)
     figure.savefig(path, dpi=110)

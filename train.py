@@ -62,9 +62,7 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
         eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, **choice)
     if args.skip_bad_images:
         for images in [train_set, *eval_sets]:
-            bad = distributed.from_first(lambda images=images: dataset.bad_images(images, args.workers))
-            images.leave_out(bad)
-            print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
+            console.leave_out_bad(images, lambda images: dataset.bad_images(images, args.workers))
     if args.cache:
         for images in [train_set, *eval_sets]:
             images.use_cache(args.cache, args.workers, console.progress, report=print)

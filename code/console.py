@@ -15,7 +15,17 @@ from tqdm import tqdm
 from proxy_anchor import distributed
 from proxy_anchor.stopping import Interrupted
 
-POSITIVE = ("embedding_size", "batch_size", "image_size", "lr", "alpha", "lr_decay_step", "lr_decay_gamma", "IPC")
+POSITIVE = (
+    "embedding_size",
+    "batch_size",
+    "image_size",
+    "lr",
+    "alpha",
+    "lr_decay_step",
+    "lr_decay_gamma",
+    "IPC",
+    "neighbours",
+)
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 
@@ -68,6 +78,13 @@ def parse_with_record(parser: argparse.ArgumentParser, argv: list[str] | None, r
         if (given := getattr(args, name)) != value:
             parser.error(f"argument {flags[name]}: the checkpoint was trained with {value}, not {given}")
     return args
+
+
+def leave_out_bad(images, find) -> None:
+    """Leave out the images of a data set that find(images), which gives {path: reason}, calls bad, and list them."""
+    bad = distributed.from_first(lambda: find(images))
+    images.leave_out(bad)
+    print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
 
 
 # What torch says when something runs out, and what to do about it.

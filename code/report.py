@@ -228,10 +228,13 @@ def class_tables(folder, queries, targets, nearest, result, pictures) -> tuple[s
     both = Counter()
     for (label, other), count in confused.items():
         both[min(label, other), max(label, other)] += count
-    first = {label: index for index, label in reversed(list(enumerate(targets.labels.tolist())))}
+    example = {}  # label: (images, index); a query's where the gallery has none
+    for part in (targets, queries):
+        for index, label in enumerate(part.labels.tolist()):
+            example.setdefault(label, (part.images, index))
     pairs = "".join(
         '<div class="pair">'
-        + "".join(pictures.figure(targets.images, first[label], html.escape(targets.name(label))) for label in (a, b))
+        + "".join(pictures.figure(*example[label], html.escape(queries.name(label))) for label in (a, b))
         + f"<p>{count} times: {confused[a, b]} and {confused[b, a]}</p></div>"
         for (a, b), count in both.most_common(PAIRS)
     )

@@ -139,6 +139,15 @@ def test_many_classes_are_shortened_and_few_images_are_enough(tmp_path):
         assert write(tmp_path / str(count), random_set(count, 2)).exists()
 
 
+def test_class_that_the_gallery_lacks(tmp_path):
+    queries, gallery = random_set(60, 6), random_set(90, 5, seed=1)
+    gallery.images.classes = queries.images.classes
+    text = write(tmp_path, queries, gallery).read_text()
+    rows = {row["class"]: row for row in csv.DictReader((tmp_path / "classes.csv").open())}
+    assert float(rows["<b>class & 5</b>"]["R@1"]) == 0 and int(rows["<b>class & 5</b>"]["times"]) > 0
+    assert "queries have no image of their class to find" in text
+
+
 def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
     """Also a web page of somebody's, whose pictures would go; a report is written over."""
     checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)

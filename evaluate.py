@@ -78,8 +78,10 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
 
     rows = {args.remark or "this checkpoint": result.metrics}
     if figures := published.RESULTS.get((args.dataset, args.model)):
-        rows["published (512-d, 224 px)"] = {f"R@{k}": recall / 100 for k, recall in figures.items()}
+        rows["published"] = {f"R@{k}": recall / 100 for k, recall in figures.items()}
     print(logbook.table(rows) + "\n" + result.remark(), end="")
+    if figures and (args.embedding_size, args.image_size) != (512, 224):
+        print("The published figures are of 512 dimensions and 224 pixels.")
     if args.allow_partial:
         print("With --allow-partial: figures of a part of the data set compare with no others.")
 

@@ -221,8 +221,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """A table of metrics in percent: a line for each name of rows, a column for each metric that any line has."""
     columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"  {name:>6}" for name in columns)]
+    heads = [name.replace("R-precision", "R-prec") for name in columns]  # for terminals of 80 characters
+    lines = [" " * width + "".join(f"  {head:>6}" for head in heads)]
     for name, metrics in rows.items():
         cells = (f"{100 * metrics[c]:.2f}" if c in metrics else "-" for c in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{max(6, len(c))}}" for c, cell in zip(columns, cells)))
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells))
     return "\n".join(lines)

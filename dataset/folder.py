@@ -38,7 +38,7 @@ def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tu
 
 def images(folder: Path) -> list[str]:
     """The images in a folder and the folders in it, sorted; hidden files are none."""
-    endings = set(Image.registered_extensions())
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return sorted(
         str(path) for path in folder.rglob("*")
         if path.suffix.lower() in endings and not path.name.startswith(".") and path.is_file()

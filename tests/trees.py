@@ -92,5 +92,6 @@ def folder(root, classes=("ant", "bee", "cat", "dog", "eel"), images=6):
     for c, name in enumerate(classes):
         for i in range(images):
             write_image(root / name / ("more" if i == 0 else ".") / f"{i}.jpg", 100 * c + i)
-    (root / "ant" / "notes.txt").write_text("not an image")
+    for name in ("notes.txt", "notes.pdf", ".hidden.jpg"):
+        (root / "ant" / name).write_text("not an image")
     return root

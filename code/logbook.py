@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 from proxy_anchor import checkpoint, curves, distributed, runs
 from proxy_anchor.files import replacing
 
+SHOWN = 3  # metrics after each epoch: what fits into 80 characters
 LOG_DIR = Path(__file__).resolve().parent.parent / "logs"
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
 
@@ -170,9 +171,9 @@ class Logbook(ReadingLogbook):
         return progress
 
     def log_epoch(self, rows: list[dict]) -> None:
-        """Write the rows of all epochs to metrics.csv and print the last; metrics are in 0..1."""
+        """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
         row = rows[-1]
-        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in metrics_of(row).items())
+        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in list(metrics_of(row).items())[:SHOWN])
         print(
             f"epoch {row['epoch']:>2}  loss {row['loss']:.4f}  lr {row['lr']:g}  {row['seconds']:.0f} s  {shown}",
             flush=True,

@@ -24,7 +24,7 @@ def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tu
     require(root, "--data-root is to be a folder with a folder a class.")
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
-        raise BadFile(f"{root} has {len(classes)} folders: expected one a class, and at least two classes")
+        raise BadFile(f"{root} has too few folders ({len(classes)}): expected one a class, and at least two classes")
     tests = classes[len(classes) // 2 :] if test_classes is None else _read_classes(test_classes, classes)
     found = []
     for name in classes:

@@ -93,6 +93,8 @@ ADVICE = {
     "or make it larger (docker run --shm-size=8g)",
     r"[cC]an't allocate memory|Cannot allocate memory|killed by signal: Killed": "The memory is exhausted: choose a "
     "smaller --batch-size or --image-size, or fewer --workers",
+    r"exited unexpectedly": "A worker ended without a reason given, most often because /dev/shm is too small for the "
+    "workers: choose fewer --workers (0 needs none) or make it larger (docker run --shm-size=8g)",
 }
 
 

@@ -403,7 +403,8 @@ def test_shared_memory_that_is_too_small(cub_root, tmp_path):
     command = shlex.join([sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)])
     done = subprocess.run([*namespace, f"{small}; {command}"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
-    assert "train.py: error: /dev/shm is too small for the workers: choose fewer --workers" in done.stderr
+    # torch does not always say more than that a worker is gone.
+    assert re.search(r"train.py: error: .*/dev/shm is too small for the workers: choose fewer --workers", done.stderr)
 
 
 def test_embeddings_that_are_not_finite(trained, cub_root, tmp_path, capsys):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
 from benchmarks.timing import interleaved
-from proxy_anchor import distributed, losses, retrieval, training
+from proxy_anchor import device, distributed, losses, retrieval, training
 
 CLASSES, SIZE = 1000, 512
 
@@ -41,7 +41,8 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     labels = torch.arange(images, device=gpu) // 5
     embeddings = F.normalize(torch.randn(images, SIZE, device=gpu))
     epoch = partial(
-        training.train_one_epoch, network, criterion, [(pixels, targets)] * 2, batch_size, optimizer, 0,
+        training.train_one_epoch, network, criterion, [(pixels, targets)] * 2, batch_size, optimizer,
+        device.Precision("none", gpu), 0,
         bn_freeze=True, clip_proxies=True,
     )  # fmt: skip
     search = partial(retrieval.best_positive_rank, embeddings, labels, group=distributed.group())

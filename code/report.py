@@ -52,6 +52,7 @@ def open_folder(folder: Path) -> None:
     page = folder / "index.html"
     if any(folder.iterdir()) and not (page.is_file() and GENERATOR in page.read_text(errors="replace")):
         raise ValueError(f"{folder} is neither empty nor a report: choose another folder for the report")
+    page.write_text(f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>")
     (folder / "images").mkdir(exist_ok=True)
 
 

@@ -26,11 +26,7 @@ def read_table(path: Path, columns: list[str], skip: int = 0) -> list[tuple[int,
     Raises BadFile with the line number of a header or row that does not fit.
     """
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadFile(f"{path} is not a text file: {error}") from error
-    for number, line in enumerate(lines[skip:], start=skip + 1):
+    for number, line in enumerate(read_lines(path)[skip:], start=skip + 1):
         fields = line.split()
         if number == skip + 1 and fields != columns:
             raise BadFile(f"{path}, line {number}: expected the header '{' '.join(columns)}', found '{line[:80]}'")
@@ -42,6 +38,14 @@ def read_table(path: Path, columns: list[str], skip: int = 0) -> list[tuple[int,
     if not rows:
         raise BadFile(f"{path} ends before its header, line {skip + 1}: '{' '.join(columns)}'")
     return [(number, fields) for number, fields in rows[1:] if fields]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises BadFile for one that is none."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path} is not a text file: {error}") from error
 
 
 def whole_number(text: str, path: Path, line: int, what: str) -> int:

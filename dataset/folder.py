@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.files import BadFile, require
+from dataset.files import BadFile, read_lines, require
 
 KS = (1, 2, 4, 8, 16, 32)
 
@@ -25,7 +25,7 @@ def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tu
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
         raise BadFile(f"{root} has too few folders ({len(classes)}): expected one a class, and at least two classes")
-    tests = classes[len(classes) // 2 :] if test_classes is None else _read_classes(test_classes, classes)
+    tests = set(classes[len(classes) // 2 :]) if test_classes is None else _read_classes(test_classes, classes)
     found = []
     for name in classes:
         if (name in tests) == (split == "eval"):
@@ -47,7 +47,7 @@ def images(folder: Path) -> list[str]:
 
 def _read_classes(path, classes):
     require(path, "--test-classes names a file with the names of the test classes, one a line.")
-    tests = {name: number for number, line in enumerate(path.read_text().splitlines(), 1) if (name := line.strip())}
+    tests = {name: number for number, line in enumerate(read_lines(path), 1) if (name := line.strip())}
     for name, number in tests.items():
         if name not in classes:
             raise BadFile(f"{path}, line {number}: there is no class folder '{name}'")

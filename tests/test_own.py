@@ -89,13 +89,18 @@ def test_wrong_folder_is_an_error(tmp_path, break_it, words):
 
 @pytest.mark.parametrize(
     "content, words",
-    [("bee\nfox\n", "line 2: there is no class folder 'fox'"), ("\n", "names 0 of 5 classes"), (None, "There is no")],
+    [
+        ("bee\nfox\n", "line 2: there is no class folder 'fox'"),
+        ("\n", "names 0 of 5 classes"),
+        ("\xff", "is not a text file"),
+        (None, "There is no"),
+    ],
 )
 def test_wrong_test_classes_are_an_error(tmp_path, content, words):
     trees.folder(tmp_path / "images")
     path = tmp_path / "tests.txt"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode("latin-1"))
     with pytest.raises((BadFile, FileNotFoundError), match=words):
         dataset.load("folder", tmp_path / "images", "train", test_classes=path)
 

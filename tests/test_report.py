@@ -159,5 +159,7 @@ def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
         with pytest.raises(SystemExit):
             evaluate.main([*flags, "--report", str(folder)])
         assert "neither empty nor a report" in capsys.readouterr().err
+    report.open_folder(tmp_path / "page")  # as by an evaluation that then failed
     for _ in range(2):
         evaluate.main([*flags, "--report", str(tmp_path / "page")])
+    assert "not finished" not in (tmp_path / "page" / "index.html").read_text()

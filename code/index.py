@@ -18,7 +18,9 @@ def faiss():
     try:
         import faiss
     except ImportError as error:
-        raise ImportError("search.py needs faiss, which is not installed: pip install faiss-cpu") from error
+        raise ImportError(
+            f"search.py needs faiss, which cannot be imported ({error}): pip install faiss-cpu, 1.8 for numpy below 2"
+        ) from error
     return faiss
 
 

@@ -1,5 +1,8 @@
-"""Evaluate a checkpoint, ours or a published one: Recall@K beside the published figures."""
+"""Evaluate a checkpoint, ours or a published one: Recall@K beside the published results."""
 
+import proxy_anchor.startup  # noqa: F401 (before the slow imports)
+
+# isort: split
 import argparse
 import shlex
 import sys
@@ -9,8 +12,8 @@ import torch
 
 import dataset
 import net
-from dataset.transforms import Normalize
-from proxy_anchor import checkpoint, console, device, distributed, evaluation, logbook, published, report
+from proxy_anchor import checkpoint, console, distributed, evaluation, hardware, logbook, published, report
+from proxy_anchor.embedding import Embedder
 
 EXAMPLES = """examples:
   a published checkpoint:
@@ -27,7 +30,7 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=console.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), device.options(), console.options()],
+        parents=[dataset.options(training=False), net.options(training=False), hardware.options(), console.options()],
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -40,40 +43,32 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     with console.errors_in_one_line("evaluate.py", args.debug):
-        record = checkpoint.record(args.resume)
-    args = console.parse_with_record(parser, argv, record)
+        contract = checkpoint.contract(args.resume)
+    crop = contract.pop("crop", None)
+    args = console.parse_with_contract(parser, argv, contract)
+    args.crop = dataset.crop(args.dataset) if crop is None else crop
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
     return args
 
 
-def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
-    print(device.describe(gpu))
+def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    print(hardware.describe(device))
 
     network = net.create(args.model, args.embedding_size, pretrained=None, l2_norm=bool(args.l2_norm))
-    matched = checkpoint.load(args.resume, device.place(network, gpu))
+    matched = checkpoint.load(args.resume, network)
     print(f"Loaded {args.resume}: all {matched} tensors match.")
-    if args.compile:
-        network.compile()
-    precision = device.Precision(args.amp, gpu)
-    normalize = Normalize(network.bgr).to(gpu)
+    embedder = Embedder(network, device, args.amp, args.compile)
 
     with distributed.first_process_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        eval_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, **choice)
-    if args.skip_bad_images:
-        for images in eval_sets:
-            console.leave_out_bad(images, lambda images: dataset.bad_images(images, args.workers))
-    if args.cache:
-        for images in eval_sets:
-            images.use_cache(args.cache, args.workers, console.progress, report=print)
+        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.crop, **choice)
+    console.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     share = distributed.rank(), distributed.count()
-    loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in eval_sets]
-    bars = [console.progress(loader, "embedding") for loader in loaders]
-    test_sets = [(device.feed(bar, gpu, normalize), len(images)) for bar, images in zip(bars, eval_sets)]
+    loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     if args.report and distributed.rank() == 0:
         report.open_folder(Path(args.report))  # before the work is done
-    embedded = evaluation.embed_all(network, test_sets, precision)
+    embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
     result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS)
 
     rows = {args.remark or "this checkpoint": result.metrics}
@@ -90,14 +85,14 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
             "command": shlex.join(["python", *sys.argv]),
             "checkpoint": args.resume,
             "sha256": checkpoint.identity(args.resume),
-            "device": device.describe(gpu),
+            "device": hardware.describe(device),
             "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
         }
-        sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, eval_sets)]
+        sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
         page = report.write(
             Path(args.report), f"{args.model} on {args.dataset}", f"{args.resume}; {' searched in '.join(sizes)}",
             rows, result, environment,
-            *(report.TestSet(*embedded[2 * i : 2 * i + 2], images) for i, images in enumerate(eval_sets)),
+            *(report.TestSet(*embedded[2 * i : 2 * i + 2], images) for i, images in enumerate(test_sets)),
         )  # fmt: skip
         print(f"The report is {page}")
     return result.metrics
@@ -106,8 +101,8 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id)
-    with console.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as gpu:
-        return evaluate(args, gpu)
+    with console.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
+        return evaluate(args, device)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Search images by what they show: embed them with a checkpoint into an index, then find the neighbours of others."""
 
+import proxy_anchor.startup  # noqa: F401 (before the slow imports)
+
+# isort: split
 import argparse
 import json
 import os
@@ -14,8 +17,8 @@ import net
 from dataset import transforms
 from dataset.files import read_image
 from dataset.folder import images as images_in
-from dataset.transforms import Normalize
-from proxy_anchor import checkpoint, console, device, evaluation
+from proxy_anchor import checkpoint, console, hardware
+from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import IMAGES, RECALL_AT, Index, lock
 
 DRAWN_QUERIES, DRAWN_NEIGHBOURS = 20, 10
@@ -32,7 +35,7 @@ def parse(argv=None) -> argparse.Namespace:
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
     form = {
-        "parents": [device.options(), console.options()],
+        "parents": [hardware.options(), console.options()],
         "allow_abbrev": False, "formatter_class": console.HelpFormatter,
     }  # fmt: skip
 
@@ -75,8 +78,10 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "index":
         with console.errors_in_one_line("search.py", args.debug):
-            record = checkpoint.record(args.resume)
-        args = console.parse_with_record(parser, argv, record, at=1)
+            contract = checkpoint.contract(args.resume)
+        crop = contract.pop("crop", None)
+        args = console.parse_with_contract(parser, argv, contract, at=1)
+        args.contract = {name: getattr(args, name) for name in checkpoint.CONTRACT} | ({"crop": crop} if crop else {})
         net.check_arguments(parser, args)
         if bool(args.images) == bool(args.split):
             parser.error("what to index: --images DIR, or --dataset NAME --split SPLIT")
@@ -89,7 +94,7 @@ def add_images(args: argparse.Namespace) -> None:
     made = {
         "checkpoint": os.path.abspath(args.resume),
         "sha256": checkpoint.identity(args.resume),
-        "network": {name: getattr(args, name) for name in checkpoint.RECORD},
+        "network": args.contract,
     }
     folder = Path(args.out)
     with lock(folder):
@@ -102,12 +107,9 @@ def add_images(args: argparse.Namespace) -> None:
         known = set(index.paths)
         images.leave_out(known)
         print(f"{len(known):,} images are in {folder}, {len(images):,} are new")
-        if args.skip_bad_images:
-            console.leave_out_bad(images, lambda images: dataset.bad_images(images, args.workers))
+        console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if len(images) == 0:
             return
-        if args.cache:
-            images.use_cache(args.cache, args.workers, console.progress, report=print)
         embeddings = embed(images, made["network"], args.resume, args)
         index.add(images.paths, embeddings)
         print(f"Indexed {len(images):,} images")
@@ -118,10 +120,9 @@ def add_images(args: argparse.Namespace) -> None:
 def images_to_index(args: argparse.Namespace) -> dataset.ImageDataset:
     if args.split:
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        transform = transforms.evaluation(args.image_size)
-        images = dataset.load(args.dataset, args.data_root, args.split, transform, **choice)
+        images = dataset.load(args.dataset, args.data_root, args.split, geometry(args.contract), **choice)
     else:
-        images = unlabelled(images_at(args.images), args.image_size)
+        images = unlabelled(images_at(args.images), args.contract)
     images.paths = [os.path.abspath(path) for path in images.paths]  # they are looked for from anywhere
     return images
 
@@ -136,21 +137,22 @@ def images_at(place: str) -> list[str]:
     return found
 
 
-def unlabelled(paths: list[str], image_size: int) -> dataset.ImageDataset:
+def unlabelled(paths: list[str], contract: dict) -> dataset.ImageDataset:
     """Images without labels, as evaluation sees them."""
-    return dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], transforms.evaluation(image_size))
+    return dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], geometry(contract))
 
 
-def embed(images: dataset.ImageDataset, record: dict, path: str, args: argparse.Namespace) -> torch.Tensor:
-    """Embeddings (N, D) of the images by the checkpoint at this path, whose network is that of the record."""
-    gpu = device.select(args.gpu_id)
-    network = net.create(record["model"], record["embedding_size"], pretrained=None, l2_norm=bool(record["l2_norm"]))
-    checkpoint.load(path, device.place(network, gpu))
-    if args.compile:
-        network.compile()
-    loader = dataset.eval_loader(images, args.batch_size, args.workers)
-    batches = device.feed(console.progress(loader, "embedding"), gpu, Normalize(network.bgr).to(gpu))
-    embeddings, _ = evaluation.embed(network, batches, len(images), device.Precision(args.amp, gpu))
+def geometry(contract: dict):
+    return transforms.evaluation(contract["image_size"], contract.get("crop", transforms.CROP))
+
+
+def embed(images: dataset.ImageDataset, contract: dict, path: str, args: argparse.Namespace) -> torch.Tensor:
+    """Embeddings (N, D) of the images by the checkpoint at this path, whose network the contract describes."""
+    name, size, l2_norm = contract["model"], contract["embedding_size"], bool(contract["l2_norm"])
+    network = net.create(name, size, pretrained=None, l2_norm=l2_norm)
+    checkpoint.load(path, network)
+    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp, args.compile)
+    embeddings, _ = embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))
     return embeddings
 
 
@@ -160,7 +162,7 @@ def query(args: argparse.Namespace) -> None:
     network = index.made["network"]
     path = args.resume or index.made["checkpoint"]
     index.check({"sha256": checkpoint.identity(path), "network": network, "checkpoint": path})
-    images = unlabelled([path for place in args.images for path in images_at(place)], network["image_size"])
+    images = unlabelled([path for place in args.images for path in images_at(place)], network)
     found = index.search(embed(images, network, path, args), args.neighbours)
     if args.json:
         print(json.dumps([

@@ -10,40 +10,47 @@ import torch
 from proxy_anchor import randomness
 from proxy_anchor.files import replacing
 
-SHOWN = 3  # differing keys in an error
-RECORD = ("model", "embedding_size", "image_size", "l2_norm")  # arguments that say how to use a network
+SHOWN = 3  # differences in an error
+# How to use a network: arguments that say it, and what checkpoints may lack.
+CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
+OPTIONAL = {"crop": float}  # see dataset/transforms.py
 
 
-def save(path: Path, network: torch.nn.Module, record: dict) -> None:
-    """Write the network's weights as a checkpoint that the published code loads too, and the arguments of RECORD."""
+def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
+    """Write the network's weights as a checkpoint that the published code loads too, with its contract."""
     with replacing(path) as file:
-        torch.save({"model_state_dict": network.state_dict(), "network": record}, file)
+        torch.save({"model_state_dict": network.state_dict(), "network": contract}, file)
 
 
-def save_run(path: Path, network: torch.nn.Module, record: dict, parts: dict, progress: dict) -> None:
+def save_run(path: Path, network: torch.nn.Module, contract: dict, parts: dict, progress: dict) -> None:
     """Write a checkpoint to resume from: that of save, the parts (which have state_dict), progress, random states."""
-    content = {"model_state_dict": network.state_dict(), "network": record}
+    content = {"model_state_dict": network.state_dict(), "network": contract}
     content |= {name: part.state_dict() for name, part in parts.items()}
     with replacing(path) as file:
         torch.save(content | {"progress": progress, "random": randomness.state()}, file)
 
 
-def record(path: str | Path) -> dict:
-    """The arguments of RECORD that a checkpoint of ours was written with; {} for a published one. Raises as load does.
+def contract(path: str | Path) -> dict:
+    """How to use the network of a checkpoint of ours; {} for a published one. Raises as load does.
 
-    Little more of the file is read than that.
+    The keys are those of CONTRACT and, of OPTIONAL, those that it has. Little more of the file is read than that.
     """
     mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False
     found = read(path, mmap=True).get("network", {}) if mappable else {}
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), (str, int)) for name in RECORD if found):
+    types = CONTRACT | OPTIONAL
+    if found and not (
+        isinstance(found, dict) and CONTRACT.keys() <= found.keys()
+        and all(isinstance(found[name], types[name]) for name in found.keys() & types.keys())
+    ):  # fmt: skip
         raise ValueError(f"{path} is damaged: its record of the network is {str(found)[:80]}")
-    return {name: found[name] for name in RECORD if found}
+    return {name: found[name] for name in types if name in found}
 
 
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     """Bring the network, the parts and the random states to what save_run wrote; returns its progress.
 
-    Raises FileNotFoundError or ValueError where it cannot be read or is of another network, optimizer ...
+    Raises FileNotFoundError or ValueError where it cannot be read or is of another network, optimizer ..., also one
+    with other settings than the part has now.
     """
     content = read(path)
     missing = [name for name in (*parts, "progress", "random") if name not in content]
@@ -52,11 +59,27 @@ def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     load_weights(path, content, network)
     try:
         for name, part in parts.items():
+            now = settings(part)
             part.load_state_dict(content[name])
+            then = settings(part)
+            if different := sorted(key for key in now.keys() & then if now[key] != then[key]):
+                listed = ", ".join(f"{key} {then[key]}, now {now[key]}" for key in different[:SHOWN])
+                raise ValueError(f"its {name} has other settings: {listed}")
         randomness.restore(content["random"])
     except Exception as error:  # of many kinds, one for each part
         raise ValueError(f"{path} does not fit this run: {str(error) or type(error).__name__}") from error
     return content["progress"]
+
+
+def settings(part) -> dict:
+    """What an optimizer or a scheduler was told when it was made, not what it has come to since; {} for other parts."""
+    if isinstance(part, torch.optim.Optimizer):
+        groups = enumerate(part.param_groups)
+        return {f"{name} of group {i}": group[name] for i, group in groups for name in group.keys() - {"params", "lr"}}
+    if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+        state = part.state_dict()
+        return {name: state[name] for name in state if not name.startswith("_") and name != "last_epoch"}
+    return {}
 
 
 def identity(path: str | Path) -> str:
@@ -67,8 +90,14 @@ def identity(path: str | Path) -> str:
 
 
 def epochs_done(path: Path) -> int:
-    """The finished epochs of the run that save_run wrote to this file; of the file, little more than that is read."""
-    return read(path, mmap=True)["progress"]["epoch"]
+    """The finished epochs of the run that save_run wrote to this file, of which little more than that is read.
+
+    Raises as load does, also where the file is another checkpoint.
+    """
+    progress = read(path, mmap=True).get("progress")
+    if not isinstance(progress, dict) or not isinstance(progress.get("epoch"), int):
+        raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
+    return progress["epoch"]
 
 
 def load(path: str | Path, network: torch.nn.Module) -> int:

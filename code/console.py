@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from proxy_anchor import distributed
+from proxy_anchor import distributed, runs
 from proxy_anchor.stopping import Interrupted
 
 POSITIVE = (
@@ -65,26 +65,66 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
 
 
-def parse_with_record(parser: argparse.ArgumentParser, argv: list[str] | None, record: dict, at: int = 0):
-    """Parse the command line; what it does not say is as in the record, and what it says otherwise a usage error.
+def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
+    """The flags that give arguments these values, as read from a file; a usage error naming it where one cannot be."""
+    flags = []
+    for action in parser._actions:
+        value = values.get(action.dest)
+        if action.dest not in values or action.dest in ("resume", "debug") or value is action.default is None:
+            continue
+        types = (bool,) if action.nargs == 0 else (int, float) if action.type else (str,)
+        if not isinstance(value, types) or (bool not in types and isinstance(value, bool)):
+            parser.error(f"{source} has {action.dest} {value!r}, which --{action.dest.replace('_', '-')} cannot be")
+        flags += [f"{action.option_strings[0]}={value}"] if action.nargs != 0 else action.option_strings[:1] * value
+    return flags
+
+
+def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:
+    """Parse the command line of a training, whose defaults are those of the dataset's recipe or of the run to resume.
+
+    recipe_of(name of a dataset) -> {argument: default}. args.recipe tells those that hold.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.resume in (None, "auto"):
+        recipe = recipe_of(args.dataset)
+        parser.set_defaults(**recipe)
+        args = parser.parse_args(argv)
+        kept = [f"--{name.replace('_', '-')} {value}" for name, value in recipe.items() if getattr(args, name) == value]
+        args.recipe = " ".join(kept)
+        return args
+    try:
+        folder = runs.folder(args.resume)
+        config = runs.read_config(folder)
+        recorded = recorded_flags(parser, config, folder / runs.CONFIG)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --resume: {error}")
+    args = parser.parse_args([*recorded, *argv])  # what is not given now is as it was
+    args.resume, args.recipe = str(folder), config.get("recipe", "")
+    return args
+
+
+def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
+    """Parse the command line; what it does not say is as in a checkpoint's contract, other words are a usage error.
 
     at: where flags may come in argv.
     """
     argv = sys.argv[1:] if argv is None else argv
-    flags = {name: f"--{name.replace('_', '-')}" for name in record}
-    recorded = [f"{flags[name]}={value}" for name, value in record.items()]
-    args = parser.parse_args([*argv[:at], *recorded, *argv[at:]])
-    for name, value in record.items():
+    args = parser.parse_args([*argv[:at], *[f"--{n.replace('_', '-')}={v}" for n, v in contract.items()], *argv[at:]])
+    for name, value in contract.items():
         if (given := getattr(args, name)) != value:
-            parser.error(f"argument {flags[name]}: the checkpoint was trained with {value}, not {given}")
+            parser.error(f"argument --{name.replace('_', '-')}: the checkpoint was trained with {value}, not {given}")
     return args
 
 
-def leave_out_bad(images, find) -> None:
-    """Leave out the images of a data set that find(images), which gives {path: reason}, calls bad, and list them."""
-    bad = distributed.from_first(lambda: find(images))
-    images.leave_out(bad)
-    print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
+def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: int) -> None:
+    """Leave out the damaged images of datasets, and keep the decoded ones in the cache folder, if so wished."""
+    for images in image_sets if skip_bad_images else ():
+        bad = distributed.from_first(lambda images=images: images.find_bad(workers))
+        images.leave_out(bad)
+        print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
+    for images in image_sets if cache else ():
+        images.use_cache(cache, workers, progress, report=print)
 
 
 # What torch says when something runs out, and what to do about it.
@@ -101,11 +141,15 @@ ADVICE = {
 @contextmanager
 def errors_in_one_line(script: str, debug: bool):
     """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see startup.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except Interrupted as interruption:
-        print(f"{script}: {interruption}; all is saved, --resume auto goes on from here", file=sys.stderr)
+        print(f"{script}: {interruption}; all is saved, --resume auto continues from here", file=sys.stderr)
         sys.exit(128 + interruption.signum)
+    except runs.Finished as finished:
+        print(finished)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

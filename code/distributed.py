@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from proxy_anchor import device
+from proxy_anchor import hardware
 
 
 def rank() -> int:
@@ -34,17 +34,17 @@ def group():
 def processes(gpu_id: int):
     """Join the processes that torchrun started, if it did; yields this process's device. Only the first one prints."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield device.select(0 if gpu_id == -1 else gpu_id)
+        yield hardware.select(0 if gpu_id == -1 else gpu_id)
         return
-    gpu = device.select(int(os.environ["LOCAL_RANK"]))
-    if gpu.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=gpu)
+    device = hardware.select(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
-        gpu = torch.device("cpu")
+        device = torch.device("cpu")
         dist.init_process_group("gloo")
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
-            yield gpu
+            yield device
     finally:
         # gloo's threads need the GIL to let go of the last collective's tensors, and the group's destructor holds it
         # while it waits for them: a deadlock in torch 2.6 (pytorch#154976). Asleep, this thread lets them have it.
@@ -79,10 +79,10 @@ def describe(batch_size: int) -> str:
     return f"{count()} processes: of each batch of {batch_size} images, a process has {shares}.\n"
 
 
-def with_common_statistics(network: torch.nn.Module, bn_freeze: bool) -> torch.nn.Module:
+def with_common_statistics(network: torch.nn.Module, device: torch.device, bn_freeze: bool) -> torch.nn.Module:
     """The network with BatchNorm, where it trains, over the whole batch: on CUDA alone, a CPU cannot."""
     if count() > 1 and not bn_freeze:
-        if next(network.parameters()).is_cuda:
+        if device.type == "cuda":
             return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
         print("On a CPU, BatchNorm statistics are those of each process's part of the batch.")
     return network

@@ -1,4 +1,4 @@
-"""From a network and test images to figures."""
+"""From a network and test images to metrics."""
 
 from dataclasses import dataclass
 
@@ -27,30 +27,16 @@ class Result:
         return f"{alone:,} of {len(self.ranks):,} queries have no image of their class to find: they are misses.\n"
 
 
-@torch.inference_mode()
-def embed(network, batches, total: int, precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (total, D) and labels (total,) of all batches (images, labels), in eval mode.
-
-    Where several processes share the work, the batches are this one's part of the images.
-    """
-    network.eval()
-    device = next(network.parameters()).device
-    embeddings = [torch.empty(0, network.model.embedding.out_features, device=device)]
-    labels = [torch.empty(0, dtype=torch.long, device=device)]
-    for images, batch_labels in batches:
-        with precision.autocast():
-            embeddings.append(network(images).float())
-        labels.append(batch_labels)
-    return distributed.gather(torch.cat(embeddings), total), distributed.gather(torch.cat(labels), total)
-
-
-def embed_all(network, test_sets, precision) -> list[torch.Tensor]:
-    """Embeddings and labels of each test set, given as (batches, number of images)."""
-    return [tensor for batches, total in test_sets for tensor in embed(network, batches, total, precision)]
+def evaluate(embedder, loaders, ks, stop=None) -> Result:
+    """Embed the test sets of the loaders and measure; stop: a Stop, which raises Interrupted here at a signal."""
+    embedded = [tensor for loader in loaders for tensor in embedder.embed(loader, "evaluation", stop)]
+    if stop:
+        stop.check()
+    return measure(embedded, ks)
 
 
 def measure(embedded: list[torch.Tensor], ks) -> Result:
-    """Search each query of one test set within it or, of two, each of the first in the second; from embed_all."""
+    """Search each query of one test set within it or, of two, each of the first in the second; from Embedder.embed."""
     ranks = best_positive_rank(*embedded, group=distributed.group())
     average_precisions, r_precisions = map_at_r(*embedded, group=distributed.group())
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}

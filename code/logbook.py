@@ -1,17 +1,14 @@
-"""The record of a run: its folder, metrics.csv, config.json, the best result, and wandb."""
+"""The record of a run: its folder, metrics.csv, config.json and checkpoints, its line per epoch in the terminal."""
 
 import argparse
 import csv
 import json
-import netrc
-import os
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlparse
 
-from proxy_anchor import checkpoint, curves, distributed, runs
+from proxy_anchor import checkpoint, curves, distributed, runs, tracking
 from proxy_anchor.files import replacing
 
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -46,43 +43,6 @@ def run_name(model, loss, embedding_size, alpha, margin, optimizer, lr, batch_si
     return f"{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}" + ("" if seed == 1 else f"_seed{seed}")
 
 
-def has_wandb_credentials() -> bool:
-    """Whether wandb would find an API key, in the environment or in the netrc file, without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def start_wandb(mode: str | None, log_dir: Path, project: str, name: str, config: dict, run_id: str | None = None):
-    """A wandb run, that of run_id continued where it is given, or None if the mode is disabled.
-
-    Mode None: WANDB_MODE, else online with credentials, else disabled.
-    Raises ValueError for online without credentials, for which wandb would ask, and RuntimeError if wandb fails.
-    """
-    if mode is None:
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_credentials() else None)
-        if mode is None:
-            print("wandb has no credentials here (wandb login): logging to the run folder alone.")
-    if mode in (None, "disabled"):
-        return None
-    if mode == "online" and not has_wandb_credentials():
-        raise ValueError("wandb has no credentials to go online with: run `wandb login`, or choose --wandb offline")
-    import wandb  # slow to import, and not everyone has it
-
-    log_dir.mkdir(parents=True, exist_ok=True)
-    resume = "allow" if run_id and mode == "online" else None
-    try:
-        return wandb.init(
-            project=project, notes=name, dir=str(log_dir), mode=mode, config=config, id=run_id, resume=resume
-        )
-    except wandb.errors.Error as error:
-        raise RuntimeError(f"wandb does not start: {error}. --wandb offline or disabled goes on without it") from error
-
-
 def versions() -> dict[str, str]:
     """Of Python and of the libraries here on which results depend."""
     found = {"python": platform.python_version()}
@@ -92,62 +52,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_logbook(*args, **keywords):
-    """The Logbook of these arguments in the first process, which alone writes; in others one that only reads."""
-    log = Logbook(*args, **keywords) if distributed.rank() == 0 else ReadingLogbook()
+def open_logbook(*args, **keywords) -> "Logbook":
+    """The Logbook of these arguments in the first process, which alone writes; in others one that writes nothing."""
+    log = Logbook(*args, **keywords) if distributed.rank() == 0 else NullLogbook()
     log.folder, log.resumes = distributed.from_first(lambda: (log.folder, log.resumes))
     return log
 
 
-class ReadingLogbook:
-    """The folder of a run, for a process that does not write to it; as a context, it ends with the run.
-
-    folder: of the run; resumes: whether the run goes on from the last.pth that is there.
-    """
-
-    folder = resumes = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def restore(self, network, parts: dict) -> dict:
-        """Bring the network and the other parts to where the run stopped; returns its progress, if new at the start."""
-        if not self.resumes:
-            return {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}
-        return checkpoint.load_run(self.folder / runs.LAST, network, parts)
-
-    def log_epoch(self, *args):
-        pass
-
-    save_best = save_last = log_epoch
-
-
-class Logbook(ReadingLogbook):
+class Logbook:
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
-    The files are whole at any moment: metrics.csv (a row an epoch), its curves.png, config.json,
-    {dataset}_{model}_best_results.txt.
-    wandb_mode: see start_wandb. resume: None for a new run, a folder, or "auto" for the unfinished run with this
-    configuration or else a new one. Raises runs.Locked if another process writes the run, ValueError if it is another
-    experiment.
+    The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, config.json,
+    {dataset}_{model}_best_results.txt, checkpoints. folder: of the run; resumes: whether it continues from the last.pth
+    that is there. As a context, it ends with the run.
+    resume: None for a new run, or the folder of one. wandb_mode: see tracking.start. Raises runs.Locked if another
+    process writes the run, ValueError if it is another experiment.
     """
 
-    def __init__(self, log_dir, dataset, model, name: str, config: dict, wandb_mode: str | None, resume=None):
+    def __init__(
+        self, log_dir: Path, dataset: str, model: str, name: str, config: dict,
+        wandb_mode: str | None, resume: Path | None = None,
+    ):  # fmt: skip
         self.prefix = f"{dataset}_{model}"
-        self.record = {name: config[name] for name in checkpoint.RECORD}
-        wanted = log_dir / f"logs_{dataset}" / name
-        folder = runs.unfinished(wanted, config) if resume == "auto" else resume
+        self.contract = {name: config[name] for name in (*checkpoint.CONTRACT, *checkpoint.OPTIONAL)}
+        wanted = runs.place(log_dir, dataset, name)
         old = {}
-        if folder is not None:
-            self.folder, self.lock = Path(folder), runs.lock(Path(folder))
-            old = runs.read_config(self.folder)
+        if resume is not None:
+            old = runs.read_config(resume)
+            self.folder = resume
             self._check(old, config)
+            self.lock = runs.lock(resume)
         # Before anything is written, for it may fail.
-        self.wandb = start_wandb(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
-        if folder is None:
+        self.wandb = tracking.start(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
+        if resume is None:
             self.folder, self.lock = runs.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
             print(f"Logging to {self.folder}{other}")
@@ -157,18 +94,19 @@ class Logbook(ReadingLogbook):
         config = config | {"versions": versions(), "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id")}
         self._write(runs.CONFIG, json.dumps(config, indent=2) + "\n")
 
+    def __enter__(self):
+        return self
+
     def __exit__(self, *error):
         if self.wandb:
             self.wandb.finish(exit_code=int(error[0] is not None))
         self.lock.close()
 
-    def restore(self, network, parts: dict) -> dict:
-        progress = super().restore(network, parts)
-        if self.resumes:
-            print(f"Going on in {self.folder} at epoch {progress['epoch']}, step {len(progress['losses'])}")
+    def resume(self, progress: dict) -> None:
+        """Say where the run continues, and bring metrics.csv there."""
+        print(f"Resuming {self.folder} at epoch {progress['epoch']}, step {len(progress['losses'])}")
         if progress["rows"]:  # the file may have one more, of an epoch that was not saved
             self._write_rows(progress["rows"])
-        return progress
 
     def log_epoch(self, rows: list[dict]) -> None:
         """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
@@ -185,22 +123,22 @@ class Logbook(ReadingLogbook):
 
     def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
-        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.record)
+        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.contract)
         recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
         lines = [f"Best Epoch: {row['epoch']}", *(f"Best Recall@{k}: {100 * r:.4f}" for k, r in recalls.items())]
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
-        """Where the run is, to go on from."""
-        checkpoint.save_run(self.folder / runs.LAST, network, self.record, parts, progress)
+        """Where the run is, to resume it from."""
+        checkpoint.save_run(self.folder / runs.LAST, network, self.contract, parts, progress)
 
     def _check(self, old, config):
-        """Raise ValueError if a run of the configuration `old` cannot go on with this one."""
+        """Raise ValueError if a run of the configuration `old` cannot continue with this one."""
         if different := runs.differences(old, config):
             raise ValueError(f"{self.folder} is another experiment ({'; '.join(different)}); start a new one")
         then, now = old.get("versions"), versions()
         if then != now:
-            print(f"The run was written with {then}, and goes on with {now}: rounding may differ.")
+            print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
 
     def _write_rows(self, rows):
         with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
@@ -211,6 +149,28 @@ class Logbook(ReadingLogbook):
     def _write(self, name, text):
         with replacing(self.folder / name) as path:
             path.write_text(text)
+
+
+class NullLogbook(Logbook):
+    """A Logbook that writes nothing, for all processes but the first."""
+
+    def __init__(self):
+        self.folder = self.resumes = None
+
+    def __exit__(self, *error):
+        pass
+
+    def resume(self, progress):
+        pass
+
+    def log_epoch(self, rows):
+        pass
+
+    def save_best(self, row, network):
+        pass
+
+    def save_last(self, network, parts, progress):
+        pass
 
 
 def metrics_of(row: dict) -> dict[str, float]:

@@ -25,6 +25,9 @@ class ProxyAnchor(nn.Module):
     that of the proxies and their gradient, whatever the number of classes.
     """
 
+    proxy_lr = 100  # learning rate of the proxies, as a multiple of the network's
+    clipped = True  # gradients of the proxies are clipped, as the network's are
+
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
         super().__init__()
         self.margin = margin
@@ -118,7 +121,7 @@ class MinedLoss(nn.Module):
         self.loss = loss
         self.miner = miner
 
-    def forward(self, embeddings, labels):
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
@@ -155,10 +158,18 @@ LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
 def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0) -> nn.Module:
     """A loss by its name in LOSSES: module (embeddings (B, D), labels (B,)) -> scalar.
 
-    margin and alpha are Proxy-Anchor's; the others have the settings of the published comparison.
+    margin and alpha are Proxy-Anchor's; the others have the settings of the published comparison. What the recipe does
+    to the proxies is in the attributes proxy_lr and clipped, see ProxyAnchor. Raises ValueError for another name.
     """
     if name == "Proxy_Anchor":
         return ProxyAnchor(num_classes, embedding_size, margin, alpha)
+    rival = create_rival(name, num_classes, embedding_size)
+    rival.proxy_lr, rival.clipped = 1, False
+    return rival
+
+
+def create_rival(name: str, num_classes: int, embedding_size: int) -> nn.Module:
+    """One of the losses that Proxy-Anchor is compared with, see create."""
     from pytorch_metric_learning import distances, losses, miners  # only the comparison needs it
 
     if name == "Proxy_NCA":

@@ -1,21 +1,27 @@
-"""The folders of runs: a new one for a new run, the one of an interrupted run to go on with, one process at a time."""
+"""The folders of runs: a new one for a new run, the one of an interrupted run to resume, one process at a time."""
 
 import fcntl
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
 from proxy_anchor import checkpoint
 
 CONFIG, LAST, LOCK = "config.json", "last.pth", ".lock"
-RECORDS = ("device", "processes", "sizes", "versions", "wandb_id")  # in the configuration beside the arguments
-# Arguments that do not change the experiment, so that a run may go on with others.
-FREE = ("epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "cache", "compile", "wandb", "resume", "debug")
+# In the configuration beside the arguments, and no part of the experiment.
+SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
+# Arguments that do not change the experiment, so that a run may be resumed with others.
+MAY_CHANGE = ("epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "cache", "compile", "wandb", "resume", "debug")
 
 
 class Locked(RuntimeError):
     """A run that another process is writing."""
+
+
+class Finished(Exception):
+    """A run to resume that has no epochs left."""
 
 
 def lock(folder: Path):
@@ -61,16 +67,44 @@ def new(path: Path):
         held.close()
 
 
-def unfinished(path: Path, config: dict) -> Path | None:
-    """The latest of path, path_2, ... that holds a run of this configuration with epochs to go, if there is one."""
-    found = None
-    for folder in numbered(path):
-        if not folder.exists():
-            return found
-        if (folder / CONFIG).exists() and not differences(read_config(folder), config):
-            last = folder / LAST
-            if not last.exists() or checkpoint.epochs_done(last) < config["epochs"]:
-                found = folder
+def place(log_dir: Path, dataset: str, name: str) -> Path:
+    """The folder of a run of this name."""
+    return log_dir / f"logs_{dataset}" / name
+
+
+def to_resume(resume: str | None, path: Path, config: dict) -> Path | None:
+    """The folder of the run to resume, if any: that of --resume or, for "auto", the latest of path, path_2, ...
+
+    that holds a run of this configuration, unfinished ones first. Raises Finished where it has no epochs left.
+    """
+    if resume is None:
+        return None
+    folders = [Path(resume)] if resume != "auto" else [
+        folder for folder in existing(path)
+        if (folder / CONFIG).exists() and not differences(read_config(folder), config)
+    ]  # fmt: skip
+    done = {folder: epochs_done(folder) for folder in folders}
+    for folder in reversed(folders):
+        if done[folder] < config["epochs"]:
+            return folder
+    if folders:
+        raise Finished(
+            f"{folders[-1]} has finished its {done[folders[-1]]} epochs: nothing to do. "
+            "To continue it, raise --epochs; to train anew, leave --resume out"
+        )
+    return None
+
+
+def existing(path: Path) -> list[Path]:
+    """Those of path, path_2, path_3, ... that are there, in this order."""
+    pattern = re.compile(re.escape(path.name) + r"(?:_(\d+))?")
+    found = [(int(match[1] or 1), other) for other in path.parent.glob("*") if (match := pattern.fullmatch(other.name))]
+    return [folder for _, folder in sorted(found) if folder.is_dir()]
+
+
+def epochs_done(folder: Path) -> int:
+    """The finished epochs of the run in a folder."""
+    return checkpoint.epochs_done(folder / LAST) if (folder / LAST).exists() else 0
 
 
 def folder(path: str) -> Path:
@@ -92,14 +126,9 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def arguments(path: str) -> dict:
-    """What a run that is to go on was told on its command line. Raises as read_config does."""
-    config = read_config(Path(path))
-    return {name: value for name, value in config.items() if name not in (*RECORDS, "resume", "debug")}
-
-
 def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
     new = json.loads(json.dumps(new))  # as it would be read back
-    compared = [name for name in new if name in old and name not in (*FREE, "device", "processes", "versions")]
-    return [f"{name}: {old[name]}, now {new[name]}" for name in compared if old[name] != new[name]]
+    compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
+    words = {"data": "other images, or other classes of them"}  # instead of digests
+    return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

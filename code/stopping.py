@@ -17,9 +17,13 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """As a context: SIGTERM, SIGINT and SIGUSR1 are noted instead of killing. A second SIGINT (Ctrl-C) ends at once."""
+    """As a context: SIGTERM, SIGINT and SIGUSR1 are noted instead of killing. A second SIGINT (Ctrl-C) ends at once.
 
-    signum = 0
+    after_each ends a loop over batches at a signal, check then raises Interrupted.
+    """
+
+    signum = 0  # that came to this process
+    agreed = 0  # on which all processes stop
 
     def __enter__(self):
         self.previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
@@ -37,7 +41,7 @@ class Stop:
             print(f"{signal.Signals(signum).name}: stopping at the end of this step", file=sys.stderr, flush=True)
 
     def after_each(self, batches, everywhere: bool = True):
-        """Yield the batches, and raise Interrupted after the first that ends with a signal noted.
+        """Yield the batches, up to the first that ends with a signal noted.
 
         Where several processes share the work they agree on it at each batch, so all must have equally many; with
         everywhere=False, for batches of which they may not, they do not stop here.
@@ -45,6 +49,11 @@ class Stop:
         for batch in batches:
             yield batch
             if everywhere or distributed.count() == 1:
-                signum = distributed.maximum(self.signum)
-                if signum:
-                    raise Interrupted(signum)
+                self.agreed = distributed.maximum(self.signum)
+                if self.agreed:
+                    return
+
+    def check(self) -> None:
+        """Raise Interrupted if a loop was ended."""
+        if self.agreed:
+            raise Interrupted(self.agreed)

@@ -2,13 +2,13 @@
 
 import argparse
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import nn
 
 from proxy_anchor import distributed
-from proxy_anchor.stopping import Interrupted
 
 CLIP_VALUE = 10  # of each gradient element, as published
 
@@ -78,14 +78,17 @@ def options() -> argparse.ArgumentParser:
 
 
 def create_optimizer(
-    name: str, network: nn.Module, criterion: nn.Module, lr: float, proxy_lr: float, weight_decay: float
-):
-    """Optimizer of the backbone and the embedding layer at lr, and of the proxies at proxy_lr; all are decayed."""
+    name: str, network: nn.Module, criterion: nn.Module, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Optimizer of the backbone and the embedding layer at lr, and of the loss's proxies; all are decayed.
+
+    The proxies' learning rate is criterion.proxy_lr times lr.
+    """
     embedding = list(network.model.embedding.parameters())
     backbone = [p for key, p in network.named_parameters() if not key.startswith("model.embedding.")]
     groups = [{"params": backbone}, {"params": embedding}]
     if proxies := list(criterion.parameters()):
-        groups.append({"params": proxies, "lr": proxy_lr})
+        groups.append({"params": proxies, "lr": lr * criterion.proxy_lr})
     return OPTIMIZERS[name](groups, lr=lr, weight_decay=weight_decay)
 
 
@@ -102,42 +105,26 @@ def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
         network.requires_grad_(True)
 
 
-def set_train_mode(network: nn.Module, bn_freeze: bool) -> None:
-    """Train mode, also during warm-up; with bn_freeze BatchNorm layers stay in eval mode and keep their statistics."""
-    network.train()
-    if bn_freeze:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
-
-def in_full_precision(x: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def train_one_epoch(
-    network,
-    criterion,
+    network: nn.Module,
+    loss_of,
     batches,
-    images_per_batch: int,
-    optimizer,
-    precision,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     epoch: int,
-    bn_freeze: bool,
-    clip_proxies: bool,
+    clipped: Iterable[nn.Module] = (),
     losses: list[float] | None = None,
     report=None,
 ) -> float:
-    """Train on each batch (images, labels) and return the mean loss; report(loss), if given, follows each step.
+    """Take a step for each batch (images, labels) and return the mean loss; report(loss), if given, follows each step.
 
-    losses: those of the epoch's earlier steps, if it was interrupted; those of the others are added to it.
-
-    precision: a device.Precision. The loss is read one step late, so that a GPU never waits for it. Where several
-    processes share the work, the batches are this one's part of batches of images_per_batch. Raises
-    FloatingPointError, with the epoch, the step and the learning rate, when the loss is not finite.
+    loss_of(images, labels) -> scalar. clipped: the modules whose gradients are clipped. losses: those of the epoch's
+    earlier steps, if it was interrupted; those of the others are added to it. The loss is read one step late, so that a
+    GPU never waits for it. Where several processes share the work, the batches are this one's part of it, and each has
+    the gradient through its part of the whole batch's loss. Raises FloatingPointError, with the epoch, the step and the
+    learning rate, when the loss is not finite.
     """
-    set_train_mode(network, bn_freeze)
+    network.train()  # also during warm-up
     losses = [] if losses is None else losses
 
     def read(loss):
@@ -151,27 +138,20 @@ def train_one_epoch(
             report(losses[-1])
 
     previous = None
-    try:
-        for images, labels in batches:
-            with precision.autocast():
-                embeddings = network(images)
-            embeddings = distributed.gather(in_full_precision(embeddings), images_per_batch)  # (B, D)
-            loss = criterion(embeddings, distributed.gather(labels, images_per_batch))
-            optimizer.zero_grad()
-            precision.scaler.scale(loss).backward()
-            distributed.sum_gradients(network.parameters())
-            precision.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_value_(network.parameters(), CLIP_VALUE)
-            if clip_proxies:
-                nn.utils.clip_grad_value_(criterion.parameters(), CLIP_VALUE)
-            precision.scaler.step(optimizer)
-            precision.scaler.update()
-            if previous is not None:
-                read(previous)
-            previous = loss.detach()
-    except Interrupted:
-        read(previous)
-        raise
+    for images, labels in batches:
+        loss = loss_of(images, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        distributed.sum_gradients(network.parameters())
+        scaler.unscale_(optimizer)
+        for module in clipped:
+            nn.utils.clip_grad_value_(module.parameters(), CLIP_VALUE)
+        scaler.step(optimizer)
+        scaler.update()
+        if previous is not None:
+            read(previous)
+        previous = loss.detach()
     if previous is not None:
         read(previous)
+    distributed.broadcast(network)  # rounding, and BatchNorm on CPUs, may differ between processes
     return sum(losses) / len(losses)

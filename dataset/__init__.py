@@ -7,11 +7,16 @@ A benchmark is a module with
     SOURCE        where to get it
     LIKELY_CAUSE  what is probably wrong when the sizes disagree
     samples(folder, split)  (path, class) of each image; classes are what sorts, numbers or names
-and, where needed, AUGMENTATION (arguments of transforms.RandomCrop) and check_images(paths).
+and, where needed,
+    AUGMENTATION, CROP  arguments of transforms.RandomCrop and of transforms.evaluation
+    RECIPE        defaults of train.py's arguments
+    check_images(paths)  a look at the images
 One's own images, for which nothing is published, have splits(root) in place of all but KS and samples(root, split).
 """
 
 import argparse
+import hashlib
+import os
 import signal
 from pathlib import Path
 
@@ -143,6 +148,10 @@ class ImageDataset(Dataset):
         cache.build(workers, progress, report)
         self.cache = cache
 
+    def find_bad(self, workers: int) -> dict[str, str]:
+        """{path: reason} of the images that cannot be read; all are decoded to find out."""
+        return {image.path: image.problem for image in inspect(self.paths, workers) if image.problem}
+
     def leave_out(self, paths) -> None:
         """Go on without these images, before a cache is used; the others stay what they are."""
         kept = np.array([path not in paths for path in self.paths], dtype=bool)
@@ -202,9 +211,34 @@ def load(
     return ImageDataset(paths, labels, classes, transform)
 
 
+def crop(name: str) -> float:
+    """The share of the resized image that evaluation keeps, see transforms.evaluation."""
+    return getattr(ALL[name], "CROP", transforms.CROP)
+
+
+def recipe(name: str) -> dict:
+    """The defaults that a dataset brings for the arguments of training; none for the benchmarks, as published."""
+    return getattr(ALL[name], "RECIPE", {})
+
+
+def fingerprint(images: ImageDataset, root: str | Path) -> str:
+    """A digest of the images, by their paths below the root, and of their classes."""
+    base = root if os.path.isdir(root) else os.path.dirname(root) or "."
+    digest = hashlib.sha256()
+    for path, label in zip(images.paths, images.labels):
+        digest.update(os.fsencode(f"{os.path.relpath(path, base)}\n{images.classes[label]}\n"))
+    return digest.hexdigest()[:16]
+
+
 def size(images: ImageDataset) -> tuple[int, int]:
     """(images, classes with an image)."""
     return len(images), len(np.unique(images.labels))
+
+
+def describe(splits: dict[str, ImageDataset]) -> str:
+    """A line on what is in each split."""
+    sizes = {split: size(images) for split, images in splits.items()}
+    return ", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items())
 
 
 def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
@@ -213,14 +247,13 @@ def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDa
     return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
 
 
-def eval_sets(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:
-    """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load."""
-    return [load(name, root, split, transforms.evaluation(image_size), **choice) for split in eval_splits(name, root)]
+def eval_sets(name: str, root: str | Path, image_size: int, crop: float, **choice) -> list[ImageDataset]:
+    """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load.
 
-
-def bad_images(images: ImageDataset, workers: int) -> dict[str, str]:
-    """{path: reason} of the images that cannot be read; all are decoded to find out."""
-    return {image.path: image.problem for image in inspect(images.paths, workers) if image.problem}
+    crop: of the geometry of evaluation, see transforms.evaluation.
+    """
+    transform = transforms.evaluation(image_size, crop)
+    return [load(name, root, split, transform, **choice) for split in eval_splits(name, root)]
 
 
 def train_loader(

@@ -25,6 +25,12 @@ LIKELY_CAUSE = (
 )
 AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter is none
 
+RECIPE = {
+    "model": "resnet18", "pretrained": "none", "image_size": 32, "embedding_size": 128, "batch_size": 64,
+    "lr": 5e-4, "warm": 0, "bn_freeze": 0, "epochs": 6, "lr_decay_step": 3, "workers": 2,
+}  # fmt: skip
+CROP = 1.0  # in evaluation: seen whole, for the ink of accents reaches into the margin
+
 TYPEFACES = [
     *(
         f"DejaVu{family}{style}.ttf"

@@ -1,14 +1,15 @@
 """What happens to an image between its file and the network.
 
-The geometry (crop, resize, flip) is done on 8-bit images by the workers; `Normalize` then makes them floats on the
-network's device. Equal to the published pipeline, with a quarter of the bytes to move.
+The geometry (crop, resize, flip) is done on 8-bit images by the workers; the network's `normalize` then makes them
+floats on its device. Equal to the published pipeline, with a quarter of the bytes to move.
 """
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-RESIZED = {224: 256, 256: 292, 324: 361, 448: 512}  # crop: shorter side before the crop, as in the paper
+CROP = 0.875  # share of the resized shorter side that evaluation keeps: 224 of 256, as published
+RESIZED = {224: 256, 256: 292, 324: 361, 448: 512}  # crop: shorter side before it, as in the paper, which rounds freely
 
 
 class RandomCrop:
@@ -32,27 +33,11 @@ class RandomCrop:
         return resized.flip(-1) if self.flip and torch.rand(1) < 0.5 else resized
 
 
-def evaluation(image_size: int) -> v2.Transform:
-    """uint8 (3, H, W) -> resized, then the central crop: (3, image_size, image_size)."""
-    resized = RESIZED.get(image_size, int(image_size * 256 / 224))
+def evaluation(image_size: int, crop: float = CROP) -> v2.Transform:
+    """uint8 (3, H, W) -> resized, then the central crop: (3, image_size, image_size).
+
+    crop: the share of the shorter side that is kept; 1 loses nothing of a square image.
+    """
+    resized = RESIZED.get(image_size, int(image_size / CROP)) if crop == CROP else int(image_size / crop)
     resize = v2.Resize(resized, interpolation=InterpolationMode.BILINEAR, antialias=True)
     return v2.Compose([resize, v2.CenterCrop(image_size)])
-
-
-class Normalize(torch.nn.Module):
-    """uint8 RGB images (B, 3, H, W) -> float32 as the network's ImageNet weights expect them.
-
-    bgr: BN-Inception's Caffe format, channels blue, green, red, values 0-255 less the mean; else torchvision's.
-    """
-
-    def __init__(self, bgr: bool):
-        super().__init__()
-        self.bgr = bgr
-        mean = [104.0, 117.0, 128.0] if bgr else [0.485, 0.456, 0.406]
-        std = [1.0, 1.0, 1.0] if bgr else [0.229, 0.224, 0.225]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-
-    def forward(self, images):
-        images = images.flip(1).float() if self.bgr else images.float() / 255
-        return (images - self.mean) / self.std

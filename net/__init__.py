@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from net.backbone import Normalize
 from net.bn_inception import BNInception
 from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
@@ -21,25 +21,35 @@ class EmbeddingNet(nn.Module):
     """Images (B, 3, H, W) -> embeddings (B, D), through the published head.
 
     The backbone is `model` and the embedding layer `model.embedding`, so that keys agree with published checkpoints.
+    forward takes images as the backbone's weights want them; `normalize` makes them so from uint8 RGB.
     """
 
-    def __init__(self, backbone: nn.Module, embedding_size: int, l2_norm: bool = True, epsilon: float = 1e-12):
+    def __init__(self, backbone: nn.Module, embedding_size: int, l2_norm: bool = True, bn_freeze: bool = True):
         super().__init__()
         self.model = backbone
         self.model.embedding = nn.Linear(backbone.num_features, embedding_size)
         nn.init.kaiming_normal_(self.model.embedding.weight, mode="fan_out")
         nn.init.zeros_(self.model.embedding.bias)
-        self.bgr = backbone.bgr  # the order and range of channels that the images must have
+        self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)
         self.l2_norm = l2_norm
-        self.epsilon = epsilon
+        self.bn_freeze = bn_freeze
+        if bn_freeze:
+            for norm in backbone.norms():
+                norm.requires_grad_(False)
 
-    def forward(self, images):
-        features = self.model.features(images)  # (B, C, H', W')
-        features = (F.adaptive_avg_pool2d(features, 1) + F.adaptive_max_pool2d(features, 1)).flatten(1)  # (B, C)
-        embeddings = self.model.embedding(features)  # (B, D)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        embeddings = self.model.embedding(self.model.pooled(images))  # (B, C) -> (B, D)
         if self.l2_norm:
-            embeddings = embeddings / torch.sqrt(embeddings.square().sum(dim=1, keepdim=True) + self.epsilon)
+            embeddings = embeddings / torch.sqrt(embeddings.square().sum(dim=1, keepdim=True) + self.model.epsilon)
         return embeddings
+
+    def train(self, mode: bool = True):
+        """As of every module, but with bn_freeze BatchNorm layers stay in eval mode and keep their statistics."""
+        super().train(mode)
+        if self.bn_freeze:
+            for norm in self.model.norms():
+                norm.eval()
+        return self
 
 
 def options(training: bool) -> argparse.ArgumentParser:
@@ -85,20 +95,13 @@ def create(
     """Build an embedding network.
 
     pretrained: "imagenet" (downloaded once into torch's cache), "none" or None, or the path of a backbone weights file.
-    bn_freeze: the weights and biases of BatchNorm start with requires_grad False, as published.
+    bn_freeze: BatchNorm keeps its statistics; its weights and biases start with requires_grad False, as published.
     Raises OSError or ValueError where the weights cannot be had.
     """
     backbone = BACKBONES[name]()
     if pretrained not in ("none", None):
         load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained))
-    network = EmbeddingNet(
-        backbone, embedding_size, l2_norm, epsilon=1e-5 if name == "googlenet" else 1e-12
-    )  # as published
-    if bn_freeze:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
-    return network
+    return EmbeddingNet(backbone, embedding_size, l2_norm, bn_freeze)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

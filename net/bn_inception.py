@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from net.backbone import Backbone
+
 # block: 1x1 | 3x3 (reduce, out) | double 3x3 (reduce, out) | pool, projection. A block without 1x1 convolution
 # halves the resolution: its last 3x3 convolutions and its pool have stride 2, and the pooled input passes through.
 BLOCKS = {
@@ -62,11 +64,11 @@ def block_branches(block):
     return [[Conv(name("1x1"), one, 1)], *branches] if one else branches
 
 
-class BNInception(nn.Module):
+class BNInception(Backbone, nn.Module):
     """BN-Inception without its classifier; `features` maps images (B, 3, H, W) to (B, 1024, H', W')."""
 
     num_features = 1024
-    bgr = True  # takes channels in BGR order, values 0-255 less the mean
+    mean, std, bgr = (104.0, 117.0, 128.0), (1.0, 1.0, 1.0), True  # Caffe's format
 
     def __init__(self):
         super().__init__()

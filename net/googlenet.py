@@ -2,14 +2,16 @@
 
 import torchvision
 
+from net.backbone import Backbone
 
-class GoogLeNet(torchvision.models.GoogLeNet):
+
+class GoogLeNet(Backbone, torchvision.models.GoogLeNet):
     """torchvision's GoogLeNet; `features` maps images (B, 3, H, W) to (B, 1024, H/32, W/32).
 
     `fc`, `aux1` and `aux2` are never run; their keys are in every checkpoint.
     """
 
-    bgr = False
+    epsilon = 1e-5  # of the l2 norm, as published for this network alone
 
     def __init__(self):
         super().__init__(aux_logits=True, transform_input=False, init_weights=True)

@@ -2,6 +2,8 @@
 
 import torchvision
 
+from net.backbone import Backbone
+
 LAYERS = {
     "resnet18": (torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet34": (torchvision.models.resnet.BasicBlock, [3, 4, 6, 3]),
@@ -10,10 +12,8 @@ LAYERS = {
 }
 
 
-class ResNet(torchvision.models.ResNet):
+class ResNet(Backbone, torchvision.models.ResNet):
     """torchvision's ResNet; `features` maps images (B, 3, H, W) to (B, 512 or 2048, H/32, W/32). `fc` is never run."""
-
-    bgr = False
 
     def __init__(self, name):
         super().__init__(*LAYERS[name])

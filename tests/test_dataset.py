@@ -272,17 +272,6 @@ def test_training_crops_have_the_published_distribution():
     assert ks_2samp(*shares).pvalue > 1e-3
 
 
-def test_normalize():
-    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    pixels = image.numpy().astype(np.float64)
-    expected = (pixels / 255 - np.array([0.485, 0.456, 0.406])[:, None, None]) / np.array([0.229, 0.224, 0.225])[
-        :, None, None
-    ]
-    np.testing.assert_allclose(transforms.Normalize(bgr=False)(image).numpy(), expected, atol=1e-6)
-    expected = pixels[:, ::-1] - np.array([104, 117, 128])[:, None, None]
-    np.testing.assert_allclose(transforms.Normalize(bgr=True)(image).numpy(), expected, atol=1e-5)
-
-
 def test_glyphs_are_never_mirrored():
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[:, :, 32:] = 255  # dark left, light right

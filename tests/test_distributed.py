@@ -12,14 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.data import TensorDataset
 
+import dataset
 import net
 from dataset.sampler import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, device, distributed, evaluation, losses, training
+from proxy_anchor import checkpoint, distributed, evaluation, losses, training
+from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PLAIN = device.Precision("none", torch.device("cpu"))
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
 
 
@@ -56,23 +58,20 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     )
     network = net.create("resnet18", 8, bn_freeze=bn_freeze).to(dtype)
     criterion = losses.create(loss, CLASSES, 8).to(dtype)
-    optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-1, 1e-4)
+    optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    clipped = [network, criterion] if criterion.clipped else [network]
+
+    def loss_of(images, labels):
+        embeddings, labels = (distributed.gather(x, sampler.images_per_batch) for x in (network(images), labels))
+        return criterion(embeddings, labels)
+
     for epoch in range(epochs):
         training.set_trainable(network, epoch, warm)
         sampler.set_epoch(epoch)
         batches = [([key[-1] for key in keys]) for keys in sampler]
         batches = [(pixels[indices], torch.from_numpy(labels[indices])) for indices in batches[:3]]
-        training.train_one_epoch(
-            network,
-            criterion,
-            batches,
-            sampler.images_per_batch,
-            optimizer,
-            PLAIN,
-            epoch,
-            bn_freeze,
-            loss == "Proxy_Anchor",
-        )
+        training.train_one_epoch(network, loss_of, batches, optimizer, scaler, epoch, clipped)
     named = {f"network.{k}": p for k, p in network.named_parameters()} | {
         f"loss.{k}": p for k, p in criterion.named_parameters()
     }
@@ -127,21 +126,22 @@ class Pixels(torch.nn.Module):
         super().__init__()
         self.model = torch.nn.Module()
         self.model.embedding = torch.nn.Linear(size, size)
+        self.normalize = torch.nn.Identity()
 
     def forward(self, images):
-        return images
+        return images.flatten(1)
 
 
 def figures(total, gallery_total):
     torch.manual_seed(0)
 
     def part(count):
-        x, y = torch.randn(count, 8), torch.arange(count) % 7
-        own = np.array_split(np.arange(count), distributed.count())[distributed.rank()]
-        return [(x[i : i + 1], y[i : i + 1]) for i in own], count
+        x, y = torch.randn(count, 8, 1, 1), torch.arange(count) % 7
+        return dataset.eval_loader(TensorDataset(x, y), 1, 0, (distributed.rank(), distributed.count()))
 
-    test_sets = [part(total)] + ([part(gallery_total)] if gallery_total else [])
-    embedded = evaluation.embed_all(Pixels(8), test_sets, PLAIN)
+    loaders = [part(total)] + ([part(gallery_total)] if gallery_total else [])
+    embedder = Embedder(Pixels(8), torch.device("cpu"))
+    embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
     result = evaluation.measure(embedded, [1, 4])
     group = distributed.group()
     return {

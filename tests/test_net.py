@@ -93,6 +93,20 @@ def test_embedding_layer_starts_kaiming_normal_fan_out():
     assert layer.bias.abs().max() == 0
 
 
+@pytest.mark.parametrize("name", net.BACKBONES)
+def test_normalize(name):
+    """The published input of each network; nothing of it is in the checkpoint."""
+    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    pixels = image.numpy().astype(np.float64)
+    mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    expected = (pixels / 255 - mean) / std
+    if name == "bn_inception":
+        expected = pixels[:, ::-1] - np.array([104, 117, 128])[:, None, None]
+    network = net.create(name, 8)
+    np.testing.assert_allclose(network.normalize(image).numpy(), expected, atol=1e-5)
+    assert not any("normalize" in key for key in network.state_dict())
+
+
 @pytest.mark.parametrize("bn_freeze", [True, False])
 def test_bn_freeze_starts_with_fixed_batchnorm(bn_freeze):
     network = net.create("resnet18", 8, bn_freeze=bn_freeze)

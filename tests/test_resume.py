@@ -2,11 +2,13 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import kills
@@ -15,6 +17,8 @@ import torch
 
 import train
 from proxy_anchor import checkpoint, files, randomness, runs, stopping
+from proxy_anchor.embedding import Embedder
+from proxy_anchor.logbook import Logbook
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -43,14 +47,14 @@ def stop_at(monkeypatch, moment, signum=signal.SIGTERM):
     """Send the signal while batch number `moment` is worked on, batches of training and of evaluation counted alike."""
     seen = []
 
-    def feed(batches, *arguments, feed=train.device.feed):
-        for batch in feed(batches, *arguments):
+    def batches(embedder, loader, batches=Embedder.batches):
+        for batch in batches(embedder, loader):
             seen.append(batch)
             if len(seen) == moment:
                 os.kill(os.getpid(), signum)
             yield batch
 
-    monkeypatch.setattr(train.device, "feed", feed)
+    monkeypatch.setattr(Embedder, "batches", batches)
 
 
 # An epoch is 6 batches of training and 3 of evaluation.
@@ -109,6 +113,95 @@ def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
 
 
+def test_resume_with_other_classes_is_refused(tmp_path, capsys):
+    """As many of them: training and test classes swapped, then folders renamed."""
+    import trees
+
+    root = trees.folder(tmp_path / "images", classes=("ant", "bee", "cat", "dog"))
+    lists = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    for path, names in zip(lists, ("ant\nbee\n", "cat\ndog\n")):
+        path.write_text(names)
+    flags = {"dataset": "folder", "epochs": 1, "test-classes": lists[0]}
+    train.main(arguments(root, tmp_path / "logs", **flags)[1:])
+    (folder,) = (tmp_path / "logs" / "logs_folder").iterdir()
+    lists[0].write_text(lists[1].read_text())
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(folder), "--epochs", "2"])
+    assert refused.value.code == 1 and "data: other images, or other classes of them" in capsys.readouterr().err
+    lists[0].write_text("ant\nbee\n")
+    (root / "dog").rename(root / "cow")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(folder), "--epochs", "2"])
+    assert "data: other images" in capsys.readouterr().err
+    (root / "cow").rename(root / "dog")
+    root.rename(tmp_path / "moved")
+    train.main(["--resume", str(folder), "--epochs", "2", "--data-root", str(tmp_path / "moved")])
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("lr", 0.5, "its optimizer has other settings: initial_lr of group 0 0.0001, now 0.5"),
+        ("weight_decay", 0.1, "its optimizer has other settings: weight_decay of group 0 0.0001, now 0.1"),
+        ("lr_decay_step", 7, "its scheduler has other settings: step_size 1, now 7"),
+    ],
+)
+def test_edited_configuration_is_refused(cub_root, tmp_path, capsys, name, value, words):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    config = run_folder(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(config.parent), "--epochs", "2"])
+    assert refused.value.code == 1 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, value", [("lr", None), ("epochs", "many"), ("compile", 1), ("model", 5), ("warm", True)]
+)
+def test_configuration_with_other_types_is_refused(tmp_path, capsys, name, value):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(vars(train.parse([])) | {name: value}))
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--resume", str(tmp_path)])
+    assert refused.value.code == 2
+    assert f"config.json has {name} {value!r}, which --{name} cannot be" in capsys.readouterr().err
+
+
+def test_plain_checkpoint_in_the_place_of_the_last(cub_root, tmp_path, capsys):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    (folder / "cub_resnet18_best.pth").replace(folder / "last.pth")
+    with pytest.raises(SystemExit) as refused:
+        train.main(arguments(cub_root, tmp_path, epochs=2, resume="auto"))
+    assert refused.value.code == 1 and "last.pth is no checkpoint to resume from" in capsys.readouterr().err
+
+
+def test_best_network_is_that_of_its_results_after_a_kill_in_between(cub_root, tmp_path, monkeypatch, uninterrupted):
+    """Killed when last.pth was written and the best network not yet: it is made up for when the run is resumed."""
+    killed = []
+
+    def save_best(log, row, network):
+        killed.append(row["epoch"])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Logbook, "save_best", save_best)
+        train.main(arguments(cub_root, tmp_path))
+    assert killed == [0] and not list(run_folder(tmp_path).glob("*best*"))
+    train.main(arguments(cub_root, tmp_path, epochs=3, resume="auto"))
+    kills.assert_identical(kills.outcome(tmp_path), kills.outcome(uninterrupted))
+
+
+@pytest.mark.parametrize("moment", [6, 15])
+def test_no_warning_on_resuming_at_the_end_of_an_epoch(cub_root, tmp_path, monkeypatch, moment):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, moment)
+        train.main(arguments(cub_root, tmp_path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lr_scheduler.step.*")
+        train.main(arguments(cub_root, tmp_path, resume="auto"))
+
+
 def test_resume_of_another_data_set_is_refused(cub_root, tmp_path, capsys):
     import trees
 
@@ -119,22 +212,28 @@ def test_resume_of_another_data_set_is_refused(cub_root, tmp_path, capsys):
     assert "sizes" in capsys.readouterr().err
 
 
-def test_auto_starts_fresh_where_nothing_is_unfinished(cub_root, tmp_path, capsys):
-    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))
-    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))  # the first has finished
+def test_auto_finds_the_run(cub_root, tmp_path, capsys):
+    """The latest unfinished one of the same experiment, whatever became of the folders before it."""
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))  # there is none: it starts
     train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto", warm=0))  # another experiment of the same name
-    names = sorted(path.name for path in (tmp_path / "logs_cub").iterdir())
-    assert len(names) == 3 and names[1].endswith("_2") and names[2].endswith("_3")
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    name = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch4"
+    folders = runs.existing(tmp_path / "logs_cub" / name)
+    assert [folder.name[-2:] for folder in folders] == ["h4", "_2", "_3"]
+    shutil.rmtree(folders[0])
     capsys.readouterr()
     train.main(arguments(cub_root, tmp_path, epochs=2, resume="auto"))
-    assert f"Going on in {tmp_path / 'logs_cub' / names[1]} at epoch 1, step 0" in capsys.readouterr().out
+    assert f"Resuming {folders[2]} at epoch 1, step 0" in capsys.readouterr().out
 
 
-def test_finished_run_is_not_resumed(cub_root, tmp_path, capsys):
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_finished_run_is_left_as_it_is(cub_root, tmp_path, capsys, how):
     train.main(arguments(cub_root, tmp_path, epochs=1))
-    with pytest.raises(SystemExit) as refused:
-        train.main(["--resume", str(run_folder(tmp_path))])
-    assert refused.value.code == 1 and "has finished its 1 epochs; to go on, raise --epochs" in capsys.readouterr().err
+    folder = run_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto" if how == "auto" else folder))  # exit status 0
+    assert f"{folder} has finished its 1 epochs: nothing to do" in capsys.readouterr().out
+    assert run_folder(tmp_path) == folder and {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("path", ["nowhere", "nowhere/last.pth"])

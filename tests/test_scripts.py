@@ -231,15 +231,15 @@ def test_wandb_offline(cub_root, tmp_path):
 
 
 def test_wandb_credentials_are_found_without_wandb(monkeypatch, tmp_path):
-    from proxy_anchor.logbook import has_wandb_credentials
+    from proxy_anchor.tracking import has_credentials
 
-    assert not has_wandb_credentials()
+    assert not has_credentials()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert has_wandb_credentials()
+    assert has_credentials()
     monkeypatch.delenv("NETRC")
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert has_wandb_credentials()
+    assert has_credentials()
 
 
 # Evaluation of published checkpoints
@@ -530,13 +530,13 @@ def test_recipe_is_what_the_flags_say(cub_root, tmp_path, monkeypatch, loss, pro
         seen["optimizer"] = create_optimizer(*args, **keywords)
         return seen["optimizer"]
 
-    def spy_epoch(network, criterion, batches, images_per_batch, optimizer, precision, epoch, **settings):
-        seen["settings"] = settings
+    def spy_epoch(network, loss_of, batches, optimizer, scaler, epoch, clipped, *others):
+        seen["clipped"] = [type(module).__name__ for module in clipped]
         seen["trainable"].append(network.model.conv1.weight.requires_grad)
         seen["bn"] = network.model.bn1.weight.requires_grad
         batches = list(batches)
         seen["epochs"].append(batches[0][0])
-        return train_one_epoch(network, criterion, batches, images_per_batch, optimizer, precision, epoch, **settings)
+        return train_one_epoch(network, loss_of, batches, optimizer, scaler, epoch, clipped, *others)
 
     monkeypatch.setattr(train.training, "create_optimizer", spy_optimizer)
     monkeypatch.setattr(train.training, "train_one_epoch", spy_epoch)
@@ -550,8 +550,7 @@ def test_recipe_is_what_the_flags_say(cub_root, tmp_path, monkeypatch, loss, pro
     assert [float(row["lr"]) for row in rows] == pytest.approx([1e-3, 1e-4, 1e-5])
     assert seen["trainable"] == [False, False, True]
     assert seen["bn"]  # the end of the warm-up frees frozen BatchNorm too
-    assert seen["settings"]["clip_proxies"] == clipped
-    assert seen["settings"]["bn_freeze"]
+    assert seen["clipped"] == ["EmbeddingNet", *["ProxyAnchor"] * clipped]
     assert not torch.equal(seen["epochs"][0], seen["epochs"][1])  # another order in another epoch
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32

@@ -14,7 +14,6 @@ import dataset
 import net
 import search
 from dataset import transforms
-from dataset.transforms import Normalize
 from proxy_anchor import checkpoint, evaluation
 
 pytest.importorskip("faiss")
@@ -59,7 +58,7 @@ def embeddings(weights, paths):
     checkpoint.load(weights / "a.pth", network)
     images = dataset.ImageDataset(paths, np.zeros(len(paths), int), [""], transforms.evaluation(32))
     with torch.inference_mode():
-        batch = Normalize(network.bgr)(torch.stack([image for image, _ in images]))
+        batch = network.normalize(torch.stack([image for image, _ in images]))
         x = network(batch).double()
     return x / x.norm(dim=1, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""The device that a script runs on, and the way of a batch to it."""
+"""The device that a script runs on."""
 
 import argparse
 
@@ -28,18 +28,6 @@ def options() -> argparse.ArgumentParser:
         help="compile the network (torch.compile): a minute at first, then faster steps; for long runs",
     )
     return parser
-
-
-class Precision:
-    """How the network computes: autocast() for its forward pass, a scaler for the gradients of fp16, else idle ones."""
-
-    def __init__(self, amp: str, device: torch.device):
-        self.device_type = device.type
-        self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-    def autocast(self):
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
 
 def place(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -73,10 +61,3 @@ def describe(device: torch.device) -> str:
         return f"Running on CUDA device {device.index}, {torch.cuda.get_device_name(device)}."
     name = "Apple's GPU (MPS)" if device.type == "mps" else f"the CPU (threads: {torch.get_num_threads()})"
     return f"No CUDA device here: running on {name}."
-
-
-def feed(batches, device: torch.device, normalize):
-    """Move each batch (images, labels) to the device and normalize the images there."""
-    for images, labels in batches:
-        images = normalize(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format(device))
-        yield images, labels.to(device, non_blocking=True)

@@ -1,0 +1,51 @@
+"""From images to embeddings: a network on its device, in its memory layout and precision."""
+
+import torch
+
+from proxy_anchor import console, distributed, hardware
+
+
+class Embedder:
+    """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
+
+    amp: "none", or "bf16" or "fp16" for the network's products, with a scaler for the gradients of fp16 (else an idle
+    one). compile: with torch.compile.
+    """
+
+    def __init__(self, network: torch.nn.Module, device: torch.device, amp: str = "none", compile: bool = False):
+        self.network = hardware.place(network, device)
+        self.device = device
+        self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        if compile:
+            network.compile()
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        images = self.network.normalize(images).contiguous(memory_format=hardware.memory_format(self.device))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            embeddings = self.network(images)
+        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+    def batches(self, loader):
+        """The batches (images, labels) of a loader, on the device."""
+        for images, labels in loader:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def embed(self, loader, description: str = "embedding", stop=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (N, D) and labels (N,) of all images of a loader's dataset, in eval mode, with a progress bar.
+
+        Where several processes share the work, the loader has this one's part of the images. stop: a Stop, which may
+        end it early; check it before the embeddings are used.
+        """
+        self.network.eval()
+        bar = console.progress(loader, description)
+        if stop:
+            bar = stop.after_each(bar, everywhere=False)
+        embeddings = [torch.empty(0, self.network.model.embedding.out_features, device=self.device)]
+        labels = [torch.empty(0, dtype=torch.long, device=self.device)]
+        for images, batch_labels in self.batches(bar):
+            embeddings.append(self(images))
+            labels.append(batch_labels)
+        total = len(loader.dataset)
+        return distributed.gather(torch.cat(embeddings), total), distributed.gather(torch.cat(labels), total)

@@ -1,0 +1,98 @@
+"""A run: the epochs still to do, what it has found so far, and that nothing is lost when it is stopped."""
+
+import time
+from contextlib import ExitStack
+
+import torch
+
+from proxy_anchor import checkpoint, console, logbook, runs
+from proxy_anchor.evaluation import Result
+from proxy_anchor.logbook import Logbook
+from proxy_anchor.stopping import Interrupted, Stop
+
+
+class Run:
+    """As a context: what trains is brought to where the run stopped, if it did; a signal stops it with all saved.
+
+    parts: what goes into last.pth beside the network, each with a state_dict; among them the "optimizer" and the
+    "scheduler", which is stepped at the end of an epoch. Raises ValueError on entering where last.pth does not fit.
+    """
+
+    def __init__(self, log: Logbook, network: torch.nn.Module, **parts):
+        self.log, self.network, self.parts = log, network, parts
+        self.stop = Stop()
+        self.progress = {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}  # of metrics.csv, one per epoch
+
+    def __enter__(self):
+        with ExitStack() as contexts:
+            contexts.enter_context(self.log)
+            contexts.enter_context(self.stop)
+            if self.log.resumes:
+                self.progress = checkpoint.load_run(self.log.folder / runs.LAST, self.network, self.parts)
+                self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
+                self.log.resume(self.progress)
+                if self.rows and not self.losses and self.best is self.rows[-1]:  # maybe killed before it was saved
+                    self.log.save_best(self.best, self.network)
+            self.contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        with self.contexts:
+            if isinstance(error[1], Interrupted):
+                self.progress["seconds"] = time.perf_counter() - self.start
+                self.log.save_last(self.network, self.parts, self.progress)
+        return None
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.progress["rows"]
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the steps of this epoch."""
+        return self.progress["losses"]
+
+    @property
+    def best(self) -> dict:
+        """The row of the best epoch, the first of equals.
+
+        The published protocol picks the epoch on the test set, which flatters it: the last one is shown too.
+        """
+        return max(self.rows, key=lambda row: row["R@1"])
+
+    def epochs(self, count: int):
+        """The epochs of `count` that are still to do."""
+        for epoch in range(self.progress["epoch"], count):
+            self.start = time.perf_counter() - self.progress["seconds"]
+            yield epoch
+
+    def batches(self, loader):
+        """The epoch's batches from the step where it stopped, with a progress bar, up to a signal."""
+        epoch = self.progress["epoch"]
+        loader.batch_sampler.set_epoch(epoch, done=len(self.losses))
+        self.bar = console.progress(loader, f"epoch {epoch}")
+        return self.stop.after_each(self.bar)
+
+    def show_loss(self, loss: float) -> None:
+        self.bar.show_loss(loss)
+
+    def end_epoch(self, loss: float, result: Result) -> None:
+        """Log the epoch and save where the run is, then the network if it is the best so far."""
+        epoch, scheduler = self.progress["epoch"], self.parts["scheduler"]
+        row = {"epoch": epoch, "loss": loss, "lr": scheduler.get_last_lr()[0]}
+        self.rows.append(row | {"seconds": round(time.perf_counter() - self.start, 2)} | result.metrics)
+        self.remark = result.remark()
+        scheduler.step()
+        self.progress |= {"epoch": epoch + 1, "losses": [], "seconds": 0.0}
+        self.log.log_epoch(self.rows)
+        # In this order: from last.pth the best can be saved again, should the run be killed in between.
+        self.log.save_last(self.network, self.parts, self.progress)
+        if self.best is self.rows[-1]:
+            self.log.save_best(self.best, self.network)
+
+    def summary(self) -> str:
+        """A table of the best epoch and the last one, and where the best network is."""
+        best, last = self.best, self.rows[-1]
+        ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({last['epoch']})": last}
+        metrics = logbook.table({name: logbook.metrics_of(row) for name, row in ends.items()})
+        return f"{metrics}\n{self.remark}The best network is in {self.log.folder}"

@@ -1,0 +1,12 @@
+"""What a script does before its slow imports: it ends in one line where it cannot run, and at once at Ctrl-C."""
+
+import signal
+import sys
+
+if sys.platform == "win32":
+    sys.exit(
+        "This program runs on Linux and macOS; on Windows, run it in WSL (https://learn.microsoft.com/windows/wsl)"
+    )
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Without a traceback of the imports; console.errors_in_one_line sets the handler again.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,44 @@
+"""What the embedding network asks of a backbone; nothing outside net/ asks which one it is."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Backbone:
+    """Mix-in of a backbone, which adds num_features, C, and features(images (B, 3, H, W)) -> (B, C, H', W').
+
+    mean, std, bgr: the images that its ImageNet weights want, see Normalize. epsilon: of the l2 norm behind it.
+    """
+
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+    bgr = False
+    epsilon = 1e-12
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> (B, C): global average + global max pooling, as published."""
+        features = self.features(images)  # (B, C, H', W')
+        return (F.adaptive_avg_pool2d(features, 1) + F.adaptive_max_pool2d(features, 1)).flatten(1)
+
+    def norms(self) -> list[nn.Module]:
+        """The layers that --bn-freeze holds still."""
+        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+class Normalize(nn.Module):
+    """uint8 RGB images (B, 3, H, W) -> float32 as a backbone's ImageNet weights expect them.
+
+    bgr: Caffe's format, channels blue, green, red, values 0-255; else red, green, blue, values 0-1. From these the mean
+    is subtracted, and the rest divided by std. Nothing of it is in the state dict: published checkpoints lack it.
+    """
+
+    def __init__(self, mean, std, bgr: bool):
+        super().__init__()
+        self.bgr = bgr
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.flip(1).float() if self.bgr else images.float() / 255
+        return (images - self.mean) / self.std

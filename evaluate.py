@@ -37,7 +37,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--resume", required=True, metavar="PATH",
         help="checkpoint to evaluate; ours know --model, --embedding-size, --image-size and --l2-norm",
     )  # fmt: skip
-    group.add_argument("--remark", default="", help="name of the line of figures, to tell tables apart")
+    group.add_argument("--remark", default="", help="name of the row of results, to tell tables apart")
     group.add_argument(
         "--report", metavar="DIR", help="write a page with queries, classes, similarities and a map into this folder"
     )
@@ -72,13 +72,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS)
 
     rows = {args.remark or "this checkpoint": result.metrics}
-    if figures := published.RESULTS.get((args.dataset, args.model)):
-        rows["published"] = {f"R@{k}": recall / 100 for k, recall in figures.items()}
+    if reference := published.RESULTS.get((args.dataset, args.model)):
+        rows["published"] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(rows) + "\n" + result.remark(), end="")
-    if figures and (args.embedding_size, args.image_size) != (512, 224):
-        print("The published figures are of 512 dimensions and 224 pixels.")
+    if reference and (args.embedding_size, args.image_size) != (512, 224):
+        print("The published results are of 512 dimensions and 224 pixels.")
     if args.allow_partial:
-        print("With --allow-partial: figures of a part of the data set compare with no others.")
+        print("With --allow-partial: results on a part of the dataset compare with no others.")
 
     if args.report and distributed.rank() == 0:
         environment = {

@@ -201,7 +201,7 @@ def progress(batches, description: str) -> Bar:
 
 
 class _Lines:
-    """stderr for a tqdm bar, each state of it on a line of its own."""
+    """stderr for a tqdm bar, one line per state."""
 
     def write(self, text):
         if text := text.replace("\r", "").strip():

@@ -42,7 +42,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 def select(gpu_id: int) -> torch.device:
     """CUDA device `gpu_id`; without CUDA Apple's GPU or the CPU. Raises ValueError for an id that does not exist.
 
-    TF32 is turned off: convolutions would use it by default, and the published figures are float32's.
+    TF32 is turned off: convolutions would use it by default, and the published results are of float32.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -26,7 +26,7 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on with an interrupted run: its folder, or auto for the one that this command would write, if any",
+        help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
     )
     group.add_argument("--remark", default="", help="end of the name of the run's folder, to tell runs apart")
     group.add_argument(

@@ -20,9 +20,9 @@ class ProxyAnchor(nn.Module):
         1/|P+| sum_{p in P+} log(1 + sum_{x in X+_p} exp(-alpha (s(x, p) - margin)))
       + 1/|P|  sum_{p in P}  log(1 + sum_{x in X-_p} exp( alpha (s(x, p) + margin)))
 
-    s is the cosine similarity, P are all proxies (one a class), P+ those with a positive in the batch, X+_p and X-_p
+    s is the cosine similarity, P are all proxies (one per class), P+ those with a positive in the batch, X+_p and X-_p
     the embeddings of p's class and of all others. Half-precision embeddings are computed with in float32. Memory is
-    that of the proxies and their gradient, whatever the number of classes.
+    that of the proxies and their gradient, for any number of classes.
     """
 
     proxy_lr = 100  # learning rate of the proxies, as a multiple of the network's
@@ -86,8 +86,8 @@ class ProxyAnchorFunction(torch.autograd.Function):
             p = proxies[start : start + step]  # (c, D)
             p_norms = norms(p)  # (c, 1)
             s = p @ x.T / p_norms  # (c, B)
-            # Negatives: all but each embedding's own class. The positives are overwritten by index, in or out of the
-            # block alike, for a search would make a GPU's host wait.
+            # Negatives: all but each embedding's own class. The positives are overwritten by index, both in and out
+            # of the block, for a search would make a GPU's host wait.
             own = (labels - start).clamp(0, len(p) - 1)  # (B,)
             in_block = (labels >= start) & (labels < start + len(p))
             z = F.pad(alpha * (s + margin), (1, 0))  # (c, 1 + B)

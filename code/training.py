@@ -35,7 +35,7 @@ def options() -> argparse.ArgumentParser:
         "--optimizer",
         default="adamw",
         choices=OPTIMIZERS,
-        help="of the network and the proxies; the published figures are of adamw",
+        help="optimizer of the network and the proxies; the published results are of adamw",
     )
     group.add_argument(
         "--lr",
@@ -48,7 +48,7 @@ def options() -> argparse.ArgumentParser:
         default=1e-4,
         type=float,
         metavar="W",
-        help="of all parameters, the proxies too; more against overfitting",
+        help="weight decay of all parameters, the proxies too; raise it against overfitting",
     )
     group.add_argument(
         "--lr-decay-step",
@@ -58,7 +58,7 @@ def options() -> argparse.ArgumentParser:
         help="epochs between two decays of the learning rate; scale it with --epochs",
     )
     group.add_argument(
-        "--lr-decay-gamma", default=0.5, type=float, metavar="G", help="what the learning rate is multiplied with then"
+        "--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor of the learning rate at each decay"
     )
     group.add_argument(
         "--warm",
@@ -72,7 +72,7 @@ def options() -> argparse.ArgumentParser:
         default=1,
         type=int,
         metavar="S",
-        help="of the initial weights, the order and the augmentation; several show the spread",
+        help="seed of the initial weights, the order and the augmentation; several seeds show the spread",
     )
     return parser
 
@@ -96,7 +96,7 @@ def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
     """Warm-up: before epoch `warm` (from 0) only the embedding layer and the proxies train, from then on everything.
 
     Everything means the weights and biases of frozen BatchNorm layers too: `--bn-freeze 1` with `--warm 0` never trains
-    them, with `--warm 1` it does after the warm-up. The published figures have it so.
+    them, with `--warm 1` it does after the warm-up. The published results depend on it.
     """
     if epoch < warm:
         network.requires_grad_(False)

@@ -60,7 +60,7 @@ def options(training: bool) -> argparse.ArgumentParser:
         "--model",
         default="bn_inception",
         choices=BACKBONES,
-        help="backbone; bn_inception and resnet50 have published figures, resnet18 is the quickest",
+        help="backbone; bn_inception and resnet50 have published results, resnet18 is the quickest",
     )
     group.add_argument(
         "--embedding-size",

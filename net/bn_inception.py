@@ -84,7 +84,7 @@ class BNInception(Backbone, nn.Module):
                 self.add_module(
                     step.name, nn.Conv2d(channels, step.width, step.kernel, step.stride, padding=step.kernel // 2)
                 )
-                # Momentum 0.9 as in Caffe: SOP and In-shop train BatchNorm, and the published figures have it.
+                # Momentum 0.9 as in Caffe: SOP and In-shop train BatchNorm, and the published results depend on it.
                 self.add_module(f"{step.name}_bn", nn.BatchNorm2d(step.width, eps=1e-5, momentum=0.9))
                 channels = step.width
         return channels

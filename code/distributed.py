@@ -53,7 +53,7 @@ def processes(gpu_id: int):
 
 
 def launch_on_all_gpus(gpu_id: int) -> None:
-    """With --gpu-id -1 and several GPUs: start this command again under torchrun, one process per GPU. Does not return."""
+    """With --gpu-id -1 and several GPUs: start this command again under torchrun, one process each. Does not return."""
     if gpu_id == -1 and torch.cuda.device_count() > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torch.cuda.device_count()}"]
         os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])

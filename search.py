@@ -12,7 +12,7 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import read_image
+from dataset.files import BadFile, read_image
 from dataset.folder import images as images_in
 from dataset.transforms import Normalize
 from proxy_anchor import checkpoint, console, device, evaluation
@@ -190,7 +190,12 @@ def draw(paths: list[str], found: list[list[tuple[str, float]]], path: Path) -> 
             ax.axis("off")
         titled = [(query, "query"), *((other, f"{value:.3f}") for other, value in neighbours)]
         for ax, (image, title) in zip(row, titled):
-            ax.imshow(read_image(image).permute(1, 2, 0).numpy())
+            try:
+                ax.imshow(read_image(image).permute(1, 2, 0).numpy())
+            except BadFile:  # gone since it was indexed
+                ax.set(frame_on=True, xticks=[], yticks=[])
+                ax.axis("on")
+                ax.text(0.5, 0.5, Path(image).name, fontsize=6, ha="center", va="center", wrap=True)
             ax.set_title(title, fontsize=9, fontweight="bold" if title == "query" else None)
     figure.savefig(path, dpi=110)
 

@@ -90,6 +90,19 @@ def test_table_and_picture(weights, images, tmp_path, capsys):
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100
 
 
+def test_picture_of_an_image_that_is_gone(weights, images, tmp_path, capsys, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **more: figures.append(figure))
+    make(weights, images, tmp_path / "index")
+    (images / "bee" / "3.jpg").unlink()
+    (images / "bee" / "4.jpg").write_bytes(b"no image")
+    query = ["query", "--index", str(tmp_path / "index"), str(images / "bee" / "2.jpg"), "-k", "18"]
+    search.main([*query, "--save", str(tmp_path / "neighbours.png")])
+    named = [ax.texts[0].get_text() for ax in figures[0].axes if ax.texts]
+    framed = [ax for ax in figures[0].axes if ax.axison]
+    assert set(named) <= {"3.jpg", "4.jpg"} and len(named) == len(framed) > 0
+
+
 def test_images_are_added_without_embedding_the_others(weights, images, tmp_path, capsys, monkeypatch):
     embedded = []
     embed = evaluation.embed

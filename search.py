@@ -159,6 +159,10 @@ def query(args: argparse.Namespace) -> None:
     index = Index.open(Path(args.index))
     network = index.made["network"]
     path = args.resume or index.made["checkpoint"]
+    if not args.resume and not os.path.exists(path):
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
+        )
     index.check({"sha256": checkpoint.identity(path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network["image_size"])
     found = index.search(embed(images, network, path, args), args.neighbours)

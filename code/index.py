@@ -109,7 +109,9 @@ class Index:
 
 
 def lock(folder: Path):
-    """Hold the folder, so that no other process adds to it; see runs.lock."""
+    """Hold the folder, so that no other process writes to it; see runs.lock. Raises FileExistsError for a file."""
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: an index is written to a folder, which need not exist")
     folder.mkdir(parents=True, exist_ok=True)
     return runs.lock(folder)
 

@@ -133,11 +133,8 @@ def test_checkpoint_that_has_moved_is_named(weights, images, tmp_path, capsys):
     (tmp_path / "here.pth").write_bytes((weights / "a.pth").read_bytes())
     make(tmp_path, images, tmp_path / "index", name="here.pth")
     (tmp_path / "here.pth").unlink()
-    fails(
-        lambda: search.main(["query", "--index", str(tmp_path / "index"), str(images)]),
-        capsys,
-        "There is no checkpoint",
-    )
+    words = f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}: say with --resume where"
+    fails(lambda: search.main(["query", "--index", str(tmp_path / "index"), str(images)]), capsys, words)
     assert found(tmp_path / "index", capsys, images / "ant", "--resume", weights / "a.pth")
 
 
@@ -179,6 +176,7 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(lambda: make(weights, tmp_path / "empty", tmp_path / "index"), capsys, "There are no images in")
     fails(lambda: make(weights, images, tmp_path / "index", "--split", "eval"), capsys, "what to index", code=2)
     fails(lambda: make(weights, images, tmp_path / "index", "--model", "resnet50"), capsys, "was trained with", code=2)
+    fails(lambda: make(weights, images, weights / "a.pth"), capsys, "a.pth is a file: an index is written to a folder")
     (file,) = (tmp_path / "index").glob("*.faiss")
     whole = file.read_bytes()
     for data in (b"", b"text", whole[: len(whole) // 2]):

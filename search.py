@@ -40,36 +40,36 @@ def parse(argv=None) -> argparse.Namespace:
         "index", help="embed images into an index",
         usage="search.py index --resume PATH (--images DIR | --split NAME) --out INDEX [--flag value ...]",
         epilog=EXAMPLES,
-        description="Embed images with a checkpoint into an index; one that exists gets those that it lacks.",
+        description="Embed images with a checkpoint into an index. Run again, it embeds those that are new.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
-    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint that embeds")
-    group.add_argument("--images", metavar="DIR", help="folder of images, with the folders in it")
-    group.add_argument("--split", metavar="NAME", help="in place of a folder, this split of --dataset")
-    group.add_argument("--out", required=True, metavar="INDEX", help="folder of the index")
+    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to embed the images with")
+    group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
+    group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
+    group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
         "--index-factory", metavar="STRING",
-        help="kind of index, in FAISS's words, e.g. IVF256,Flat for millions of images; without it, exact search",
+        help="FAISS's name for a kind of index, e.g. IVF256,Flat for millions of images; without it, search is exact",
     )  # fmt: skip
 
     ask = commands.add_parser(
         "query", help="find the neighbours of images",
         usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]", epilog=EXAMPLES,
-        description="Print the images of an index that are the most similar to each of these.", **form,
+        description="Print the images of an index that are most similar to each of yours.", **form,
     )  # fmt: skip
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
     group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
     group.add_argument("--resume", metavar="PATH", help="the checkpoint of the index, if it has moved")
-    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="how many for each image")
-    group.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
+    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
     group.add_argument(
-        "--batch-size", default=32, type=int, metavar="N", help="images a step; lower it when memory runs out"
+        "--batch-size", default=32, type=int, metavar="N", help="images per step; lower it when memory runs out"
     )
     group.add_argument(
-        "--workers", default=0, type=int, metavar="N", help="processes that read images; for thousands of queries"
+        "--workers", default=0, type=int, metavar="N", help="processes that read images; useful for many queries"
     )
 
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ from dataset.files import BadFile, read_image
 from dataset.folder import images as images_in
 from dataset.transforms import Normalize
 from proxy_anchor import checkpoint, console, device, evaluation
-from proxy_anchor.index import IMAGES, RECALL_AT, Index, lock
+from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 
 DRAWN_QUERIES, DRAWN_NEIGHBOURS = 20, 10
 EXAMPLES = """examples:
@@ -40,7 +40,8 @@ def parse(argv=None) -> argparse.Namespace:
         "index", help="embed images into an index",
         usage="search.py index --resume PATH (--images DIR | --split NAME) --out INDEX [--flag value ...]",
         epilog=EXAMPLES,
-        description="Embed images with a checkpoint into an index. Run again, it embeds those that are new.",
+        description="Embed images with a checkpoint into an index. Run again, it embeds those that are new or have "
+        "changed, and drops those whose files are gone.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
@@ -84,8 +85,8 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def add_images(args: argparse.Namespace) -> None:
-    """Embed the images that the index does not have yet, and add them to it."""
+def update_index(args: argparse.Namespace) -> None:
+    """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
     made = {
         "checkpoint": os.path.abspath(args.resume),
         "sha256": checkpoint.identity(args.resume),
@@ -97,33 +98,37 @@ def add_images(args: argparse.Namespace) -> None:
             index = Index.open(folder)
             index.check(made, args.index_factory)
         else:
-            index = Index.new(folder, made, args.index_factory or "Flat")
-        images = images_to_index(args)
-        known = set(index.paths)
-        images.leave_out(known)
-        print(f"{len(known):,} images are in {folder}, {len(images):,} are new")
+            index = Index.new(folder, made, args.index_factory or EXACT)
+        new, changed, deleted = index.compare(paths_to_index(args))
+        print(
+            f"{len(index.images):,} images are in {folder}; "
+            f"new: {len(new):,}, changed: {len(changed):,}, deleted: {len(deleted):,}"
+        )
+        stamps = new | changed  # from before the images are read: what changes meanwhile is found the next time
+        images = unlabelled(list(stamps), args.image_size)
         if args.skip_bad_images:
             console.leave_out_bad(images, lambda images: dataset.bad_images(images, args.workers))
-        if len(images) == 0:
+        if not (len(images) or changed or deleted):
             return
-        if args.cache:
-            images.use_cache(args.cache, args.workers, console.progress, report=print)
-        embeddings = embed(images, made["network"], args.resume, args)
-        index.add(images.paths, embeddings)
+        embeddings = torch.empty(0, args.embedding_size)
+        if len(images):
+            if args.cache:
+                images.use_cache(args.cache, args.workers, console.progress, report=print)
+            embeddings = embed(images, made["network"], args.resume, args)
+        index.update({*changed, *deleted}, {path: stamps[path] for path in images.paths}, embeddings)
         print(f"Indexed {len(images):,} images")
-        if not known and index.factory != "Flat":
-            print(f"{index.factory} finds {index.recall(embeddings):.1%} of the {RECALL_AT} nearest images")
+        if index.factory != EXACT:
+            print(f"{index.factory} finds {index.recall():.1%} of the {RECALL_AT} nearest images")
 
 
-def images_to_index(args: argparse.Namespace) -> dataset.ImageDataset:
+def paths_to_index(args: argparse.Namespace) -> list[str]:
+    """The absolute paths of the images, each once: they are looked for from anywhere."""
     if args.split:
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        transform = transforms.evaluation(args.image_size)
-        images = dataset.load(args.dataset, args.data_root, args.split, transform, **choice)
+        paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
-        images = unlabelled(images_at(args.images), args.image_size)
-    images.paths = [os.path.abspath(path) for path in images.paths]  # they are looked for from anywhere
-    return images
+        paths = images_at(args.images)
+    return list(dict.fromkeys(map(os.path.abspath, paths)))
 
 
 def images_at(place: str) -> list[str]:
@@ -158,6 +163,8 @@ def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image."""
     index = Index.open(Path(args.index))
     network = index.made["network"]
+    if network["model"] not in net.BACKBONES or network["image_size"] < 1:
+        raise ValueError(f"The index in {args.index} is damaged: its network is {network}")
     path = args.resume or index.made["checkpoint"]
     if not args.resume and not os.path.exists(path):
         raise FileNotFoundError(
@@ -207,7 +214,7 @@ def draw(paths: list[str], found: list[list[tuple[str, float]]], path: Path) -> 
 def main(argv=None):
     args = parse(argv)
     with console.errors_in_one_line("search.py", args.debug):
-        (add_images if args.command == "index" else query)(args)
+        (update_index if args.command == "index" else query)(args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from proxy_anchor import checkpoint, console, device, evaluation
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 
 DRAWN_QUERIES, DRAWN_NEIGHBOURS = 20, 10
+NPROBES = (1, 4, 16, 64)  # of which the recall is printed; 1 is FAISS's own choice
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photographs --out photographs.index
   python search.py query --index photographs.index new.jpg --save neighbours.png
@@ -64,6 +65,10 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
     group.add_argument("--resume", metavar="PATH", help="the checkpoint of the index, if it has moved")
     group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
+    group.add_argument(
+        "--nprobe", type=int, metavar="N",
+        help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
+    )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
     group.add_argument(
@@ -118,7 +123,16 @@ def update_index(args: argparse.Namespace) -> None:
         index.update({*changed, *deleted}, {path: stamps[path] for path in images.paths}, embeddings)
         print(f"Indexed {len(images):,} images")
         if index.factory != EXACT:
-            print(f"{index.factory} finds {index.recall():.1%} of the {RECALL_AT} nearest images")
+            print_recall(index)
+
+
+def print_recall(index: Index) -> None:
+    """Print what the index finds of the nearest images, for several nprobe where its kind has that."""
+    for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [None]:
+        if nprobe:
+            index.set_nprobe(nprobe)
+        setting = f" with --nprobe {nprobe}" if nprobe else ""
+        print(f"{index.factory} finds {index.recall():.1%} of the {RECALL_AT} nearest images{setting}")
 
 
 def paths_to_index(args: argparse.Namespace) -> list[str]:
@@ -162,6 +176,8 @@ def embed(images: dataset.ImageDataset, record: dict, path: str, args: argparse.
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image."""
     index = Index.open(Path(args.index))
+    if args.nprobe:
+        index.set_nprobe(args.nprobe)
     network = index.made["network"]
     if network["model"] not in net.BACKBONES or network["image_size"] < 1:
         raise ValueError(f"The index in {args.index} is damaged: its network is {network}")

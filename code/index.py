@@ -146,6 +146,18 @@ class Index:
             nearest.append([(paths[i], float(value)) for i, value in zip(indices[order], similarities[order])])
         return nearest
 
+    @property
+    def cells(self) -> int:
+        """The cells that its kind divides the vectors into, of which nprobe are searched; 0 for other kinds."""
+        ivf = faiss().try_extract_index_ivf(self.faiss_index)
+        return ivf.nlist if ivf else 0
+
+    def set_nprobe(self, nprobe: int) -> None:
+        """Search so many cells instead of one. Raises ValueError for a kind without cells."""
+        if not self.cells:
+            raise ValueError(f"{self.folder} is an index {self.factory}: only those with IVF in it take --nprobe")
+        faiss().extract_index_ivf(self.faiss_index).nprobe = min(nprobe, self.cells)
+
     def recall(self) -> float:
         """The share of the exact nearest neighbours that it finds, over some of its images."""
         paths, count = list(self.images), min(RECALL_AT, len(self.images))

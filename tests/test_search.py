@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -223,6 +224,30 @@ def test_factory_string(weights, images, tmp_path, capsys):
     )
     fails(lambda: make(weights, images, tmp_path / "b", "--index-factory", "no"), capsys, "FAISS knows no index 'no'")
     fails(lambda: make(weights, images, tmp_path / "c", "--index-factory", "IVF99,Flat"), capsys, "FAISS cannot make")
+
+
+def test_recall_is_printed_whenever_images_are_indexed(weights, images, tmp_path, capsys):
+    for classes in (("ant",), ("ant", "bee")):
+        trees.folder(tmp_path / "more", classes=classes)
+        make(weights, tmp_path / "more", tmp_path / "index", "--index-factory", "IVF4,Flat")
+        recalls = re.findall(r"IVF4,Flat finds ([\d.]+)% of the 10 .* --nprobe (\d)", capsys.readouterr().out)
+        assert [nprobe for _, nprobe in recalls] == ["1", "4"] and float(recalls[0][0]) < float(recalls[1][0]) == 100
+    make(weights, images, tmp_path / "hnsw", "--index-factory", "HNSW8")
+    assert re.search(r"HNSW8 finds [\d.]+% of the 10 nearest images\n", capsys.readouterr().out)
+
+
+def test_nprobe(weights, images, tmp_path, capsys):
+    make(weights, images, tmp_path / "index", "--index-factory", "IVF4,Flat")
+    counts = []
+    for more in ([], ["--nprobe", 1], ["--nprobe", 2], ["--nprobe", 4], ["--nprobe", 10**20]):
+        results = found(tmp_path / "index", capsys, images, "-k", 18, *more)
+        counts.append(sum(len(result["neighbours"]) for result in results))
+    assert counts[0] == counts[1] < counts[2] < counts[3] == counts[4] == 18 * 18
+    query = ["query", str(images), "--index"]
+    fails(lambda: search.main([*query, str(tmp_path / "index"), "--nprobe", "0"]), capsys, "not positive", code=2)
+    make(weights, images, tmp_path / "flat")
+    words = "flat is an index Flat: only those with IVF in it take --nprobe"
+    fails(lambda: search.main([*query, str(tmp_path / "flat"), "--nprobe", "2"]), capsys, words)
 
 
 def test_recall_against_exact_search(tmp_path):

@@ -1,7 +1,7 @@
 """An index of embedded images: their paths, their unit vectors, and the checkpoint that embedded them.
 
-images.json in its folder describes it, vectors-NUMBER.npy has the vectors, and vectors-NUMBER.faiss FAISS's index of
-them, unless that is Flat. Written again, it gets the next number, and images.json is replaced last: it is always whole.
+images.json in its folder describes it; vectors-NUMBER.float32 has the vectors, and vectors-NUMBER.faiss FAISS's index
+of them, unless that is Flat. Each time it is written, the number is a new one and images.json is replaced last.
 """
 
 import json
@@ -16,8 +16,8 @@ from proxy_anchor.files import replacing
 from proxy_anchor.retrieval import unit_vectors
 
 IMAGES = "images.json"
-NETWORK = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
-MADE = {"checkpoint": str, "sha256": str, "network": NETWORK}
+RECORD = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}  # see checkpoint.RECORD
+MADE = {"checkpoint": str, "sha256": str, "network": RECORD}
 LAYOUT = {"made": MADE, "factory": str, "number": int, "images": dict}  # of images.json
 EXACT = "Flat"
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of the search in a kind that is not exact: the larger number
@@ -64,7 +64,7 @@ class Index:
             _check(content, LAYOUT)
             index = cls(folder, **{name: content[name] for name in LAYOUT})
             index._read_vectors()
-        except (ValueError, RuntimeError, FileNotFoundError, EOFError) as error:
+        except (ValueError, RuntimeError, FileNotFoundError) as error:
             raise ValueError(
                 f"The index in {folder} is damaged or of an older version ({_reason(error)}): "
                 "delete the folder and index the images again"
@@ -73,9 +73,10 @@ class Index:
 
     def _read_vectors(self):
         expected = len(self.images), self.made["network"]["embedding_size"]
-        self.vectors = np.load(self._file("npy"), mmap_mode="r")
-        if self.vectors.dtype != np.float32 or self.vectors.shape != expected:
-            raise ValueError(f"expected {expected} float32 vectors, found {self.vectors.shape} {self.vectors.dtype}")
+        numbers = np.memmap(self._file("float32"), np.float32, "r")
+        if len(numbers) != expected[0] * expected[1]:
+            raise ValueError(f"expected {expected} vectors, found {len(numbers)} numbers")
+        self.vectors = numbers.reshape(expected)
         if self.factory == EXACT:
             self.faiss_index = self._new_faiss_index()
             self.faiss_index.add(self.vectors)
@@ -122,14 +123,14 @@ class Index:
         except RuntimeError as error:
             raise ValueError(f"FAISS cannot make the index '{self.factory}': {_reason(error)}") from error
         self.number += 1
-        with replacing(self._file("npy")) as temporary, open(temporary, "wb") as file:
-            np.save(file, self.vectors)
+        with replacing(self._file("float32")) as temporary:
+            self.vectors.tofile(temporary)
         if self.factory != EXACT:
             with replacing(self._file("faiss")) as temporary:
                 faiss().write_index(self.faiss_index, str(temporary))
         with replacing(self.folder / IMAGES) as temporary:  # from here on, it is the new one
             temporary.write_text(json.dumps({name: getattr(self, name) for name in LAYOUT}, indent=1), encoding="utf-8")
-        for old in {*self.folder.glob("vectors-*")} - {self._file("npy"), self._file("faiss")}:
+        for old in {*self.folder.glob("vectors-*")} - {self._file("float32"), self._file("faiss")}:
             old.unlink()
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
@@ -149,8 +150,7 @@ class Index:
     @property
     def cells(self) -> int:
         """The cells that its kind divides the vectors into, of which nprobe are searched; 0 for other kinds."""
-        ivf = faiss().try_extract_index_ivf(self.faiss_index)
-        return ivf.nlist if ivf else 0
+        return getattr(faiss().try_extract_index_ivf(self.faiss_index), "nlist", 0)
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search so many cells instead of one. Raises ValueError for a kind without cells."""

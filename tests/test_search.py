@@ -133,7 +133,7 @@ def test_images_are_added_without_embedding_the_others(weights, images, tmp_path
     make(weights, images, tmp_path / "index")  # nothing is new
     assert embedded == [18, 6, 12]
     assert len(described(tmp_path / "index")["images"]) == 30
-    assert [path.name for path in (tmp_path / "index").glob("vectors*")] == ["vectors-2.npy"]
+    assert [path.name for path in (tmp_path / "index").glob("vectors*")] == ["vectors-2.float32"]
     after = found(tmp_path / "index", capsys, images / "cat", "-k", 30)
     old = [[n for n in result["neighbours"] if str(images) in n["path"]][:3] for result in after]
     assert old == [result["neighbours"] for result in before]
@@ -190,7 +190,7 @@ def test_interrupted_update_leaves_the_old_index(weights, images, tmp_path, caps
     assert found(index, capsys, images / "ant") == before
     make(weights, images, index)
     assert "changed: 1" in capsys.readouterr().out
-    assert {path.name for path in index.glob("vectors*")} == {"vectors-2.npy", "vectors-2.faiss"}
+    assert {path.name for path in index.glob("vectors*")} == {"vectors-2.float32", "vectors-2.faiss"}
 
 
 def test_another_checkpoint_is_refused(weights, images, tmp_path, capsys):
@@ -283,16 +283,12 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
 def test_vectors_that_are_missing_or_damaged(factory, weights, images, tmp_path, capsys):
     index = tmp_path / "index"
     make(weights, images, index, "--index-factory", factory)
-    others = np.zeros((18, 4), np.float32), np.zeros((17, 8), np.float32), np.zeros((18, 8)), np.array([None])
     for file in index.glob("vectors*"):
         whole = file.read_bytes()
-        for data in (b"", b"text", whole[: len(whole) // 2], None, *others):
+        for data in (b"", b"text", whole[: len(whole) // 2], whole[:-1], None):
             file.unlink()
-            if isinstance(data, bytes):
+            if data is not None:
                 file.write_bytes(data)
-            elif data is not None:
-                with open(file, "wb") as opened:
-                    np.save(opened, data)
             fails(lambda: found(index, capsys, images), capsys, f"The index in {index} is damaged")
             file.write_bytes(whole)
     assert found(index, capsys, images)

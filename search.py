@@ -15,13 +15,14 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import read_image
+from dataset.files import BadFile, read_image
 from dataset.folder import images as images_in
 from proxy_anchor import checkpoint, console, hardware
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.index import IMAGES, RECALL_AT, Index, lock
+from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 
 DRAWN_QUERIES, DRAWN_NEIGHBOURS = 20, 10
+NPROBES = (1, 4, 16, 64)  # of which the recall is printed; 1 is FAISS's own choice
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photographs --out photographs.index
   python search.py query --index photographs.index new.jpg --save neighbours.png
@@ -43,36 +44,41 @@ def parse(argv=None) -> argparse.Namespace:
         "index", help="embed images into an index",
         usage="search.py index --resume PATH (--images DIR | --split NAME) --out INDEX [--flag value ...]",
         epilog=EXAMPLES,
-        description="Embed images with a checkpoint into an index; one that exists gets those that it lacks.",
+        description="Embed images with a checkpoint into an index. Run again, it embeds those that are new or have "
+        "changed, and drops those whose files are gone.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
-    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint that embeds")
-    group.add_argument("--images", metavar="DIR", help="folder of images, with the folders in it")
-    group.add_argument("--split", metavar="NAME", help="in place of a folder, this split of --dataset")
-    group.add_argument("--out", required=True, metavar="INDEX", help="folder of the index")
+    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to embed the images with")
+    group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
+    group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
+    group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
         "--index-factory", metavar="STRING",
-        help="kind of index, in FAISS's words, e.g. IVF256,Flat for millions of images; without it, exact search",
+        help="FAISS's name for a kind of index, e.g. IVF256,Flat for millions of images; without it, search is exact",
     )  # fmt: skip
 
     ask = commands.add_parser(
         "query", help="find the neighbours of images",
         usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]", epilog=EXAMPLES,
-        description="Print the images of an index that are the most similar to each of these.", **form,
+        description="Print the images of an index that are most similar to each of yours.", **form,
     )  # fmt: skip
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
     group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
     group.add_argument("--resume", metavar="PATH", help="the checkpoint of the index, if it has moved")
-    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="how many for each image")
-    group.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
+    group.add_argument(
+        "--nprobe", type=int, metavar="N",
+        help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
+    )  # fmt: skip
+    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
     group.add_argument(
-        "--batch-size", default=32, type=int, metavar="N", help="images a step; lower it when memory runs out"
+        "--batch-size", default=32, type=int, metavar="N", help="images per step; lower it when memory runs out"
     )
     group.add_argument(
-        "--workers", default=0, type=int, metavar="N", help="processes that read images; for thousands of queries"
+        "--workers", default=0, type=int, metavar="N", help="processes that read images; useful for many queries"
     )
 
     args = parser.parse_args(argv)
@@ -89,8 +95,8 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def add_images(args: argparse.Namespace) -> None:
-    """Embed the images that the index does not have yet, and add them to it."""
+def update_index(args: argparse.Namespace) -> None:
+    """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
     made = {
         "checkpoint": os.path.abspath(args.resume),
         "sha256": checkpoint.identity(args.resume),
@@ -102,29 +108,41 @@ def add_images(args: argparse.Namespace) -> None:
             index = Index.open(folder)
             index.check(made, args.index_factory)
         else:
-            index = Index.new(folder, made, args.index_factory or "Flat")
-        images = images_to_index(args)
-        known = set(index.paths)
-        images.leave_out(known)
-        print(f"{len(known):,} images are in {folder}, {len(images):,} are new")
+            index = Index.new(folder, made, args.index_factory or EXACT)
+        new, changed, deleted = index.compare(paths_to_index(args))
+        print(
+            f"{len(index.images):,} images are in {folder}; "
+            f"new: {len(new):,}, changed: {len(changed):,}, deleted: {len(deleted):,}"
+        )
+        stamps = new | changed  # from before the images are read: what changes meanwhile is found the next time
+        images = unlabelled(list(stamps), args.contract)
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
-        if len(images) == 0:
+        if not (len(images) or changed or deleted):
             return
         embeddings = embed(images, made["network"], args.resume, args)
-        index.add(images.paths, embeddings)
+        index.update({*changed, *deleted}, {path: stamps[path] for path in images.paths}, embeddings)
         print(f"Indexed {len(images):,} images")
-        if not known and index.factory != "Flat":
-            print(f"{index.factory} finds {index.recall(embeddings):.1%} of the {RECALL_AT} nearest images")
+        if index.factory != EXACT:
+            print_recall(index)
 
 
-def images_to_index(args: argparse.Namespace) -> dataset.ImageDataset:
+def print_recall(index: Index) -> None:
+    """Print what the index finds of the nearest images, for several nprobe where its kind has that."""
+    for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [None]:
+        if nprobe:
+            index.set_nprobe(nprobe)
+        setting = f" with --nprobe {nprobe}" if nprobe else ""
+        print(f"{index.factory} finds {index.recall():.1%} of the {RECALL_AT} nearest images{setting}")
+
+
+def paths_to_index(args: argparse.Namespace) -> list[str]:
+    """The absolute paths of the images, each once: they are looked for from anywhere."""
     if args.split:
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        images = dataset.load(args.dataset, args.data_root, args.split, geometry(args.contract), **choice)
+        paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
-        images = unlabelled(images_at(args.images), args.contract)
-    images.paths = [os.path.abspath(path) for path in images.paths]  # they are looked for from anywhere
-    return images
+        paths = images_at(args.images)
+    return list(dict.fromkeys(map(os.path.abspath, paths)))
 
 
 def images_at(place: str) -> list[str]:
@@ -159,8 +177,16 @@ def embed(images: dataset.ImageDataset, contract: dict, path: str, args: argpars
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image."""
     index = Index.open(Path(args.index))
+    if args.nprobe:
+        index.set_nprobe(args.nprobe)
     network = index.made["network"]
+    if network["model"] not in net.BACKBONES or network["image_size"] < 1:
+        raise ValueError(f"The index in {args.index} is damaged: its network is {network}")
     path = args.resume or index.made["checkpoint"]
+    if not args.resume and not os.path.exists(path):
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
+        )
     index.check({"sha256": checkpoint.identity(path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
     found = index.search(embed(images, network, path, args), args.neighbours)
@@ -192,7 +218,12 @@ def draw(paths: list[str], found: list[list[tuple[str, float]]], path: Path) -> 
             ax.axis("off")
         titled = [(query, "query"), *((other, f"{value:.3f}") for other, value in neighbours)]
         for ax, (image, title) in zip(row, titled):
-            ax.imshow(read_image(image).permute(1, 2, 0).numpy())
+            try:
+                ax.imshow(read_image(image).permute(1, 2, 0).numpy())
+            except BadFile:  # gone since it was indexed
+                ax.set(frame_on=True, xticks=[], yticks=[])
+                ax.axis("on")
+                ax.text(0.5, 0.5, Path(image).name, fontsize=6, ha="center", va="center", wrap=True)
             ax.set_title(title, fontsize=9, fontweight="bold" if title == "query" else None)
     figure.savefig(path, dpi=110)
 
@@ -200,7 +231,7 @@ def draw(paths: list[str], found: list[list[tuple[str, float]]], path: Path) -> 
 def main(argv=None):
     args = parse(argv)
     with console.errors_in_one_line("search.py", args.debug):
-        (add_images if args.command == "index" else query)(args)
+        (update_index if args.command == "index" else query)(args)
 
 
 if __name__ == "__main__":

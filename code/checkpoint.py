@@ -37,13 +37,16 @@ def contract(path: str | Path) -> dict:
     """
     mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False
     found = read(path, mmap=True).get("network", {}) if mappable else {}
-    types = CONTRACT | OPTIONAL
-    if found and not (
-        isinstance(found, dict) and CONTRACT.keys() <= found.keys()
-        and all(isinstance(found[name], types[name]) for name in found.keys() & types.keys())
-    ):  # fmt: skip
+    if found and not is_contract(found):
         raise ValueError(f"{path} is damaged: its record of the network is {str(found)[:80]}")
-    return {name: found[name] for name in types if name in found}
+    return {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
+
+
+def is_contract(found) -> bool:
+    """Whether this says how to use a network: all of CONTRACT, what it has of OPTIONAL, with values of their types."""
+    if not isinstance(found, dict) or not CONTRACT.keys() <= found.keys():
+        return False
+    return all(isinstance(found[name], kind) for name, kind in (CONTRACT | OPTIONAL).items() if name in found)
 
 
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:

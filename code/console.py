@@ -25,6 +25,7 @@ POSITIVE = (
     "lr_decay_gamma",
     "IPC",
     "neighbours",
+    "nprobe",
 )
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 

@@ -1,15 +1,25 @@
-"""An index of embedded images: a FAISS index, and beside it the images' paths and the checkpoint that embedded them."""
+"""An index of embedded images: their paths, their unit vectors, and the checkpoint that embedded them.
+
+images.json in its folder describes it; vectors-NUMBER.float32 has the vectors, and vectors-NUMBER.faiss FAISS's index
+of them, unless that is Flat. Each time it is written, the number is a new one and images.json is replaced last.
+"""
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from proxy_anchor import runs
+from proxy_anchor import checkpoint, runs
 from proxy_anchor.files import replacing
 from proxy_anchor.retrieval import unit_vectors
 
 IMAGES = "images.json"
+MADE = {"checkpoint": str, "sha256": str, "network": dict}
+LAYOUT = {"made": MADE, "factory": str, "number": int, "images": dict}  # of images.json
+EXACT = "Flat"
+CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of the search in a kind that is not exact: the larger number
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
 
 
@@ -25,38 +35,56 @@ def faiss():
 
 
 class Index:
-    """The index in a folder: the paths of its images; its factory string; made: by which checkpoint.
+    """The index in a folder: images, {path: stamp}, and in their order the unit vectors (N, D); its factory string.
 
-    made: "checkpoint", its path then; "sha256", its identity; "network", its record (see checkpoint.RECORD).
+    stamp: the size of the file and its time of change in ns, which tell whether it has changed since.
+    made: "checkpoint", its path then; "sha256", its identity; "network", its contract (see checkpoint.CONTRACT).
     """
 
-    def __init__(self, folder: Path, made: dict, factory: str, paths: list[str], vectors):
-        self.folder, self.made, self.factory, self.paths, self.vectors = folder, made, factory, paths, vectors
+    def __init__(self, folder: Path, made: dict, factory: str, number: int, images: dict[str, list[int]]):
+        self.folder, self.made, self.factory, self.number, self.images = folder, made, factory, number, images
+        self.vectors = self.faiss_index = None
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
         """An empty one, not written yet. Raises ValueError for a factory string that FAISS does not know."""
-        try:
-            vectors = faiss().index_factory(made["network"]["embedding_size"], factory, faiss().METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise ValueError(f"FAISS knows no index '{factory}': {_reason(error)}") from error
-        return cls(folder, made, factory, [], vectors)
+        index = cls(folder, made, factory, number=0, images={})
+        index.vectors = np.empty((0, made["network"]["embedding_size"]), dtype=np.float32)
+        index.faiss_index = index._new_faiss_index()
+        return index
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
         """Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
-        path = folder / IMAGES
-        if not path.is_file():
+        if not (folder / IMAGES).is_file():
             raise FileNotFoundError(f"There is no index in {folder}: it has no {IMAGES}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            vectors = faiss().read_index(str(folder / content["vectors"]))
-            index = cls(folder, content["made"], content["factory"], content["images"], vectors)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"The index in {folder} is damaged: {_reason(error)}") from error
-        if vectors.ntotal != len(index.paths):
-            raise ValueError(f"The index in {folder} is damaged: {vectors.ntotal} vectors of {len(index.paths)} images")
+            content = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
+            _check(content, LAYOUT)
+            if not checkpoint.is_contract(network := content["made"]["network"]):
+                raise ValueError(f"'network' is {str(network)[:80]}")
+            index = cls(folder, **{name: content[name] for name in LAYOUT})
+            index._read_vectors()
+        except (ValueError, RuntimeError, FileNotFoundError) as error:
+            raise ValueError(
+                f"The index in {folder} is damaged or of an older version ({_reason(error)}): "
+                "delete the folder and index the images again"
+            ) from error
         return index
+
+    def _read_vectors(self):
+        expected = len(self.images), self.made["network"]["embedding_size"]
+        numbers = np.memmap(self._file("float32"), np.float32, "r")
+        if len(numbers) != expected[0] * expected[1]:
+            raise ValueError(f"expected {expected} vectors, found {len(numbers)} numbers")
+        self.vectors = numbers.reshape(expected)
+        if self.factory == EXACT:
+            self.faiss_index = self._new_faiss_index()
+            self.faiss_index.add(self.vectors)
+            return
+        self.faiss_index = faiss().read_index(str(self._file("faiss")))
+        if (found := (self.faiss_index.ntotal, self.faiss_index.d)) != expected:
+            raise ValueError(f"expected {expected} vectors in FAISS's index, found {found}")
 
     def check(self, made: dict, factory: str | None = None) -> None:
         """Raise ValueError if this index was made with another checkpoint, or is of another kind."""
@@ -68,50 +96,103 @@ class Index:
         if factory not in (None, self.factory):
             raise ValueError(f"{self.folder} is an index {self.factory}, not {factory}; make a new one")
 
-    def add(self, paths: list[str], embeddings: torch.Tensor) -> None:
-        """Add images and their embeddings (N, D), and write the index.
+    def compare(self, paths: list[str]) -> tuple[dict[str, list[int]], dict[str, list[int]], list[str]]:
+        """{path: stamp} of the new and of the changed ones of these files; the files in the index that are gone."""
+        stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
+        new = {path: stamp for path, stamp in stamps.items() if path not in self.images}
+        changed = {path: stamp for path, stamp in stamps.items() if stamp != self.images.get(path, stamp)}
+        return new, changed, [path for path in self.images if path not in stamps and not os.path.isfile(path)]
 
-        The first ones train it, where its kind needs that. Raises ValueError where they are too few to.
+    def update(self, dropped: set[str], stamps: dict[str, list[int]], embeddings: torch.Tensor) -> None:
+        """Drop images, add those of `stamps` with their embeddings (N, D), and write the index.
+
+        The first images train a kind that needs it. Most kinds cannot drop: FAISS's index is then made again.
+        Raises ValueError where images are too few, before anything is written.
         """
-        unit = unit_vectors(embeddings).cpu().numpy()
+        kept = np.array([path not in dropped for path in self.images], dtype=bool)
+        added = unit_vectors(embeddings).float().cpu().numpy()
+        self.images = {path: stamp for path, stamp in self.images.items() if path not in dropped} | stamps
+        self.vectors = np.concatenate([self.vectors[kept], added])
+        if not self.images:
+            raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
+        if dropped:
+            self.faiss_index, added = self._new_faiss_index(), self.vectors
         try:
-            if not self.vectors.is_trained:
-                self.vectors.train(unit)
-            self.vectors.add(unit)
+            if not self.faiss_index.is_trained:
+                self.faiss_index.train(added)
+            self.faiss_index.add(added)
         except RuntimeError as error:
             raise ValueError(f"FAISS cannot make the index '{self.factory}': {_reason(error)}") from error
-        self.paths = self.paths + paths
-        name = f"vectors-{len(self.paths)}.faiss"
-        with replacing(self.folder / name) as temporary:
-            faiss().write_index(self.vectors, str(temporary))
-        with replacing(self.folder / IMAGES) as temporary:  # from here on, the new ones are in
-            content = {"made": self.made, "factory": self.factory, "vectors": name, "images": self.paths}
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for old in self.folder.glob("vectors-*.faiss"):
-            if old.name != name:
-                old.unlink()
+        self.number += 1
+        with replacing(self._file("float32")) as temporary:
+            self.vectors.tofile(temporary)
+        if self.factory != EXACT:
+            with replacing(self._file("faiss")) as temporary:
+                faiss().write_index(self.faiss_index, str(temporary))
+        with replacing(self.folder / IMAGES) as temporary:  # from here on, it is the new one
+            temporary.write_text(json.dumps({name: getattr(self, name) for name in LAYOUT}, indent=1), encoding="utf-8")
+        for old in {*self.folder.glob("vectors-*")} - {self._file("float32"), self._file("faiss")}:
+            old.unlink()
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The (path, cosine similarity) of the images most similar to each of the embeddings (N, D), the best first."""
-        values, found = self.vectors.search(unit_vectors(embeddings).cpu().numpy(), min(count, len(self.paths)))
-        return [
-            [(self.paths[i], value) for value, i in zip(*row) if i >= 0] for row in zip(values.tolist(), found.tolist())
-        ]
+        paths, queries = list(self.images), unit_vectors(embeddings).float().cpu().numpy()
+        candidates = count if self.factory == EXACT else max(CANDIDATES, CANDIDATES_PER_NEIGHBOUR * count)
+        values, found = self.faiss_index.search(queries, min(candidates, len(paths)))
+        nearest = []
+        for query, similarities, indices in zip(queries, values, found):
+            if self.factory != EXACT:  # FAISS's similarities may be of vectors that it has compressed
+                indices = indices[indices >= 0]
+                similarities = self.vectors[indices] @ query
+            order = np.argsort(-similarities, kind="stable")[:count]
+            nearest.append([(paths[i], float(value)) for i, value in zip(indices[order], similarities[order])])
+        return nearest
 
-    def recall(self, embeddings: torch.Tensor) -> float:
-        """The share of the exact nearest neighbours that this index finds; embeddings (N, D) are those in it."""
-        unit = unit_vectors(embeddings).cpu()
-        queries = unit[torch.linspace(0, len(unit) - 1, min(RECALL_QUERIES, len(unit))).long()]
-        count = min(RECALL_AT, len(unit))
-        exact = (queries @ unit.T).topk(count).indices.tolist()
-        _, found = self.vectors.search(queries.numpy(), count)
-        return sum(len(set(a) & set(b)) for a, b in zip(exact, found.tolist())) / (count * len(queries))
+    @property
+    def cells(self) -> int:
+        """The cells that its kind divides the vectors into, of which nprobe are searched; 0 for other kinds."""
+        return getattr(faiss().try_extract_index_ivf(self.faiss_index), "nlist", 0)
+
+    def set_nprobe(self, nprobe: int) -> None:
+        """Search so many cells instead of one. Raises ValueError for a kind without cells."""
+        if not self.cells:
+            raise ValueError(f"{self.folder} is an index {self.factory}: only those with IVF in it take --nprobe")
+        faiss().extract_index_ivf(self.faiss_index).nprobe = min(nprobe, self.cells)
+
+    def recall(self) -> float:
+        """The share of the exact nearest neighbours that it finds, over some of its images."""
+        paths, count = list(self.images), min(RECALL_AT, len(self.images))
+        queries = self.vectors[np.linspace(0, len(paths) - 1, min(RECALL_QUERIES, len(paths))).astype(int)]
+        _, exact = faiss().knn(queries, self.vectors, count, faiss().METRIC_INNER_PRODUCT)
+        found = self.search(torch.from_numpy(queries), count)
+        return sum(len({paths[i] for i in a} & dict(b).keys()) for a, b in zip(exact, found)) / exact.size
+
+    def _new_faiss_index(self):
+        size = self.made["network"]["embedding_size"]
+        try:
+            return faiss().index_factory(size, self.factory, faiss().METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(f"FAISS knows no index '{self.factory}': {_reason(error)}") from error
+
+    def _file(self, ending):
+        return self.folder / f"vectors-{self.number}.{ending}"
 
 
 def lock(folder: Path):
-    """Hold the folder, so that no other process adds to it; see runs.lock."""
+    """Hold the folder, so that no other process writes to it; see runs.lock. Raises FileExistsError for a file."""
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: an index is written to a folder, which need not exist")
     folder.mkdir(parents=True, exist_ok=True)
     return runs.lock(folder)
+
+
+def _check(content, layout, name=IMAGES):
+    """Raise ValueError where the content of images.json is not laid out like this."""
+    kind = dict if isinstance(layout, dict) else layout
+    if not isinstance(content, kind):
+        raise ValueError(f"'{name}' is {str(content)[:80]}, expected {kind.__name__}")
+    for part in layout if isinstance(layout, dict) else ():
+        _check(content.get(part), layout[part], part)
 
 
 def _reason(error: Exception) -> str:

@@ -43,7 +43,7 @@ def read_table(path: Path, columns: list[str], skip: int = 0) -> list[tuple[int,
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file. Raises BadFile for one that is none."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise BadFile(f"{path} is not a text file: {error}") from error
 
@@ -58,7 +58,11 @@ def whole_number(text: str, path: Path, line: int, what: str) -> int:
 def missing_files(paths: list[str]) -> list[str]:
     """The paths that are not there. Lists each folder once: 60,000 single look-ups are slow on network disks."""
     folders = {os.path.dirname(path) for path in paths}
-    present = {entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)}
+    present = {
+        os.path.join(folder, name)
+        for folder in folders if os.path.isdir(folder or ".")
+        for name in os.listdir(folder or ".")
+    }  # fmt: skip
     return [path for path in paths if path not in present]
 
 

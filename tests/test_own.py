@@ -47,7 +47,7 @@ def test_folder_is_halved(tmp_path):
 
 def test_test_classes_are_chosen(tmp_path):
     trees.folder(tmp_path / "images")
-    (tmp_path / "tests.txt").write_text("ant\n\n eel\n")
+    (tmp_path / "tests.txt").write_text("ant\n\n eel\n", encoding="utf-8-sig")  # a byte order mark is no class
     choice = {"test_classes": tmp_path / "tests.txt"}
     assert dataset.load("folder", tmp_path / "images", "train", **choice).classes == ["bee", "cat", "dog"]
     assert dataset.load("folder", tmp_path / "images", "eval", **choice).classes == ["ant", "eel"]
@@ -57,6 +57,22 @@ def test_csv(table):
     eval_set = dataset.load("csv", table, "eval")
     assert labelled(eval_set)[4:6] == [("5.jpg", "the cat, cat"), ("1.jpg", "the dog, dog")]
     assert dataset.load("csv", table, "train").num_classes == 2 and dataset.eval_splits("csv", table) == ["eval"]
+
+
+def test_csv_beside_its_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(trees.folder(tmp_path, classes=("ant", "bee")) / "ant")
+    write_csv("a.csv", [("1.jpg", "ant", "eval"), ("../bee/1.jpg", "bee", "eval")])
+    assert dataset.load("csv", "a.csv", "eval").paths == ["1.jpg", "../bee/1.jpg"]
+    (tmp_path / "ant" / "1.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 images .* the first is 1.jpg"):
+        dataset.load("csv", "a.csv", "eval")
+
+
+def test_csv_may_train_and_test_on_an_image(tmp_path):
+    trees.folder(tmp_path, classes=("ant", "bee"))
+    uses = [("1", "query"), ("1", "train"), ("2", "gallery"), ("2", "train")]
+    path = write_csv(tmp_path / "a.csv", [(f"{c}/{i}.jpg", c, s) for c in ("ant", "bee") for i, s in uses])
+    assert [len(dataset.load("csv", path, split)) for split in ("train", "query", "gallery")] == [4, 2, 2]
 
 
 def test_csv_with_a_gallery_and_a_byte_order_mark(tmp_path):
@@ -120,6 +136,12 @@ def test_wrong_test_classes_are_an_error(tmp_path, content, words):
         ("path,label,split\na.jpg,a,query\n", "has the splits query: to test, it needs eval, or query and gallery"),
         ("path,label,split\na.jpg,a,train\n", "has the splits train: to test, it needs"),
         ('path,label,split\n"a.jpg,a,train\n', "is not a CSV file"),
+        (
+            "path,label,split\na/b.jpg,a,eval\nb.jpg,b,eval\na/c/../b.jpg,a,eval\n",
+            r"line 4: a/c/\.\./b.jpg is in line 2 already; list an image once to test",
+        ),
+        ("path,label,split\na.jpg,a,train\na.jpg,b,train\n", "line 3: a.jpg is in line 2 already"),
+        ("path,label,split\na.jpg,a,query\na.jpg,a,gallery\n", "line 3: a.jpg is in line 2 already"),
         ("path,label,split\na.jpg,a,eval\n", "1 of the 1 images of csv eval are missing; the first is .*a.jpg"),
         (b"path,label,split\n\xff\xfe,a,eval\n", "is not a CSV file"),
     ],

@@ -133,8 +133,9 @@ def in_one_line(error: Exception) -> str:
     for words, advice in ADVICE.items():
         if re.search(words, text):
             return f"{advice} ({' '.join(text.split())[:200]})"
-    if "in DataLoader worker process" in text:  # the worker's traceback; its last line is "package.ErrorType: message"
-        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    if "in DataLoader worker process" in text:  # a traceback: indented lines, then "package.ErrorType: message"
+        text = text.rpartition("Traceback (most recent call last):\n")[2]
+        text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -8,7 +8,8 @@ A benchmark is a module with
     LIKELY_CAUSE  what is probably wrong when the sizes disagree
     samples(folder, split)  (path, class) of each image; classes are what sorts, numbers or names
 and, where needed, AUGMENTATION (arguments of transforms.RandomCrop) and check_images(paths).
-One's own images, for which nothing is published, have splits(root) in place of all but KS and samples(root, split).
+One's own images, for which nothing is published, have splits(root) in place of all but KS and samples(root, split),
+and may have remarks(root), lines for who checks them.
 """
 
 import argparse

@@ -83,6 +83,8 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
                 f"height {heights[0]} to {heights[-1]}, median {heights[len(heights) // 2]}; "
                 f"{len(unreadable)} unreadable"
             )
+    for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
+        print(remark)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
     twice = duplicates({"train": parts["train"], "test": tests})
     print(f"{len(twice)} images are in training and test alike" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))

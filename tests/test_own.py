@@ -45,6 +45,31 @@ def test_folder_is_halved(tmp_path):
     assert labelled(train_set)[:6] == [(f"{i}.jpg", "ant") for i in (1, 2, 3, 4, 5, 0)]  # the last in a folder below
 
 
+def test_hidden_folders_are_left_out_and_links_followed_once(tmp_path, capsys):
+    root, elsewhere = trees.folder(tmp_path / "images", classes=("ant", "bee", "cat")), tmp_path / "elsewhere"
+    for name in ("more/0.jpg", "1.jpg", "2.jpg"):
+        trees.write_image(elsewhere / name, 0)
+    for hidden in (root / "ant" / ".ipynb_checkpoints", root / ".thumbnails"):
+        trees.write_image(hidden / "deep" / "1.jpg", 0)
+    for link, target in {
+        root / "dog": elsewhere,  # a class
+        root / "ant" / "linked": elsewhere / "more",  # one image of a class
+        root / "ant" / "again": elsewhere / "more",
+        root / "bee" / "itself": root / "bee",
+        root / "bee" / "above": root,
+        root / "cat" / "nowhere": tmp_path / "nowhere",
+    }.items():
+        link.symlink_to(target, target_is_directory=True)
+    train_set, eval_set = (dataset.load("folder", root, split) for split in ("train", "eval"))
+    assert train_set.classes == ["ant", "bee"] and eval_set.classes == ["cat", "dog"]
+    assert len(train_set) == 6 + 1 + 6 and len(eval_set) == 6 + 3
+    assert [path for path in train_set.paths if "again" in path] == [str(root / "ant" / "again" / "0.jpg")]
+    dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
+    out = capsys.readouterr().out
+    assert "\n3 images are left out: they, or the folders that they are in, are hidden\n" in out  # with .hidden.jpg
+    assert "\n4 images are in linked folders\n" in out
+
+
 def test_test_classes_are_chosen(tmp_path):
     trees.folder(tmp_path / "images")
     (tmp_path / "tests.txt").write_text("ant\n\n eel\n", encoding="utf-8-sig")  # a byte order mark is no class

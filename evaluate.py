@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace, gpu: torch.device) -> dict[str, float]:
     rows = {args.remark or "this checkpoint": result.metrics}
     if figures := published.RESULTS.get((args.dataset, args.model)):
         rows["published"] = {f"R@{k}": recall / 100 for k, recall in figures.items()}
-    print(logbook.table(rows) + "\n" + result.remark(), end="")
+    print(logbook.table(rows) + "\n" + result.remark() + dataset.remark(eval_sets), end="")
     if figures and (args.embedding_size, args.image_size) != (512, 224):
         print("The published figures are of 512 dimensions and 224 pixels.")
     if args.allow_partial:

@@ -72,6 +72,7 @@ def train(args: argparse.Namespace, gpu: torch.device) -> None:
     splits = dataset.splits(args.dataset, args.data_root)
     sizes = dict(zip(splits, map(dataset.size, [train_set, *eval_sets])))
     print(", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items()))
+    print(dataset.remark(eval_sets), end="")
 
     # Network, loss, optimizer.
     bn_freeze = bool(args.bn_freeze)

@@ -112,12 +112,14 @@ class ImageDataset(Dataset):
     decides what the transform draws.
     """
 
-    def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None):
+    def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images"):
+        self.name = name
         self.paths = paths
         self.labels = labels
         self.classes = classes
         self.transform = transform
         self.cache = None
+        self.total = len(paths)
         self.numbers = np.arange(len(paths))  # in the whole data set, whatever is left out
 
     @property
@@ -200,12 +202,19 @@ def load(
     everything = [sample for other in label_space for sample in source.samples(place, other, **choice)]
     classes = sorted({label for _, label in everything})
     labels = np.searchsorted(classes, [label for _, label in samples])
-    return ImageDataset(paths, labels, classes, transform)
+    return ImageDataset(paths, labels, classes, transform, f"{name} {split}")
 
 
 def size(images: ImageDataset) -> tuple[int, int]:
     """(images, classes with an image)."""
     return len(images), len(np.unique(images.labels))
+
+
+def remark(test_sets: list[ImageDataset]) -> str:
+    """A line where the result of a search says nothing about the network, or nothing."""
+    if len({images.classes[label] for images in test_sets for label in np.unique(images.labels)}) > 1:
+        return ""
+    return "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"
 
 
 def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
@@ -239,7 +248,12 @@ def train_loader(
 
 
 def eval_loader(images: ImageDataset, batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
-    """Batches of all images in order, or of the part of the process share = (rank, processes)."""
+    """Batches of all images in order, or of the part of the process share = (rank, processes).
+
+    Raises BadFile where all images were left out.
+    """
+    if not len(images):
+        raise BadFile(f"{images.name}: all {images.total:,} images are left out, which leaves none to evaluate on")
     rank, processes = share
     own = np.array_split(np.arange(len(images)), processes)[rank]
     return DataLoader(images, sampler=own.tolist(), batch_size=batch_size, **_worker_settings(workers))

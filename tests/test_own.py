@@ -200,10 +200,31 @@ def test_training_and_evaluation(tmp_path, table, name, capsys):
     assert "published" not in capsys.readouterr().out
 
 
+def test_one_test_class_is_remarked(tmp_path, capsys):
+    root = trees.folder(tmp_path / "images", classes=("ant", "bee"))
+    words = "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"
+    network = ["--model", "resnet18", "--pretrained", "none", "--embedding-size", "8", "--image-size", "32"]
+    flags = ["--dataset", "folder", "--data-root", str(root), "--batch-size", "6", "--workers", "0"]
+    train.main([*flags, *network, "--epochs", "1", "--LOG_DIR", str(tmp_path / "logs")])
+    assert words in capsys.readouterr().out
+    (path,) = tmp_path.glob("logs/**/*_best.pth")
+    assert evaluate.main([*flags, "--resume", str(path)])["R@1"] == 1
+    assert words in capsys.readouterr().out
+    dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
+    assert words in capsys.readouterr().out
+    for path in (root / "bee").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        train.main([*flags, *network, "--epochs", "1", "--LOG_DIR", str(tmp_path / "other"), "--skip-bad-images"])
+    assert capsys.readouterr().err.endswith(
+        "train.py: error: folder eval: all 6 images are left out, which leaves none to evaluate on\n"
+    )
+
+
 def test_check(tmp_path, table, capsys):
     dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])
     out = capsys.readouterr().out
-    assert "train: 10 images of 2 classes\n" in out and "Nothing is wrong." in out
+    assert "train: 10 images of 2 classes\n" in out and "Nothing is wrong." in out and "one class" not in out
     (tmp_path / "images" / "dog" / "3.jpg").write_bytes(b"")
     with pytest.raises(SystemExit):
         dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,13 @@ class Cache:
     def build(self, workers: int, progress, report) -> None:
         """Decode all images, unless that has been done, waiting for another process that is at it.
 
-        progress(batches, description) shows how far it is, report(line) says what disk it needs.
+        progress(batches, description) shows how far it is, report(line) says what disk it needs and which other caches
+        in the folder may be removed.
         Raises OSError where the disk is too small, BadFile for an image that cannot be read. The folder gets its name
         at the end, so what is unfinished is never read.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(self.folder.parent)
         with open(self.folder.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.folder.exists():
@@ -60,6 +63,12 @@ class Cache:
             unfinished.mkdir()
             sizes = each(Each(image_size, self.paths), workers)
             shapes = np.array([(height, width) for width, height in progress(sizes, "image sizes")]).reshape(-1, 2)
+            if others := _superseded(self.folder.parent, set(map(os.path.abspath, self.paths))):
+                size = sum((other / "images.bin").stat().st_size for other in others)
+                report(
+                    f"Other caches of some of these images, or of images that are gone, take {size / 1e9:.2f} GB; "
+                    f"remove those that you no longer need: {', '.join(map(str, others))}"
+                )
             need, free = int(offsets(shapes)[-1]), shutil.disk_usage(unfinished).free
             report(
                 f"Decoding {len(self.paths):,} images into {self.folder}: {need / 1e9:.2f} GB, {free / 1e9:.2f} GB free"
@@ -73,10 +82,28 @@ class Cache:
             for _ in progress(each(writer, workers), "decoding"):
                 pass
             np.save(unfinished / "shapes.npy", shapes)
-            for name in ("images.bin", "shapes.npy"):
+            (unfinished / "paths.json").write_text(json.dumps(list(map(os.path.abspath, self.paths))))
+            for name in ("images.bin", "shapes.npy", "paths.json"):
                 with open(unfinished / name, "rb+") as file:
                     os.fsync(file.fileno())
             os.replace(unfinished, self.folder)
+
+
+def _remove_unfinished(folder):
+    """Remove what killed processes left: their locks are free."""
+    for unfinished in folder.glob("*.unfinished"):
+        with open(unfinished.with_suffix(".lock"), "w") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _superseded(folder, paths):
+    """The caches in the folder that hold some of these images, or images that are gone."""
+    found = {file.parent: json.loads(file.read_text()) for file in sorted(folder.glob("*/paths.json"))}
+    return [
+        cache for cache, images in found.items()
+        if cache.suffix != ".unfinished" and not (paths.isdisjoint(images) and all(map(os.path.exists, images[:1])))
+    ]  # fmt: skip
 
 
 def offsets(shapes: np.ndarray) -> np.ndarray:

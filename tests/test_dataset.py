@@ -1,3 +1,4 @@
+import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -470,6 +471,38 @@ def test_unfinished_cache_is_never_read(tmp_path, monkeypatch):
     cache, lines = cached(paths, tmp_path / "cache")
     assert lines and torch.equal(cache[5], files.read_image(paths[5]))
     assert not list((tmp_path / "cache").glob("*.unfinished"))
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
+    for name in ("dead", "alive"):
+        (tmp_path / "cache" / f"{name}.unfinished").mkdir(parents=True)
+        (tmp_path / "cache" / f"{name}.unfinished" / "images.bin").write_bytes(b"half")
+    with open(tmp_path / "cache" / "alive.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cached(paths, tmp_path / "cache")
+        assert [path.name for path in (tmp_path / "cache").glob("*.unfinished")] == ["alive.unfinished"]
+    cached(paths, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.unfinished"))
+
+
+def test_older_caches_are_named(tmp_path):
+    train, test = (
+        dataset.load("cub", trees.cub(tmp_path / "data"), split, allow_partial=True).paths
+        for split in ("train", "eval")
+    )
+    first, _ = cached(train, tmp_path / "cache")
+    assert len(cached(test, tmp_path / "cache")[1]) == 1  # another part of the same data set
+    trees.write_image(Path(train[0]), 12345)
+    os.utime(train[0], (1, 1))
+    _, (line, _) = cached(train, tmp_path / "cache")
+    assert line == (
+        "Other caches of some of these images, or of images that are gone, take 0.00 GB; "
+        f"remove those that you no longer need: {first.folder}"
+    )
+    for path in test:
+        os.remove(path)
+    assert cached(train[:1], tmp_path / "cache")[1][0].count(str(tmp_path / "cache")) == 3  # that of what is gone, too
 
 
 def test_cache_needs_room(tmp_path, monkeypatch):

@@ -101,6 +101,7 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
 
 def main(argv=None):
     args = parse(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have any bytes for its name
     with console.errors_in_one_line("python -m dataset", args.debug):
         if args.command == "prepare":
             run_prepare(args.name, args.data_root, args.archives)

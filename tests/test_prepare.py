@@ -1,6 +1,7 @@
 import io
 import os
 import resource
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -227,6 +228,19 @@ def test_check_finds_what_is_wrong(tmp_path, published, capsys):
     assert failed.value.code == 1 and "cub has 2 problems" in output.err
     assert "1 images are in training and test alike" in output.out and "Bird_101_0000.jpg" in output.out
     assert "Bird_1_0000.jpg cannot be read" in output.out and "eval is not the published split" in output.out
+
+
+def test_check_tells_of_any_name(tmp_path, capsys):
+    folder = trees.folder(tmp_path)
+    for name in (b"ant/\xff.jpg", b"eel/\xff.jpg"):
+        shutil.copy(folder / "bee" / "1.jpg", os.path.join(os.fsencode(folder), name))
+    with open(os.path.join(os.fsencode(folder), b"eel/\xfe.jpg"), "wb"):
+        pass
+    with pytest.raises(SystemExit):
+        run("check", "folder", "--data-root", tmp_path, "--workers", 0)
+    output = capsys.readouterr()
+    assert r"eel/\udcfe.jpg cannot be read" in output.out and r"ant/\udcff.jpg = " in output.out
+    assert "folder has 1 problem, listed above" in output.err
 
 
 def test_usage_errors(capsys):

@@ -13,18 +13,19 @@ and may have remarks(root), lines for who checks them.
 """
 
 import argparse
-import signal
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dataset import cars, cub, folder, glyphs, inshop, sop, table, transforms
-from dataset.cache import Cache
-from dataset.check import inspect
-from dataset.files import BadFile, missing_files, read_image
-from dataset.sampler import BalancedBatches, RandomBatches
+from dataset.files import BadFile, missing_files
+from dataset.images import ImageDataset, bad_images, remark, size
+from dataset.loading import eval_loader, train_loader
+
+__all__ = [
+    "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "bad_images", "eval_loader", "eval_sets", "eval_splits",
+    "load", "options", "remark", "size", "splits", "train_loader", "train_set",
+]  # fmt: skip
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
@@ -105,54 +106,6 @@ def eval_splits(name: str, root: str | Path) -> list[str]:
     return [split for split in splits(name, root) if split != "train"]
 
 
-class ImageDataset(Dataset):
-    """Images uint8 (3, H, W) and labels, numbers of classes; an item is (transform(image), label).
-
-    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
-    decides what the transform draws.
-    """
-
-    def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images"):
-        self.name = name
-        self.paths = paths
-        self.labels = labels
-        self.classes = classes
-        self.transform = transform
-        self.cache = None
-        self.total = len(paths)
-        self.numbers = np.arange(len(paths))  # in the whole data set, whatever is left out
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        index = key[-1] if isinstance(key, tuple) else key
-        image = read_image(self.paths[index]) if self.cache is None else self.cache[index]
-        if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                if isinstance(key, tuple):
-                    entropy = (*key[:-1], int(self.numbers[index]))
-                    torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-                image = self.transform(image)
-        return image, int(self.labels[index])
-
-    def use_cache(self, folder: Path, workers: int, progress, report) -> None:
-        """Take the images from a Cache in this folder, built first where need be; see Cache.build."""
-        cache = Cache(folder, self.paths)
-        cache.build(workers, progress, report)
-        self.cache = cache
-
-    def leave_out(self, paths) -> None:
-        """Go on without these images, before a cache is used; the others stay what they are."""
-        kept = np.array([path not in paths for path in self.paths], dtype=bool)
-        self.paths = [path for path, keep in zip(self.paths, kept) if keep]
-        self.labels, self.numbers = self.labels[kept], self.numbers[kept]
-
-
 def load(
     name: str,
     root: str | Path,
@@ -205,18 +158,6 @@ def load(
     return ImageDataset(paths, labels, classes, transform, f"{name} {split}")
 
 
-def size(images: ImageDataset) -> tuple[int, int]:
-    """(images, classes with an image)."""
-    return len(images), len(np.unique(images.labels))
-
-
-def remark(test_sets: list[ImageDataset]) -> str:
-    """A line where the result of a search says nothing about the network, or nothing."""
-    if len({images.classes[label] for images in test_sets for label in np.unique(images.labels)}) > 1:
-        return ""
-    return "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"
-
-
 def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
     """The training images with their random transform; choice: allow_partial and test_classes as in load."""
     augmentation = getattr(ALL[name], "AUGMENTATION", {})
@@ -226,49 +167,3 @@ def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDa
 def eval_sets(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load."""
     return [load(name, root, split, transforms.evaluation(image_size), **choice) for split in eval_splits(name, root)]
-
-
-def bad_images(images: ImageDataset, workers: int) -> dict[str, str]:
-    """{path: reason} of the images that cannot be read; all are decoded to find out."""
-    return {image.path: image.problem for image in inspect(images.paths, workers) if image.problem}
-
-
-def train_loader(
-    images: ImageDataset, batch_size: int, images_per_class: int | None, seed: int, workers: int, share=(0, 1)
-) -> DataLoader:
-    """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch.
-
-    share = (rank, processes): where several processes share the work, this one's part of every batch.
-    """
-    if images_per_class is None:
-        batches = RandomBatches(images.labels, batch_size, seed, share)
-    else:
-        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed, share)
-    return DataLoader(images, batch_sampler=batches, **_worker_settings(workers))
-
-
-def eval_loader(images: ImageDataset, batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
-    """Batches of all images in order, or of the part of the process share = (rank, processes).
-
-    Raises BadFile where all images were left out.
-    """
-    if not len(images):
-        raise BadFile(f"{images.name}: all {images.total:,} images are left out, which leaves none to evaluate on")
-    rank, processes = share
-    own = np.array_split(np.arange(len(images)), processes)[rank]
-    return DataLoader(images, sampler=own.tolist(), batch_size=batch_size, **_worker_settings(workers))
-
-
-def _worker_settings(workers):
-    return {
-        "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": _leave_signals_to_the_main_process if workers else None,
-        "generator": torch.Generator(),  # each pass takes a number from it, otherwise from the global one
-    }  # fmt: skip
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A signal to a whole job (Ctrl-C, SLURM) must not take the images away from a step that is to be finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # which kills it, should nobody end it before

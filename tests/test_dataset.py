@@ -15,7 +15,7 @@ from dataset import cars, cub, files, glyphs, inshop, sop, transforms
 from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import BadFile
-from dataset.sampler import BalancedBatches, RandomBatches
+from dataset.loading import BalancedBatches, RandomBatches, parallel
 
 # The published layouts
 
@@ -386,6 +386,13 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(cub_root):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(images[3, 1, 7][0], first)
     assert not torch.equal(images[3, 2, 7][0], first) and not torch.equal(images[4, 1, 7][0], first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_parallel_keeps_the_order_and_the_random_numbers(workers):
+    state = torch.get_rng_state()
+    assert list(parallel(str.upper, ["b", "a", "c"], workers)) == ["B", "A", "C"]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # Glyphs

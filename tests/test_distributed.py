@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import net
-from dataset.sampler import BalancedBatches, RandomBatches
+from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, device, distributed, evaluation, losses, training
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 

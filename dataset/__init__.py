@@ -1,15 +1,27 @@
-"""The data sets: a registry of them, and their images as torch Datasets and DataLoaders.
+"""The datasets: a registry of them, and their images as torch Datasets and DataLoaders.
 
-A benchmark is a module with
+A benchmark is a module that gives
     FOLDER        its folder under the data root
-    SIZES         split: (classes, images) of the published split
+    SIZES         {split: (classes, images)} of the published splits: train and eval, or train, query and gallery
     KS            the K of its Recall@K
-    SOURCE        where to get it
+    SOURCE        where to get it, a sentence for errors about missing files
     LIKELY_CAUSE  what is probably wrong when the sizes disagree
-    samples(folder, split)  (path, class) of each image; classes are what sorts, numbers or names
-and, where needed, AUGMENTATION (arguments of transforms.RandomCrop) and check_images(paths).
-One's own images, for which nothing is published, have splits(root) in place of all but KS and samples(root, split),
-and may have remarks(root), lines for who checks them.
+    samples(folder, split) -> [(path, class)]
+                  the images of the split in a fixed order; classes are what sorts, numbers or names. Raises
+                  FileNotFoundError or BadFile for annotations that are missing or malformed; whether the images are
+                  there is checked here
+and may give
+    AUGMENTATION  arguments of transforms.RandomCrop
+    check_images(paths)
+                  raises BadFile for images that are not the benchmark's
+Your own images, for which nothing is published, come from a module that gives KS and
+    splits(root) -> [split]
+                  of train, eval, query and gallery those that there are
+    samples(root, split) -> [(path, class)]
+                  as above; root is the data root itself, a folder or a file
+and may give
+    remarks(root) -> [line]
+                  what `python -m dataset check` should say of them
 """
 
 import argparse
@@ -24,7 +36,7 @@ from dataset.loading import eval_loader, train_loader
 
 __all__ = [
     "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "bad_images", "eval_loader", "eval_sets", "eval_splits",
-    "load", "options", "remark", "size", "splits", "train_loader", "train_set",
+    "load", "open", "options", "remark", "size", "splits", "train_loader", "train_set",
 ]  # fmt: skip
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
@@ -120,21 +132,39 @@ def load(
     they are malformed or not those of the published split; with allow_partial any non-empty part of it will do.
     test_classes: a file, see dataset/folder.py.
     """
-    source = ALL[name]
-    choice = {}
+    return _load(name, root, [split], transform, allow_partial, test_classes)[0]
+
+
+def _load(name, root, wanted, transform, allow_partial=False, test_classes=None):
+    """The training split or some of the test splits, of which all are read once, for their classes."""
+    source, choice = ALL[name], {}
     if test_classes:
         if name != "folder":
             raise ValueError(f"--test-classes is for --dataset folder: {name} has its own split")
         choice = {"test_classes": Path(test_classes)}
-    if split not in splits(name, root):
-        raise ValueError(f"{name} has no split '{split}'; it has {', '.join(splits(name, root))}")
+    own = splits(name, root)
+    for split in wanted:
+        if split not in own:
+            raise ValueError(f"{name} has no split '{split}'; it has {', '.join(own)}")
     place = Path(root) / source.FOLDER if name in BENCHMARKS else Path(root)
-    samples = source.samples(place, split, **choice)
-    paths = [path for path, _ in samples]
-    missing = set(missing_files(paths))
+    label_space = [split for split in own if (split == "train") == ("train" in wanted)]
+    samples = {split: source.samples(place, split, **choice) for split in label_space}
+    classes = sorted({label for part in samples.values() for _, label in part})
+    found = []
+    for split in wanted:
+        part = _present(name, place, split, samples[split], allow_partial)
+        paths = [path for path, _ in part]
+        labels = np.searchsorted(classes, [label for _, label in part])
+        found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}"))
+    return found
+
+
+def _present(name, place, split, samples, allow_partial):
+    """The samples, if they are all there and those of the published split; with allow_partial, those that are there."""
+    source = ALL[name]
+    missing = set(missing_files([path for path, _ in samples]))
     if allow_partial:
         samples = [(path, label) for path, label in samples if path not in missing]
-        paths = [path for path, _ in samples]
     found = len({label for _, label in samples}), len(samples)
     published = source.SIZES[split] if name in BENCHMARKS else found
     if found != published and not allow_partial:
@@ -147,15 +177,12 @@ def load(
         raise BadFile(f"{name} {split}: found no images in {place}")
     if missing and not allow_partial:
         raise FileNotFoundError(
-            f"{len(missing):,} of the {len(paths):,} images of {name} {split} are missing; the first is {min(missing)}"
+            f"{len(missing):,} of the {len(samples):,} images of {name} {split} are missing; "
+            f"the first is {min(missing)}"
         )
     if hasattr(source, "check_images"):
-        source.check_images(paths)
-    label_space = [split] if split == "train" else eval_splits(name, root)
-    everything = [sample for other in label_space for sample in source.samples(place, other, **choice)]
-    classes = sorted({label for _, label in everything})
-    labels = np.searchsorted(classes, [label for _, label in samples])
-    return ImageDataset(paths, labels, classes, transform, f"{name} {split}")
+        source.check_images([path for path, _ in samples])
+    return samples
 
 
 def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
@@ -166,4 +193,9 @@ def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDa
 
 def eval_sets(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load."""
-    return [load(name, root, split, transforms.evaluation(image_size), **choice) for split in eval_splits(name, root)]
+    return _load(name, root, eval_splits(name, root), transforms.evaluation(image_size), **choice)
+
+
+def open(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:
+    """[train_set, *eval_sets]; choice: allow_partial and test_classes as in load."""
+    return [train_set(name, root, image_size, **choice), *eval_sets(name, root, image_size, **choice)]

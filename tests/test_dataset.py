@@ -95,6 +95,20 @@ def test_sizes_are_checked(tmp_path, monkeypatch, name, make, sizes):
         assert (loaded.num_classes, len(loaded)) == (classes, images)
 
 
+@pytest.mark.parametrize("name, make", [("cub", trees.cub), ("Inshop", trees.inshop)])
+def test_open_reads_each_split_once(tmp_path, monkeypatch, name, make):
+    make(tmp_path)
+    source, read = dataset.BENCHMARKS[name], []
+    samples = source.samples
+    monkeypatch.setattr(source, "samples", lambda folder, split: read.append(split) or samples(folder, split))
+    found = dataset.open(name, tmp_path, 32, allow_partial=True)
+    assert read == dataset.splits(name, tmp_path) == [images.name.split()[1] for images in found]
+    for split, images in zip(read[:], found):
+        alone = dataset.load(name, tmp_path, split, allow_partial=True)
+        assert (images.paths, images.classes) == (alone.paths, alone.classes)
+        assert images.labels.tolist() == alone.labels.tolist()
+
+
 def test_published_sizes():
     assert cub.SIZES == {"train": (100, 5864), "eval": (100, 5924)}
     assert cars.SIZES == {"train": (98, 8054), "eval": (98, 8131)}

@@ -44,9 +44,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     with console.errors_in_one_line("evaluate.py", args.debug):
         contract = checkpoint.contract(args.resume)
-    crop = contract.pop("crop", None)
     args = console.parse_with_contract(parser, argv, contract)
-    args.crop = dataset.crop(args.dataset) if crop is None else crop
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
     return args
@@ -74,7 +72,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     rows = {args.remark or "this checkpoint": result.metrics}
     if reference := published.RESULTS.get((args.dataset, args.model)):
         rows["published"] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
-    print(logbook.table(rows) + "\n" + result.remark(), end="")
+    print(logbook.table(rows) + "\n" + result.remark() + dataset.remark(test_sets), end="")
     if reference and (args.embedding_size, args.image_size) != (512, 224):
         print("The published results are of 512 dimensions and 224 pixels.")
     if args.allow_partial:

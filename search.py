@@ -85,9 +85,8 @@ def parse(argv=None) -> argparse.Namespace:
     if args.command == "index":
         with console.errors_in_one_line("search.py", args.debug):
             contract = checkpoint.contract(args.resume)
-        crop = contract.pop("crop", None)
         args = console.parse_with_contract(parser, argv, contract, at=1)
-        args.contract = {name: getattr(args, name) for name in checkpoint.CONTRACT} | ({"crop": crop} if crop else {})
+        args.contract = {name: getattr(args, name) for name in checkpoint.CONTRACT} | contract
         net.check_arguments(parser, args)
         if bool(args.images) == bool(args.split):
             parser.error("what to index: --images DIR, or --dataset NAME --split SPLIT")
@@ -119,7 +118,9 @@ def update_index(args: argparse.Namespace) -> None:
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if not (len(images) or changed or deleted):
             return
-        embeddings = embed(images, made["network"], args.resume, args)
+        embeddings = torch.empty(0, args.embedding_size)
+        if len(images):
+            embeddings = embed(images, made["network"], args.resume, args)
         index.update({*changed, *deleted}, {path: stamps[path] for path in images.paths}, embeddings)
         print(f"Indexed {len(images):,} images")
         if index.factory != EXACT:

@@ -53,13 +53,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     # Data: zero-shot retrieval, so training and test classes are disjoint.
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-    crop = dataset.crop(args.dataset)
     with distributed.first_process_first():
-        train_set = dataset.train_set(args.dataset, args.data_root, args.image_size, **choice)
-        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, crop, **choice)
+        train_set, *test_sets = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
     console.make_ready([train_set, *test_sets], args.skip_bad_images, args.cache, args.workers)
     splits = dict(zip(dataset.splits(args.dataset, args.data_root), [train_set, *test_sets]))
-    print(dataset.describe(splits))
+    print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
     # Without gradients, twice the images fit into the memory.
     test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
@@ -90,7 +88,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.model, args.loss, args.embedding_size, args.alpha, args.mrg,
         args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
     )  # fmt: skip
-    config = vars(args) | {"crop": crop, "device": str(device), "processes": distributed.count()}
+    config = vars(args) | {
+        "crop": dataset.own_crop(args.dataset),
+        "device": str(device),
+        "processes": distributed.count(),
+    }
     config |= {"sizes": {split: dataset.size(images) for split, images in splits.items()}}
     config |= {"data": {split: dataset.fingerprint(images, args.data_root) for split, images in splits.items()}}
     log_dir = Path(args.LOG_DIR)

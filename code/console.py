@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from proxy_anchor import distributed, runs
+from proxy_anchor.checkpoint import CONTRACT
 from proxy_anchor.stopping import Interrupted
 
 POSITIVE = (
@@ -108,13 +109,15 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
 def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
     """Parse the command line; what it does not say is as in a checkpoint's contract, other words are a usage error.
 
-    at: where flags may come in argv.
+    at: where flags may come in argv. What has no flag, crop, is an argument all the same: None where it is not told.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args([*argv[:at], *[f"--{n.replace('_', '-')}={v}" for n, v in contract.items()], *argv[at:]])
-    for name, value in contract.items():
-        if (given := getattr(args, name)) != value:
-            parser.error(f"argument --{name.replace('_', '-')}: the checkpoint was trained with {value}, not {given}")
+    told = {name: f"--{name.replace('_', '-')}" for name in CONTRACT if name in contract}
+    args = parser.parse_args([*argv[:at], *[f"{flag}={contract[name]}" for name, flag in told.items()], *argv[at:]])
+    for name, flag in told.items():
+        if (given := getattr(args, name)) != contract[name]:
+            parser.error(f"argument {flag}: the checkpoint was trained with {contract[name]}, not {given}")
+    args.crop = contract.get("crop")
     return args
 
 
@@ -142,6 +145,9 @@ ADVICE = {
 @contextmanager
 def errors_in_one_line(script: str, debug: bool):
     """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
+    for stream in (sys.stdout, sys.stderr):  # file names may be of any bytes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -178,8 +184,9 @@ def in_one_line(error: Exception) -> str:
     for words, advice in ADVICE.items():
         if re.search(words, text):
             return f"{advice} ({' '.join(text.split())[:200]})"
-    if "in DataLoader worker process" in text:  # the worker's traceback; its last line is "package.ErrorType: message"
-        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    if "in DataLoader worker process" in text:  # a traceback: indented lines, then "package.ErrorType: message"
+        text = text.rpartition("Traceback (most recent call last):\n")[2]
+        text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -1,34 +1,45 @@
-"""The data sets: a registry of them, and their images as torch Datasets and DataLoaders.
+"""The datasets: a registry of them, and their images as torch Datasets and DataLoaders.
 
-A benchmark is a module with
+A benchmark is a module that gives
     FOLDER        its folder under the data root
-    SIZES         split: (classes, images) of the published split
+    SIZES         {split: (classes, images)} of the published splits: train and eval, or train, query and gallery
     KS            the K of its Recall@K
-    SOURCE        where to get it
+    SOURCE        where to get it, a sentence for errors about missing files
     LIKELY_CAUSE  what is probably wrong when the sizes disagree
-    samples(folder, split)  (path, class) of each image; classes are what sorts, numbers or names
-and, where needed,
-    AUGMENTATION, CROP  arguments of transforms.RandomCrop and of transforms.evaluation
-    RECIPE        defaults of train.py's arguments
-    check_images(paths)  a look at the images
-One's own images, for which nothing is published, have splits(root) in place of all but KS and samples(root, split).
+    samples(folder, split) -> [(path, class)]
+                  the images of the split in a fixed order; classes are what sorts, numbers or names. Raises
+                  FileNotFoundError or BadFile for annotations that are missing or malformed; whether the images are
+                  there is checked here
+and may give
+    AUGMENTATION  arguments of transforms.RandomCrop
+    CROP          of transforms.evaluation
+    RECIPE        {argument of train.py: its default for this dataset}
+    check_images(paths)
+                  raises BadFile for images that are not the benchmark's
+Your own images, for which nothing is published, come from a module that gives KS and
+    splits(root) -> [split]
+                  of train, eval, query and gallery those that there are
+    samples(root, split) -> [(path, class)]
+                  as above; root is the data root itself, a folder or a file
+and may give
+    remarks(root) -> [line]
+                  what `python -m dataset check` should say of them
 """
 
 import argparse
-import hashlib
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dataset import cars, cub, folder, glyphs, inshop, sop, table, transforms
-from dataset.cache import Cache
-from dataset.check import inspect
-from dataset.files import BadFile, missing_files, read_image
-from dataset.sampler import BalancedBatches, RandomBatches
+from dataset.files import BadFile, missing_files
+from dataset.images import ImageDataset, describe, fingerprint, remark, size
+from dataset.loading import eval_loader, train_loader
+
+__all__ = [
+    "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "describe", "eval_loader", "eval_sets", "eval_splits",
+    "load", "open", "options", "remark", "size", "splits", "train_loader", "train_set",
+]  # fmt: skip
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
@@ -100,63 +111,13 @@ def options(training: bool) -> argparse.ArgumentParser:
 
 
 def splits(name: str, root: str | Path) -> list[str]:
-    """The splits of a data set: of train, eval, query and gallery those that it has."""
+    """The splits of a dataset: of train, eval, query and gallery those that it has."""
     return list(BENCHMARKS[name].SIZES) if name in BENCHMARKS else OWN[name].splits(Path(root))
 
 
 def eval_splits(name: str, root: str | Path) -> list[str]:
     """The splits that are embedded for evaluation: eval (each image queries all others), or query and gallery."""
     return [split for split in splits(name, root) if split != "train"]
-
-
-class ImageDataset(Dataset):
-    """Images uint8 (3, H, W) and labels, numbers of classes; an item is (transform(image), label).
-
-    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
-    decides what the transform draws.
-    """
-
-    def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None):
-        self.paths = paths
-        self.labels = labels
-        self.classes = classes
-        self.transform = transform
-        self.cache = None
-        self.numbers = np.arange(len(paths))  # in the whole data set, whatever is left out
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        index = key[-1] if isinstance(key, tuple) else key
-        image = read_image(self.paths[index]) if self.cache is None else self.cache[index]
-        if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                if isinstance(key, tuple):
-                    entropy = (*key[:-1], int(self.numbers[index]))
-                    torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-                image = self.transform(image)
-        return image, int(self.labels[index])
-
-    def use_cache(self, folder: Path, workers: int, progress, report) -> None:
-        """Take the images from a Cache in this folder, built first where need be; see Cache.build."""
-        cache = Cache(folder, self.paths)
-        cache.build(workers, progress, report)
-        self.cache = cache
-
-    def find_bad(self, workers: int) -> dict[str, str]:
-        """{path: reason} of the images that cannot be read; all are decoded to find out."""
-        return {image.path: image.problem for image in inspect(self.paths, workers) if image.problem}
-
-    def leave_out(self, paths) -> None:
-        """Go on without these images, before a cache is used; the others stay what they are."""
-        kept = np.array([path not in paths for path in self.paths], dtype=bool)
-        self.paths = [path for path, keep in zip(self.paths, kept) if keep]
-        self.labels, self.numbers = self.labels[kept], self.numbers[kept]
 
 
 def load(
@@ -167,51 +128,81 @@ def load(
     allow_partial: bool = False,
     test_classes: str | None = None,
 ) -> ImageDataset:
-    """Read a split (train, eval, query or gallery) of a benchmark under the data root, or of one's own images there.
+    """Read a split (train, eval, query or gallery) of a benchmark under the data root, or of your own images.
 
     Test splits share one label space. Raises FileNotFoundError where files are missing and BadFile (a ValueError) where
     they are malformed or not those of the published split; with allow_partial any non-empty part of it will do.
     test_classes: a file, see dataset/folder.py.
     """
-    source = ALL[name]
-    choice = {}
+    return _load(name, root, [split], transform, allow_partial, test_classes)[0]
+
+
+def _load(name, root, wanted, transform, allow_partial=False, test_classes=None):
+    """The training split or some of the test splits, of which all are read once, for their classes."""
+    source, choice = ALL[name], {}
     if test_classes:
         if name != "folder":
             raise ValueError(f"--test-classes is for --dataset folder: {name} has its own split")
         choice = {"test_classes": Path(test_classes)}
-    if split not in splits(name, root):
-        raise ValueError(f"{name} has no split '{split}'; it has {', '.join(splits(name, root))}")
+    own = splits(name, root)
+    for split in wanted:
+        if split not in own:
+            raise ValueError(f"{name} has no split '{split}'; it has {', '.join(own)}")
     place = Path(root) / source.FOLDER if name in BENCHMARKS else Path(root)
-    samples = source.samples(place, split, **choice)
-    paths = [path for path, _ in samples]
-    missing = set(missing_files(paths))
+    label_space = [split for split in own if (split == "train") == ("train" in wanted)]
+    samples = {split: source.samples(place, split, **choice) for split in label_space}
+    classes = sorted({label for part in samples.values() for _, label in part})
+    found = []
+    for split in wanted:
+        part = _present(name, place, split, samples[split], allow_partial)
+        paths = [path for path, _ in part]
+        labels = np.searchsorted(classes, [label for _, label in part])
+        found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}"))
+    return found
+
+
+def _present(name, place, split, samples, allow_partial):
+    """The samples, if they are all there and those of the published split; with allow_partial, those that are there."""
+    source = ALL[name]
+    missing = set(missing_files([path for path, _ in samples]))
     if allow_partial:
         samples = [(path, label) for path, label in samples if path not in missing]
-        paths = [path for path, _ in samples]
     found = len({label for _, label in samples}), len(samples)
     published = source.SIZES[split] if name in BENCHMARKS else found
     if found != published and not allow_partial:
         raise BadFile(
             f"{name} {split}: found {found[1]:,} images of {found[0]:,} classes in {place}, "
             f"expected {published[1]:,} of {published[0]:,}. "
-            f"Likely cause: {source.LIKELY_CAUSE}. --allow-partial goes on with a part of the data set"
+            f"Likely cause: {source.LIKELY_CAUSE}. --allow-partial accepts a part of the dataset"
         )
     if not samples:
         raise BadFile(f"{name} {split}: found no images in {place}")
     if missing and not allow_partial:
         raise FileNotFoundError(
-            f"{len(missing):,} of the {len(paths):,} images of {name} {split} are missing; the first is {min(missing)}"
+            f"{len(missing):,} of the {len(samples):,} images of {name} {split} are missing; "
+            f"the first is {min(missing)}"
         )
     if hasattr(source, "check_images"):
-        source.check_images(paths)
-    label_space = [split] if split == "train" else eval_splits(name, root)
-    everything = [sample for other in label_space for sample in source.samples(place, other, **choice)]
-    classes = sorted({label for _, label in everything})
-    labels = np.searchsorted(classes, [label for _, label in samples])
-    return ImageDataset(paths, labels, classes, transform)
+        source.check_images([path for path, _ in samples])
+    return samples
 
 
-def crop(name: str) -> float:
+def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
+    """The training images with their random transform; choice: allow_partial and test_classes as in load."""
+    augmentation = getattr(ALL[name], "AUGMENTATION", {})
+    return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
+
+
+def eval_sets(name: str, root: str | Path, image_size: int, crop: float | None = None, **choice) -> list[ImageDataset]:
+    """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load.
+
+    crop: of transforms.evaluation, the dataset's own where it is not given.
+    """
+    transform = transforms.evaluation(image_size, own_crop(name) if crop is None else crop)
+    return _load(name, root, eval_splits(name, root), transform, **choice)
+
+
+def own_crop(name: str) -> float:
     """The share of the resized image that evaluation keeps, see transforms.evaluation."""
     return getattr(ALL[name], "CROP", transforms.CROP)
 
@@ -221,72 +212,6 @@ def recipe(name: str) -> dict:
     return getattr(ALL[name], "RECIPE", {})
 
 
-def fingerprint(images: ImageDataset, root: str | Path) -> str:
-    """A digest of the images, by their paths below the root, and of their classes."""
-    base = root if os.path.isdir(root) else os.path.dirname(root) or "."
-    digest = hashlib.sha256()
-    for path, label in zip(images.paths, images.labels):
-        digest.update(os.fsencode(f"{os.path.relpath(path, base)}\n{images.classes[label]}\n"))
-    return digest.hexdigest()[:16]
-
-
-def size(images: ImageDataset) -> tuple[int, int]:
-    """(images, classes with an image)."""
-    return len(images), len(np.unique(images.labels))
-
-
-def describe(splits: dict[str, ImageDataset]) -> str:
-    """A line on what is in each split."""
-    sizes = {split: size(images) for split, images in splits.items()}
-    return ", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items())
-
-
-def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
-    """The training images with their random transform; choice: allow_partial and test_classes as in load."""
-    augmentation = getattr(ALL[name], "AUGMENTATION", {})
-    return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
-
-
-def eval_sets(name: str, root: str | Path, image_size: int, crop: float, **choice) -> list[ImageDataset]:
-    """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load.
-
-    crop: of the geometry of evaluation, see transforms.evaluation.
-    """
-    transform = transforms.evaluation(image_size, crop)
-    return [load(name, root, split, transform, **choice) for split in eval_splits(name, root)]
-
-
-def train_loader(
-    images: ImageDataset, batch_size: int, images_per_class: int | None, seed: int, workers: int, share=(0, 1)
-) -> DataLoader:
-    """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch.
-
-    share = (rank, processes): where several processes share the work, this one's part of every batch.
-    """
-    if images_per_class is None:
-        batches = RandomBatches(images.labels, batch_size, seed, share)
-    else:
-        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed, share)
-    return DataLoader(images, batch_sampler=batches, **_worker_settings(workers))
-
-
-def eval_loader(images: ImageDataset, batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
-    """Batches of all images in order, or of the part of the process share = (rank, processes)."""
-    rank, processes = share
-    own = np.array_split(np.arange(len(images)), processes)[rank]
-    return DataLoader(images, sampler=own.tolist(), batch_size=batch_size, **_worker_settings(workers))
-
-
-def _worker_settings(workers):
-    return {
-        "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": _leave_signals_to_the_main_process if workers else None,
-        "generator": torch.Generator(),  # each pass takes a number from it, otherwise from the global one
-    }  # fmt: skip
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A signal to a whole job (Ctrl-C, SLURM) must not take the images away from a step that is to be finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # which kills it, should nobody end it before
+def open(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:
+    """[train_set, *eval_sets]; choice: allow_partial and test_classes as in load."""
+    return [train_set(name, root, image_size, **choice), *eval_sets(name, root, image_size, **choice)]

@@ -61,10 +61,13 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     published = dataset.BENCHMARKS[name].SIZES if name in dataset.BENCHMARKS else {}
     problems = []
     parts = {"train": []}
+    test_sets = []
     for split in dataset.splits(name, root):
         images = dataset.load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
         found = list(console.progress(inspect(images.paths, workers), split))
         parts[split] = found
+        if split != "train":
+            test_sets.append(images)
         unreadable = [image.problem for image in found if image.problem]
         problems += unreadable
         count, classes = dataset.size(images)
@@ -83,6 +86,9 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
                 f"height {heights[0]} to {heights[-1]}, median {heights[len(heights) // 2]}; "
                 f"{len(unreadable)} unreadable"
             )
+    print(dataset.remark(test_sets), end="")
+    for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
+        print(remark)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
     twice = duplicates({"train": parts["train"], "test": tests})
     print(f"{len(twice)} images are in training and test alike" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))

@@ -5,14 +5,15 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from dataset.check import each
 from dataset.files import image_size, read_image
+from dataset.loading import parallel
 
 FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 1"  # of images.bin; whoever changes it, changes this
 
@@ -46,11 +47,13 @@ class Cache:
     def build(self, workers: int, progress, report) -> None:
         """Decode all images, unless that has been done, waiting for another process that is at it.
 
-        progress(batches, description) shows how far it is, report(line) says what disk it needs.
+        progress(batches, description) shows how far it is, report(line) says what disk it needs and which other caches
+        in the folder may be removed.
         Raises OSError where the disk is too small, BadFile for an image that cannot be read. The folder gets its name
         at the end, so what is unfinished is never read.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(self.folder.parent)
         with open(self.folder.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.folder.exists():
@@ -58,9 +61,16 @@ class Cache:
             unfinished = self.folder.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            sizes = each(Each(image_size, self.paths), workers)
+            sizes = parallel(image_size, self.paths, workers)
             shapes = np.array([(height, width) for width, height in progress(sizes, "image sizes")]).reshape(-1, 2)
-            need, free = int(offsets(shapes)[-1]), shutil.disk_usage(unfinished).free
+            starts = offsets(shapes)
+            if others := _superseded(self.folder.parent, set(map(os.path.abspath, self.paths))):
+                size = sum((other / "images.bin").stat().st_size for other in others)
+                report(
+                    f"Other caches of some of these images, or of images that are gone, take {size / 1e9:.2f} GB; "
+                    f"remove those that you no longer need: {', '.join(map(str, others))}"
+                )
+            need, free = int(starts[-1]), shutil.disk_usage(unfinished).free
             report(
                 f"Decoding {len(self.paths):,} images into {self.folder}: {need / 1e9:.2f} GB, {free / 1e9:.2f} GB free"
             )
@@ -69,14 +79,33 @@ class Cache:
                 raise OSError(f"{self.folder.parent} has too little room: {need:,} bytes are needed, {free:,} are free")
             with open(unfinished / "images.bin", "wb") as file:
                 file.truncate(need)
-            writer = Writer(unfinished / "images.bin", self.paths, shapes)
-            for _ in progress(each(writer, workers), "decoding"):
+            write = partial(_write, unfinished / "images.bin")
+            images = list(zip(self.paths, starts, starts[1:]))
+            for _ in progress(parallel(write, images, workers), "decoding"):
                 pass
             np.save(unfinished / "shapes.npy", shapes)
-            for name in ("images.bin", "shapes.npy"):
+            (unfinished / "paths.json").write_text(json.dumps(list(map(os.path.abspath, self.paths))))
+            for name in ("images.bin", "shapes.npy", "paths.json"):
                 with open(unfinished / name, "rb+") as file:
                     os.fsync(file.fileno())
             os.replace(unfinished, self.folder)
+
+
+def _remove_unfinished(folder):
+    """Remove what killed processes left: their locks are free."""
+    for unfinished in folder.glob("*.unfinished"):
+        with open(unfinished.with_suffix(".lock"), "w") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _superseded(folder, paths):
+    """The caches in the folder that hold some of these images, or images that are gone."""
+    found = {file.parent: json.loads(file.read_text()) for file in sorted(folder.glob("*/paths.json"))}
+    return [
+        cache for cache, images in found.items()
+        if cache.suffix != ".unfinished" and not (paths.isdisjoint(images) and all(map(os.path.exists, images[:1])))
+    ]  # fmt: skip
 
 
 def offsets(shapes: np.ndarray) -> np.ndarray:
@@ -84,35 +113,11 @@ def offsets(shapes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(shapes.astype(np.int64).prod(axis=1) * 3)])
 
 
-class Each(Dataset):
-    """function(path) of each path."""
-
-    def __init__(self, function, paths):
-        self.function = function
-        self.paths = paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        return self.function(self.paths[index])
-
-
-class Writer(Dataset):
-    """As a Dataset, so that workers do it: decoding an image and writing it to its place in the file."""
-
-    def __init__(self, file, paths, shapes):
-        self.file = file
-        self.paths = paths
-        self.starts = offsets(shapes)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        pixels = read_image(self.paths[index]).permute(1, 2, 0).numpy().tobytes()
-        assert len(pixels) == self.starts[index + 1] - self.starts[index], self.paths[index]
-        with open(self.file, "rb+") as file:
-            file.seek(self.starts[index])
-            file.write(pixels)
-        return index
+def _write(file, image):
+    """Decode an image (path, start, end) and write it to its place in the file."""
+    path, start, end = image
+    pixels = read_image(path).permute(1, 2, 0).numpy().tobytes()
+    assert len(pixels) == end - start, path
+    with open(file, "rb+") as opened:
+        opened.seek(start)
+        opened.write(pixels)

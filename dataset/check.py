@@ -5,10 +5,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dataset.files import BadFile, read_image
+from dataset.loading import parallel
 
 
 @dataclass
@@ -22,30 +22,17 @@ class Image:
     problem: str = ""
 
 
-class Inspection(Dataset):
-    def __init__(self, paths: list[str]):
-        self.paths = paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        path = self.paths[index]
-        try:
-            _, height, width = read_image(path).shape
-            return Image(path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), width, height)
-        except BadFile as error:
-            return Image(path, problem=str(error))
-
-
 def inspect(paths: list[str], workers: int) -> DataLoader:
     """An Image for each path, in their order; each file is decoded whole."""
-    return each(Inspection(paths), workers)
+    return parallel(_inspect, paths, workers)
 
 
-def each(items: Dataset, workers: int) -> DataLoader:
-    """The items in their order, made by workers; the global random numbers, of which a DataLoader takes, stay."""
-    return DataLoader(items, batch_size=None, num_workers=workers, generator=torch.Generator())
+def _inspect(path):
+    try:
+        _, height, width = read_image(path).shape
+        return Image(path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), width, height)
+    except BadFile as error:
+        return Image(path, problem=str(error))
 
 
 def duplicates(parts: dict[str, list[Image]]) -> list[list[str]]:

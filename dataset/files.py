@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 
 class BadFile(ValueError):
@@ -43,7 +42,7 @@ def read_table(path: Path, columns: list[str], skip: int = 0) -> list[tuple[int,
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file. Raises BadFile for one that is none."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise BadFile(f"{path} is not a text file: {error}") from error
 
@@ -58,7 +57,11 @@ def whole_number(text: str, path: Path, line: int, what: str) -> int:
 def missing_files(paths: list[str]) -> list[str]:
     """The paths that are not there. Lists each folder once: 60,000 single look-ups are slow on network disks."""
     folders = {os.path.dirname(path) for path in paths}
-    present = {entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)}
+    present = {
+        os.path.join(folder, name)
+        for folder in folders if os.path.isdir(folder or ".")
+        for name in os.listdir(folder or ".")
+    }  # fmt: skip
     return [path for path in paths if path not in present]
 
 
@@ -68,11 +71,8 @@ def image_size(path: str) -> tuple[int, int]:
 
 
 def read_image(path: str) -> torch.Tensor:
-    """Decode an image as uint8 RGB (3, H, W): alpha is dropped, 16 bits are scaled. Raises BadFile with the path.
-
-    Nearly all images are JPEGs, which torchvision decodes without Pillow's copies; all else is left to Pillow.
-    """
-    return _open(path, lambda image: _decode_jpeg(path) if _is_plain_jpeg(image) else _decode_with_pillow(image))
+    """Decode an image as uint8 RGB (3, H, W): alpha is dropped, 16 bits are scaled. Raises BadFile with the path."""
+    return _open(path, _decode)
 
 
 def _open(path, read):
@@ -85,16 +85,22 @@ def _open(path, read):
         raise BadFile(f"The image {path} cannot be read: {error}") from error
 
 
-def _is_plain_jpeg(image):
-    return image.format == "JPEG" and image.mode in ("L", "RGB")
+def _decode(image):
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _decode_jpeg(path):
-    # Deprecated since torchvision 0.29; TorchCodec, which follows it, needs torch 2.11.
-    return decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+def _to_8_bits(pixels):
+    """Scale gray pixels of 16 bits, which 32 may hold; Pillow's own conversion would saturate at 255.
 
-
-def _decode_with_pillow(image):
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would saturate at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    Raises ValueError for what other ranges may have been meant by: the image would be all black or white.
+    """
+    low, high = pixels.min(), pixels.max()
+    if pixels.dtype.kind == "f" or low < 0 or high > 65535 or 0 < high <= 255:
+        raise ValueError(
+            f"its pixels are {pixels.dtype.name} from {low:g} to {high:g}, expected 16 bits from 0 to 65535; "
+            "convert it to 8 bits a channel"
+        )
+    return (pixels / 257).round().astype(np.uint8)

@@ -3,7 +3,9 @@
 --test-classes FILE chooses the others instead: the names of their folders, one a line.
 """
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -22,7 +24,7 @@ def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tu
     Raises BadFile for a class without images, fewer than two classes, or test classes that leave none or do not exist.
     """
     require(root, "--data-root is to be a folder with a folder a class.")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = _classes(root)
     if len(classes) < 2:
         raise BadFile(f"{root} has too few folders ({len(classes)}): expected one a class, and at least two classes")
     tests = set(classes[len(classes) // 2 :]) if test_classes is None else _read_classes(test_classes, classes)
@@ -37,12 +39,60 @@ def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tu
 
 
 def images(folder: Path) -> list[str]:
-    """The images in a folder and the folders in it, sorted; hidden files are none."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(
-        str(path) for path in folder.rglob("*")
-        if path.suffix.lower() in endings and not path.name.startswith(".") and path.is_file()
-    )  # fmt: skip
+    """The images in a folder and the folders in it, sorted; hidden files and folders are left out."""
+    return find(folder).images
+
+
+class Found(NamedTuple):
+    images: list[str]
+    linked: int  # of the images, those in linked folders
+    hidden: int  # images that are left out
+
+
+def find(folder: Path) -> Found:
+    """The images in a folder and the folders in it; a linked folder counts once, and not where it holds the folder."""
+    images, linked, hidden = [], 0, 0
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
+    places = [folder]
+    for place in places:
+        for parent, folders, files in os.walk(place):
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            here = [path for name in files if _is_image(name) and (path := Path(parent, name)).is_file()]
+            shown = [str(path) for path in here if not _is_hidden(path.name)]
+            images += shown
+            linked += len(shown) * os.path.islink(place)
+            hidden += len(here) - len(shown)
+            for name in filter(_is_hidden, folders):
+                hidden += sum(_is_image(file) for _, _, below in os.walk(Path(parent, name)) for file in below)
+            folders[:] = sorted(name for name in folders if not _is_hidden(name))
+            places += [path for name in folders if (path := Path(parent, name)).is_symlink()]  # after all others
+    return Found(sorted(images), linked, hidden)
+
+
+def remarks(root: Path) -> list[str]:
+    """Lines on the images that are left out and those that are elsewhere."""
+    hidden = find(root).hidden
+    linked = sum(find(root / name).linked for name in _classes(root))
+    return [
+        *([f"{hidden:,} images are left out: they, or the folders that they are in, are hidden"] if hidden else []),
+        *([f"{linked:,} images are in linked folders"] if linked else []),
+    ]
+
+
+def _is_image(name):
+    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return kind in Image.OPEN
+
+
+def _is_hidden(name):
+    return name.startswith(".")
+
+
+def _classes(root):
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
 
 
 def _read_classes(path, classes):

@@ -30,10 +30,14 @@ def samples(root: Path, split: str) -> list[tuple[str, str]]:
 
 
 def _read(path):
-    """(path, label, split) of each row. Raises BadFile with the line of a row that does not fit."""
+    """(path, label, split) of each row. Raises BadFile with the line of a row that does not fit.
+
+    An image that is twice among the test images would find itself, so it is an error, as it is among the training
+    images. It may both train and test: the gallery may well be the catalogue that the network was trained on.
+    """
     if require(path, "--data-root is to be the CSV file.").is_dir():
         raise BadFile(f"{path} is a folder: with --dataset csv, --data-root is to be the CSV file")
-    rows = []
+    rows, lines = [], {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -45,7 +49,11 @@ def _read(path):
                     raise BadFile(f"{where}: expected a path, a label and a split, found {list(row.values())}")
                 if row["split"] not in SPLITS:
                     raise BadFile(f"{where}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
-                rows.append((os.path.normpath(path.parent / row["path"]), row["label"], row["split"]))
+                image = os.path.normpath(path.parent / row["path"])
+                use = "train" if row["split"] == "train" else "test"
+                if (first := lines.setdefault((image, use), reader.line_num)) != reader.line_num:
+                    raise BadFile(f"{where}: {row['path']} is in line {first} already; list an image once to {use}")
+                rows.append((image, row["label"], row["split"]))
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not a CSV file: {error}") from error
     return rows

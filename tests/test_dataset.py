@@ -1,3 +1,4 @@
+import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,9 @@ from torchvision.transforms import v2
 import dataset
 from dataset import cars, cub, files, glyphs, inshop, sop, transforms
 from dataset.cache import Cache
+from dataset.check import inspect
 from dataset.files import BadFile
-from dataset.sampler import BalancedBatches, RandomBatches
+from dataset.loading import BalancedBatches, RandomBatches, parallel
 
 # The published layouts
 
@@ -91,6 +93,20 @@ def test_sizes_are_checked(tmp_path, monkeypatch, name, make, sizes):
     for split, (classes, images) in sizes.items():
         loaded = dataset.load(name, tmp_path, split)
         assert (loaded.num_classes, len(loaded)) == (classes, images)
+
+
+@pytest.mark.parametrize("name, make", [("cub", trees.cub), ("Inshop", trees.inshop)])
+def test_open_reads_each_split_once(tmp_path, monkeypatch, name, make):
+    make(tmp_path)
+    source, read = dataset.BENCHMARKS[name], []
+    samples = source.samples
+    monkeypatch.setattr(source, "samples", lambda folder, split: read.append(split) or samples(folder, split))
+    found = dataset.open(name, tmp_path, 32, allow_partial=True)
+    assert read == dataset.splits(name, tmp_path) == [images.name.split()[1] for images in found]
+    for split, images in zip(read[:], found):
+        alone = dataset.load(name, tmp_path, split, allow_partial=True)
+        assert (images.paths, images.classes) == (alone.paths, alone.classes)
+        assert images.labels.tolist() == alone.labels.tolist()
 
 
 def test_published_sizes():
@@ -197,6 +213,36 @@ def test_16_bits_are_scaled(tmp_path, dtype, suffix):
     np.testing.assert_allclose(rgb, np.repeat(values[..., None] / 257, 3, axis=2), atol=0.5)
 
 
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.linspace(0, 1, 64, dtype=np.float32),
+        np.linspace(0, 255, 64, dtype=np.float32),
+        np.arange(64, dtype=np.uint16),
+        np.arange(192, 256, dtype=np.int32),
+        np.linspace(0, 2**31 - 1, 64).astype(np.int32),
+        np.linspace(-(2**15), 2**15 - 1, 64).astype(np.int32),
+    ],
+)
+def test_pixels_of_an_unknown_range_are_refused(tmp_path, pixels):
+    path = tmp_path / "image.tiff"
+    Image.fromarray(pixels.reshape(8, 8)).save(path)
+    with pytest.raises(BadFile, match=rf"{path} cannot be read: its pixels are \w+ from .* to .*, expected 16 bits"):
+        files.read_image(path)
+
+
+def test_black_is_black_in_16_bits(tmp_path):
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "image.png")
+    assert files.read_image(tmp_path / "image.png").sum() == 0
+
+
+def test_any_name_of_a_file_is_read(tmp_path):
+    paths = [os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/\xff\xfe.jpg", "/\N{SNOWMAN}\n.jpg".encode())]
+    for path in paths:
+        trees.write_image(Path(path), 0)
+    assert [image.problem for image in inspect(paths, workers=0)] == ["", ""]
+
+
 def test_unreadable_image_is_named(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(BadFile, match="bad.jpg cannot be read"):
@@ -227,9 +273,8 @@ def test_evaluation_transform_is_pils(size, resized, shape):
 def test_jpegs_are_what_pillow_decodes(tmp_path, mode):
     smooth = Image.effect_noise((90, 70), 60).resize((375, 251), Image.Resampling.BICUBIC).convert(mode)
     smooth.save(tmp_path / "image.jpg", quality=90)
-    expected = np.asarray(Image.open(tmp_path / "image.jpg").convert("RGB")).astype(int)
-    difference = np.abs(files.read_image(tmp_path / "image.jpg").permute(1, 2, 0).numpy() - expected)
-    assert difference.mean() < 1 and difference.max() <= 3
+    expected = np.asarray(Image.open(tmp_path / "image.jpg").convert("RGB"))
+    np.testing.assert_array_equal(files.read_image(tmp_path / "image.jpg").permute(1, 2, 0), expected)
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (64, 64), (20, 300), (1, 1)])
@@ -346,6 +391,13 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(cub_root):
     assert not torch.equal(images[3, 2, 7][0], first) and not torch.equal(images[4, 1, 7][0], first)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_parallel_keeps_the_order_and_the_random_numbers(workers):
+    state = torch.get_rng_state()
+    assert list(parallel(str.upper, ["b", "a", "c"], workers)) == ["B", "A", "C"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # Glyphs
 
 
@@ -429,6 +481,38 @@ def test_unfinished_cache_is_never_read(tmp_path, monkeypatch):
     cache, lines = cached(paths, tmp_path / "cache")
     assert lines and torch.equal(cache[5], files.read_image(paths[5]))
     assert not list((tmp_path / "cache").glob("*.unfinished"))
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
+    for name in ("dead", "alive"):
+        (tmp_path / "cache" / f"{name}.unfinished").mkdir(parents=True)
+        (tmp_path / "cache" / f"{name}.unfinished" / "images.bin").write_bytes(b"half")
+    with open(tmp_path / "cache" / "alive.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cached(paths, tmp_path / "cache")
+        assert [path.name for path in (tmp_path / "cache").glob("*.unfinished")] == ["alive.unfinished"]
+    cached(paths, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.unfinished"))
+
+
+def test_older_caches_are_named(tmp_path):
+    train, test = (
+        dataset.load("cub", trees.cub(tmp_path / "data"), split, allow_partial=True).paths
+        for split in ("train", "eval")
+    )
+    first, _ = cached(train, tmp_path / "cache")
+    assert len(cached(test, tmp_path / "cache")[1]) == 1  # another part of the same data set
+    trees.write_image(Path(train[0]), 12345)
+    os.utime(train[0], (1, 1))
+    _, (line, _) = cached(train, tmp_path / "cache")
+    assert line == (
+        "Other caches of some of these images, or of images that are gone, take 0.00 GB; "
+        f"remove those that you no longer need: {first.folder}"
+    )
+    for path in test:
+        os.remove(path)
+    assert cached(train[:1], tmp_path / "cache")[1][0].count(str(tmp_path / "cache")) == 3  # that of what is gone, too
 
 
 def test_cache_needs_room(tmp_path, monkeypatch):

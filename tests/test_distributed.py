@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 import dataset
 import net
-from dataset.sampler import BalancedBatches, RandomBatches
+from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, distributed, evaluation, losses, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r

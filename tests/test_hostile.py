@@ -13,7 +13,7 @@ import dataset
 import net
 from dataset.files import read_image
 from net import pretrained
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, console
 
 SHOWN_IN_ONE_LINE = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)  # as in console
 
@@ -60,7 +60,7 @@ def test_damaged_checkpoints(tmp_path):
     for data in mutations(path.read_bytes(), 210, seed=0):
         path.write_bytes(data)
         network = Tiny(0.0)
-        outcome(lambda: checkpoint.record(path))
+        outcome(lambda: checkpoint.contract(path))
         if isinstance(outcome(lambda network=network: checkpoint.load(path, network)), Exception):
             errors += 1
             assert not network.weight.any()  # nothing was loaded
@@ -144,6 +144,15 @@ def test_damaged_images(tmp_path, kind):
             assert str(path) in str(image)
         else:
             assert image.dtype == torch.uint8 and image.shape[0] == 3
+
+
+def test_path_of_several_lines_is_told_whole(tmp_path):
+    """An error of a worker comes as a traceback, of which the message is shown."""
+    path = str(tmp_path / "a\nTraceback: b.jpg")
+    images = dataset.ImageDataset([path], np.zeros(1, dtype=int), [""])
+    for workers in (0, 1):
+        error = outcome(lambda workers=workers: list(dataset.eval_loader(images, 1, workers)))
+        assert console.in_one_line(error) == f"The image {tmp_path}/a Traceback: b.jpg is missing"
 
 
 def test_network_stays_as_it_was(tmp_path):

@@ -45,9 +45,34 @@ def test_folder_is_halved(tmp_path):
     assert labelled(train_set)[:6] == [(f"{i}.jpg", "ant") for i in (1, 2, 3, 4, 5, 0)]  # the last in a folder below
 
 
+def test_hidden_folders_are_left_out_and_links_followed_once(tmp_path, capsys):
+    root, elsewhere = trees.folder(tmp_path / "images", classes=("ant", "bee", "cat")), tmp_path / "elsewhere"
+    for name in ("more/0.jpg", "1.jpg", "2.jpg"):
+        trees.write_image(elsewhere / name, 0)
+    for hidden in (root / "ant" / ".ipynb_checkpoints", root / ".thumbnails"):
+        trees.write_image(hidden / "deep" / "1.jpg", 0)
+    for link, target in {
+        root / "dog": elsewhere,  # a class
+        root / "ant" / "linked": elsewhere / "more",  # one image of a class
+        root / "ant" / "again": elsewhere / "more",
+        root / "bee" / "itself": root / "bee",
+        root / "bee" / "above": root,
+        root / "cat" / "nowhere": tmp_path / "nowhere",
+    }.items():
+        link.symlink_to(target, target_is_directory=True)
+    train_set, eval_set = (dataset.load("folder", root, split) for split in ("train", "eval"))
+    assert train_set.classes == ["ant", "bee"] and eval_set.classes == ["cat", "dog"]
+    assert len(train_set) == 6 + 1 + 6 and len(eval_set) == 6 + 3
+    assert [path for path in train_set.paths if "again" in path] == [str(root / "ant" / "again" / "0.jpg")]
+    dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
+    out = capsys.readouterr().out
+    assert "\n3 images are left out: they, or the folders that they are in, are hidden\n" in out  # with .hidden.jpg
+    assert "\n4 images are in linked folders\n" in out
+
+
 def test_test_classes_are_chosen(tmp_path):
     trees.folder(tmp_path / "images")
-    (tmp_path / "tests.txt").write_text("ant\n\n eel\n")
+    (tmp_path / "tests.txt").write_text("ant\n\n eel\n", encoding="utf-8-sig")  # a byte order mark is no class
     choice = {"test_classes": tmp_path / "tests.txt"}
     assert dataset.load("folder", tmp_path / "images", "train", **choice).classes == ["bee", "cat", "dog"]
     assert dataset.load("folder", tmp_path / "images", "eval", **choice).classes == ["ant", "eel"]
@@ -57,6 +82,22 @@ def test_csv(table):
     eval_set = dataset.load("csv", table, "eval")
     assert labelled(eval_set)[4:6] == [("5.jpg", "the cat, cat"), ("1.jpg", "the dog, dog")]
     assert dataset.load("csv", table, "train").num_classes == 2 and dataset.eval_splits("csv", table) == ["eval"]
+
+
+def test_csv_beside_its_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(trees.folder(tmp_path, classes=("ant", "bee")) / "ant")
+    write_csv("a.csv", [("1.jpg", "ant", "eval"), ("../bee/1.jpg", "bee", "eval")])
+    assert dataset.load("csv", "a.csv", "eval").paths == ["1.jpg", "../bee/1.jpg"]
+    (tmp_path / "ant" / "1.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 images .* the first is 1.jpg"):
+        dataset.load("csv", "a.csv", "eval")
+
+
+def test_csv_may_train_and_test_on_an_image(tmp_path):
+    trees.folder(tmp_path, classes=("ant", "bee"))
+    uses = [("1", "query"), ("1", "train"), ("2", "gallery"), ("2", "train")]
+    path = write_csv(tmp_path / "a.csv", [(f"{c}/{i}.jpg", c, s) for c in ("ant", "bee") for i, s in uses])
+    assert [len(dataset.load("csv", path, split)) for split in ("train", "query", "gallery")] == [4, 2, 2]
 
 
 def test_csv_with_a_gallery_and_a_byte_order_mark(tmp_path):
@@ -120,6 +161,12 @@ def test_wrong_test_classes_are_an_error(tmp_path, content, words):
         ("path,label,split\na.jpg,a,query\n", "has the splits query: to test, it needs eval, or query and gallery"),
         ("path,label,split\na.jpg,a,train\n", "has the splits train: to test, it needs"),
         ('path,label,split\n"a.jpg,a,train\n', "is not a CSV file"),
+        (
+            "path,label,split\na/b.jpg,a,eval\nb.jpg,b,eval\na/c/../b.jpg,a,eval\n",
+            r"line 4: a/c/\.\./b.jpg is in line 2 already; list an image once to test",
+        ),
+        ("path,label,split\na.jpg,a,train\na.jpg,b,train\n", "line 3: a.jpg is in line 2 already"),
+        ("path,label,split\na.jpg,a,query\na.jpg,a,gallery\n", "line 3: a.jpg is in line 2 already"),
         ("path,label,split\na.jpg,a,eval\n", "1 of the 1 images of csv eval are missing; the first is .*a.jpg"),
         (b"path,label,split\n\xff\xfe,a,eval\n", "is not a CSV file"),
     ],
@@ -153,10 +200,31 @@ def test_training_and_evaluation(tmp_path, table, name, capsys):
     assert "published" not in capsys.readouterr().out
 
 
+def test_one_test_class_is_remarked(tmp_path, capsys):
+    root = trees.folder(tmp_path / "images", classes=("ant", "bee"))
+    words = "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"
+    network = ["--model", "resnet18", "--pretrained", "none", "--embedding-size", "8", "--image-size", "32"]
+    flags = ["--dataset", "folder", "--data-root", str(root), "--batch-size", "6", "--workers", "0"]
+    train.main([*flags, *network, "--epochs", "1", "--LOG_DIR", str(tmp_path / "logs")])
+    assert words in capsys.readouterr().out
+    (path,) = tmp_path.glob("logs/**/*_best.pth")
+    assert evaluate.main([*flags, "--resume", str(path)])["R@1"] == 1
+    assert words in capsys.readouterr().out
+    dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
+    assert words in capsys.readouterr().out
+    for path in (root / "bee").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        train.main([*flags, *network, "--epochs", "1", "--LOG_DIR", str(tmp_path / "other"), "--skip-bad-images"])
+    assert capsys.readouterr().err.endswith(
+        "train.py: error: folder eval: all 6 images are left out, which leaves none to evaluate on\n"
+    )
+
+
 def test_check(tmp_path, table, capsys):
     dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])
     out = capsys.readouterr().out
-    assert "train: 10 images of 2 classes\n" in out and "Nothing is wrong." in out
+    assert "train: 10 images of 2 classes\n" in out and "Nothing is wrong." in out and "one class" not in out
     (tmp_path / "images" / "dog" / "3.jpg").write_bytes(b"")
     with pytest.raises(SystemExit):
         dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])

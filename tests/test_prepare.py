@@ -1,6 +1,7 @@
 import io
 import os
 import resource
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -229,6 +230,19 @@ def test_check_finds_what_is_wrong(tmp_path, published, capsys):
     assert "Bird_1_0000.jpg cannot be read" in output.out and "eval is not the published split" in output.out
 
 
+def test_check_tells_of_any_name(tmp_path, capsys):
+    folder = trees.folder(tmp_path)
+    for name in (b"ant/\xff.jpg", b"eel/\xff.jpg"):
+        shutil.copy(folder / "bee" / "1.jpg", os.path.join(os.fsencode(folder), name))
+    with open(os.path.join(os.fsencode(folder), b"eel/\xfe.jpg"), "wb"):
+        pass
+    with pytest.raises(SystemExit):
+        run("check", "folder", "--data-root", tmp_path, "--workers", 0)
+    output = capsys.readouterr()
+    assert r"eel/\udcfe.jpg cannot be read" in output.out and r"ant/\udcff.jpg = " in output.out
+    assert "folder has 1 problem, listed above" in output.err
+
+
 def test_usage_errors(capsys):
     for argv in (
         [],
@@ -252,7 +266,7 @@ def test_bad_images_are_left_out_and_change_no_other(tmp_path):
         file.write(b"no image")
     os.truncate(bad[1], 600)
     images = dataset.train_set("cub", root, 32, allow_partial=True)
-    found = dataset.bad_images(images, workers=2)
+    found = images.find_bad(workers=2)
     assert list(found) == bad and all("cannot be read" in reason for reason in found.values())
     images.leave_out(found)
     assert len(images) == 22 and images.num_classes == 4

@@ -1,13 +1,18 @@
-"""The order of training images: batches of keys (seed, epoch, index), one for each image drawn.
+"""Who reads the images and in which order: batches for training and evaluation, and passes over many files.
 
-The key is all that the randomness of an image's augmentation depends on, and (seed, epoch) all that the order
-depends on, so neither the number of workers nor what ran before changes what the network sees.
+Training draws keys (seed, epoch, index), one for each image of a batch. The key is all that the randomness of an
+image's augmentation depends on, and (seed, epoch) all that the order depends on, so neither the number of workers nor
+what ran before changes what the network sees.
 """
 
+import signal
 from itertools import islice
 
 import numpy as np
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataset.files import BadFile
 
 
 class RandomBatches(Sampler):
@@ -75,3 +80,61 @@ class BalancedBatches(RandomBatches):
         for _ in range(self.steps):
             classes = random.choice(len(self.members), self.classes_per_batch, replace=False)
             yield np.concatenate([random.choice(self.members[c], self.images_per_class) for c in classes])
+
+
+def train_loader(
+    images: Dataset, batch_size: int, images_per_class: int | None, seed: int, workers: int, share=(0, 1)
+) -> DataLoader:
+    """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch.
+
+    share = (rank, processes): where several processes share the work, this one's part of every batch.
+    """
+    if images_per_class is None:
+        batches = RandomBatches(images.labels, batch_size, seed, share)
+    else:
+        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed, share)
+    return DataLoader(images, batch_sampler=batches, **_worker_settings(workers))
+
+
+def eval_loader(images: Dataset, batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
+    """Batches of all images in order, or of the part of the process share = (rank, processes).
+
+    Raises BadFile where all images were left out.
+    """
+    if not len(images):
+        raise BadFile(f"{images.name}: all {images.total:,} images are left out, which leaves none to evaluate on")
+    rank, processes = share
+    own = np.array_split(np.arange(len(images)), processes)[rank]
+    return DataLoader(images, sampler=own.tolist(), batch_size=batch_size, **_worker_settings(workers))
+
+
+def _worker_settings(workers):
+    return {
+        "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _leave_signals_to_the_main_process if workers else None,
+        "generator": torch.Generator(),  # each pass takes a number from it, otherwise from the global one
+    }  # fmt: skip
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A signal to a whole job (Ctrl-C, SLURM) must not take the images away from a step that is to be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # which kills it, should nobody end it before
+
+
+def parallel(function, items: list, workers: int) -> DataLoader:
+    """function(item) of each item, in their order, by worker processes; the global random numbers stay untouched."""
+    return DataLoader(_Results(function, items), batch_size=None, num_workers=workers, generator=torch.Generator())
+
+
+class _Results(Dataset):
+    def __init__(self, function, items):
+        self.function = function
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.function(self.items[index])

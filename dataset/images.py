@@ -1,0 +1,92 @@
+"""The images of a split as a torch Dataset."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset.cache import Cache
+from dataset.check import inspect
+from dataset.files import read_image
+
+
+class ImageDataset(Dataset):
+    """Images uint8 (3, H, W) and labels, numbers of classes; an item is (transform(image), label).
+
+    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
+    decides what the transform draws.
+    """
+
+    def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images"):
+        self.name = name
+        self.paths = paths
+        self.labels = labels
+        self.classes = classes
+        self.transform = transform
+        self.cache = None
+        self.total = len(paths)
+        self.numbers = np.arange(len(paths))  # in the whole split, also when some are left out
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        index = key[-1] if isinstance(key, tuple) else key
+        image = read_image(self.paths[index]) if self.cache is None else self.cache[index]
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                if isinstance(key, tuple):
+                    entropy = (*key[:-1], int(self.numbers[index]))
+                    torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+                image = self.transform(image)
+        return image, int(self.labels[index])
+
+    def use_cache(self, folder: Path, workers: int, progress, report) -> None:
+        """Take the images from a Cache in this folder, built first where need be; see Cache.build."""
+        cache = Cache(folder, self.paths)
+        cache.build(workers, progress, report)
+        self.cache = cache
+
+    def find_bad(self, workers: int) -> dict[str, str]:
+        """{path: reason} of the images that cannot be read; all are decoded to find out."""
+        return {image.path: image.problem for image in inspect(self.paths, workers) if image.problem}
+
+    def leave_out(self, paths) -> None:
+        """Do without these images, before a cache is used; the others stay what they are."""
+        kept = np.array([path not in paths for path in self.paths], dtype=bool)
+        self.paths = [path for path, keep in zip(self.paths, kept) if keep]
+        self.labels, self.numbers = self.labels[kept], self.numbers[kept]
+
+
+def size(images: ImageDataset) -> tuple[int, int]:
+    """(images, classes with an image)."""
+    return len(images), len(np.unique(images.labels))
+
+
+def fingerprint(images: ImageDataset, root: str | Path) -> str:
+    """A digest of the images, by their paths below the root, and of their classes."""
+    base = root if os.path.isdir(root) else os.path.dirname(root) or "."
+    digest = hashlib.sha256()
+    for path, label in zip(images.paths, images.labels):
+        digest.update(os.fsencode(f"{os.path.relpath(path, base)}\n{images.classes[label]}\n"))
+    return digest.hexdigest()[:16]
+
+
+def describe(splits: dict[str, ImageDataset]) -> str:
+    """A line on what is in each split."""
+    sizes = {split: size(images) for split, images in splits.items()}
+    return ", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items())
+
+
+def remark(test_sets: list[ImageDataset]) -> str:
+    """A line where the result of a search says nothing about the network, or nothing."""
+    if len({images.classes[label] for images in test_sets for label in np.unique(images.labels)}) > 1:
+        return ""
+    return "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"

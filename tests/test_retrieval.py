@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from proxy_anchor import retrieval
+import evaluate
+import net
+from proxy_anchor import checkpoint, published, retrieval
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k
 
 
@@ -133,3 +135,25 @@ def test_map_at_r_ties_and_lonely_queries():
     x, y = torch.ones(6, 8), torch.tensor([0, 0, 1, 1, 1, 2])
     map_r, r_precision = map_at_r(x, y)
     assert map_r.tolist() == r_precision.tolist() == [0] * 6
+
+
+# What evaluate.py prints
+
+
+def evaluate_untrained(root, folder, **changed):
+    checkpoint.save(folder / "a.pth", net.create("resnet18", 8), {})
+    flags = {"dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "image-size": 32}
+    flags |= {"workers": 0, "resume": folder / "a.pth"} | changed
+    return evaluate.main(
+        ["--allow-partial", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
+    )
+
+
+@pytest.mark.parametrize("remark, lines", [("", ["this checkpoint", "published"]), ("published", ["published"] * 2)])
+def test_published_results_have_a_line_of_their_own(cub_root, tmp_path, monkeypatch, capsys, remark, lines):
+    """Also where the user's name for the measured ones is that of the published."""
+    monkeypatch.setitem(published.RESULTS, ("cub", "resnet18"), {1: 12.34})
+    metrics = evaluate_untrained(cub_root, tmp_path, remark=remark)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(lines))]
+    assert [row.startswith(name) for row, name in zip(rows, lines, strict=True)] == [True, True]
+    assert f"{100 * metrics['R@1']:.2f}" in rows[0] and "12.34" in rows[1]

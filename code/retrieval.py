@@ -1,6 +1,7 @@
 """Exact image retrieval by cosine similarity: the rank of each query's best positive, Recall@K, MAP@R, R-precision."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -22,16 +23,17 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *,
     embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D) each query is compared with all others;
     it is left out of its own ranking by its index, so duplicate images count. A negative as similar as the best
     positive ranks above it: a network that maps all images to one point finds nothing. -1 where a query has no
-    positive. Raises ValueError for embeddings that are not finite.
+    positive. Raises ValueError for embeddings that are not finite, for none, and for shapes that do not agree.
 
     Nothing is sorted: the best positive of each query is found, then the negatives above it are counted, tile by tile
     of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed. The
     processes of a torch.distributed group, which all pass the same, divide the tiles: the ranks are the same for any
     number of them.
     """
+    within = gallery is None
+    gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
     size = TILE[embeddings.device.type]
     queries = Tiled.of(embeddings, labels, size)
-    within = gallery is None
     targets = queries if within else Tiled.of(gallery.to(embeddings.device), gallery_labels, size)
     tiles = [(i, j) for i in range(len(queries)) for j in range(i if within else 0, len(targets))]
     if group:
@@ -124,7 +126,10 @@ def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None) -> di
 
 
 def recall_of_ranks(ranks: torch.Tensor, ks) -> dict[int, float]:
-    """Recall@K for each K from the ranks of best_positive_rank."""
+    """Recall@K for each K from the ranks of best_positive_rank. Raises ValueError for other K than 1, 2, ..."""
+    ks = list(ks)
+    if wrong := [k for k in ks if not isinstance(k, Integral) or k < 1]:
+        raise ValueError(f"Recall@K is for whole numbers K from 1, found {wrong[0]}")
     return {k: ((ranks >= 0) & (ranks < k)).sum().item() / len(ranks) for k in ks}
 
 
@@ -137,11 +142,11 @@ def map_at_r(embeddings, labels, gallery=None, gallery_labels=None, *, group=Non
     ties and errors as for best_positive_rank; a query without a positive scores 0. The processes of a group divide
     the queries.
     """
-    queries = unit_vectors(embeddings)
     within = gallery is None
+    gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
+    queries = unit_vectors(embeddings)
     targets = queries if within else unit_vectors(gallery.to(embeddings.device))
-    labels = labels.to(queries.device)
-    target_labels = labels if within else gallery_labels.to(queries.device)
+    labels, target_labels = labels.to(queries.device), gallery_labels.to(queries.device)
     most = int(torch.unique(target_labels, return_counts=True)[1].max())  # positives of a query, at most
     targets = F.pad(targets, (0, 0, 0, -len(targets) % ALIGNMENT))
     step = ALIGNMENT * max(1, BLOCK_ELEMENTS // (ALIGNMENT * len(targets)))
@@ -172,6 +177,23 @@ def map_at_r(embeddings, labels, gallery=None, gallery_labels=None, *, group=Non
         scores = scores.to(queries.device)
         dist.all_reduce(scores, group=group)
     return scores.cpu()
+
+
+def searched(embeddings, labels, gallery, gallery_labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gallery and its labels: without one, the queries. Raises ValueError for what cannot be searched."""
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("A gallery and its labels come together: pass both, or neither to search within the queries")
+    if gallery is None:
+        gallery, gallery_labels = embeddings, labels
+    size = embeddings.shape[1] if embeddings.ndim == 2 else "D"
+    for name, x, y in (("embeddings", embeddings, labels), ("gallery", gallery, gallery_labels)):
+        if x.ndim != 2 or x.shape[1] != size or y.shape != x.shape[:1]:
+            raise ValueError(
+                f"Expected {name} (N, {size}) and labels (N,), found {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        if not len(x):
+            raise ValueError(f"There is nothing to search: {name} {tuple(x.shape)}")
+    return gallery, gallery_labels
 
 
 def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:

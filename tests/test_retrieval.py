@@ -94,6 +94,36 @@ def test_embeddings_that_are_not_finite_are_an_error(value):
         best_positive_rank(x, torch.zeros(5, dtype=torch.long))
 
 
+X, Y = torch.ones(5, 8), torch.zeros(5, dtype=torch.long)
+
+
+@pytest.mark.parametrize("function", [best_positive_rank, map_at_r])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((X[:0], Y[:0]), r"There is nothing to search: embeddings \(0, 8\)"),
+        ((X, Y, X[:0], Y[:0]), r"There is nothing to search: gallery \(0, 8\)"),
+        ((X, Y[:4]), r"Expected embeddings \(N, 8\) and labels \(N,\), found \(5, 8\) and \(4,\)"),
+        ((X[0], Y), r"Expected embeddings \(N, D\) and labels \(N,\), found \(8,\) and \(5,\)"),
+        ((X, Y[:, None]), r"found \(5, 8\) and \(5, 1\)"),
+        ((X, Y, X[:, :7], Y), r"Expected gallery \(N, 8\) and labels \(N,\), found \(5, 7\) and \(5,\)"),
+        ((X, Y, X, Y[:4]), r"Expected gallery \(N, 8\) and labels \(N,\), found \(5, 8\) and \(4,\)"),
+        ((X, Y, X), "A gallery and its labels come together"),
+        ((X, Y, None, Y), "A gallery and its labels come together"),
+    ],
+)
+def test_shapes_that_do_not_agree_are_an_error(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, 2.0, "1"])
+def test_k_is_a_whole_number_from_1(k):
+    with pytest.raises(ValueError, match=f"Recall@K is for whole numbers K from 1, found {k}"):
+        recall_at_k(X, Y, [1, k])
+    assert recall_at_k(X, Y, np.array([1, 2])) == recall_at_k(X, Y, range(1, 3)) == {1: 1.0, 2: 1.0}
+
+
 # MAP@R and R-precision
 
 

@@ -31,7 +31,7 @@ def grid_embeddings(n, seed):
 
 
 @pytest.mark.parametrize("kind", ["random", "ties"])
-@pytest.mark.parametrize("tile", [64, 1024])
+@pytest.mark.parametrize("tile", [192, 960])
 def test_ranks_are_brute_force(kind, tile, monkeypatch):
     monkeypatch.setitem(retrieval.TILE, "cpu", tile)
     random = np.random.default_rng(0)
@@ -70,6 +70,17 @@ def test_network_collapsed_to_a_point_finds_nothing(size):
         map_r, _ = map_at_r(x[:1], y[:1], x, y)  # all negatives rank before the first of the R positives
         r, negatives = (count + 1) // 2, count // 2
         assert map_r.item() == pytest.approx(sum(i / (negatives + i) for i in range(1, r - negatives + 1)) / r)
+
+
+def test_equal_pairs_are_equal_anywhere():
+    """In float64 too, whose kernels have other widths, among rows of all places: within tiles and at their ends."""
+    for count in (64, 200, 1030):
+        x, y = torch.randn(1, 100, dtype=torch.double).repeat(count, 1), torch.arange(count) % 2
+        others = torch.randn(40, 100, dtype=torch.double)
+        for distinct in x, others:
+            assert recall_at_k(distinct, torch.arange(len(distinct)) % 2, [1], x, y) == {1: 0.0}
+        _, r_precision = map_at_r(others, torch.arange(40) % 2, x, y)
+        assert r_precision.max() == 0
 
 
 def test_duplicate_image_is_found():

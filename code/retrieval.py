@@ -16,7 +16,6 @@ ALIGNMENT = 192  # of 64, and of 12, the width of a CPU's float64 kernels
 BLOCK_ELEMENTS = 1 << 23  # similarities at a time where whole rows are needed
 
 
-@torch.no_grad()
 def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *, group=None) -> torch.Tensor:
     """Number of negatives that rank above each query's most similar positive, by cosine similarity: (N,), from 0.
 
@@ -29,6 +28,18 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *,
     of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed. The
     processes of a torch.distributed group, which all pass the same, divide the tiles: the ranks are the same for any
     number of them.
+    """
+    return ranks_and_ties(embeddings, labels, gallery, gallery_labels, group=group)[0]
+
+
+@torch.no_grad()
+def ranks_and_ties(
+    embeddings, labels, gallery=None, gallery_labels=None, *, group=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """best_positive_rank, and whether each query's best positive ties for the first place with negatives: (N,), bool.
+
+    By the published rule, a negative is above a positive only if it is more similar: these queries are misses at K = 1
+    here, and hits by that rule.
     """
     within = gallery is None
     gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
@@ -63,6 +74,7 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *,
         dist.all_reduce(best, dist.ReduceOp.MAX, group)
 
     above = torch.zeros_like(best, dtype=torch.long)
+    best_negative = torch.full_like(best, -torch.inf)
     for i, j in tiles:
         similarity = similarities(i, j)
         if (i, j) in with_positives:  # of itself and its positives, a query is not below
@@ -71,14 +83,17 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *,
         rows, columns = queries.slice(i), targets.slice(j)
         is_above = buffer[1, : similarity.shape[0], : similarity.shape[1]]  # 0 or 1; floats are added faster than bools
         above[rows] += torch.ge(similarity, best[rows, None], out=is_above).sum(dim=1).long()
+        best_negative[rows] = torch.maximum(best_negative[rows], similarity.amax(dim=1))
         if (i, j) in mirrored:
             above[columns] += torch.ge(similarity, best[columns], out=is_above).sum(dim=0).long()
+            best_negative[columns] = torch.maximum(best_negative[columns], similarity.amax(dim=0))
     if group:
         dist.all_reduce(above, group=group)
+        dist.all_reduce(best_negative, dist.ReduceOp.MAX, group)
 
-    ranks = torch.empty_like(above)
-    ranks[queries.order] = torch.where(best == -torch.inf, -1, above)
-    return ranks
+    without_positive = best == -torch.inf
+    before = torch.argsort(queries.order)  # the place of each query among the sorted
+    return torch.where(without_positive, -1, above)[before], ((best_negative == best) & ~without_positive)[before]
 
 
 @dataclass

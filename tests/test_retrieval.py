@@ -1,26 +1,32 @@
 import numpy as np
 import pytest
 import torch
+from test_distributed import in_processes
 
 import evaluate
 import net
-from proxy_anchor import checkpoint, published, retrieval
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k
+from proxy_anchor import checkpoint, distributed, published, retrieval
+from proxy_anchor.retrieval import best_positive_rank, map_at_r, ranks_and_ties, recall_at_k
 
 
 def brute_force(queries, labels, gallery=None, gallery_labels=None):
-    """Rank of the best positive by sorting all similarities of a query; of equals, negatives come first."""
+    """Rank of the best positive by sorting all similarities of a query; of equals, negatives come first.
+
+    And whether it is the most similar image, and a negative is too.
+    """
     within = gallery is None
     gallery, gallery_labels = (queries, labels) if within else (gallery, gallery_labels)
-    similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
-    ranks = []
+    similarity = (queries[:, None].astype(np.float64) * gallery.astype(np.float64)).sum(axis=2)  # in one order for all
+    ranks, tied = [], []
     for i in range(len(queries)):
         ranking = [
             (-similarity[i, j], gallery_labels[j] == labels[i]) for j in range(len(gallery)) if not (within and i == j)
         ]
-        found = [positive for _, positive in sorted(ranking)]  # at equal similarity False sorts before True
+        ranking.sort()  # at equal similarity False sorts before True
+        found = [positive for _, positive in ranking]
         ranks.append(found.index(True) if True in found else -1)
-    return ranks
+        tied.append(ranks[-1] > 0 and ranking[ranks[-1]][0] == ranking[0][0])
+    return ranks, tied
 
 
 def grid_embeddings(n, seed):
@@ -37,13 +43,16 @@ def test_ranks_are_brute_force(kind, tile, monkeypatch):
     random = np.random.default_rng(0)
     x = grid_embeddings(200, 1) if kind == "ties" else random.normal(size=(200, 16))
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    x[30:40] = x[:10]  # duplicates, of the same class or not
     labels = random.integers(0, 12, size=200)
+    x[30:40] = x[130:140] = x[170:180] = x[:10]  # duplicates, of the same class or not
+    labels[130:140] = labels[:10]
     labels[190:] = np.arange(100, 110)  # classes of one image
-    tensors = torch.from_numpy(x), torch.from_numpy(labels)
-    assert best_positive_rank(*tensors).tolist() == brute_force(x, labels)
-    queries, gallery = (tensors[0][:90], tensors[1][:90]), (tensors[0][90:], tensors[1][90:])
-    assert best_positive_rank(*queries, *gallery).tolist() == brute_force(x[:90], labels[:90], x[90:], labels[90:])
+    for arrays in (x, labels), (x[:90], labels[:90], x[90:], labels[90:]):
+        tensors = [torch.from_numpy(array) for array in arrays]
+        ranks, tied = brute_force(*arrays)
+        assert any(tied)
+        assert [part.tolist() for part in ranks_and_ties(*tensors)] == [ranks, tied]
+        assert best_positive_rank(*tensors).tolist() == ranks
 
 
 def test_recall_follows_from_ranks():
@@ -135,6 +144,29 @@ def test_k_is_a_whole_number_from_1(k):
     assert recall_at_k(X, Y, np.array([1, 2])) == recall_at_k(X, Y, range(1, 3)) == {1: 1.0, 2: 1.0}
 
 
+def planted(distance_arguments):
+    """Ranks and ties of embeddings with duplicates of other classes in several tiles, within them and in a gallery."""
+    retrieval.TILE["cpu"] = 192
+    torch.manual_seed(0)
+    x, y = torch.randn(300, 16), torch.arange(300) % 40
+    x[100:150] = x[:50]
+    x[250:300] = x[:50]
+    results = {}
+    for keywords in distance_arguments:
+        for arguments in (x, y), (x[:130], y[:130], x[130:], y[130:]):
+            ranks, tied = ranks_and_ties(*arguments, **keywords, group=distributed.group())
+            results |= {f"ranks {len(results)}": ranks, f"tied {len(results)}": tied}
+    return results
+
+
+def test_processes_agree(monkeypatch):
+    monkeypatch.setitem(retrieval.TILE, "cpu", 192)
+    alone = planted([{}])
+    for name, array in in_processes(2, planted, [{}]).items():
+        np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
+        assert array.any()
+
+
 # MAP@R and R-precision
 
 
@@ -181,13 +213,27 @@ def test_map_at_r_ties_and_lonely_queries():
 # What evaluate.py prints
 
 
-def evaluate_untrained(root, folder, **changed):
-    checkpoint.save(folder / "a.pth", net.create("resnet18", 8), {})
+def evaluate_untrained(root, folder, network=None, **changed):
+    checkpoint.save(folder / "a.pth", network or net.create("resnet18", 8), {})
     flags = {"dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "image-size": 32}
     flags |= {"workers": 0, "resume": folder / "a.pth"} | changed
     return evaluate.main(
         ["--allow-partial", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
     )
+
+
+def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
+    """All the 18 images of 3 classes as one point: misses here, and hits by the published rule."""
+    network = net.create("resnet18", 8)
+    with torch.no_grad():
+        network.model.embedding.weight.zero_()
+    assert evaluate_untrained(cub_root, tmp_path, network)["R@1"] == 0
+    assert (
+        "18 of 18 queries are nearest to an image of their class and, exactly as near, one of another: misses here, "
+        "hits by the published rule, by which R@1 is 100.00 instead of 0.00.\n"
+    ) in capsys.readouterr().out
+    evaluate_untrained(cub_root, tmp_path)
+    assert "are nearest to" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("remark, lines", [("", ["this checkpoint", "published"]), ("published", ["published"] * 2)])

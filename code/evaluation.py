@@ -1,5 +1,6 @@
 """From a network and test images to figures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,15 @@ def embed_all(network, test_sets, precision) -> list[torch.Tensor]:
     return [tensor for batches, total in test_sets for tensor in embed(network, batches, total, precision)]
 
 
-def measure(embedded: list[torch.Tensor], ks) -> Result:
-    """Search each query of one test set within it or, of two, each of the first in the second; from embed_all."""
-    ranks, tied = ranks_and_ties(*embedded, group=distributed.group())
-    average_precisions, r_precisions = map_at_r(*embedded, group=distributed.group())
+def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "cosine") -> Result:
+    """Search each query of one test set within it or, of two, each of the first in the second; from embed_all.
+
+    Recall@K for each of ks, by a distance of retrieval.DISTANCES. Raises ValueError as best_positive_rank does.
+    """
+    embeddings, labels, gallery, gallery_labels = [*embedded, None, None][:4]
+    searched = embeddings, labels, gallery, gallery_labels, distance
+    ranks, tied = ranks_and_ties(*searched, group=distributed.group())
+    average_precisions, r_precisions = map_at_r(*searched, group=distributed.group())
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
     means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
     return Result(recalls | means, ranks.cpu(), average_precisions, int(tied.sum()))

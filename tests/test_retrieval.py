@@ -9,50 +9,73 @@ from proxy_anchor import checkpoint, distributed, published, retrieval
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, ranks_and_ties, recall_at_k
 
 
-def brute_force(queries, labels, gallery=None, gallery_labels=None):
-    """Rank of the best positive by sorting all similarities of a query; of equals, negatives come first.
+def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="cosine"):
+    """Rank of the best positive by sorting all distances of a query; of equals, negatives come first.
 
-    And whether it is the most similar image, and a negative is too.
+    And whether it is the nearest image, and a negative is too.
     """
     within = gallery is None
     gallery, gallery_labels = (queries, labels) if within else (gallery, gallery_labels)
-    similarity = (queries[:, None].astype(np.float64) * gallery.astype(np.float64)).sum(axis=2)  # in one order for all
+    x, y = queries[:, None].astype(np.float64), gallery.astype(np.float64)
+    distances = ((x - y) ** 2 if distance == "euclidean" else -x * y).sum(axis=2)  # in one order for all
     ranks, tied = [], []
     for i in range(len(queries)):
         ranking = [
-            (-similarity[i, j], gallery_labels[j] == labels[i]) for j in range(len(gallery)) if not (within and i == j)
+            (distances[i, j], gallery_labels[j] == labels[i]) for j in range(len(gallery)) if not (within and i == j)
         ]
-        ranking.sort()  # at equal similarity False sorts before True
+        ranking.sort()  # at equal distances False sorts before True
         found = [positive for _, positive in ranking]
         ranks.append(found.index(True) if True in found else -1)
         tied.append(ranks[-1] > 0 and ranking[ranks[-1]][0] == ranking[0][0])
     return ranks, tied
 
 
-def grid_embeddings(n, seed):
-    """Unit vectors with exactly representable products, so that ties are ties in any precision; many are duplicates."""
-    random = np.random.default_rng(seed)
-    signs = random.choice([-0.5, 0.5], size=(n, 4))
-    return np.hstack([signs, np.zeros((n, 12))]).astype(np.float32)
+def examples(kind, distance, random):
+    """200 embeddings of a kind, in float32 or float64; of unit length for the cosine."""
+    x = random.normal(size=(200, 16))
+    if kind == "ties" and distance == "cosine":
+        # Products are exactly representable, so that ties are ties in any precision; many are duplicates.
+        return np.hstack([random.choice([-0.5, 0.5], size=(200, 4)), np.zeros((200, 12))]).astype(np.float32)
+    if kind == "ties":  # points of a grid, far from 0: many pairs are equally distant
+        return (1000 + random.integers(0, 4, size=(200, 3))).astype(np.float32)
+    if distance == "euclidean":
+        x *= 10 ** random.uniform(-4, 4, size=(200, 1))
+        return {"random": x.astype(np.float32), "float64": x, "far": (1e4 + 1e-2 * x).astype(np.float32)}[kind]
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties"])
+@pytest.mark.parametrize(
+    "distance, kind",
+    [("cosine", "random"), ("cosine", "ties")] + [("euclidean", kind) for kind in ("random", "float64", "far", "ties")],
+)
 @pytest.mark.parametrize("tile", [192, 960])
-def test_ranks_are_brute_force(kind, tile, monkeypatch):
+def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
     monkeypatch.setitem(retrieval.TILE, "cpu", tile)
     random = np.random.default_rng(0)
-    x = grid_embeddings(200, 1) if kind == "ties" else random.normal(size=(200, 16))
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x = examples(kind, distance, random)
     labels = random.integers(0, 12, size=200)
     x[30:40] = x[130:140] = x[170:180] = x[:10]  # duplicates, of the same class or not
     labels[130:140] = labels[:10]
     labels[190:] = np.arange(100, 110)  # classes of one image
     for arrays in (x, labels), (x[:90], labels[:90], x[90:], labels[90:]):
-        tensors = [torch.from_numpy(array) for array in arrays]
-        ranks, tied = brute_force(*arrays)
+        queries, gallery = map(torch.from_numpy, arrays[:2]), map(torch.from_numpy, arrays[2:])
+        arguments = [*queries, *(gallery if len(arrays) == 4 else (None, None)), distance]
+        ranks, tied = brute_force(*arrays, distance=distance)
         assert any(tied)
-        assert [part.tolist() for part in ranks_and_ties(*tensors)] == [ranks, tied]
-        assert best_positive_rank(*tensors).tolist() == ranks
+        assert [part.tolist() for part in ranks_and_ties(*arguments)] == [ranks, tied]
+        assert best_positive_rank(*arguments).tolist() == ranks
+        assert recall_at_k(*arguments[:2], [1, 5], *arguments[2:])[5] == np.mean([0 <= rank < 5 for rank in ranks])
+
+
+def test_distances_agree_on_unit_vectors():
+    x, y = torch.nn.functional.normalize(torch.randn(300, 16, dtype=torch.double)), torch.arange(300) % 40
+    for arguments in (x, y, None, None), (x[:100], y[:100], x[100:], y[100:]):
+        for function in best_positive_rank, map_at_r:
+            assert torch.equal(function(*arguments, "euclidean"), function(*arguments, "cosine"))
+    scaled = x * torch.rand(300, 1).add(0.1)
+    assert not torch.equal(best_positive_rank(scaled, y, distance="euclidean"), best_positive_rank(x, y))
+    with pytest.raises(ValueError, match="There is no distance 'l1'; there are cosine, euclidean"):
+        recall_at_k(x, y, [1], distance="l1")
 
 
 def test_recall_follows_from_ranks():
@@ -87,9 +110,11 @@ def test_equal_pairs_are_equal_anywhere():
         x, y = torch.randn(1, 100, dtype=torch.double).repeat(count, 1), torch.arange(count) % 2
         others = torch.randn(40, 100, dtype=torch.double)
         for distinct in x, others:
-            assert recall_at_k(distinct, torch.arange(len(distinct)) % 2, [1], x, y) == {1: 0.0}
-        _, r_precision = map_at_r(others, torch.arange(40) % 2, x, y)
-        assert r_precision.max() == 0
+            for distance in retrieval.DISTANCES:
+                arguments = x, y, distance
+                assert recall_at_k(distinct, torch.arange(len(distinct)) % 2, [1], *arguments) == {1: 0.0}
+                _, r_precision = map_at_r(distinct, torch.arange(len(distinct)) % 2, *arguments)
+                assert r_precision.max() == 0
 
 
 def test_duplicate_image_is_found():
@@ -144,7 +169,7 @@ def test_k_is_a_whole_number_from_1(k):
     assert recall_at_k(X, Y, np.array([1, 2])) == recall_at_k(X, Y, range(1, 3)) == {1: 1.0, 2: 1.0}
 
 
-def planted(distance_arguments):
+def planted(all_keywords):
     """Ranks and ties of embeddings with duplicates of other classes in several tiles, within them and in a gallery."""
     retrieval.TILE["cpu"] = 192
     torch.manual_seed(0)
@@ -152,7 +177,7 @@ def planted(distance_arguments):
     x[100:150] = x[:50]
     x[250:300] = x[:50]
     results = {}
-    for keywords in distance_arguments:
+    for keywords in all_keywords:
         for arguments in (x, y), (x[:130], y[:130], x[130:], y[130:]):
             ranks, tied = ranks_and_ties(*arguments, **keywords, group=distributed.group())
             results |= {f"ranks {len(results)}": ranks, f"tied {len(results)}": tied}
@@ -161,8 +186,9 @@ def planted(distance_arguments):
 
 def test_processes_agree(monkeypatch):
     monkeypatch.setitem(retrieval.TILE, "cpu", 192)
-    alone = planted([{}])
-    for name, array in in_processes(2, planted, [{}]).items():
+    keywords = [{}, {"distance": "euclidean"}]
+    alone = planted(keywords)
+    for name, array in in_processes(2, planted, keywords).items():
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
         assert array.any()
 
@@ -182,8 +208,9 @@ def test_map_at_r_by_hand():
 
 @pytest.mark.parametrize("block", [1, 5000, 1 << 23])
 @pytest.mark.parametrize("gallery", [False, True])
-def test_agrees_with_pytorch_metric_learning(gallery, block, monkeypatch):
-    from pytorch_metric_learning.distances import CosineSimilarity
+@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+def test_agrees_with_pytorch_metric_learning(gallery, distance, block, monkeypatch):
+    from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
 
@@ -194,13 +221,13 @@ def test_agrees_with_pytorch_metric_learning(gallery, block, monkeypatch):
     calculator = AccuracyCalculator(
         include=("mean_average_precision_at_r", "r_precision", "precision_at_1"),
         k="max_bin_count",
-        knn_func=CustomKNN(CosineSimilarity()),
+        knn_func=CustomKNN(CosineSimilarity() if distance == "cosine" else LpDistance(normalize_embeddings=False)),
     )
     theirs = calculator.get_accuracy(*arguments)
-    map_r, r_precision = map_at_r(*arguments)
+    map_r, r_precision = map_at_r(*arguments, distance=distance)
     assert map_r.mean().item() == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-6)
     assert r_precision.mean().item() == pytest.approx(theirs["r_precision"], abs=1e-6)
-    ours = recall_at_k(arguments[0], arguments[1], [1], *arguments[2:])
+    ours = recall_at_k(arguments[0], arguments[1], [1], *arguments[2:], distance=distance)
     assert ours[1] == pytest.approx(theirs["precision_at_1"], abs=1e-6)
 
 

@@ -64,10 +64,8 @@ def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "co
 
     Recall@K for each of ks, by a distance of retrieval.DISTANCES. Raises ValueError as best_positive_rank does.
     """
-    embeddings, labels, gallery, gallery_labels = [*embedded, None, None][:4]
-    searched = embeddings, labels, gallery, gallery_labels, distance
-    ranks, tied = ranks_and_ties(*searched, group=distributed.group())
-    average_precisions, r_precisions = map_at_r(*searched, group=distributed.group())
+    ranks, tied = ranks_and_ties(*embedded, distance=distance, group=distributed.group())
+    average_precisions, r_precisions = map_at_r(*embedded, distance=distance, group=distributed.group())
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
     means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
     return Result(recalls | means, ranks.cpu(), average_precisions, int(tied.sum()))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from proxy_anchor.losses import norms
 
 # Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
-# ALIGNMENT: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
+# the kernels' width: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
 TILE = {"cpu": 960, "cuda": 4096, "mps": 4096}
 ALIGNMENT = 192  # of 64, and of 12, the width of a CPU's float64 kernels
 DISTANCES = ("cosine", "euclidean")
@@ -131,7 +131,10 @@ class Points:
         if origin is None:
             return cls(unit_vectors(embeddings))
         vectors = finite(embeddings).to(origin.device).double() - origin
-        return cls(vectors, vectors.square().sum(dim=1) / 2)
+        halves = vectors.square().sum(dim=1) / 2
+        if not halves.isfinite().all():
+            raise ValueError("The embeddings are too large to square: divide them by something")
+        return cls(vectors, halves)
 
     def __getitem__(self, rows) -> "Points":
         return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
@@ -144,17 +147,18 @@ class Points:
 
     def similarities(self, others: "Points", out: torch.Tensor | None = None) -> torch.Tensor:
         """(N, M): larger is nearer. Equal pairs are equal only in products of one shape."""
-        similarities = torch.mm(self.vectors, others.vectors.T, out=out)
-        if self.halves is not None and others.halves is not None:
-            similarities -= self.halves[:, None] + others.halves
-        return similarities
+        products = torch.mm(self.vectors, others.vectors.T, out=out)
+        if self.halves is None or others.halves is None:
+            return products
+        return products.sub_(self.halves[:, None] + others.halves)
 
 
 def origin_of(gallery: torch.Tensor, distance: str) -> torch.Tensor | None:
-    """The point (D,) to see embeddings from for the Euclidean distance, None for the cosine. ValueError for another.
+    """The point (D,) from which to measure Euclidean distances, None for the cosine. ValueError for another distance.
 
-    Squares of far points would cancel one another: the origin is amid the gallery, and in float64 what is left of the
-    squares has more digits than float32 embeddings. It has few digits, so that no digits of the embeddings are lost.
+    Small distances are differences of large squares. An origin amid the gallery keeps the squares small, and float64
+    has digits enough for those of float32. Rounded to a few digits, it takes none from the embeddings: on a grid, say,
+    pairs of equal distance stay exactly equal.
     """
     if distance not in DISTANCES:
         raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")

@@ -5,7 +5,7 @@ from test_distributed import in_processes
 
 import evaluate
 import net
-from proxy_anchor import checkpoint, distributed, published, retrieval
+from proxy_anchor import checkpoint, distributed, evaluation, published, retrieval
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, ranks_and_ties, recall_at_k
 
 
@@ -65,6 +65,16 @@ def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
         assert [part.tolist() for part in ranks_and_ties(*arguments)] == [ranks, tied]
         assert best_positive_rank(*arguments).tolist() == ranks
         assert recall_at_k(*arguments[:2], [1, 5], *arguments[2:])[5] == np.mean([0 <= rank < 5 for rank in ranks])
+
+
+def test_measure_takes_the_distance():
+    x, y = torch.randn(60, 8) + 3, torch.arange(60) % 20
+    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in retrieval.DISTANCES}
+    for distance, result in results.items():
+        assert torch.equal(result.ranks, best_positive_rank(x, y, distance=distance))
+        assert torch.equal(result.average_precisions, map_at_r(x, y, distance=distance)[0])
+    assert results["cosine"].metrics != results["euclidean"].metrics
+    assert evaluation.measure([x, y], [1, 4]).metrics == results["cosine"].metrics
 
 
 def test_distances_agree_on_unit_vectors():
@@ -137,6 +147,16 @@ def test_embeddings_that_are_not_finite_are_an_error(value):
     x[3, 2] = value
     with pytest.raises(ValueError, match="1 of 5 embeddings are not finite; the first is number 3"):
         best_positive_rank(x, torch.zeros(5, dtype=torch.long))
+
+
+def test_embeddings_beyond_float64_are_an_error():
+    x, y = torch.randn(6, 8, dtype=torch.double), torch.arange(6) % 2
+    for scale in 1e39, 1e200:
+        with pytest.raises(ValueError, match="The embeddings are too large to square"):
+            best_positive_rank(scale * x, y, distance="euclidean")
+    assert torch.equal(
+        best_positive_rank(1e37 * x, y, distance="euclidean"), best_positive_rank(x, y, distance="euclidean")
+    )
 
 
 X, Y = torch.ones(5, 8), torch.zeros(5, dtype=torch.long)

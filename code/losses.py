@@ -111,14 +111,15 @@ class ProxyAnchorFunction(torch.autograd.Function):
 
 
 class MinedLoss(nn.Module):
-    """A loss over the pairs or triplets that a miner picks from the batch."""
+    """A loss of pytorch-metric-learning over the pairs or triplets that one of its miners picks from the batch."""
 
     def __init__(self, loss: nn.Module, miner: nn.Module):
         super().__init__()
         self.loss = loss
         self.miner = miner
 
-    def forward(self, embeddings, labels):
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """embeddings (B, D), labels (B,) -> scalar."""
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
@@ -155,7 +156,8 @@ LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
 def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0) -> nn.Module:
     """A loss by its name in LOSSES: module (embeddings (B, D), labels (B,)) -> scalar.
 
-    margin and alpha are Proxy-Anchor's; the others have the settings of the published comparison.
+    margin and alpha are Proxy-Anchor's; the others are pytorch-metric-learning's, with the settings of the published
+    comparison. Raises ValueError for another name, ImportError without that library.
     """
     if name == "Proxy_Anchor":
         return ProxyAnchor(num_classes, embedding_size, margin, alpha)

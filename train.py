@@ -89,12 +89,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
     )  # fmt: skip
     config = vars(args) | {
-        "crop": dataset.own_crop(args.dataset),
-        "device": str(device),
-        "processes": distributed.count(),
-    }
-    config |= {"sizes": {split: dataset.size(images) for split, images in splits.items()}}
-    config |= {"data": {split: dataset.fingerprint(images, args.data_root) for split, images in splits.items()}}
+        "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
+        "sizes": {split: dataset.size(images) for split, images in splits.items()},
+        "data": {split: dataset.fingerprint(images, args.data_root) for split, images in splits.items()},
+    }  # fmt: skip
     log_dir = Path(args.LOG_DIR)
     resume = runs.to_resume(args.resume, runs.place(log_dir, args.dataset, name), config)
     log = logbook.open_logbook(log_dir, args.dataset, args.model, name, config, args.wandb, resume)

@@ -1,11 +1,14 @@
 """From a network and test images to metrics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from proxy_anchor import distributed
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_of_ranks
+from proxy_anchor.embedding import Embedder
+from proxy_anchor.retrieval import map_at_r, ranks_and_ties, recall_of_ranks
+from proxy_anchor.stopping import Stop
 
 
 @dataclass
@@ -13,21 +16,30 @@ class Result:
     """metrics: R@K for each K, MAP@R and R-precision, in 0..1.
 
     Of each query: ranks, as best_positive_rank gives them, and average_precisions, of which MAP@R is the mean.
+    tied: how many queries are nearest to an image of their class and, exactly as near, one of another.
     """
 
     metrics: dict[str, float]
     ranks: torch.Tensor
     average_precisions: torch.Tensor
+    tied: int = 0
 
     def remark(self) -> str:
-        """A line on the queries that cannot be answered, or nothing."""
-        alone = int((self.ranks < 0).sum())
-        if not alone:
-            return ""
-        return f"{alone:,} of {len(self.ranks):,} queries have no image of their class to find: they are misses.\n"
+        """A line on the queries that cannot be answered and one on those in dispute, where there are any."""
+        total, alone, hits = len(self.ranks), int((self.ranks < 0).sum()), int((self.ranks == 0).sum())
+        lines = ""
+        if alone:
+            lines += f"{alone:,} of {total:,} queries have no image of their class to find: they are misses.\n"
+        if self.tied:
+            lines += (
+                f"{self.tied:,} of {total:,} queries are nearest to an image of their class and, exactly as near, one "
+                "of another: misses here, hits by the published rule, by which R@1 is "
+                f"{100 * (hits + self.tied) / total:.2f} instead of {100 * hits / total:.2f}.\n"
+            )
+        return lines
 
 
-def evaluate(embedder, loaders, ks, stop=None) -> Result:
+def evaluate(embedder: Embedder, loaders, ks: Sequence[int], stop: Stop | None = None) -> Result:
     """Embed the test sets of the loaders and measure; stop: a Stop, which raises Interrupted here at a signal."""
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader, "evaluation", stop)]
     if stop:
@@ -35,10 +47,13 @@ def evaluate(embedder, loaders, ks, stop=None) -> Result:
     return measure(embedded, ks)
 
 
-def measure(embedded: list[torch.Tensor], ks) -> Result:
-    """Search each query of one test set within it or, of two, each of the first in the second; from Embedder.embed."""
-    ranks = best_positive_rank(*embedded, group=distributed.group())
-    average_precisions, r_precisions = map_at_r(*embedded, group=distributed.group())
+def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "cosine") -> Result:
+    """Search each query of one test set within it or, of two, each of the first in the second; from Embedder.embed.
+
+    Recall@K for each of ks, by a distance of retrieval.DISTANCES. Raises ValueError as best_positive_rank does.
+    """
+    ranks, tied = ranks_and_ties(*embedded, distance=distance, group=distributed.group())
+    average_precisions, r_precisions = map_at_r(*embedded, distance=distance, group=distributed.group())
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
     means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
-    return Result(recalls | means, ranks.cpu(), average_precisions)
+    return Result(recalls | means, ranks.cpu(), average_precisions, int(tied.sum()))

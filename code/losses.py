@@ -114,7 +114,7 @@ class ProxyAnchorFunction(torch.autograd.Function):
 
 
 class MinedLoss(nn.Module):
-    """A loss over the pairs or triplets that a miner picks from the batch."""
+    """A loss of pytorch-metric-learning over the pairs or triplets that one of its miners picks from the batch."""
 
     def __init__(self, loss: nn.Module, miner: nn.Module):
         super().__init__()
@@ -122,6 +122,7 @@ class MinedLoss(nn.Module):
         self.miner = miner
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """embeddings (B, D), labels (B,) -> scalar."""
         return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
@@ -158,8 +159,9 @@ LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
 def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0) -> nn.Module:
     """A loss by its name in LOSSES: module (embeddings (B, D), labels (B,)) -> scalar.
 
-    margin and alpha are Proxy-Anchor's; the others have the settings of the published comparison. What the recipe does
-    to the proxies is in the attributes proxy_lr and clipped, see ProxyAnchor. Raises ValueError for another name.
+    margin and alpha are Proxy-Anchor's; the others are pytorch-metric-learning's, with the settings of the published
+    comparison. What the recipe does to the proxies is in the attributes proxy_lr and clipped, see ProxyAnchor. Raises
+    ValueError for another name, ImportError without that library.
     """
     if name == "Proxy_Anchor":
         return ProxyAnchor(num_classes, embedding_size, margin, alpha)

@@ -1,6 +1,6 @@
 """Recall@K in percent of the released checkpoints (512-d, 224 px), as published by the authors."""
 
-RESULTS = {
+RESULTS: dict[tuple[str, str], dict[int, float]] = {
     ("cub", "bn_inception"): {1: 69.1, 2: 78.9, 4: 86.1, 8: 91.2},
     ("cub", "resnet50"): {1: 69.9, 2: 79.6, 4: 86.6, 8: 91.4},
     ("cars", "bn_inception"): {1: 86.4, 2: 91.9, 4: 95.0, 8: 97.0},

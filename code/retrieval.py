@@ -1,6 +1,8 @@
-"""Exact image retrieval by cosine similarity: the rank of each query's best positive, Recall@K, MAP@R, R-precision."""
+"""Exact image retrieval: the rank of each query's best positive, Recall@K, MAP@R, R-precision; cosine or Euclidean."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -9,41 +11,70 @@ import torch.nn.functional as F
 from proxy_anchor.losses import norms
 
 # Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
-# ALIGNMENT: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
-TILE = {"cpu": 1024, "cuda": 4096, "mps": 4096}
-ALIGNMENT = 64
+# the kernels' width: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
+TILE = {"cpu": 960, "cuda": 4096, "mps": 4096}
+ALIGNMENT = 192  # of 64, and of 12, the width of a CPU's float64 kernels
+DISTANCES = ("cosine", "euclidean")
 BLOCK_ELEMENTS = 1 << 23  # similarities at a time where whole rows are needed
 
 
-@torch.no_grad()
-def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *, group=None) -> torch.Tensor:
-    """Number of negatives that rank above each query's most similar positive, by cosine similarity: (N,), from 0.
+def best_positive_rank(
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    gallery: torch.Tensor | None = None,
+    gallery_labels: torch.Tensor | None = None,
+    distance: str = "cosine",
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Number of negatives that rank above each query's nearest positive: (N,), from 0; -1 where there is no positive.
 
     embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D) each query is compared with all others;
-    it is left out of its own ranking by its index, so duplicate images count. A negative as similar as the best
-    positive ranks above it: a network that maps all images to one point finds nothing. -1 where a query has no
-    positive. Raises ValueError for embeddings that are not finite.
+    it is left out of its own ranking by its index, so duplicate images count. distance: "cosine", or "euclidean", of
+    the embeddings as they are. A negative exactly as near as the nearest positive ranks above it: a network that maps
+    all images to one point finds nothing. Raises ValueError for embeddings that are not finite, for none, for shapes
+    that do not agree, and for another distance.
 
     Nothing is sorted: the best positive of each query is found, then the negatives above it are counted, tile by tile
     of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed. The
     processes of a torch.distributed group, which all pass the same, divide the tiles: the ranks are the same for any
     number of them.
     """
-    size = TILE[embeddings.device.type]
-    queries = Tiled.of(embeddings, labels, size)
+    return ranks_and_ties(embeddings, labels, gallery, gallery_labels, distance, group=group)[0]
+
+
+@torch.no_grad()
+def ranks_and_ties(
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    gallery: torch.Tensor | None = None,
+    gallery_labels: torch.Tensor | None = None,
+    distance: str = "cosine",
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """best_positive_rank, and whether each query's best positive ties for the first place with negatives: (N,), bool.
+
+    By the published rule, a negative is above a positive only if it is more similar: these queries are misses at K = 1
+    here, and hits by that rule. Arguments and errors as for best_positive_rank.
+    """
     within = gallery is None
-    targets = queries if within else Tiled.of(gallery.to(embeddings.device), gallery_labels, size)
+    gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
+    origin = origin_of(gallery, distance)
+    queries = Tiled.of(Points.of(embeddings, origin), labels)
+    targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels)
     tiles = [(i, j) for i in range(len(queries)) for j in range(i if within else 0, len(targets))]
     if group:
         tiles = tiles[dist.get_rank(group) :: dist.get_world_size(group)]
     # In the order of the labels, the positives are in few of the tiles.
     with_positives = {(i, j) for i, j in tiles if queries.shares_labels(i, targets, j)}
     mirrored = {(i, j) for i, j in tiles if within and i != j}  # these are tiles of the rows j too
-    buffer = torch.empty(2, size, size, dtype=queries.embeddings.dtype, device=embeddings.device)
+    vectors = queries.points.vectors
+    buffer = torch.empty(2, queries.size, queries.size, dtype=vectors.dtype, device=vectors.device)
 
     def similarities(i, j):
         """Tile (i, j), without what fills it up."""
-        torch.mm(queries.embeddings[queries.padded(i)], targets.embeddings[targets.padded(j)].T, out=buffer[0])
+        queries.tile(i).similarities(targets.tile(j), out=buffer[0])
         return buffer[0, : queries.length(i), : targets.length(j)]
 
     def positives(i, j):
@@ -61,6 +92,7 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *,
         dist.all_reduce(best, dist.ReduceOp.MAX, group)
 
     above = torch.zeros_like(best, dtype=torch.long)
+    best_negative = torch.full_like(best, -torch.inf)
     for i, j in tiles:
         similarity = similarities(i, j)
         if (i, j) in with_positives:  # of itself and its positives, a query is not below
@@ -69,39 +101,98 @@ def best_positive_rank(embeddings, labels, gallery=None, gallery_labels=None, *,
         rows, columns = queries.slice(i), targets.slice(j)
         is_above = buffer[1, : similarity.shape[0], : similarity.shape[1]]  # 0 or 1; floats are added faster than bools
         above[rows] += torch.ge(similarity, best[rows, None], out=is_above).sum(dim=1).long()
+        best_negative[rows] = torch.maximum(best_negative[rows], similarity.amax(dim=1))
         if (i, j) in mirrored:
             above[columns] += torch.ge(similarity, best[columns], out=is_above).sum(dim=0).long()
+            best_negative[columns] = torch.maximum(best_negative[columns], similarity.amax(dim=0))
     if group:
         dist.all_reduce(above, group=group)
+        dist.all_reduce(best_negative, dist.ReduceOp.MAX, group)
 
-    ranks = torch.empty_like(above)
-    ranks[queries.order] = torch.where(best == -torch.inf, -1, above)
-    return ranks
+    without_positive = best == -torch.inf
+    place = torch.argsort(queries.order)  # of each query among the sorted
+    ranks, tied = torch.where(without_positive, -1, above)[place], ((best_negative == best) & ~without_positive)[place]
+    return ranks.to(embeddings.device), tied.to(embeddings.device)
+
+
+@dataclass
+class Points:
+    """Embeddings as they are compared: by their product, less half of their squared lengths where it is Euclidean.
+
+    x.y - (|x|^2 + |y|^2) / 2 = -|x - y|^2 / 2. To the last bit, it is the same for (x, y) and (y, x).
+    """
+
+    vectors: torch.Tensor  # (N, D)
+    halves: torch.Tensor | None = None  # (N,)
+
+    @classmethod
+    def of(cls, embeddings: torch.Tensor, origin: torch.Tensor | None) -> "Points":
+        """Embeddings (N, D) seen from the origin (D,), or, without one, their directions."""
+        if origin is None:
+            return cls(unit_vectors(embeddings))
+        vectors = finite(embeddings).to(origin.device).double() - origin
+        halves = vectors.square().sum(dim=1) / 2
+        if not halves.isfinite().all():
+            raise ValueError("The embeddings are too large to square: divide them by something")
+        return cls(vectors, halves)
+
+    def __getitem__(self, rows) -> "Points":
+        return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
+
+    def filled_up(self, multiple: int) -> "Points":
+        """With zeros to a multiple of rows."""
+        fill = -len(self.vectors) % multiple
+        halves = None if self.halves is None else F.pad(self.halves, (0, fill))
+        return Points(F.pad(self.vectors, (0, 0, 0, fill)), halves)
+
+    def similarities(self, others: "Points", out: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, M): larger is nearer. Equal pairs are equal only in products of one shape."""
+        products = torch.mm(self.vectors, others.vectors.T, out=out)
+        if self.halves is None or others.halves is None:
+            return products
+        return products.sub_(self.halves[:, None] + others.halves)
+
+
+def origin_of(gallery: torch.Tensor, distance: str) -> torch.Tensor | None:
+    """The point (D,) from which to measure Euclidean distances, None for the cosine. ValueError for another distance.
+
+    Small distances are differences of large squares. An origin amid the gallery keeps the squares small, and float64
+    has digits enough for those of float32. Rounded to a few digits, it takes none from the embeddings: on a grid, say,
+    pairs of equal distance stay exactly equal.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")
+    if distance == "cosine":
+        return None
+    if gallery.device.type == "mps":
+        gallery = gallery.cpu()  # MPS has no float64
+    return gallery.mean(dim=0, dtype=torch.double).bfloat16().double()
 
 
 @dataclass
 class Tiled:
-    """Unit vectors in the order of their labels, in tiles of equal size; zeros fill up the last tile."""
+    """Points in the order of their labels, in tiles of equal size; zeros fill up the last tile."""
 
-    embeddings: torch.Tensor  # (tiles x size, D)
+    points: Points  # tiles x size
     labels: torch.Tensor  # (N,), ascending
     order: torch.Tensor  # (N,): the index of each before
     size: int
     ranges: list[tuple[int, int]]  # first and last label of each tile
 
     @classmethod
-    def of(cls, embeddings, labels, size):
-        unit = unit_vectors(embeddings)
-        labels, order = torch.sort(labels.to(unit.device), stable=True)
+    def of(cls, points: Points, labels: torch.Tensor) -> "Tiled":
+        device = points.vectors.device
+        size = TILE[device.type]
+        labels, order = torch.sort(labels.to(device), stable=True)
         ends = [(start, min(start + size, len(labels)) - 1) for start in range(0, len(labels), size)]
-        ranges = labels[torch.tensor(ends, device=labels.device)].tolist()
-        return cls(F.pad(unit[order], (0, 0, 0, -len(labels) % size)), labels, order, size, ranges)
+        ranges = labels[torch.tensor(ends, device=device)].tolist()
+        return cls(points[order].filled_up(size), labels, order, size, ranges)
 
     def __len__(self):
         return len(self.ranges)
 
-    def padded(self, tile):
-        return slice(tile * self.size, (tile + 1) * self.size)
+    def tile(self, tile):
+        return self.points[tile * self.size : (tile + 1) * self.size]
 
     def slice(self, tile):
         return slice(tile * self.size, min((tile + 1) * self.size, len(self.labels)))
@@ -115,21 +206,39 @@ class Tiled:
         return first <= other_last and other_first <= last
 
 
-def recall_at_k(embeddings, labels, ks, gallery=None, gallery_labels=None) -> dict[int, float]:
-    """Recall@K for each K: the share of queries whose best positive has fewer than K negatives above it.
+def recall_at_k(
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    ks: Sequence[int],
+    gallery: torch.Tensor | None = None,
+    gallery_labels: torch.Tensor | None = None,
+    distance: str = "cosine",
+) -> dict[int, float]:
+    """Recall@K for each K, in 0..1: the share of queries whose nearest positive has fewer than K negatives above it.
 
-    Arguments as for best_positive_rank. A query without a positive is a miss.
+    Arguments and errors as for best_positive_rank, and ValueError for a K that is not 1, 2, ... A query without a
+    positive is a miss.
     """
-    return recall_of_ranks(best_positive_rank(embeddings, labels, gallery, gallery_labels), ks)
+    return recall_of_ranks(best_positive_rank(embeddings, labels, gallery, gallery_labels, distance), ks)
 
 
-def recall_of_ranks(ranks: torch.Tensor, ks) -> dict[int, float]:
-    """Recall@K for each K from the ranks of best_positive_rank."""
+def recall_of_ranks(ranks: torch.Tensor, ks: Sequence[int]) -> dict[int, float]:
+    """Recall@K for each K from the ranks (N,) of best_positive_rank. Raises ValueError for other K than 1, 2, ..."""
+    if wrong := [k for k in ks if not isinstance(k, Integral) or k < 1]:
+        raise ValueError(f"Recall@K is for whole numbers K from 1, found {wrong[0]}")
     return {k: ((ranks >= 0) & (ranks < k)).sum().item() / len(ranks) for k in ks}
 
 
 @torch.no_grad()
-def map_at_r(embeddings, labels, gallery=None, gallery_labels=None, *, group=None) -> torch.Tensor:
+def map_at_r(
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    gallery: torch.Tensor | None = None,
+    gallery_labels: torch.Tensor | None = None,
+    distance: str = "cosine",
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """MAP@R and R-precision of each query, (2, N) in 0..1, as in "A Metric Learning Reality Check" (2020).
 
     R is the query's number of positives. R-precision is the share of positives among its R nearest neighbours; MAP@R
@@ -137,20 +246,22 @@ def map_at_r(embeddings, labels, gallery=None, gallery_labels=None, *, group=Non
     ties and errors as for best_positive_rank; a query without a positive scores 0. The processes of a group divide
     the queries.
     """
-    queries = unit_vectors(embeddings)
     within = gallery is None
-    targets = queries if within else unit_vectors(gallery.to(embeddings.device))
-    labels = labels.to(queries.device)
-    target_labels = labels if within else gallery_labels.to(queries.device)
+    gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
+    origin = origin_of(gallery, distance)
+    queries = Points.of(embeddings, origin)
+    targets = queries if within else Points.of(gallery, origin)
+    device = queries.vectors.device
+    labels, target_labels = labels.to(device), gallery_labels.to(device)
     most = int(torch.unique(target_labels, return_counts=True)[1].max())  # positives of a query, at most
-    targets = F.pad(targets, (0, 0, 0, -len(targets) % ALIGNMENT))
-    step = ALIGNMENT * max(1, BLOCK_ELEMENTS // (ALIGNMENT * len(targets)))
-    starts = range(0, len(queries), step)
-    scores = torch.zeros(2, len(queries), dtype=torch.double)
+    targets = targets.filled_up(ALIGNMENT)
+    step = ALIGNMENT * max(1, BLOCK_ELEMENTS // (ALIGNMENT * len(targets.vectors)))
+    starts = range(0, len(labels), step)
+    scores = torch.zeros(2, len(labels), dtype=torch.double)
     for start in starts[dist.get_rank(group) :: dist.get_world_size(group)] if group else starts:
         own_labels = labels[start : start + step]
-        block = F.pad(queries[start : start + step], (0, 0, 0, step - len(own_labels)))
-        similarity = (block @ targets.T)[: len(own_labels), : len(target_labels)]  # (b, M)
+        block = queries[start : start + step].filled_up(step)
+        similarity = block.similarities(targets)[: len(own_labels), : len(target_labels)]  # (b, M)
         same_label = own_labels[:, None] == target_labels
         positive = same_label.clone()
         if within:
@@ -169,16 +280,48 @@ def map_at_r(embeddings, labels, gallery=None, gallery_labels=None, *, group=Non
         scores[:, start : start + step] = torch.stack([precision.sum(dim=1), found.sum(dim=1)])
         scores[:, start : start + step] /= count[:, 0].clamp(min=1)
     if group:
-        scores = scores.to(queries.device)
+        scores = scores.to(device)
         dist.all_reduce(scores, group=group)
     return scores.cpu()
 
 
+def searched(
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    gallery: torch.Tensor | None,
+    gallery_labels: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gallery, where the queries are, and its labels: without one, the queries themselves.
+
+    Raises ValueError for shapes that do not agree and for no embeddings at all.
+    """
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("A gallery and its labels come together: pass both, or neither to search within the queries")
+    if gallery is None or gallery_labels is None:
+        gallery, gallery_labels = embeddings, labels
+    size = embeddings.shape[1] if embeddings.ndim == 2 else "D"
+    for name, x, y in (("embeddings", embeddings, labels), ("gallery", gallery, gallery_labels)):
+        if x.ndim != 2 or x.shape[1] != size or y.shape != x.shape[:1]:
+            raise ValueError(
+                f"Expected {name} (N, {size}) and labels (N,), found {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        if not len(x):
+            raise ValueError(f"There is nothing to search: {name} {tuple(x.shape)}")
+    return gallery.to(embeddings.device), gallery_labels
+
+
+def finite(embeddings: torch.Tensor) -> torch.Tensor:
+    """The embeddings (N, D). Raises ValueError if any is not finite."""
+    finite_rows = torch.isfinite(embeddings).all(dim=1)
+    if not finite_rows.all():
+        rows = torch.nonzero(~finite_rows)
+        raise ValueError(
+            f"{len(rows)} of {len(embeddings)} embeddings are not finite; the first is number {int(rows[0])}"
+        )
+    return embeddings
+
+
 def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their length, in float32 or better. Raises ValueError if any is not finite."""
-    finite = torch.isfinite(embeddings).all(dim=1)
-    if not finite.all():
-        rows = torch.nonzero(~finite)
-        raise ValueError(f"{len(rows)} of {len(finite)} embeddings are not finite; the first is number {int(rows[0])}")
-    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    """Rows (N, D) divided by their length, in float32 or better. Raises ValueError if any is not finite."""
+    embeddings = finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
     return embeddings / norms(embeddings)

@@ -1,47 +1,91 @@
 import numpy as np
 import pytest
 import torch
+from test_distributed import in_processes
 
-from proxy_anchor import retrieval
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k
+import evaluate
+import net
+from proxy_anchor import checkpoint, distributed, evaluation, published, retrieval
+from proxy_anchor.retrieval import best_positive_rank, map_at_r, ranks_and_ties, recall_at_k
 
 
-def brute_force(queries, labels, gallery=None, gallery_labels=None):
-    """Rank of the best positive by sorting all similarities of a query; of equals, negatives come first."""
+def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="cosine"):
+    """Rank of the best positive by sorting all distances of a query; of equals, negatives come first.
+
+    And whether it is the nearest image, and a negative is too.
+    """
     within = gallery is None
     gallery, gallery_labels = (queries, labels) if within else (gallery, gallery_labels)
-    similarity = queries.astype(np.float64) @ gallery.astype(np.float64).T
-    ranks = []
+    x, y = queries[:, None].astype(np.float64), gallery.astype(np.float64)
+    distances = ((x - y) ** 2 if distance == "euclidean" else -x * y).sum(axis=2)  # in one order for all
+    ranks, tied = [], []
     for i in range(len(queries)):
         ranking = [
-            (-similarity[i, j], gallery_labels[j] == labels[i]) for j in range(len(gallery)) if not (within and i == j)
+            (distances[i, j], gallery_labels[j] == labels[i]) for j in range(len(gallery)) if not (within and i == j)
         ]
-        found = [positive for _, positive in sorted(ranking)]  # at equal similarity False sorts before True
+        ranking.sort()  # at equal distances False sorts before True
+        found = [positive for _, positive in ranking]
         ranks.append(found.index(True) if True in found else -1)
-    return ranks
+        tied.append(ranks[-1] > 0 and ranking[ranks[-1]][0] == ranking[0][0])
+    return ranks, tied
 
 
-def grid_embeddings(n, seed):
-    """Unit vectors with exactly representable products, so that ties are ties in any precision; many are duplicates."""
-    random = np.random.default_rng(seed)
-    signs = random.choice([-0.5, 0.5], size=(n, 4))
-    return np.hstack([signs, np.zeros((n, 12))]).astype(np.float32)
+def examples(kind, distance, random):
+    """200 embeddings of a kind, in float32 or float64; of unit length for the cosine."""
+    x = random.normal(size=(200, 16))
+    if kind == "ties" and distance == "cosine":
+        # Products are exactly representable, so that ties are ties in any precision; many are duplicates.
+        return np.hstack([random.choice([-0.5, 0.5], size=(200, 4)), np.zeros((200, 12))]).astype(np.float32)
+    if kind == "ties":  # points of a grid, far from 0: many pairs are equally distant
+        return (1000 + random.integers(0, 4, size=(200, 3))).astype(np.float32)
+    if distance == "euclidean":
+        x *= 10 ** random.uniform(-4, 4, size=(200, 1))
+        return {"random": x.astype(np.float32), "float64": x, "far": (1e4 + 1e-2 * x).astype(np.float32)}[kind]
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties"])
-@pytest.mark.parametrize("tile", [64, 1024])
-def test_ranks_are_brute_force(kind, tile, monkeypatch):
+@pytest.mark.parametrize(
+    "distance, kind",
+    [("cosine", "random"), ("cosine", "ties")] + [("euclidean", kind) for kind in ("random", "float64", "far", "ties")],
+)
+@pytest.mark.parametrize("tile", [192, 960])
+def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
     monkeypatch.setitem(retrieval.TILE, "cpu", tile)
     random = np.random.default_rng(0)
-    x = grid_embeddings(200, 1) if kind == "ties" else random.normal(size=(200, 16))
-    x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    x[30:40] = x[:10]  # duplicates, of the same class or not
+    x = examples(kind, distance, random)
     labels = random.integers(0, 12, size=200)
+    x[30:40] = x[130:140] = x[170:180] = x[:10]  # duplicates, of the same class or not
+    labels[130:140] = labels[:10]
     labels[190:] = np.arange(100, 110)  # classes of one image
-    tensors = torch.from_numpy(x), torch.from_numpy(labels)
-    assert best_positive_rank(*tensors).tolist() == brute_force(x, labels)
-    queries, gallery = (tensors[0][:90], tensors[1][:90]), (tensors[0][90:], tensors[1][90:])
-    assert best_positive_rank(*queries, *gallery).tolist() == brute_force(x[:90], labels[:90], x[90:], labels[90:])
+    for arrays in (x, labels), (x[:90], labels[:90], x[90:], labels[90:]):
+        queries, gallery = map(torch.from_numpy, arrays[:2]), map(torch.from_numpy, arrays[2:])
+        arguments = [*queries, *(gallery if len(arrays) == 4 else (None, None)), distance]
+        ranks, tied = brute_force(*arrays, distance=distance)
+        assert any(tied)
+        assert [part.tolist() for part in ranks_and_ties(*arguments)] == [ranks, tied]
+        assert best_positive_rank(*arguments).tolist() == ranks
+        assert recall_at_k(*arguments[:2], [1, 5], *arguments[2:])[5] == np.mean([0 <= rank < 5 for rank in ranks])
+
+
+def test_measure_takes_the_distance():
+    x, y = torch.randn(60, 8) + 3, torch.arange(60) % 20
+    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in retrieval.DISTANCES}
+    for distance, result in results.items():
+        assert torch.equal(result.ranks, best_positive_rank(x, y, distance=distance))
+        assert torch.equal(result.average_precisions, map_at_r(x, y, distance=distance)[0])
+    assert results["cosine"].metrics != results["euclidean"].metrics
+    assert evaluation.measure([x, y], [1, 4]).metrics == results["cosine"].metrics
+
+
+def test_distances_agree_on_unit_vectors():
+    x, y = torch.nn.functional.normalize(torch.randn(300, 16, dtype=torch.double)), torch.arange(300) % 40
+    for arguments in (x, y, None, None), (x[:100], y[:100], x[100:], y[100:]):
+        for function in best_positive_rank, map_at_r:
+            assert torch.equal(function(*arguments, "euclidean"), function(*arguments, "cosine"))
+    scaled = x * torch.rand(300, 1).add(0.1)
+    assert not torch.equal(best_positive_rank(scaled, y, distance="euclidean"), best_positive_rank(x, y))
+    with pytest.raises(ValueError, match="There is no distance 'l1'; there are cosine, euclidean"):
+        recall_at_k(x, y, [1], distance="l1")
 
 
 def test_recall_follows_from_ranks():
@@ -70,6 +114,19 @@ def test_network_collapsed_to_a_point_finds_nothing(size):
         assert map_r.item() == pytest.approx(sum(i / (negatives + i) for i in range(1, r - negatives + 1)) / r)
 
 
+def test_equal_pairs_are_equal_anywhere():
+    """In float64 too, whose kernels have other widths, among rows of all places: within tiles and at their ends."""
+    for count in (64, 200, 1030):
+        x, y = torch.randn(1, 100, dtype=torch.double).repeat(count, 1), torch.arange(count) % 2
+        others = torch.randn(40, 100, dtype=torch.double)
+        for distinct in x, others:
+            for distance in retrieval.DISTANCES:
+                arguments = x, y, distance
+                assert recall_at_k(distinct, torch.arange(len(distinct)) % 2, [1], *arguments) == {1: 0.0}
+                _, r_precision = map_at_r(distinct, torch.arange(len(distinct)) % 2, *arguments)
+                assert r_precision.max() == 0
+
+
 def test_duplicate_image_is_found():
     """Self is left out by index: another image with the same embedding is a neighbour, and the nearest."""
     x = torch.nn.functional.normalize(torch.randn(10, 8))
@@ -92,6 +149,70 @@ def test_embeddings_that_are_not_finite_are_an_error(value):
         best_positive_rank(x, torch.zeros(5, dtype=torch.long))
 
 
+def test_embeddings_beyond_float64_are_an_error():
+    x, y = torch.randn(6, 8, dtype=torch.double), torch.arange(6) % 2
+    for scale in 1e39, 1e200:
+        with pytest.raises(ValueError, match="The embeddings are too large to square"):
+            best_positive_rank(scale * x, y, distance="euclidean")
+    assert torch.equal(
+        best_positive_rank(1e37 * x, y, distance="euclidean"), best_positive_rank(x, y, distance="euclidean")
+    )
+
+
+X, Y = torch.ones(5, 8), torch.zeros(5, dtype=torch.long)
+
+
+@pytest.mark.parametrize("function", [best_positive_rank, map_at_r])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((X[:0], Y[:0]), r"There is nothing to search: embeddings \(0, 8\)"),
+        ((X, Y, X[:0], Y[:0]), r"There is nothing to search: gallery \(0, 8\)"),
+        ((X, Y[:4]), r"Expected embeddings \(N, 8\) and labels \(N,\), found \(5, 8\) and \(4,\)"),
+        ((X[0], Y), r"Expected embeddings \(N, D\) and labels \(N,\), found \(8,\) and \(5,\)"),
+        ((X, Y[:, None]), r"found \(5, 8\) and \(5, 1\)"),
+        ((X, Y, X[:, :7], Y), r"Expected gallery \(N, 8\) and labels \(N,\), found \(5, 7\) and \(5,\)"),
+        ((X, Y, X, Y[:4]), r"Expected gallery \(N, 8\) and labels \(N,\), found \(5, 8\) and \(4,\)"),
+        ((X, Y, X), "A gallery and its labels come together"),
+        ((X, Y, None, Y), "A gallery and its labels come together"),
+    ],
+)
+def test_shapes_that_do_not_agree_are_an_error(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, 2.0, "1"])
+def test_k_is_a_whole_number_from_1(k):
+    with pytest.raises(ValueError, match=f"Recall@K is for whole numbers K from 1, found {k}"):
+        recall_at_k(X, Y, [1, k])
+    assert recall_at_k(X, Y, np.array([1, 2])) == recall_at_k(X, Y, range(1, 3)) == {1: 1.0, 2: 1.0}
+
+
+def planted(all_keywords):
+    """Ranks and ties of embeddings with duplicates of other classes in several tiles, within them and in a gallery."""
+    retrieval.TILE["cpu"] = 192
+    torch.manual_seed(0)
+    x, y = torch.randn(300, 16), torch.arange(300) % 40
+    x[100:150] = x[:50]
+    x[250:300] = x[:50]
+    results = {}
+    for keywords in all_keywords:
+        for arguments in (x, y), (x[:130], y[:130], x[130:], y[130:]):
+            ranks, tied = ranks_and_ties(*arguments, **keywords, group=distributed.group())
+            results |= {f"ranks {len(results)}": ranks, f"tied {len(results)}": tied}
+    return results
+
+
+def test_processes_agree(monkeypatch):
+    monkeypatch.setitem(retrieval.TILE, "cpu", 192)
+    keywords = [{}, {"distance": "euclidean"}]
+    alone = planted(keywords)
+    for name, array in in_processes(2, planted, keywords).items():
+        np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
+        assert array.any()
+
+
 # MAP@R and R-precision
 
 
@@ -107,8 +228,9 @@ def test_map_at_r_by_hand():
 
 @pytest.mark.parametrize("block", [1, 5000, 1 << 23])
 @pytest.mark.parametrize("gallery", [False, True])
-def test_agrees_with_pytorch_metric_learning(gallery, block, monkeypatch):
-    from pytorch_metric_learning.distances import CosineSimilarity
+@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+def test_agrees_with_pytorch_metric_learning(gallery, distance, block, monkeypatch):
+    from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
 
@@ -119,13 +241,13 @@ def test_agrees_with_pytorch_metric_learning(gallery, block, monkeypatch):
     calculator = AccuracyCalculator(
         include=("mean_average_precision_at_r", "r_precision", "precision_at_1"),
         k="max_bin_count",
-        knn_func=CustomKNN(CosineSimilarity()),
+        knn_func=CustomKNN(CosineSimilarity() if distance == "cosine" else LpDistance(normalize_embeddings=False)),
     )
     theirs = calculator.get_accuracy(*arguments)
-    map_r, r_precision = map_at_r(*arguments)
+    map_r, r_precision = map_at_r(*arguments, distance=distance)
     assert map_r.mean().item() == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-6)
     assert r_precision.mean().item() == pytest.approx(theirs["r_precision"], abs=1e-6)
-    ours = recall_at_k(arguments[0], arguments[1], [1], *arguments[2:])
+    ours = recall_at_k(arguments[0], arguments[1], [1], *arguments[2:], distance=distance)
     assert ours[1] == pytest.approx(theirs["precision_at_1"], abs=1e-6)
 
 
@@ -133,3 +255,39 @@ def test_map_at_r_ties_and_lonely_queries():
     x, y = torch.ones(6, 8), torch.tensor([0, 0, 1, 1, 1, 2])
     map_r, r_precision = map_at_r(x, y)
     assert map_r.tolist() == r_precision.tolist() == [0] * 6
+
+
+# What evaluate.py prints
+
+
+def evaluate_untrained(root, folder, network=None, **changed):
+    checkpoint.save(folder / "a.pth", network or net.create("resnet18", 8), {})
+    flags = {"dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "image-size": 32}
+    flags |= {"workers": 0, "resume": folder / "a.pth"} | changed
+    return evaluate.main(
+        ["--allow-partial", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
+    )
+
+
+def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
+    """All the 18 images of 3 classes as one point: misses here, and hits by the published rule."""
+    network = net.create("resnet18", 8)
+    with torch.no_grad():
+        network.model.embedding.weight.zero_()
+    assert evaluate_untrained(cub_root, tmp_path, network)["R@1"] == 0
+    assert (
+        "18 of 18 queries are nearest to an image of their class and, exactly as near, one of another: misses here, "
+        "hits by the published rule, by which R@1 is 100.00 instead of 0.00.\n"
+    ) in capsys.readouterr().out
+    evaluate_untrained(cub_root, tmp_path)
+    assert "are nearest to" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("remark, lines", [("", ["this checkpoint", "published"]), ("published", ["published"] * 2)])
+def test_published_results_have_a_line_of_their_own(cub_root, tmp_path, monkeypatch, capsys, remark, lines):
+    """Also where the user's name for the measured ones is that of the published."""
+    monkeypatch.setitem(published.RESULTS, ("cub", "resnet18"), {1: 12.34})
+    metrics = evaluate_untrained(cub_root, tmp_path, remark=remark)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(lines))]
+    assert [row.startswith(name) for row, name in zip(rows, lines, strict=True)] == [True, True]
+    assert f"{100 * metrics['R@1']:.2f}" in rows[0] and "12.34" in rows[1]

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,6 +70,89 @@ def test_runs_of_several_seeds_are_pooled(tmp_path, capsys):
         "MS, IPC 4, lr 0.0001 1 30.00 10.00 1.0 7",
     ]
     assert colours(tmp_path / "chart.png")[0] > 50
+
+
+def compared(capsys, tmp_path, *folders):
+    """{name: n} of the table of these runs, and the lines after it."""
+    compare.main([*map(str, folders), "--save", str(tmp_path / "chart.png")])
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()[1:]]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    return {cell[0]: int(cell[1]) for cell in cells if len(cell) > 2}, [cell[0] for cell in cells if len(cell) == 1]
+
+
+def test_settings_that_a_run_does_not_record_set_it_apart_only_where_the_others_differ(tmp_path, capsys):
+    a = write_run(tmp_path / "a", [0.5], seed=1)
+    b = write_run(tmp_path / "b", [0.6], seed=2, recipe="new", data={"train": "12"})
+    groups, _ = compared(capsys, tmp_path, a, b)
+    assert groups == {"Proxy_Anchor": 2}
+    c = write_run(tmp_path / "c", [0.4], seed=3, recipe="old")
+    groups, _ = compared(capsys, tmp_path, a, b, c)
+    assert groups == {
+        "Proxy_Anchor, recipe new": 1, "Proxy_Anchor, recipe not recorded": 1, "Proxy_Anchor, recipe old": 1
+    }  # fmt: skip
+    groups, _ = compared(capsys, tmp_path, c, b, a, write_run(tmp_path / "d", [0.1], loss="MS", recipe="older"))
+    assert sum(groups.values()) == len(groups) == 4
+
+
+def test_no_two_groups_share_a_name(tmp_path, capsys):
+    """Nothing set, and not recorded; sizes, which alone tell folders of images apart."""
+    folders = [
+        write_run(tmp_path / "a", [0.5], IPC=None),
+        write_run(tmp_path / "b", [0.4], IPC=4),
+        write_run(tmp_path / "c", [0.3], sizes={"train": [6, 2]}, IPC=4),
+        write_run(tmp_path / "d", [0.2], sizes={"train": [9, 3]}, IPC=4),
+    ]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    write_run(tmp_path / "e", [0.1])
+    (tmp_path / "e" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "IPC"}))
+    groups, _ = compared(capsys, tmp_path, *folders, tmp_path / "e")
+    assert len(groups) == 5 and sum(groups.values()) == 5
+
+
+def test_neither_device_nor_processes_set_runs_apart(tmp_path, capsys):
+    a = write_run(tmp_path / "a", [0.5], device="cpu", processes=1)
+    b = write_run(tmp_path / "b", [0.6], device="cuda:0", processes=2, seed=2)
+    assert compared(capsys, tmp_path, a, b)[0] == {"Proxy_Anchor": 2}
+
+
+def test_a_folder_counts_once(tmp_path, capsys, monkeypatch):
+    a = write_run(tmp_path / "a", [0.5])
+    (tmp_path / "link").symlink_to(a)
+    monkeypatch.chdir(tmp_path)
+    assert compared(capsys, tmp_path, a, a + "/", "a", "../" + tmp_path.name + "/a", "link")[0] == {"Proxy_Anchor": 1}
+
+
+def test_what_pooled_numbers_hide_is_said(tmp_path, capsys):
+    a = write_run(tmp_path / "a", [0.5, 0.6])
+    b = write_run(tmp_path / "b", [0.6])
+    c = write_run(tmp_path / "c", [0.6], loss="MS")
+    _, lines = compared(capsys, tmp_path, a, b, c)
+    assert lines[:-1] == [
+        f"Proxy_Anchor: 2 runs have seed 1 ({a}, {b}); they are not independent",
+        "Proxy_Anchor: the runs have 1 or 2 epochs; the chart shows those that all have",
+    ]
+
+
+def test_table_prints_where_there_is_no_plus_minus(tmp_path):
+    folders = [write_run(tmp_path / "a", [0.6]), write_run(tmp_path / "b", [0.62], seed=2, lr=1e-4)]
+    done = subprocess.run(
+        [sys.executable, compare.__file__, *folders, "--save", tmp_path / "chart.png"],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    head, line, _ = done.stdout.splitlines()
+    assert "61.00 +-1.41" in line and len(head) == len(line)
+
+
+def test_a_run_without_a_loss_is_named(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.5])
+    (tmp_path / "a" / "config.json").write_text('{"seed": 1}')
+    with pytest.raises(SystemExit) as error:
+        compare.main([str(tmp_path / "a")])
+    message = capsys.readouterr().err
+    assert error.value.code == 1 and message.count("\n") == 1
+    assert f'{tmp_path / "a" / "config.json"} names no "loss"' in message
 
 
 def test_what_is_no_run_is_an_error(tmp_path, capsys):

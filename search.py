@@ -15,10 +15,9 @@ from dataset import transforms
 from dataset.files import read_image
 from dataset.folder import images as images_in
 from dataset.transforms import Normalize
-from proxy_anchor import checkpoint, console, device, evaluation
+from proxy_anchor import checkpoint, console, device, evaluation, figures
 from proxy_anchor.index import IMAGES, RECALL_AT, Index, lock
 
-DRAWN_QUERIES, DRAWN_NEIGHBOURS = 20, 10
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photographs --out photographs.index
   python search.py query --index photographs.index new.jpg --save neighbours.png
@@ -173,26 +172,12 @@ def query(args: argparse.Namespace) -> None:
             for place, (other, value) in enumerate(neighbours, start=1):
                 print(f"{place:>4}  {value:.4f}  {other}")
     if args.save:
-        draw(images.paths, found, Path(args.save))
+        rows = [
+            [(path, "query"), *((other, f"{value:.3f}") for other, value in neighbours)]
+            for path, neighbours in zip(images.paths, found)
+        ]
+        figures.draw_images(rows, read_image, Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
-
-
-def draw(paths: list[str], found: list[list[tuple[str, float]]], path: Path) -> None:
-    """A row for each image, with its neighbours beside it; of many, the first DRAWN_QUERIES by DRAWN_NEIGHBOURS."""
-    from matplotlib.figure import Figure  # slow to import
-
-    rows = [(query, neighbours[:DRAWN_NEIGHBOURS]) for query, neighbours in zip(paths, found)][:DRAWN_QUERIES]
-    columns = 1 + max(len(neighbours) for _, neighbours in rows)
-    figure = Figure(figsize=(1.4 * columns, 1.7 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (query, neighbours) in zip(axes, rows):
-        for ax in row:
-            ax.axis("off")
-        titled = [(query, "query"), *((other, f"{value:.3f}") for other, value in neighbours)]
-        for ax, (image, title) in zip(row, titled):
-            ax.imshow(read_image(image).permute(1, 2, 0).numpy())
-            ax.set_title(title, fontsize=9, fontweight="bold" if title == "query" else None)
-    figure.savefig(path, dpi=110)
 
 
 def main(argv=None):

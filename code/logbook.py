@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlparse
 
-from proxy_anchor import checkpoint, curves, distributed, runs
+from proxy_anchor import checkpoint, distributed, figures, runs
 from proxy_anchor.files import replacing
 
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -137,6 +137,7 @@ class Logbook(ReadingLogbook):
 
     def __init__(self, log_dir, dataset, model, name: str, config: dict, wandb_mode: str | None, resume=None):
         self.prefix = f"{dataset}_{model}"
+        self.title = f"{dataset}, {model}"
         self.record = {name: config[name] for name in checkpoint.RECORD}
         wanted = log_dir / f"logs_{dataset}" / name
         folder = runs.unfinished(wanted, config) if resume == "auto" else resume
@@ -179,7 +180,7 @@ class Logbook(ReadingLogbook):
             flush=True,
         )
         self._write_rows(rows)
-        curves.draw(self.folder / "metrics.csv", self.folder / "curves.png")
+        figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics_of(row), step=row["epoch"])
 

@@ -1,6 +1,6 @@
-"""Compare runs: R@1 against training time and against epochs on one chart, and a table.
+"""Compare runs: R@1 over the epochs as a chart, and a table with the time.
 
-python misc/compare.py logs/logs_cub/* --save comparison.png
+python misc/compare.py logs/logs_cub/* --save comparison.svg --save comparison.png
 
 Runs of one experiment are pooled to mean and standard deviation. They may differ in the seed and in what does not
 change the experiment: the device, the number of processes, the versions, paths, the number of epochs. A setting that
@@ -18,9 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import console, curves, runs
+from proxy_anchor import console, figures, runs
 
 NOT_COMPARED = ("seed", "device", "processes", "versions", "wandb_id", *runs.FREE)
+MAIN_LOSS = "Proxy_Anchor"  # in strong colours
+# How losses and settings are called; other settings under their own names.
+LOSSES = {"Proxy_Anchor": "Proxy-Anchor", "Proxy_NCA": "Proxy-NCA", "MS": "Multi-Similarity", "NPair": "N-pair"}
+SETTINGS = {
+    "IPC": "{} per class", "batch_size": "batch {}", "embedding_size": "{}-d", "image_size": "{} px",
+    "lr": "learning rate {}", "mrg": "margin {}", "dataset": "{}", "model": "{}", "remark": "{}",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -47,7 +54,7 @@ def read(folders: list[str]) -> list[Run]:
         config = runs.read_config(folder)
         if not isinstance(config.get("loss"), str):
             raise ValueError(f'{folder / runs.CONFIG} names no "loss"; expected what train.py writes')
-        found.setdefault(folder.resolve(), Run(folder, config, curves.read(folder / "metrics.csv")))
+        found.setdefault(folder.resolve(), Run(folder, config, figures.read(folder / "metrics.csv")))
     return list(found.values())
 
 
@@ -77,16 +84,22 @@ def names(settings: list[dict[str, str]]) -> list[str]:
     apart = {name for own in settings for name in own if len({other.get(name, own[name]) for other in settings}) > 1}
     # The sizes of the splits follow from other settings, but not always.
     for shown in (apart - {"loss", *runs.RECORDS}, apart - {"loss"}):
-        named = [", ".join([json.loads(own["loss"]), *described(own, sorted(shown))]) for own in settings]
+        named = [", ".join([readable_loss(own), *described(own, sorted(shown))]) for own in settings]
         if len(set(named)) == len(named):
             break
     return named
 
 
+def readable_loss(settings: dict[str, str]) -> str:
+    loss = json.loads(settings["loss"])
+    return LOSSES.get(loss, loss)
+
+
 def described(settings: dict[str, str], shown: list[str]) -> list[str]:
-    """'name value' of what is set."""
-    values = {name: json.loads(settings.get(name, '"not recorded"')) for name in shown}
-    return [f"{name} {value}" for name, value in values.items() if value not in (None, "")]
+    """The settings of these names, in words; None and "" are not set."""
+    recorded = [(name, json.loads(settings[name])) for name in shown if name in settings]
+    said = [SETTINGS.get(name, name + " {}").format(value) for name, value in recorded if value not in (None, "")]
+    return said + [f"{name} not recorded" for name in shown if name not in settings]
 
 
 def remarks(groups: list[Group]) -> list[str]:
@@ -143,30 +156,33 @@ def in_encoding(text: str, encoding: str) -> str:
 
 
 def draw(groups: list[Group], path: Path) -> None:
-    """R@1 over time and over epochs: the mean of each group, and one standard deviation around it."""
-    from matplotlib.figure import Figure
-
-    unit, unit_name = curves.time_axis(max(run.rows[-1]["elapsed"] for _, members in groups for run in members))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for (name, members), marker in zip(groups, "osD^vP*X<>" * len(groups)):
-        epochs = list(zip(*(run.rows for run in members)))  # those that all have; of each, a row a run
-        recalls = [[100 * row["R@1"] for row in rows] for rows in epochs]
-        mean = [statistics.mean(values) for values in recalls]
-        deviation = [statistics.stdev(values) if len(values) > 1 else 0 for values in recalls]
-        time = [statistics.mean(row["elapsed"] for row in rows) / unit for rows in epochs]
-        for ax, x in zip(axes, (time, [rows[0]["epoch"] + 1 for rows in epochs])):
-            (line,) = ax.plot(x, mean, marker=marker, markersize=5, label=f"{name} (n = {len(members)})")
+    """R@1 over the epochs that all runs of a group have: its mean, and a band of one standard deviation around it."""
+    with figures.picture(path, 8.2, 4.6) as figure:
+        ax = figure.subplots()
+        ends = []
+        colors = figures.colors_of([group.runs[0].config["loss"] == MAIN_LOSS for group in groups])
+        for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
+            recalls = [{figures.epochs_done(row): 100 * row["R@1"] for row in run.rows} for run in members]
+            x = sorted(set.intersection(*map(set, recalls)))
+            if not x:
+                raise ValueError(f"The runs of {name} have no epoch in common; compare them one by one")
+            values = [[run[epoch] for run in recalls] for epoch in x]
+            mean = [statistics.mean(v) for v in values]
+            deviation = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+            marker = "o" if len(x) <= figures.MARKED else None
+            ax.plot(x, mean, color=color, marker=marker, markersize=4, zorder=3, clip_on=False)
             low, high = zip(*[(m - d, m + d) for m, d in zip(mean, deviation)])
-            ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes[0].set(xlabel=f"training time, {unit_name}", ylabel="R@1, %", xlim=(0, None))
-    axes[1].set(xlabel="epochs")
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
+        ax.set_title(f"R@1, %: mean ± standard deviation over {count_of_runs(groups)}")
+        ax.set(xlabel="epochs", xlim=(None, ax.dataLim.x1))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        figures.label_ends(ax, ends)
+
+
+def count_of_runs(groups: list[Group]) -> str:
+    low, high = (f([len(group.runs) for group in groups]) for f in (min, max))
+    return f"{low} run" + ("" if low == 1 else "s") if low == high else f"{low} to {high} runs"
 
 
 def main(argv=None):
@@ -176,14 +192,16 @@ def main(argv=None):
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--save", default="comparison.png", metavar="FILE", help="the chart, a picture (comparison.png)"
-    )
+        "--save", action="append", metavar="FILE",
+        help="the chart as .png, .svg or .pdf; may be given several times (default: comparison.png)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     with console.errors_in_one_line("compare.py", args.debug):
         groups = pool(read(args.runs))
         print(in_encoding("\n".join([table(groups), *remarks(groups)]), sys.stdout.encoding or "utf-8"))
-        draw(groups, Path(args.save))
-        print(in_encoding(f"The chart is {args.save}", sys.stdout.encoding or "utf-8"))
+        for path in args.save or ["comparison.png"]:
+            draw(groups, Path(path))
+            print(in_encoding(f"The chart is {path}", sys.stdout.encoding or "utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""curves.png of a run, and misc/compare.py on several."""
+"""curves.png of a run, misc/compare.py on several, images in rows, and misc/idea.py."""
 
 import csv
 import io
@@ -12,10 +12,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from proxy_anchor import figures
+from proxy_anchor import figures, losses
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
 import compare
+import idea
 
 
 def write_run(folder, recalls, seconds=10.0, **config):
@@ -239,3 +240,23 @@ def test_what_is_no_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         compare.main([str(tmp_path)])
     assert error.value.code == 1 and "has no config.json" in capsys.readouterr().err
+
+
+def test_arrows_of_the_idea_are_the_gradient_of_the_loss():
+    criterion = losses.ProxyAnchor(4, 2)
+    proxies = torch.nn.functional.normalize(criterion.proxies.detach())
+    x = torch.nn.functional.normalize(torch.randn(12, 2)).requires_grad_()
+    labels = torch.arange(12) % 4
+    expected = torch.autograd.grad(criterion(x, labels), x)[0]
+    by_product = idea.slopes(x.detach(), proxies, labels) @ proxies
+    along_circle = by_product - (by_product * x).sum(dim=1, keepdim=True) * x
+    torch.testing.assert_close(along_circle, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_idea_is_drawn(tmp_path):
+    threads = torch.get_num_threads()
+    images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 4
+    moments = idea.train(images, labels, [0, 1])
+    torch.set_num_threads(threads)
+    idea.draw(images, labels, moments, tmp_path / "idea.png")
+    assert colours(tmp_path / "idea.png")[0] > 500

@@ -61,7 +61,9 @@ def read(folders: list[str]) -> list[Run]:
 def pool(members: list[Run]) -> list[Group]:
     """The groups of the runs of one experiment each, the best first."""
     settings = [
-        frozenset((name, json.dumps(value)) for name, value in run.config.items() if name not in NOT_COMPARED)
+        frozenset(
+            (name, json.dumps(value, sort_keys=True)) for name, value in run.config.items() if name not in NOT_COMPARED
+        )
         for run in members
     ]
     mates = {one: [other for other in settings if agree(one, other)] for one in settings}

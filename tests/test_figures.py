@@ -194,8 +194,8 @@ def test_no_two_groups_share_a_name(tmp_path, capsys):
 
 
 def test_neither_device_nor_processes_set_runs_apart(tmp_path, capsys):
-    a = write_run(tmp_path / "a", [0.5], device="cpu", processes=1)
-    b = write_run(tmp_path / "b", [0.6], device="cuda:0", processes=2, seed=2)
+    a = write_run(tmp_path / "a", [0.5], device="cpu", processes=1, sizes={"train": 1, "eval": 2})
+    b = write_run(tmp_path / "b", [0.6], device="cuda:0", processes=2, seed=2, sizes={"eval": 2, "train": 1})
     assert compared(capsys, tmp_path, a, b)[0] == {"Proxy-Anchor": 2}
 
 

@@ -15,13 +15,12 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import BadFile, read_image
+from dataset.files import read_image
 from dataset.folder import images as images_in
-from proxy_anchor import checkpoint, console, hardware
+from proxy_anchor import checkpoint, console, figures, hardware
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 
-DRAWN_QUERIES, DRAWN_NEIGHBOURS = 20, 10
 NPROBES = (1, 4, 16, 64)  # of which the recall is printed; 1 is FAISS's own choice
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photographs --out photographs.index
@@ -202,31 +201,20 @@ def query(args: argparse.Namespace) -> None:
             for place, (other, value) in enumerate(neighbours, start=1):
                 print(f"{place:>4}  {value:.4f}  {other}")
     if args.save:
-        draw(images.paths, found, Path(args.save))
+        rows = [
+            [(path, "query\n" + folder_of(path))] + [
+                (other, f"{value:.3f}\n{folder_of(other)}")
+                for other, value in neighbours if other != os.path.abspath(path)
+            ]
+            for path, neighbours in zip(images.paths, found)
+        ]  # fmt: skip
+        figures.draw_images(rows, read_image, Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
 
 
-def draw(paths: list[str], found: list[list[tuple[str, float]]], path: Path) -> None:
-    """A row for each image, with its neighbours beside it; of many, the first DRAWN_QUERIES by DRAWN_NEIGHBOURS."""
-    from matplotlib.figure import Figure  # slow to import
-
-    rows = [(query, neighbours[:DRAWN_NEIGHBOURS]) for query, neighbours in zip(paths, found)][:DRAWN_QUERIES]
-    columns = 1 + max(len(neighbours) for _, neighbours in rows)
-    figure = Figure(figsize=(1.4 * columns, 1.7 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (query, neighbours) in zip(axes, rows):
-        for ax in row:
-            ax.axis("off")
-        titled = [(query, "query"), *((other, f"{value:.3f}") for other, value in neighbours)]
-        for ax, (image, title) in zip(row, titled):
-            try:
-                ax.imshow(read_image(image).permute(1, 2, 0).numpy())
-            except BadFile:  # gone since it was indexed
-                ax.set(frame_on=True, xticks=[], yticks=[])
-                ax.axis("on")
-                ax.text(0.5, 0.5, Path(image).name, fontsize=6, ha="center", va="center", wrap=True)
-            ax.set_title(title, fontsize=9, fontweight="bold" if title == "query" else None)
-    figure.savefig(path, dpi=110)
+def folder_of(path: str) -> str:
+    """The name of an image's folder, which is most often that of its class."""
+    return Path(os.path.abspath(path)).parent.name
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from proxy_anchor import checkpoint, curves, distributed, runs, tracking
+from proxy_anchor import checkpoint, distributed, figures, runs, tracking
 from proxy_anchor.files import replacing
 
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -73,7 +73,7 @@ class Logbook:
         self, log_dir: Path, dataset: str, model: str, name: str, config: dict,
         wandb_mode: str | None, resume: Path | None = None,
     ):  # fmt: skip
-        self.prefix = f"{dataset}_{model}"
+        self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
         self.contract = {name: config[name] for name in (*checkpoint.CONTRACT, *checkpoint.OPTIONAL)}
         wanted = runs.place(log_dir, dataset, name)
         old = {}
@@ -117,7 +117,7 @@ class Logbook:
             flush=True,
         )
         self._write_rows(rows)
-        curves.draw(self.folder / "metrics.csv", self.folder / "curves.png")
+        figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics_of(row), step=row["epoch"])
 

@@ -1,36 +1,123 @@
-"""Compare runs: R@1 against training time and against epochs on one chart, and a table.
+"""Compare runs: R@1 over the epochs as a chart, and a table with the time.
 
-python misc/compare.py logs/logs_cub/* --save comparison.png
+python misc/compare.py logs/logs_cub/* --save comparison.svg --save comparison.png
 
-Runs that differ in nothing but the seed are pooled to mean and standard deviation.
+Runs of one experiment are pooled to mean and standard deviation. They may differ in the seed and in what does not
+change the experiment: the device, the number of processes, the versions, paths, the number of epochs. A setting that
+some runs do not record, because an older version wrote them, sets no runs apart, unless those of the same experiment
+that do record it differ: then a run without it is none of theirs, and is named so. A folder counts once.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import console, curves, runs
+from proxy_anchor import console, figures, runs
 
-NOT_COMPARED = ("seed", "versions", "wandb_id", *runs.FREE)
+NOT_COMPARED = ("seed", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
+MAIN_LOSS = "Proxy_Anchor"  # in strong colours
+# How losses and settings are called; other settings under their own names.
+LOSSES = {"Proxy_Anchor": "Proxy-Anchor", "Proxy_NCA": "Proxy-NCA", "MS": "Multi-Similarity", "NPair": "N-pair"}
+SETTINGS = {
+    "IPC": "{} per class", "batch_size": "batch {}", "embedding_size": "{}-d", "image_size": "{} px",
+    "lr": "learning rate {}", "mrg": "margin {}", "dataset": "{}", "model": "{}", "remark": "{}",
+}  # fmt: skip
 
 
-def pool(folders: list[str]) -> dict[str, list[list[dict]]]:
-    """{what sets it apart: rows of the metrics.csv of each run} of the runs that differ in the seed alone."""
-    groups = {}
+class Run(NamedTuple):
+    folder: Path
+    config: dict
+    rows: list[dict]  # of metrics.csv
+
+    @property
+    def best(self) -> float:
+        return max(row["R@1"] for row in self.rows)
+
+
+class Group(NamedTuple):
+    """Runs of one experiment, under a name that tells it from the others."""
+
+    name: str
+    runs: list[Run]
+
+
+def read(folders: list[str]) -> list[Run]:
+    """The runs in these folders, each once. Raises FileNotFoundError or ValueError where there is none."""
+    found = {}
     for folder in map(Path, folders):
         config = runs.read_config(folder)
-        key = json.dumps({name: value for name, value in config.items() if name not in NOT_COMPARED}, sort_keys=True)
-        groups.setdefault(key, []).append(curves.read(folder / "metrics.csv"))
-    configs = [json.loads(key) for key in groups]
-    apart = {name for config in configs for name in config if any(c.get(name) != config[name] for c in configs)}
-    named = {}
-    for config, members in zip(configs, groups.values()):
-        others = [f"{name} {config[name]}" for name in sorted(apart - {"loss"}) if config.get(name) is not None]
-        named[", ".join([config["loss"], *others])] = members
+        if not isinstance(config.get("loss"), str):
+            raise ValueError(f'{folder / runs.CONFIG} names no "loss"; expected what train.py writes')
+        found.setdefault(folder.resolve(), Run(folder, config, figures.read(folder / "metrics.csv")))
+    return list(found.values())
+
+
+def pool(members: list[Run]) -> list[Group]:
+    """The groups of the runs of one experiment each, the best first."""
+    settings = [
+        frozenset(
+            (name, json.dumps(value, sort_keys=True)) for name, value in run.config.items() if name not in NOT_COMPARED
+        )
+        for run in members
+    ]
+    mates = {one: [other for other in settings if agree(one, other)] for one in settings}
+    unclear = {one for one in mates if any(not agree(a, b) for a, b in combinations(set(mates[one]), 2))}
+    groups = {}  # by all that is known of their settings
+    for run, own in zip(members, settings):
+        known = own if own in unclear else own.union(*(other for other in mates[own] if other not in unclear))
+        groups.setdefault(known, []).append(run)
+    pooled = [Group(name, members) for name, members in zip(names(list(map(dict, groups))), groups.values())]
+    return sorted(pooled, key=lambda group: -statistics.mean(run.best for run in group.runs))
+
+
+def agree(one: frozenset, other: frozenset) -> bool:
+    """Whether no name has two values in these (name, value)."""
+    return len(dict(one | other)) == len(one | other)
+
+
+def names(settings: list[dict[str, str]]) -> list[str]:
+    """Of each of these, the loss and the values of what sets them apart."""
+    apart = {name for own in settings for name in own if len({other.get(name, own[name]) for other in settings}) > 1}
+    # What the splits hold follows from other settings, but not always.
+    for shown in (apart - {"loss", "sizes", "data"}, apart - {"loss"}):
+        named = [", ".join([readable_loss(own), *described(own, sorted(shown))]) for own in settings]
+        if len(set(named)) == len(named):
+            break
     return named
+
+
+def readable_loss(settings: dict[str, str]) -> str:
+    loss = json.loads(settings["loss"])
+    return LOSSES.get(loss, loss)
+
+
+def described(settings: dict[str, str], shown: list[str]) -> list[str]:
+    """The settings of these names, in words; None and "" are not set."""
+    recorded = [(name, json.loads(settings[name])) for name in shown if name in settings]
+    said = [SETTINGS.get(name, name + " {}").format(value) for name, value in recorded if value not in (None, "")]
+    return said + [f"{name} not recorded" for name in shown if name not in settings]
+
+
+def remarks(groups: list[Group]) -> list[str]:
+    """What the numbers of these groups do not show by themselves."""
+    found = []
+    for name, members in groups:
+        for seed, count in Counter(run.config.get("seed") for run in members).items():
+            if seed is not None and count > 1:
+                folders = ", ".join(str(run.folder) for run in members if run.config.get("seed") == seed)
+                found.append(f"{name}: {count} runs have seed {seed} ({folders}); they are not independent")
+        lengths = sorted({len(run.rows) for run in members})
+        if len(lengths) > 1:
+            found.append(
+                f"{name}: the runs have {' or '.join(map(str, lengths))} epochs; the chart shows those that all have"
+            )
+    return found
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -39,22 +126,21 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def summary(members: list[list[dict]]) -> list[str]:
+def summary(members: list[Run]) -> list[str]:
     """The cells of a line of the table."""
-    best = [max(row["R@1"] for row in rows) for rows in members]
-    reached = [next(row for row in rows if row["R@1"] >= 0.95 * top) for rows, top in zip(members, best)]
+    reached = [next(row for row in run.rows if row["R@1"] >= 0.95 * run.best) for run in members]
     return [
         str(len(members)),
-        spread([100 * top for top in best]),
-        spread([100 * rows[-1]["R@1"] for rows in members]),
+        spread([100 * run.best for run in members]),
+        spread([100 * run.rows[-1]["R@1"] for run in members]),
         spread([row["epoch"] + 1 for row in reached], 1),
         spread([row["elapsed"] for row in reached], 0),
     ]
 
 
-def table(groups: dict[str, list[list[dict]]]) -> str:
+def table(groups: list[Group]) -> str:
     lines = [["", "n", "best R@1", "last R@1", "epochs to 95% of best", "seconds to it"]]
-    lines += [[name, *summary(members)] for name, members in groups.items()]
+    lines += [[name, *summary(members)] for name, members in groups]
     widths = [max(map(len, column)) for column in zip(*lines)]
     first, *rest = widths
     return "\n".join(
@@ -62,31 +148,43 @@ def table(groups: dict[str, list[list[dict]]]) -> str:
     )
 
 
-def draw(groups: dict[str, list[list[dict]]], path: Path) -> None:
-    """R@1 over time and over epochs: the mean of each group, and one standard deviation around it."""
-    from matplotlib.figure import Figure
+def in_encoding(text: str, encoding: str) -> str:
+    """The text as a terminal of this encoding can show it, of the same width where it has a ±."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace("± ", "+-").encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
-    unit, unit_name = curves.time_axis(max(rows[-1]["elapsed"] for members in groups.values() for rows in members))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for (name, members), marker in zip(groups.items(), "osD^vP*X<>" * len(groups)):
-        epochs = list(zip(*members))  # those that all have; of each, a row a run
-        recalls = [[100 * row["R@1"] for row in rows] for rows in epochs]
-        mean = [statistics.mean(values) for values in recalls]
-        deviation = [statistics.stdev(values) if len(values) > 1 else 0 for values in recalls]
-        time = [statistics.mean(row["elapsed"] for row in rows) / unit for rows in epochs]
-        for ax, x in zip(axes, (time, [rows[0]["epoch"] + 1 for rows in epochs])):
-            (line,) = ax.plot(x, mean, marker=marker, markersize=5, label=f"{name} (n = {len(members)})")
+
+def draw(groups: list[Group], path: Path) -> None:
+    """R@1 over the epochs that all runs of a group have: its mean, and a band of one standard deviation around it."""
+    with figures.picture(path, 8.2, 4.6) as figure:
+        ax = figure.subplots()
+        ends = []
+        colors = figures.colors_of([group.runs[0].config["loss"] == MAIN_LOSS for group in groups])
+        for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
+            recalls = [{figures.epochs_done(row): 100 * row["R@1"] for row in run.rows} for run in members]
+            x = sorted(set.intersection(*map(set, recalls)))
+            if not x:
+                raise ValueError(f"The runs of {name} have no epoch in common; compare them one by one")
+            values = [[run[epoch] for run in recalls] for epoch in x]
+            mean = [statistics.mean(v) for v in values]
+            deviation = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+            marker = "o" if len(x) <= figures.MARKED else None
+            ax.plot(x, mean, color=color, marker=marker, markersize=4, zorder=3, clip_on=False)
             low, high = zip(*[(m - d, m + d) for m, d in zip(mean, deviation)])
-            ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes[0].set(xlabel=f"training time, {unit_name}", ylabel="R@1, %", xlim=(0, None))
-    axes[1].set(xlabel="epochs")
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
+            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
+        ax.set_title(f"R@1, %: mean ± standard deviation over {count_of_runs(groups)}")
+        ax.set(xlabel="epochs", xlim=(None, ax.dataLim.x1))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        figures.label_ends(ax, ends)
+
+
+def count_of_runs(groups: list[Group]) -> str:
+    low, high = (f([len(group.runs) for group in groups]) for f in (min, max))
+    return f"{low} run" + ("" if low == 1 else "s") if low == high else f"{low} to {high} runs"
 
 
 def main(argv=None):
@@ -96,16 +194,16 @@ def main(argv=None):
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--save", default="comparison.png", metavar="FILE", help="the chart, a picture (comparison.png)"
-    )
+        "--save", action="append", metavar="FILE",
+        help="the chart as .png, .svg or .pdf; may be given several times (default: comparison.png)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     with console.errors_in_one_line("compare.py", args.debug):
-        groups = pool(args.runs)
-        ranked = sorted(groups, key=lambda name: -statistics.mean(max(r["R@1"] for r in rows) for rows in groups[name]))
-        groups = {name: groups[name] for name in ranked}
-        print(table(groups))
-        draw(groups, Path(args.save))
-        print(f"The chart is {args.save}")
+        groups = pool(read(args.runs))
+        print(in_encoding("\n".join([table(groups), *remarks(groups)]), sys.stdout.encoding or "utf-8"))
+        for path in args.save or ["comparison.png"]:
+            draw(groups, Path(path))
+            print(in_encoding(f"The chart is {path}", sys.stdout.encoding or "utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Six losses on glyphs, three seeds each, with one recipe and budget, drawn by compare.py into misc/losses.png.
+# Six losses on glyphs, three seeds each, with one recipe and budget, drawn by compare.py into misc/losses.svg and .png.
 # The losses that compare images with each other need several of a class in a batch: for them, --IPC 4.
+# "misc/compare_losses.sh draw" draws the runs that are there.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 runs=$root/logs/losses  # of this script alone, and made anew
-rm -rf "$runs"
-for seed in 1 2 3; do
-    for loss in Proxy_Anchor Proxy_NCA "MS --IPC 4" "Contrastive --IPC 4" "Triplet --IPC 4" "NPair --IPC 4"; do
-        # shellcheck disable=SC2086 (the loss brings its own flags)
-        OMP_NUM_THREADS=1 python "$root/train.py" --dataset glyphs --model resnet18 --pretrained none --image-size 32 \
-            --embedding-size 128 --batch-size 64 --lr 5e-4 --warm 0 --bn-freeze 0 --epochs 4 --lr-decay-step 2 \
-            --workers 0 --wandb disabled --LOG_DIR "$runs" --seed $seed --loss $loss
+if [ "${1:-}" != draw ]; then
+    rm -rf "$runs"
+    for seed in 1 2 3; do
+        for loss in Proxy_Anchor Proxy_NCA "MS --IPC 4" "Contrastive --IPC 4" "Triplet --IPC 4" "NPair --IPC 4"; do
+            # shellcheck disable=SC2086 (the loss brings its own flags)
+            OMP_NUM_THREADS=1 python "$root/train.py" --dataset glyphs --model resnet18 --pretrained none --image-size 32 \
+                --embedding-size 128 --batch-size 64 --lr 5e-4 --warm 0 --bn-freeze 0 --epochs 4 --lr-decay-step 2 \
+                --workers 0 --wandb disabled --LOG_DIR "$runs" --seed $seed --loss $loss
+        done
     done
-done
-python "$root/misc/compare.py" "$runs"/logs_glyphs/* --save "$root/misc/losses.png"
+fi
+python "$root/misc/compare.py" "$runs"/logs_glyphs/* --save "$root/misc/losses.svg" --save "$root/misc/losses.png"

@@ -1,0 +1,205 @@
+"""The pictures: the course of a run from its metrics.csv, images in rows, and the style they share with misc/."""
+
+import csv
+import textwrap
+from contextlib import contextmanager
+from itertools import accumulate, cycle
+from pathlib import Path
+
+import numpy as np
+
+from proxy_anchor.files import replacing
+
+INK, QUIET, GRID = "#24292f", "#6e7781", "#e7eaee"
+STRONG = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed")  # what a picture is about
+MUTED = ("#6f7a8a", "#9a7b52", "#6c8a68", "#8a70a0", "#ac7b72", "#5f8791")  # what it is compared with
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK,
+    "axes.edgecolor": "#afb8c1", "axes.labelcolor": QUIET, "axes.labelsize": 9.5,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
+    "xtick.color": "#afb8c1", "ytick.color": "#afb8c1", "xtick.labelcolor": QUIET, "ytick.labelcolor": QUIET,
+    "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
+    "figure.facecolor": "white", "savefig.facecolor": "white",  # a card, on dark pages too
+    "svg.hashsalt": "proxy-anchor",  # the same file each time
+}  # fmt: skip
+MARKED = 20  # epochs up to which each has a marker
+ROWS, COLUMNS, THUMBNAIL = 20, 11, 224
+
+
+@contextmanager
+def picture(path: Path, width: float, height: float, layout: str | None = "constrained"):
+    """A matplotlib Figure of this size in inches, written at the end in the format that the path's ending names."""
+    import matplotlib  # slow to import, and without pyplot it needs no display
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout=layout)
+        yield figure
+        suffix = path.suffix.removeprefix(".").lower()
+        metadata = {"Date": None} if suffix == "svg" else None
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=130, metadata=metadata)
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, an epoch each, with "elapsed": seconds since the start. Raises ValueError."""
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
+    if not rows or not {"epoch", "loss", "lr", "seconds", "R@1"} <= set(rows[0]):
+        raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
+    for row, elapsed in zip(rows, accumulate(row["seconds"] for row in rows)):
+        row["elapsed"] = elapsed
+    return rows
+
+
+def epochs_done(row: dict[str, float]) -> int:
+    """Epochs of training behind a row: pictures show those, for metrics.csv numbers the epochs from 0, as published."""
+    return int(row["epoch"]) + 1
+
+
+def draw_run(metrics: Path, path: Path, title: str) -> None:
+    """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv."""
+    rows = read(metrics)
+    x = [epochs_done(row) for row in rows]
+    recalls = [name for name in rows[0] if name.startswith("R@")]
+    best = max(rows, key=lambda row: row["R@1"])
+    marker = "o" if len(rows) <= MARKED else None
+    with picture(path, 7.6, 6.6) as figure:
+        loss_axes, recall_axes, lr_axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 5, 0.7))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+        loss_axes.set_title("loss")
+        loss_axes.plot(x, [row["loss"] for row in rows], color=STRONG[0], marker=marker, markersize=3.5)
+
+        after = f"{epochs_done(best)} epoch" + ("" if epochs_done(best) == 1 else "s")
+        recall_axes.set_title(f"Recall@K, %: the best R@1 is {100 * best['R@1']:.2f}, after {after}")
+        colors = ramp(len(recalls))
+        for name, color in zip(recalls, colors):
+            recall_axes.plot(x, [100 * row[name] for row in rows], color=color, marker=marker, markersize=3.5)
+        recall_axes.axvline(epochs_done(best), color=STRONG[1], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+        recall_axes.plot(
+            epochs_done(best), 100 * best["R@1"], "o", color="white", markeredgecolor=STRONG[1], markeredgewidth=1.8,
+            markersize=7, zorder=5,
+        )  # fmt: skip
+
+        rates = [row["lr"] for row in rows]
+        lr_axes.set_title("learning rate")
+        lr_axes.stairs(rates, [x[0] - 1, *x], fill=True, color="#c9d3df")
+        lr_axes.set(ylim=(0, 1.1 * max(rates) or 1), yticks=[max(rates)], yticklabels=[f"{max(rates):g}"])
+        lr_axes.grid(False)
+        lr_axes.set(xlabel="epochs", xlim=(x[0] - 1, x[-1] + 0.02 * len(x)))
+        lr_axes.xaxis.get_major_locator().set_params(integer=True)
+        for ax in (loss_axes, recall_axes):
+            ax.tick_params(labelbottom=False)
+        add_time(loss_axes, [x[0] - 1, *x], [0, *(row["elapsed"] for row in rows)])
+        label_ends(recall_axes, [
+            (100 * rows[-1][name], f"{name}  {100 * rows[-1][name]:.1f}", color)
+            for name, color in zip(recalls, colors)
+        ])  # fmt: skip
+
+
+def ramp(count: int) -> list[tuple[float, float, float]]:
+    """Shades of the first strong colour, from dark to light."""
+    dark, light = np.array([[6, 56, 110], [112, 166, 219]]) / 255
+    return [tuple(dark + (light - dark) * i / max(1, count - 1)) for i in range(count)]
+
+
+def time_axis(seconds: float) -> tuple[float, str]:
+    """(seconds of the unit, its name) in which a run of this length is shown."""
+    return (3600, "hours") if seconds > 2 * 3600 else (60, "minutes") if seconds > 120 else (1, "seconds")
+
+
+def add_time(ax, epochs: list[float], elapsed: list[float]) -> None:
+    """A second axis on top: the wall time, at the epochs by which it had passed."""
+    from matplotlib.ticker import MaxNLocator
+
+    unit, name = time_axis(elapsed[-1])
+    ticks = [tick for tick in MaxNLocator(6).tick_values(0, elapsed[-1] / unit) if 0 <= tick <= elapsed[-1] / unit]
+    texts = [f"{tick:g}" for tick in ticks[:-1]] + [f"{ticks[-1]:g} {name}"]
+    top = ax.secondary_xaxis("top")
+    top.set_xticks(np.interp(ticks, np.divide(elapsed, unit), epochs), texts)
+    top.spines["top"].set_visible(True)
+
+
+def label_ends(ax, ends: list[tuple[float, str, str]]) -> None:
+    """Write each (y, text, color) to the right of the axes at y, pushed apart so that no two overlap.
+
+    All that moves the limits of the axes comes before.
+    """
+    labels = [
+        ax.annotate(
+            text, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            color=color, va="center", annotation_clip=False,
+        )
+        for y, text, color in ends
+    ]  # fmt: skip
+    figure = ax.get_figure()
+    figure.draw_without_rendering()  # now the layout is known
+    points = 72 / figure.dpi
+    height = 1.1 * max(label.get_window_extent().height for label in labels) * points
+    wanted = [ax.transData.transform((0, y))[1] * points for y, _, _ in ends]
+    for label, y, free in zip(labels, wanted, pushed_apart(wanted, height, ax.bbox.y0 * points, ax.bbox.y1 * points)):
+        label.xyann = (6, free - y)
+
+
+def pushed_apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions between low and high, a gap apart and in the order of those wanted, with the least squares of moves.
+
+    Less the gaps before each, the positions must only not decrease: isotonic regression, solved by pooling.
+    """
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    blocks = []  # [sum, number] of positions that have moved together
+    for i, index in enumerate(order):
+        blocks.append([wanted[index] - i * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    means = [total / count for total, count in blocks for _ in range(count)]
+    highest = high - (len(wanted) - 1) * gap
+    free = [min(max(mean, low), highest) + i * gap for i, mean in enumerate(means)]
+    return [free[order.index(i)] for i in range(len(wanted))]
+
+
+def colors_of(primary: list[bool]) -> list[str]:
+    """A strong colour for each of those that are primary, a muted one for the others."""
+    strong, muted = cycle(STRONG), cycle(MUTED)
+    return [next(strong if first else muted) for first in primary]
+
+
+def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> None:
+    """Draw rows of (image's path, caption), a query and its neighbours each; of many, the first ROWS by COLUMNS.
+
+    read_image gives uint8 (3, H, W) for a path. An image that it cannot read is an empty frame with the file's name.
+    """
+    from matplotlib.patches import Rectangle
+    from PIL import Image
+
+    rows = [row[:COLUMNS] for row in rows[:ROWS]]
+    lines = max(caption.count("\n") + 1 for row in rows for _, caption in row)
+    width, height = max(map(len, rows)) + 0.08, len(rows) * (1.04 + 0.15 * lines)  # an image is 0.92 wide and high
+    with picture(path, 1.3 * width, 1.3 * height, layout=None) as figure:
+        ax = figure.add_axes((0, 0, 1, 1))  # a single one: hundreds are slow
+        for row, bottom in zip(rows, np.linspace(height, 0, len(rows), endpoint=False) - height / len(rows) + 0.06):
+            for column, (name, caption) in enumerate(row):
+                left = column + 0.08
+                try:
+                    image = Image.fromarray(read_image(name).permute(1, 2, 0).numpy())
+                    image.thumbnail((THUMBNAIL, THUMBNAIL))  # a photograph has more pixels than the picture
+                    w, h = (0.92 * side / max(image.size) for side in image.size)
+                    x, y = left + (0.92 - w) / 2, bottom + (0.92 - h) / 2
+                    ax.imshow(image, extent=(x, x + w, y, y + h))
+                except (OSError, ValueError):
+                    x, y, w, h = left, bottom, 0.92, 0.92
+                    shown = "\n".join(textwrap.wrap(Path(name).name, 16))
+                    ax.text(left + 0.46, bottom + 0.46, shown, fontsize=7, color=QUIET, ha="center", va="center")
+                color, line, weight = (STRONG[0], 2, "bold") if column == 0 else (GRID, 1, "normal")
+                ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=line, zorder=3))
+                ax.text(left + 0.46, bottom + 0.97, caption, ha="center", va="bottom", fontsize=9, fontweight=weight)
+        ax.set(xlim=(0, width), ylim=(0, height))
+        ax.axis("off")

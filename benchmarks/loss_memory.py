@@ -1,16 +1,14 @@
 """Peak memory of Proxy-Anchor forward + backward beyond proxies and gradients, against the number of classes.
 
-    python benchmarks/loss_memory.py [--batch 180] [--size 512]
+    python benchmarks/loss_memory.py [--batch 180] [--size 512] [--classes 11318 50000 200000] [--most 1000000]
 
-Printed in B x C float32 matrices. One process each, so that peaks do not add up. The last line trains a step with a
-million classes.
+Printed in B x C float32 matrices. One process each, so that peaks do not add up. The last rows are of training steps
+with a million classes.
 """
 
 import argparse
 import multiprocessing
-import resource
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -18,43 +16,51 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.loss_time import published_way
+from benchmarks.timing import device_here, peak_bytes, print_row, seconds
 from proxy_anchor.losses import ProxyAnchor
 
 
-def peak() -> int:
-    """Bytes: the high-water mark of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(way, batch, classes, size, queue):
+    device = device_here()
     torch.manual_seed(0)
-    x = F.normalize(torch.randn(batch, size)).requires_grad_()
-    y = torch.randint(classes, (batch,))
-    ours = ProxyAnchor(classes, size)
+    x = F.normalize(torch.randn(batch, size)).to(device).requires_grad_()
+    y = torch.randint(classes, (batch,)).to(device)
+    ours = ProxyAnchor(classes, size).to(device)
     ours.proxies.grad = torch.ones_like(ours.proxies)  # its memory counts as held (zeros would take none)
-    small = ProxyAnchor(8, size)  # what a first step loads is not counted
+    small = ProxyAnchor(8, size).to(device)  # what a first step loads is not counted
     small(x, y % 8).backward()
-    before = peak()
-    ours.proxies.grad = None
-    loss = ours(x, y) if way == "ours" else published_way(x, ours.proxies, y)
-    loss.backward()
-    queue.put((peak() - before) / (4 * batch * classes))
 
-
-def million(batch, size, queue):
-    torch.manual_seed(0)
-    criterion = ProxyAnchor(1_000_000, size)
-    optimizer = torch.optim.AdamW(criterion.parameters(), lr=1e-2, weight_decay=1e-4, foreach=False)
-    x, y = F.normalize(torch.randn(batch, size)), torch.randint(1_000_000, (batch,))
-    losses = []
-    start = time.perf_counter()
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = criterion(x, y)
+    def step():
+        ours.proxies.grad = None
+        loss = ours(x, y) if way == "ours" else published_way(x, ours.proxies, y)
         loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    queue.put((losses, (time.perf_counter() - start) / 3, peak() / 2**30))
+
+    queue.put(peak_bytes(step) / (4 * batch * classes))
+
+
+def many(batch, classes, size, queue):
+    """Losses of three training steps, seconds of the last, and GiB at the peak, beyond what the libraries take."""
+    device = device_here()
+    torch.manual_seed(0)
+    x, y = F.normalize(torch.randn(batch, size)).to(device), torch.randint(classes, (batch,)).to(device)
+    ProxyAnchor(8, size).to(device)(x, y % 8)
+    losses, times = [], []
+
+    def train():
+        criterion = ProxyAnchor(classes, size).to(device)
+        optimizer = torch.optim.AdamW(criterion.parameters(), lr=1e-2, weight_decay=1e-4, foreach=False)
+
+        def step():
+            optimizer.zero_grad()
+            loss = criterion(x, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+        times.extend(seconds(step) for _ in range(3))
+
+    peak = peak_bytes(train)
+    queue.put((losses, times[-1], peak / 2**30))
 
 
 def in_a_process(function, *arguments):
@@ -62,22 +68,27 @@ def in_a_process(function, *arguments):
     queue = context.Queue()
     process = context.Process(target=function, args=(*arguments, queue))
     process.start()
+    result = queue.get()
     process.join()
-    return queue.get()
+    return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=180)
     parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--classes", type=int, nargs="+", default=[11_318, 50_000, 200_000])
+    parser.add_argument("--most", type=int, default=1_000_000, help="classes of the training steps")
     args = parser.parse_args()
-    print("classes     ours   published way   (B x C matrices beyond proxies and gradients)")
-    for classes in (11_318, 50_000, 200_000):
-        figures = [in_a_process(measure, way, args.batch, classes, args.size) for way in ("ours", "published")]
-        print(f"{classes:>7,} {figures[0]:8.2f} {figures[1]:15.2f}")
-    losses, seconds, gigabytes = in_a_process(million, args.batch, args.size)
-    shown = " ".join(f"{loss:.3f}" for loss in losses)
-    print(f"1,000,000 classes: losses {shown}, {seconds:.1f} s a step with AdamW, {gigabytes:.1f} GiB at the peak")
+    print(f"B x C matrices beyond proxies and gradients, {args.batch} x C x {args.size}, {device_here()}")
+    for classes in args.classes:
+        ours, published = (in_a_process(measure, way, args.batch, classes, args.size) for way in ("ours", "published"))
+        print_row(f"{classes:,} classes, ours", f"{ours:.2f} B x C")
+        print_row(f"{classes:,} classes, published way", f"{published:.2f} B x C")
+    losses, duration, gigabytes = in_a_process(many, args.batch, args.most, args.size)
+    print("Losses of the last rows:", " ".join(f"{loss:.3f}" for loss in losses))
+    print_row(f"{args.most:,} classes, a step with AdamW", f"{1e3 * duration:.0f} ms")
+    print_row(f"{args.most:,} classes, peak memory", f"{gigabytes:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.timing import interleaved, print_ratios
+from benchmarks.timing import device_here, installed, interleaved, print_ratios
 from proxy_anchor.losses import ProxyAnchor
 
 
@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here()
     torch.manual_seed(0)
     x = F.normalize(torch.randn(args.batch, args.size, device=device)).requires_grad_()
     y = torch.randint(args.classes, (args.batch,), device=device)
@@ -53,18 +53,15 @@ def main():
 
         return run
 
+    sizes = f"{args.batch} x {args.classes} x {args.size}"
+    print(f"Forward + backward, {sizes}, {device}, {torch.get_num_threads()} threads")
     functions = {"three bare products": bare, "ours": step(lambda: ours(x, y), ours.proxies)}
     dense = ours.proxies.detach().clone().requires_grad_()
     functions["published way (dense masks)"] = step(lambda: published_way(x, dense, y), dense)
-    try:
-        from pytorch_metric_learning.losses import ProxyAnchorLoss
-
-        theirs = ProxyAnchorLoss(args.classes, args.size).to(device)
-        functions["pytorch-metric-learning"] = step(lambda: theirs(x, y), theirs.proxies)
-    except ImportError:
-        print("pytorch-metric-learning is not installed: left out")
-    sizes = f"{args.batch} x {args.classes} x {args.size}"
-    print(f"Forward + backward, {sizes}, {device}, {torch.get_num_threads()} threads")
+    row = "pytorch-metric-learning"
+    if library := installed("pytorch_metric_learning.losses", row):
+        theirs = library.ProxyAnchorLoss(args.classes, args.size).to(device)
+        functions[row] = step(lambda: theirs(x, y), theirs.proxies)
     print_ratios(interleaved(functions, args.rounds), of="ours")
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, print_row
 from proxy_anchor import device, distributed, losses, retrieval, training
 
 CLASSES, SIZE = 1000, 512
@@ -71,10 +71,8 @@ def main():
     print(f"{args.model}, {args.image_size} px, batch {args.batch_size}; search in {args.images:,} images")
     for name, seconds in medians[0].items():
         shared = medians[1][name]
-        print(
-            f"{name:<20} 1 process {1e3 * seconds:8.1f} ms   {args.processes} processes {1e3 * shared:8.1f} ms   "
-            f"{args.processes} / 1: {shared / seconds:.2f}"
-        )
+        print_row(f"{name}, 1 process", f"{1e3 * seconds:.1f} ms")
+        print_row(f"{name}, {args.processes} processes", f"{1e3 * shared:.1f} ms", f"this / 1: {shared / seconds:.2f}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python benchmarks/recall_time.py --memory [--images 60502]
 """
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.timing import interleaved, print_ratios
+from benchmarks.timing import device_here, installed, interleaved, peak_bytes, print_ratios, print_row
 from proxy_anchor.retrieval import map_at_r, recall_at_k
 
 KS = (1, 10, 100, 1000)
@@ -42,7 +41,7 @@ def main():
         "--memory", action="store_true", help="peak memory beyond the embeddings, of our functions alone"
     )
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here()
     torch.manual_seed(0)
     y = torch.arange(args.images, device=device) // 5
     x = F.normalize(
@@ -55,10 +54,7 @@ def main():
     if args.memory:
         recall_at_k(x[:2000], y[:2000], KS), map_at_r(x[:2000], y[:2000])  # what a first call loads is not counted
         for name, function in (("Recall@K", lambda: recall_at_k(x, y, KS)), ("MAP@R", lambda: map_at_r(x, y))):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            function()
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            print(f"{name}: {used / 1024:.0f} MB beyond the embeddings")
+            print_row(f"{name}, peak memory beyond the embeddings", f"{peak_bytes(function) / 2**20:.0f} MiB")
         return
 
     functions = {
@@ -67,35 +63,26 @@ def main():
         "published way": lambda: published_way(x, y),
         "MAP@R and R-precision": lambda: map_at_r(x, y),
     }
-    try:
-        import faiss
-        import numpy as np
-
-        vectors = np.ascontiguousarray(x.cpu().numpy())
+    row = "faiss IndexFlatIP, top 1,000 (CPU)"
+    if faiss := installed("faiss", row):
+        vectors = x.cpu().numpy()
 
         def faiss_search():
             index = faiss.IndexFlatIP(args.size)
             index.add(vectors)
             index.search(vectors, max(KS))
 
-        functions["faiss IndexFlatIP, top 1,000 (CPU)"] = faiss_search
-    except ImportError:
-        print("faiss is not installed: left out")
-    try:
-        from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-
-        calculator = AccuracyCalculator(include=("precision_at_1",), k=max(KS))
-        functions["pytorch-metric-learning, precision at 1"] = lambda: calculator.get_accuracy(x, y)
-    except ImportError:
-        print("pytorch-metric-learning is not installed: left out")
-    print("Within one set:")
+        functions[row] = faiss_search
+    row = "pytorch-metric-learning, precision at 1"
+    if (library := installed("pytorch_metric_learning.utils.accuracy_calculator", row)) and faiss:  # which it needs
+        calculator = library.AccuracyCalculator(include=("precision_at_1",), k=max(KS))
+        functions[row] = lambda: calculator.get_accuracy(x, y)
     print_ratios(interleaved(functions, args.rounds), of="ours")
-    print("Query against gallery, half each:")
     functions = {
-        "bare product": lambda: bare_product(x[:half], x[half:]),
-        "ours": lambda: recall_at_k(x[:half], y[:half], KS, x[half:], y[half:]),
+        "bare product, half against half": lambda: bare_product(x[:half], x[half:]),
+        "ours, half against half": lambda: recall_at_k(x[:half], y[:half], KS, x[half:], y[half:]),
     }
-    print_ratios(interleaved(functions, args.rounds), of="ours")
+    print_ratios(interleaved(functions, args.rounds), of="ours, half against half")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torchvision import transforms as v1
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import net
-from benchmarks.timing import synchronize
+from benchmarks.timing import print_row, seconds
 from dataset import transforms
 from proxy_anchor import device, evaluation, losses, training
 
@@ -109,7 +109,7 @@ def loaders(paths, labels, cache_folder, seconds):
             rates[name].append(count / (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, rate in medians.items():
-        print(f"{name:<20} {rate:8.0f} images/s   {rate / medians['published style']:6.2f} x")
+        print_row(name, f"{rate:.0f} images/s", f"{rate / medians['published style']:.2f} x published")
 
 
 def endless(loader):
@@ -117,15 +117,6 @@ def endless(loader):
         with suppress(AttributeError):  # the published style has no epochs
             loader.batch_sampler.set_epoch(epoch)
         yield from loader
-
-
-def timed(run) -> float:
-    """Seconds of run()."""
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def training_speed(name, paths, labels, cache_folder, gpu, args):
@@ -159,13 +150,20 @@ def training_speed(name, paths, labels, cache_folder, gpu, args):
     old_network = net.create(name, 512).to(gpu)
     old_optimizer = torch.optim.AdamW(old_network.parameters(), lr=1e-4, weight_decay=1e-4)
     training.set_train_mode(old_network, True)
+    contiguous = fixed[0].contiguous(), fixed[1]
 
     def published(steps):
         for images, targets in islice(old, steps):
             published_step(old_network, criterion, old_optimizer, images.to(gpu), targets.to(gpu))
 
+    def in_the_other_layout(steps):
+        training.train_one_epoch(
+            old_network, criterion, [contiguous] * steps, batch, old_optimizer, precision, 1, True, True
+        )
+
     ways = {
         "(a) network alone": (lambda steps: steps_on([fixed] * steps), 1),
+        "(a) not in channels_last": (in_the_other_layout, 1),
         "(b) from files": (lambda steps: steps_on(device.feed(islice(files, steps), gpu, normalize)), args.workers),
         "(c) from cache": (
             lambda steps: steps_on(device.feed(islice(cached, steps), gpu, normalize)),
@@ -173,12 +171,12 @@ def training_speed(name, paths, labels, cache_folder, gpu, args):
         ),
         "published style": (published, 4),
     }
-    seconds = {way: [] for way in ways}
+    times = {way: [] for way in ways}
     for _ in range(3):
         for way, (run, workers) in ways.items():
             run(PREFETCHED * workers + 1)  # not to be paid with: what workers made ready during the others' turns
-            seconds[way].append(timed(lambda run=run: run(args.steps)))
-    rates = {way: args.steps * batch / statistics.median(values) for way, values in seconds.items()}
+            times[way].append(seconds(lambda run=run: run(args.steps)))
+    rates = {way: args.steps * batch / statistics.median(values) for way, values in times.items()}
 
     def embed(loader):
         evaluation.embed(network, device.feed(loader, gpu, normalize), len(paths), precision)
@@ -187,13 +185,14 @@ def training_speed(name, paths, labels, cache_folder, gpu, args):
     images.use_cache(cache_folder, args.workers, lambda batches, _: batches, print)
     loader = dataset.eval_loader(images, 2 * batch, args.workers)
     embed(loader)
-    embedding = len(paths) / statistics.median(timed(lambda: embed(loader)) for _ in range(3))
+    embedding = len(paths) / statistics.median(seconds(lambda: embed(loader)) for _ in range(3))
     print(f"{name}, batch {batch}, amp {args.amp}, {args.workers} workers, {os.cpu_count()} cores")
     for way, rate in rates.items():
         share, faster = rate / rates["(a) network alone"], rate / rates["published style"]
-        print(f"  {way:<20} {rate:8.1f} images/s   {share:5.2f} of (a)   {faster:6.2f} x published")
+        print_row(f"{name}, {way}", f"{rate:.1f} images/s", f"{share:.2f} of (a), {faster:.2f} x published")
     minutes = 60 * (5864 / rates["(c) from cache"] + 5924 / embedding) / 60
-    print(f"  embedding {embedding:.1f} images/s; 60 epochs of the CUB recipe: {minutes:.1f} minutes")
+    print_row(f"{name}, embedding", f"{embedding:.1f} images/s")
+    print_row(f"{name}, 60 epochs of the CUB recipe", f"{minutes:.1f} min")
 
 
 def main():

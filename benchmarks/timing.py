@@ -1,29 +1,73 @@
-"""Interleaved timing of several functions: each round runs all of them, so a slow moment of the machine hits all."""
+"""What the benchmarks share: the device, interleaved timing, peak memory, and rows of a Markdown table."""
 
+import importlib
+import resource
 import time
 
 import torch
 
+from proxy_anchor import device
+
+
+def device_here() -> torch.device:
+    """The device that the benchmarks of single functions run on: the first CUDA device, else Apple's GPU or the CPU."""
+    return device.select(0)
+
 
 def interleaved(functions: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each function over the rounds, after one that is not counted."""
+    """Median seconds of each function over the rounds, after one that is not counted.
+
+    Each round runs all of them, so a slow moment of the machine hits all.
+    """
     times = {name: [] for name in functions}
     for _ in range(1 + rounds):
         for name, function in functions.items():
-            synchronize()
-            start = time.perf_counter()
-            function()
-            synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: sorted(seconds[1:])[rounds // 2] for name, seconds in times.items()}
+            times[name].append(seconds(function))
+    return {name: sorted(counted[1:])[rounds // 2] for name, counted in times.items()}
+
+
+def seconds(function) -> float:
+    """What function() takes, the GPU's part included."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def peak_bytes(function) -> int:
+    """The peak of function()'s memory beyond what was held before: the CUDA device's, else the process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    function()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def installed(library: str, row: str):
+    """The module; or None, where it is missing, with a row that says so."""
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        print_row(row, "not installed")
+
+
+def print_row(name: str, value: str, compared: str = "") -> None:
+    print(f"| {name:<52} | {value:>16} | {compared:<30} |", flush=True)
 
 
 def print_ratios(medians: dict[str, float], of: str) -> None:
-    """A line for each function: its median, and how many times longer than it `of` takes."""
-    for name, seconds in medians.items():
-        print(f"{name:<44} {1e3 * seconds:10.2f} ms   {of} / this: {medians[of] / seconds:6.2f}")
+    """A row for each function: its median, and how many times longer than it `of` takes."""
+    for name, median in medians.items():
+        print_row(name, f"{1e3 * median:.2f} ms", f"{of} / this: {medians[of] / median:.2f}")

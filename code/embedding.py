@@ -21,7 +21,8 @@ class Embedder:
             network.compile()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        images = self.network.normalize(images).contiguous(memory_format=hardware.memory_format(self.device))
+        images = self.network.normalize(images)
+        images = images.contiguous(memory_format=hardware.memory_format(self.device, images.shape[-1]))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             embeddings = self.network(images)
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -172,21 +172,31 @@ def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1
 
 def create_rival(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     """One of the losses that Proxy-Anchor is compared with, see create."""
-    from pytorch_metric_learning import distances, losses, miners  # only the comparison needs it
+    # Only the comparison needs it. Each setting is named, also where it is the default: those change between versions.
+    from pytorch_metric_learning import distances, losses, miners, reducers
 
+    euclidean = {"distance": distances.LpDistance(normalize_embeddings=True, p=2, power=1)}
+    cosine = {"distance": distances.CosineSimilarity(p=2, power=1)}
+    mean, mean_of_nonzero = {"reducer": reducers.MeanReducer()}, {"reducer": reducers.AvgNonZeroReducer()}
     if name == "Proxy_NCA":
-        return losses.ProxyNCALoss(num_classes, embedding_size, softmax_scale=32)
+        squared = distances.LpDistance(normalize_embeddings=True, p=2, power=2)
+        return losses.ProxyNCALoss(
+            num_classes, embedding_size, softmax_scale=32, weight_init_func=nn.init.normal_, distance=squared, **mean
+        )
     if name == "MS":
         return MinedLoss(
-            losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), miners.MultiSimilarityMiner(epsilon=0.1)
+            losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5, **cosine, **mean),
+            miners.MultiSimilarityMiner(epsilon=0.1, **cosine),
         )
     if name == "Contrastive":
-        return losses.ContrastiveLoss(neg_margin=0.5)
+        return losses.ContrastiveLoss(pos_margin=0, neg_margin=0.5, **euclidean, **mean_of_nonzero)
     if name == "Triplet":
         return MinedLoss(
-            losses.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(margin=0.1, type_of_triplets="semihard")
+            losses.TripletMarginLoss(
+                margin=0.1, swap=False, smooth_loss=False, triplets_per_anchor="all", **euclidean, **mean_of_nonzero
+            ),
+            miners.TripletMarginMiner(margin=0.1, type_of_triplets="semihard", **euclidean),
         )
-    if name == "NPair":
-        # The library's default distance normalises, which its N-pairs loss refuses.
-        return losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))
+    if name == "NPair":  # refuses embeddings that its distance normalises
+        return losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False, power=1), **mean)
     raise ValueError(f"There is no loss '{name}'; there are {', '.join(LOSSES)}")

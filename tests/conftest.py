@@ -4,12 +4,13 @@ import trees
 
 
 @pytest.fixture(autouse=True)
-def no_credentials(monkeypatch, tmp_path_factory):
+def no_credentials(request, monkeypatch, tmp_path_factory):
     """Tests neither find the user's wandb credentials nor his downloaded weights, and leave no random state behind."""
     monkeypatch.setenv("NETRC", str(tmp_path_factory.getbasetemp() / "no-netrc"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "no-weights"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU's sums differ from run to run
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU's sums differ from run to run
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

@@ -1,5 +1,7 @@
 """The benchmarks run, on sizes that measure nothing."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
     "command, words",
     [
         ("loss_time.py --batch 8 --classes 20 --size 8 --rounds 1", "ours"),
+        ("loss_memory.py --batch 8 --size 8 --classes 50 --most 100", "peak memory"),
         ("recall_time.py --images 2100 --size 8 --rounds 1", "ours"),
         ("processes.py --images 50 --batch-size 8 --image-size 32 --rounds 1", "two training steps"),
         ("throughput.py --loaders --images 4 --seconds 0.05", "published style"),
@@ -24,3 +27,59 @@ def test_benchmark_runs(command, words):
     done = subprocess.run([sys.executable, BENCHMARKS / script, *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert words in done.stdout
+
+
+def test_libraries_that_are_missing_are_named(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('faiss', 'pytorch_metric_learning', 'wandb'):\n    sys.modules[name] = None\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, BENCHMARKS / "recall_time.py", "--images", "2100", "--size", "8", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"\| (faiss|pytorch-metric-learning).*\| +not installed", done.stdout) == [
+        "faiss", "pytorch-metric-learning",
+    ]  # fmt: skip
+    assert "ours / this" in done.stdout
+    train = [sys.executable, BENCHMARKS.parent / "train.py", "--help"]
+    assert subprocess.run(train, capture_output=True, timeout=300, env=environment).returncode == 0
+
+
+def gpu_script(tmp_path, python, *arguments):
+    """Run benchmarks/gpu.sh with a shell script in place of Python."""
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{python}\n")
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", BENCHMARKS / "gpu.sh", *arguments]
+    environment = os.environ | {"PYTHON": str(tmp_path / "python")}
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment)
+
+
+def test_gpu_script_makes_one_table(tmp_path):
+    python = """
+        case "$*" in
+            *"import faiss"*) exit 1 ;;
+            *pytest*) echo "FAILED tests/test_cuda.py::test_loss[7]"; echo "1 failed, 9 passed in 3 s"; exit 1 ;;
+            *loss_memory*) echo "| first row  |  1 ms |  |"; exit 3 ;;
+            *.py*) echo "sizes"; echo "| ours       |  2 ms | 1.00 |" ;;
+        esac"""
+    done = gpu_script(tmp_path, python, "results.md")
+    assert done.returncode == 1 and "2 of the commands failed" in done.stderr
+    table = (tmp_path / "results.md").read_text()
+    assert done.stdout == table
+    for line in (
+        "|---|---|---|---|",
+        "| `import faiss` | not installed |  |  |",
+        "| `tests/test_cuda.py` | 1 failed, 9 passed in 3 s | exit status 1 |  |",
+        "| `tests/test_cuda.py::test_loss[7]` | FAILED |  |  |",
+        "| `loss_time.py` | ours | 2 ms | 1.00 |",
+        "| `loss_memory.py` | first row | 1 ms | |",
+        "| `loss_memory.py` | failed | exit status 3 |  |",
+    ):
+        assert line in table.splitlines()
+
+
+def test_gpu_script_without_a_gpu(tmp_path):
+    done = gpu_script(tmp_path, "exit 1", "results.md")
+    assert done.returncode == 1 and "no CUDA device here" in done.stderr
+    assert not (tmp_path / "results.md").exists()
+    assert gpu_script(tmp_path, "exit 0").returncode == 2

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning import distances, miners
+from pytorch_metric_learning import losses as library
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 
 from proxy_anchor import losses
@@ -182,3 +184,49 @@ def test_settings_of_the_rivals():
     triplet = losses.create("Triplet", 4, 8)
     assert (triplet.loss.margin, triplet.miner.margin, triplet.miner.type_of_triplets) == (0.1, 0.1, "semihard")
     assert not losses.create("NPair", 4, 8).distance.normalize_embeddings
+
+
+def by_default(name):
+    """The rivals with no more settings than those of the comparison, the rest as the library 2.6 to 2.9 has it."""
+    return {
+        "Proxy_NCA": lambda: library.ProxyNCALoss(6, 8, softmax_scale=32),
+        "MS": lambda: losses.MinedLoss(library.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)),
+        "Contrastive": lambda: library.ContrastiveLoss(neg_margin=0.5),
+        "Triplet": lambda: losses.MinedLoss(
+            library.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(0.1, "semihard")
+        ),
+        "NPair": lambda: library.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False)),
+    }[name]()
+
+
+def outcome(make):
+    """Value and gradients of a loss, of embeddings of any length."""
+    torch.manual_seed(0)
+    criterion = make()
+    x = torch.randn(24, 8, requires_grad=True)
+    value = criterion(x, torch.arange(24) % 6)
+    value.backward()
+    return [value, x.grad, *(p.grad for p in criterion.parameters())]
+
+
+@pytest.mark.parametrize("name", LOSSES[1:])
+def test_rivals_do_not_change_with_the_defaults_of_the_library(name, monkeypatch):
+    """To the last bit as the defaults of 2.6 to 2.9 have it, with those defaults and with others."""
+    expected = outcome(lambda: by_default(name))
+    assert all(map(torch.equal, outcome(lambda: losses.create(name, 6, 8)), expected))
+    moved = {
+        distances.BaseDistance: (False, 1, 3, False),  # normalize_embeddings, p, power, is_inverted
+        library.MultiSimilarityLoss: (3, 40, 0.7),
+        miners.MultiSimilarityMiner: (0.3,),
+        library.ContrastiveLoss: (0.1, 0.9),
+        library.TripletMarginLoss: (0.2, True, True, 1),
+        miners.TripletMarginMiner: (0.3, "hard"),
+    }
+    for built, defaults in moved.items():
+        assert len(built.__init__.__defaults__) == len(defaults)
+        monkeypatch.setattr(built.__init__, "__defaults__", defaults)
+    for built in (*vars(library).values(), *vars(miners).values()):
+        for getter in ("get_default_distance", "get_default_reducer", "get_default_weight_init_func"):
+            if hasattr(built, getter):
+                monkeypatch.setattr(built, getter, None)
+    assert all(map(torch.equal, outcome(lambda: losses.create(name, 6, 8)), expected))

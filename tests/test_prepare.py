@@ -5,7 +5,6 @@ import shutil
 import stat
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 import trees
@@ -13,9 +12,7 @@ from PIL import Image
 
 import dataset
 from dataset import prepare
-from dataset.__main__ import main, parse
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from dataset.__main__ import main
 
 
 def archive_of(folder, path, names):
@@ -299,11 +296,3 @@ def test_kinds_of_images(tmp_path):
     for name in ("huge.png", "empty.jpg", "cut.jpg", "text.jpg"):
         with pytest.raises(BadFile, match=rf"{name} cannot be read: \S+"):
             read_image(str(tmp_path / name))
-
-
-def test_commands_of_the_readme_parse():
-    lines = (REPOSITORY / "README.md").read_text().splitlines()
-    commands = [line.split()[3:] for line in lines if line.startswith("python -m dataset")]
-    assert {command[1] for command in commands} == {"cub", "cars", "SOP", "Inshop", "folder"}
-    for command in commands:
-        parse(command)

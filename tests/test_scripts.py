@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import trees
+from pages import commands
 from PIL import Image
 
 import dataset
@@ -442,40 +443,40 @@ def test_bad_images_are_skipped_on_demand(tmp_path, capsys):
     assert metrics["R@1"] == float(read_metrics(path.parent)[0]["R@1"])
 
 
-# The README
+# The commands of README.md and docs/
 
 
-def readme_commands(script):
-    lines = (REPOSITORY / "README.md").read_text().splitlines()
-    commands = [line.split(" && ")[-1] for line in lines]
-    return [shlex.split(command)[2:] for command in commands if command.startswith(f"python {script}")]
+RECIPES = {  # batch size, learning rate, warm-up, BN-freeze, epochs between decays, decay
+    ("cub", "bn_inception"): (180, 1e-4, 1, 1, 10, 0.5),
+    ("cub", "resnet50"): (120, 1e-4, 5, 1, 5, 0.5),
+    ("cars", "bn_inception"): (180, 1e-4, 1, 1, 20, 0.5),
+    ("cars", "resnet50"): (120, 1e-4, 5, 1, 10, 0.5),
+    ("SOP", "bn_inception"): (180, 6e-4, 1, 0, 20, 0.25),
+    ("Inshop", "bn_inception"): (180, 6e-4, 1, 0, 20, 0.25),
+}
 
 
-def test_training_commands_of_the_readme_are_the_published_recipes():
-    recipes = {
-        ("cub", "bn_inception"): (180, 1e-4, 1, 1, 10, 0.5),
-        ("cub", "resnet50"): (120, 1e-4, 5, 1, 5, 0.5),
-        ("cars", "bn_inception"): (180, 1e-4, 1, 1, 20, 0.5),
-        ("cars", "resnet50"): (120, 1e-4, 5, 1, 10, 0.5),
-        ("SOP", "bn_inception"): (180, 6e-4, 1, 0, 20, 0.25),
-        ("Inshop", "bn_inception"): (180, 6e-4, 1, 0, 20, 0.25),
-    }
-    found = {}
-    for argv in readme_commands("train.py"):
+def assert_published_recipes(commands):
+    """Each command that trains on a benchmark is a published recipe, and all of these are there."""
+    found = set()
+    for argv in commands:
         args = train.parse(argv)
         if args.dataset in ("cub", "cars", "SOP", "Inshop"):
             assert (args.loss, args.embedding_size) == ("Proxy_Anchor", 512)
-            found[args.dataset, args.model] = (
+            assert RECIPES[args.dataset, args.model] == (
                 args.batch_size, args.lr, args.warm, args.bn_freeze, args.lr_decay_step, args.lr_decay_gamma
             )  # fmt: skip
-    assert found == recipes
+            found.add((args.dataset, args.model))
+    assert found == set(RECIPES)
 
 
-def test_evaluation_commands_of_the_readme_parse():
-    commands = readme_commands("evaluate.py")
-    assert commands
-    for argv in commands:
-        evaluate.parse(argv)
+def test_training_commands_of_the_pages_are_the_published_recipes():
+    assert_published_recipes(commands("python train.py"))
+
+
+def test_table_of_the_readme_is_the_published_recipes():
+    rows = re.findall(r"^\| .* \| `(--dataset .*)` \|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert_published_recipes(map(shlex.split, rows))
 
 
 SMALL = {  # data set: how to write a small one with enough training images for a batch, and its sizes
@@ -489,7 +490,7 @@ SMALL = {  # data set: how to write a small one with enough training images for 
 @pytest.mark.parametrize("number", range(6))
 def test_published_training_command_runs(tmp_path, monkeypatch, number):
     """On small data under the default root, with weights from torch's cache. All but the first see small images."""
-    command = [c for c in readme_commands("train.py") if "--gpu-id" in c][number]
+    command = [c for c in commands("python train.py") if "--gpu-id" in c][number]
     args = train.parse(command)
     write, sizes = SMALL[args.dataset]
     write(tmp_path / "data")

@@ -1,0 +1,19 @@
+"""README.md and the pages of docs/, and the commands in them."""
+
+import re
+import shlex
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+    """The blocks of code on a page, of one language or none."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(start: str, pages=PAGES) -> list[list[str]]:
+    """The arguments of the commands with this start, e.g. "python train.py", in the order of the pages."""
+    lines = [line.split(" && ")[-1] for page in pages for block in blocks(page) for line in block.splitlines()]
+    return [shlex.split(line.removeprefix(start)) for line in lines if f"{line} ".startswith(f"{start} ")]

@@ -1,0 +1,111 @@
+"""README.md and docs/ say what the code is: commands, modules, quotations, links."""
+
+import inspect
+import re
+import textwrap
+
+import pytest
+import test_losses
+import torch
+import trees
+from pages import PAGES, REPOSITORY, blocks, commands
+
+import evaluate
+import net
+import search
+import train
+from dataset import __main__ as data
+
+README = REPOSITORY / "README.md"
+SCRIPTS = {
+    "python train.py": train, "torchrun --nproc-per-node 8 train.py": train, "python evaluate.py": evaluate,
+    "python search.py": search, "python -m dataset": data,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", SCRIPTS)
+def test_commands_parse(start):
+    found = commands(start)
+    assert found
+    for argv in found:
+        SCRIPTS[start].parse(argv)
+
+
+def test_there_are_no_other_commands():
+    """What none of the tests would look at."""
+    known = (*SCRIPTS, "python -m pytest", "python misc/compare.py logs/logs_glyphs/*")
+    for page in PAGES:
+        for line in "".join(blocks(page)).splitlines():
+            command = line.split(" && ")[-1]
+            assert not re.match("(python|torchrun|bash) ", command) or command.startswith(known), f"{page}: {line}"
+
+
+def test_every_dataset_is_prepared_on_the_page():
+    found = {(command, name) for command, name, *_ in commands("python -m dataset")}
+    assert {("prepare", name) for name in ("cub", "cars", "SOP", "Inshop")} < found and ("check", "folder") in found
+
+
+def test_setup_lines_and_length_of_the_readme():
+    """.ci/run looks for the two lines."""
+    lines = README.read_text().splitlines()
+    assert "pip install -r requirements.txt && python train.py --dataset glyphs" in lines
+    assert "pip install -r requirements-dev.txt && python -m pytest" in lines
+    assert len(lines) <= 150
+
+
+def test_commands_for_photos_run(tmp_path, monkeypatch):
+    """As printed, from a folder of photos to the neighbours of another; small images and one epoch make it quick."""
+    pytest.importorskip("faiss")
+    trees.folder(tmp_path / "photos", images=17)
+    trees.write_image(tmp_path / "new.jpg", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
+    weights = {k[6:]: v for k, v in net.create("resnet50", 4).state_dict().items() if "embedding" not in k}
+    torch.save(weights, tmp_path / "weights.pth")
+    monkeypatch.setattr(net, "imagenet_file", lambda name: tmp_path / "weights.pth")
+
+    def of_photos(script):
+        return [argv for argv in commands(f"python {script}", [README]) if "photos" in " ".join(argv)]
+
+    (training,), (evaluation,), (index, query) = map(of_photos, ("train.py", "evaluate.py", "search.py"))
+    train.main([*training, "--epochs", "1", "--image-size", "32", "--workers", "0"])
+    evaluate.main([*evaluation, "--workers", "0"])
+    search.main([*index, "--workers", "0"])
+    search.main(query)
+    assert (tmp_path / "report" / "index.html").exists() and (tmp_path / "neighbours.png").exists()
+
+
+def test_python_of_the_readme_runs():
+    (program,) = blocks(README, "python")
+    network = torch.nn.Linear(4, 512)
+    names = {"network": network, "images": torch.randn(6, 4), "labels": torch.arange(6)}
+    exec(program, names)
+    assert names["loss"].item() > 0 and network.weight.grad.abs().sum() > 0
+
+
+def test_method_quotes_the_loss_in_six_lines():
+    source = inspect.getsource(test_losses.by_autograd)
+    body = textwrap.dedent(source.split('"""')[-1].lstrip("\n"))
+    assert blocks(REPOSITORY / "docs" / "method.md", "python") == [body]
+    assert len(body.splitlines()) == 6
+
+
+@pytest.mark.parametrize("folder", ["code", "net", "dataset"])
+def test_architecture_lists_every_module(folder):
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    (section,) = re.findall(rf"^## {folder}/\n(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL)
+    listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    modules = [path.stem for path in (REPOSITORY / folder).glob("*.py")]
+    assert sorted(listed) == sorted(modules), f"docs/architecture.md lists other modules than {folder}/ has"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"(?<!!)\[[^]]*\]\(([^)]+)\)", page.read_text()):
+        if re.match("https?:|ftp:", link):
+            continue
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if target.suffix == ".md" else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], link

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -67,9 +68,9 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
 
 
-def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
+def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: Path) -> list[str]:
     """The flags that give arguments these values, as read from a file; a usage error naming it where one cannot be."""
-    flags = []
+    flags: list[str] = []
     for action in parser._actions:
         value = values.get(action.dest)
         if action.dest not in values or action.dest in ("resume", "debug") or value is action.default is None:
@@ -77,7 +78,8 @@ def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: str) -
         types = (bool,) if action.nargs == 0 else (int, float) if action.type else (str,)
         if not isinstance(value, types) or (bool not in types and isinstance(value, bool)):
             parser.error(f"{source} has {action.dest} {value!r}, which --{action.dest.replace('_', '-')} cannot be")
-        flags += [f"{action.option_strings[0]}={value}"] if action.nargs != 0 else action.option_strings[:1] * value
+        if value is not False:
+            flags.append(action.option_strings[0] if value is True else f"{action.option_strings[0]}={value}")
     return flags
 
 

@@ -8,13 +8,13 @@ from proxy_anchor import console, distributed, hardware
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    amp: "none", or "bf16" or "fp16" for the network's products, with a scaler for the gradients of fp16 (else an idle
+    network: a net.EmbeddingNet. amp: "none", or "bf16" or "fp16" for the network's products, with a scaler for the gradients of fp16 (else an idle
     one). compile: with torch.compile.
     """
 
-    def __init__(self, network: torch.nn.Module, device: torch.device, amp: str = "none", compile: bool = False):
-        self.network = hardware.place(network, device)
-        self.device = device
+    def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
+        hardware.place(network, device)
+        self.network, self.device = network, device
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         if compile:

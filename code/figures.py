@@ -5,6 +5,7 @@ import textwrap
 from contextlib import contextmanager
 from itertools import accumulate, cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from proxy_anchor.files import replacing
 INK, QUIET, GRID = "#24292f", "#6e7781", "#e7eaee"
 STRONG = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed")  # what a picture is about
 MUTED = ("#6f7a8a", "#9a7b52", "#6c8a68", "#8a70a0", "#ac7b72", "#5f8791")  # what it is compared with
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK,
     "axes.edgecolor": "#afb8c1", "axes.labelcolor": QUIET, "axes.labelsize": 9.5,
     "axes.spines.top": False, "axes.spines.right": False,
@@ -29,7 +30,7 @@ ROWS, COLUMNS, THUMBNAIL = 20, 11, 224
 
 
 @contextmanager
-def picture(path: Path, width: float, height: float, layout: str | None = "constrained"):
+def picture(path: Path, width: float, height: float, layout: Any = "constrained"):
     """A matplotlib Figure of this size in inches, written at the end in the format that the path's ending names."""
     import matplotlib  # slow to import, and without pyplot it needs no display
     from matplotlib.figure import Figure
@@ -126,7 +127,7 @@ def add_time(ax, epochs: list[float], elapsed: list[float]) -> None:
     top.spines["top"].set_visible(True)
 
 
-def label_ends(ax, ends: list[tuple[float, str, str]]) -> None:
+def label_ends(ax, ends: list[tuple[float, str, Any]]) -> None:
     """Write each (y, text, color) to the right of the axes at y, pushed apart so that no two overlap.
 
     All that moves the limits of the axes comes before.
@@ -154,7 +155,7 @@ def pushed_apart(wanted: list[float], gap: float, low: float, high: float) -> li
     """
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    blocks = []  # [sum, number] of positions that have moved together
+    blocks: list[list] = []  # [sum, number] of positions that have moved together
     for i, index in enumerate(order):
         blocks.append([wanted[index] - i * gap, 1])
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:

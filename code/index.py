@@ -7,6 +7,7 @@ of them, unless that is Flat. Each time it is written, the number is a new one a
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,9 +42,11 @@ class Index:
     made: "checkpoint", its path then; "sha256", its identity; "network", its contract (see checkpoint.CONTRACT).
     """
 
+    vectors: np.ndarray
+    faiss_index: Any
+
     def __init__(self, folder: Path, made: dict, factory: str, number: int, images: dict[str, list[int]]):
         self.folder, self.made, self.factory, self.number, self.images = folder, made, factory, number, images
-        self.vectors = self.faiss_index = None
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":

@@ -1,6 +1,7 @@
 """Proxy-Anchor loss (Kim et al., CVPR 2020, arXiv 2003.13911) and the losses it is compared with."""
 
 import argparse
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +166,7 @@ def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1
     """
     if name == "Proxy_Anchor":
         return ProxyAnchor(num_classes, embedding_size, margin, alpha)
-    rival = create_rival(name, num_classes, embedding_size)
+    rival: Any = create_rival(name, num_classes, embedding_size)
     rival.proxy_lr, rival.clipped = 1, False
     return rival
 

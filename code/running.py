@@ -21,7 +21,7 @@ class Run:
     def __init__(self, log: Logbook, network: torch.nn.Module, **parts):
         self.log, self.network, self.parts = log, network, parts
         self.stop = Stop()
-        self.progress = {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}  # of metrics.csv, one per epoch
+        self.progress: dict = {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}  # of metrics.csv, one per epoch
 
     def __enter__(self):
         with ExitStack() as contexts:

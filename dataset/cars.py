@@ -14,7 +14,7 @@ SIZES = {"train": (98, 8054), "eval": (98, 8131)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
 SOURCE = (
     "Needed are car_ims/ and cars_annos.mat, or in the devkit layout cars_train/, cars_test/, "
-    "devkit/cars_train_annos.mat and devkit/cars_test_annos_withlabels.mat; see the README for copies."
+    "devkit/cars_train_annos.mat and devkit/cars_test_annos_withlabels.mat; docs/data.md tells of copies."
 )
 LIKELY_CAUSE = "an incomplete copy, or one of Kaggle's, which lack the labels of the test images"
 

@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import net
 from dataset import transforms
-from dataset.transforms import Normalize
-from proxy_anchor import console, device, figures, losses, randomness, training
+from proxy_anchor import console, figures, losses, randomness, training
 
 LETTERS, ANCHOR = "AMST", 2  # the classes, and the one whose proxy is looked at
 SHOWN = 7  # images of each
@@ -42,9 +41,9 @@ def train(images: torch.Tensor, labels: torch.Tensor, steps: list[int]) -> list[
     network = net.create("resnet18", 2, bn_freeze=False)
     randomness.seed(SEED)
     criterion = losses.create("Proxy_Anchor", len(LETTERS), 2)
-    optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-2, 1e-4)
-    precision = device.Precision("none", torch.device("cpu"))
-    x = Normalize(network.bgr)(images)
+    optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    x = network.normalize(images)
     seen = []
     for step in range(max(steps) + 1):
         if step in steps:
@@ -52,7 +51,7 @@ def train(images: torch.Tensor, labels: torch.Tensor, steps: list[int]) -> list[
             with torch.no_grad():
                 seen.append((network(x), torch.nn.functional.normalize(criterion.proxies)))
         training.train_one_epoch(
-            network, criterion, [(x, labels)], len(x), optimizer, precision, step, bn_freeze=False, clip_proxies=True
+            network, lambda x, y: criterion(network(x), y), [(x, labels)], optimizer, scaler, step, [network, criterion]
         )
     return seen
 

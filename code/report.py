@@ -27,6 +27,7 @@ MAPPED = 1_500  # images on the map, at most
 MAP_SIZE, MAP_IMAGE = 2400, 48  # pixels
 THUMBNAIL = 160  # pixels
 BLOCK = 1024  # queries at a time
+ROUNDING = 1e-5  # the most that coordinates of equal embeddings differ by
 GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # by which a report is known
 
 
@@ -288,16 +289,22 @@ def draw_similarities(path: Path, queries: TestSet, gallery: TestSet | None) -> 
         figure.savefig(temporary, format="svg")
 
 
+def places_on_map(embeddings: np.ndarray) -> np.ndarray:
+    """Places (N, 2) by t-SNE; where it has no two directions to start from, the first two coordinates."""
+    from sklearn.manifold import TSNE  # slow to import, and needed only here
+
+    count, dimensions = embeddings.shape
+    if count > 2 and dimensions > 1 and np.ptp(embeddings, axis=0).max() > ROUNDING:
+        tsne = TSNE(perplexity=min(30, (count - 1) / 3), init="pca", random_state=0)
+        return tsne.fit_transform(embeddings)
+    return np.pad(embeddings, ((0, 0), (0, 1)))[:, :2]
+
+
 def draw_map(path: Path, queries: TestSet) -> int:
     """Images at the places that t-SNE gives their embeddings; the number of them."""
-    from sklearn.manifold import TSNE
-
     count = min(MAPPED, len(queries.labels))
     chosen = np.sort(np.random.default_rng(0).permutation(len(queries.labels))[:count])
-    places = np.zeros((count, 2))
-    if count > 2:
-        tsne = TSNE(perplexity=min(30, (count - 1) / 3), init="pca", random_state=0)
-        places = tsne.fit_transform(queries.embeddings[chosen].cpu().numpy())
+    places = places_on_map(queries.embeddings[chosen].cpu().numpy())
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.maximum(high - low, 1e-12) * (MAP_SIZE - MAP_IMAGE)
     canvas = Image.new("RGB", (MAP_SIZE, MAP_SIZE), "white")

@@ -1,6 +1,7 @@
 """evaluate.py --report: what the page says, and that a browser shows all of it without the network."""
 
 import csv
+import multiprocessing
 import re
 import shutil
 
@@ -137,6 +138,38 @@ def test_many_classes_are_shortened_and_few_images_are_enough(tmp_path):
     assert "The 50 hardest and the 50 easiest of" in text and text.count("<tr>") < 110
     for count in (1, 2, 3, 5):
         assert write(tmp_path / str(count), random_set(count, 2)).exists()
+
+
+def set_of(embeddings, labels):
+    embeddings, labels = torch.tensor(embeddings, dtype=torch.float32), torch.tensor(labels)
+    return report.TestSet(embeddings, labels, Squares(labels.numpy(), "abcd"))
+
+
+FOUR_CLASSES = [0, 1, 2, 3] * 10
+FEW_OR_EQUAL = {
+    "one image": set_of([[1, 0, 0]], [0]),
+    "two images": set_of([[1, 0, 0], [0, 1, 0]], [0, 0]),
+    "one class": set_of(np.random.default_rng(0).normal(size=(40, 3)), [0] * 40),
+    "one dimension": set_of([[1.0], [-1.0]] * 20, FOUR_CLASSES),
+    "all equal": set_of([[1, 0, 0]] * 40, FOUR_CLASSES),  # a collapsed network
+    "all but one equal": set_of([[1, 0, 0]] * 39 + [[0, 1, 0]], FOUR_CLASSES),
+    "duplicates": set_of(np.eye(4)[FOUR_CLASSES], FOUR_CLASSES),
+}
+
+
+def write_each(folder, sets):
+    for kind, queries in sets.items():
+        write(folder / kind, queries)
+
+
+def test_all_embeddings_that_can_be_ranked_have_a_report(tmp_path):
+    """In a process of its own: t-SNE from a start that is not finite ends it without a message."""
+    child = multiprocessing.get_context("spawn").Process(target=write_each, args=(tmp_path, FEW_OR_EQUAL))
+    child.start()
+    child.join()
+    pages = {kind: tmp_path / kind / "index.html" for kind in FEW_OR_EQUAL}
+    assert [kind for kind, page in pages.items() if not page.exists() or "not finished" in page.read_text()] == []
+    assert child.exitcode == 0
 
 
 def test_class_that_the_gallery_lacks(tmp_path):

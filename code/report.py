@@ -1,10 +1,13 @@
 """A page on what a network has learnt: figures, queries and their neighbours, classes, similarities, a map.
 
-The page is a folder: index.html with its pictures beside it, and nothing from elsewhere.
+The page is a folder: index.html, classes.csv and a folder of pictures, and nothing from elsewhere. A new report has
+pictures of its own and takes the place of an earlier one when it is complete.
 """
 
 import csv
 import html
+import secrets
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +51,19 @@ class TestSet:
 
 
 def open_folder(folder: Path) -> None:
-    """Make the folder of a report. Raises ValueError for a folder that holds anything but an earlier one."""
+    """Make the folder of a report, in which an earlier one stays as it is.
+
+    Raises ValueError for a folder that holds anything else, and OSError where nothing can be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
-    if any(folder.iterdir()) and not (page.is_file() and GENERATOR in page.read_text(errors="replace")):
+    content = f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>".encode()
+    if any(folder.iterdir()):
+        content = page.read_bytes() if page.is_file() else b""
+    if GENERATOR.encode() not in content:
         raise ValueError(f"{folder} is neither empty nor a report: choose another folder for the report")
-    page.write_text(f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>")
-    (folder / "images").mkdir(exist_ok=True)
+    with replacing(page) as temporary:  # also by what it was: to find out now whether that can be done
+        temporary.write_bytes(content)
 
 
 def write(
@@ -66,13 +75,16 @@ def write(
     figures: the metrics of each line of the table, in 0..1. Returns the path of the page.
     """
     targets = gallery or queries
-    pictures = Pictures(folder / "images")
+    new = folder / f"images-{secrets.token_hex(4)}"
+    new.mkdir()
+    pictures = Pictures(new)
     nearest = nearest_neighbour(queries, gallery)
-    shown, listed, pairs = class_tables(folder, queries, targets, nearest, result, pictures)
-    draw_similarities(folder / "similarities.svg", queries, gallery)
-    mapped = draw_map(folder / "map.jpg", queries)
+    shown, listed, pairs, table = class_tables(queries, targets, nearest, result, pictures)
+    draw_similarities(new / "similarities.svg", queries, gallery)
+    mapped = draw_map(new / "map.jpg", queries)
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         generator=GENERATOR,
+        pictures=new.name,
         title=html.escape(title),
         subtitle=html.escape(subtitle),
         figures=figures_table(figures),
@@ -87,9 +99,13 @@ def write(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in environment.items()
         ),
     )
+    with replacing(folder / "classes.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["class", "queries", "R@1", "most often taken for", "times"], *table])
     path = folder / "index.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+    for earlier in set(folder.glob("images-*")) - {new}:
+        shutil.rmtree(earlier, ignore_errors=True)
     return path
 
 
@@ -99,8 +115,6 @@ class Pictures:
     def __init__(self, folder: Path):
         self.folder = folder
         self.names = {}
-        for old in folder.glob("*.jpg"):
-            old.unlink()
 
     def figure(self, images, index: int, caption: str, kind: str = "") -> str:
         """An image with a caption as HTML; kind: right, wrong or nothing."""
@@ -108,8 +122,9 @@ class Pictures:
         if key not in self.names:
             self.names[key] = f"{len(self.names):05d}.jpg"
             to_pillow(images, index, THUMBNAIL).save(self.folder / self.names[key], quality=88)
+        source = f"{self.folder.name}/{self.names[key]}"
         return (
-            f'<figure class="{kind}"><img src="images/{self.names[key]}" width="{THUMBNAIL}" height="{THUMBNAIL}" '
+            f'<figure class="{kind}"><img src="{source}" width="{THUMBNAIL}" height="{THUMBNAIL}" '
             f'loading="lazy" alt="{html.escape(Path(images.paths[index]).name)}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
@@ -189,8 +204,8 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
     return "\n".join(parts)
 
 
-def class_tables(folder, queries, targets, nearest, result, pictures) -> tuple[str, str, str]:
-    """classes.csv, and as HTML: the table of classes, a line on what it lists, the most confused pairs."""
+def class_tables(queries, targets, nearest, result, pictures) -> tuple[str, str, str, list]:
+    """As HTML: the table of classes, a line on what it lists, the most confused pairs; and the rows of classes.csv."""
     labels, taken_for = queries.labels.tolist(), targets.labels[nearest].tolist()
     confused = Counter((label, other) for label, other in zip(labels, taken_for) if label != other)
     worst_rival = {}
@@ -203,10 +218,7 @@ def class_tables(folder, queries, targets, nearest, result, pictures) -> tuple[s
         name = "" if rival is None else queries.name(rival)
         rows.append((right[label] / count, label, count, queries.name(label), name, times))
     rows.sort()
-    with replacing(folder / "classes.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
-        writer.writerows([name, count, recall, rival, times] for recall, _, count, name, rival, times in rows)
+    all_rows = [[name, count, recall, rival, times] for recall, _, count, name, rival, times in rows]
 
     listed, left_out = f"All {len(rows):,} classes, the hardest first.", ""
     easiest = []
@@ -240,7 +252,7 @@ def class_tables(folder, queries, targets, nearest, result, pictures) -> tuple[s
         + f"<p>{count} times: {confused[a, b]} and {confused[b, a]}</p></div>"
         for (a, b), count in both.most_common(PAIRS)
     )
-    return table, listed, pairs or "<p>No image's nearest neighbour is of another class.</p>"
+    return table, listed, pairs or "<p>No image's nearest neighbour is of another class.</p>", all_rows
 
 
 def sample_similarities(queries: TestSet, gallery: TestSet | None) -> tuple[np.ndarray, np.ndarray]:

@@ -148,7 +148,7 @@ def test_title_is_the_result_and_each_metric_is_explained(tmp_path):
 
 
 def test_bars_count_all_classes_and_the_hardest_are_shown(tmp_path):
-    text = write(tmp_path, random_set(800, 300)).read_text()
+    text = write(tmp_path, random_set(300, 100)).read_text()
     with open(tmp_path / "classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     bars = re.findall(r"<div>([\d,]+)<i style=[^>]*></i>(\d+)</div>", text)

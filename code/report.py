@@ -87,6 +87,8 @@ def write(
     new = folder / f"images-{secrets.token_hex(4)}"
     new.mkdir()
     pictures = Pictures(new, queries, targets)
+    size = queries.images[0][0].shape[-1]
+    shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
     metric, value = next(iter(result.metrics.items()))
     nearest = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings)
     taken_for = targets.labels[nearest]
@@ -96,7 +98,8 @@ def write(
         generator=GENERATOR,
         title=html.escape(f"{metric} {100 * value:.1f}% · {name}"),
         subtitle=html.escape(subtitle),
-        shown=shown_size(queries.images),
+        shown=shown,
+        rendering="pixelated" if shown > size else "auto",
         metrics=metrics_table(rows),
         remark=html.escape(result.remark()),
         queries=query_rows(queries, targets, gallery is None, result, pictures),
@@ -143,9 +146,8 @@ class Pictures:
         if key not in self.names:
             self.names[key] = f"{len(self.names):05d}.jpg"
             to_pillow(images, index, THUMBNAIL).save(self.folder / self.names[key], quality=90, subsampling=0)
-        side = shown_size(images)
         return (
-            f'<figure class="{kind}"><img src="{self.folder.name}/{self.names[key]}" width="{side}" height="{side}" '
+            f'<figure class="{kind}"><img src="{self.folder.name}/{self.names[key]}" '
             f'loading="lazy" alt="{html.escape(Path(images.paths[index]).name)}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
@@ -161,12 +163,6 @@ def to_pillow(images, index: int, size: int) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(images[index][0].permute(1, 2, 0).numpy()))
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     return image
-
-
-def shown_size(images) -> int:
-    """The side of an image on the page: small ones are doubled where there is room, large ones made smaller."""
-    size = images[0][0].shape[-1]
-    return 2 * size if 2 * size <= SHOWN else min(size, SHOWN)
 
 
 def metrics_table(rows) -> str:

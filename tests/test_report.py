@@ -25,12 +25,12 @@ RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm":
 class Squares:
     """Stands for a data set: image i is a square of one grey."""
 
-    def __init__(self, labels, classes):
-        self.labels, self.classes = labels, classes
+    def __init__(self, labels, classes, side=32):
+        self.labels, self.classes, self.side = labels, classes, side
         self.paths = [f"{i}.jpg" for i in range(len(labels))]
 
     def __getitem__(self, index):
-        return torch.full((3, 32, 32), index % 256, dtype=torch.uint8), int(self.labels[index])
+        return torch.full((3, self.side, self.side), index % 256, dtype=torch.uint8), int(self.labels[index])
 
 
 def random_set(count, classes, seed=0):
@@ -41,11 +41,13 @@ def random_set(count, classes, seed=0):
     return report.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images)
 
 
-def write(folder, queries, gallery=None, name="a network"):
+def write(folder, queries, gallery=None, name="a network", **rows):
     embedded = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
     result = measure(embedded, [1, 2])
     report.open_folder(folder)
-    return report.write(folder, name, "", {"ours": result.metrics}, result, {"device": "a <CPU>"}, queries, gallery)
+    return report.write(
+        folder, name, "", {"ours": result.metrics, **rows}, result, {"device": "a <CPU>"}, queries, gallery
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +72,23 @@ def test_page_needs_nothing_from_elsewhere(page):
     assert {path.name for path in pictures.iterdir()} - set(re.findall(r"/([\w.]+)\"", text)) == set()
 
 
+@pytest.fixture(scope="module")
+def page_of_photographs(tmp_path_factory):
+    """With larger images, long names and two columns of metrics."""
+    queries = random_set(60, 6)
+    queries.images = Squares(queries.labels.numpy(), [f"{c:03d}.Black_footed_Albatross" for c in range(6)], side=224)
+    return write(tmp_path_factory.mktemp("photographs"), queries, **{"a_remark" * 5: {"R@1": 0.5}})
+
+
+@pytest.mark.parametrize("which", ["page", "page_of_photographs"])
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
-def test_browser_shows_the_page(page, width, scheme):
+def test_browser_shows_the_page(request, which, width, scheme):
     """Every image loads, at no more than twice its size; nothing is asked for outside of the folder; all is in view."""
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser_path:
         pytest.skip("no Chromium here")
     playwright = pytest.importorskip("playwright.sync_api")
+    page = request.getfixturevalue(which)
     requests, complaints = [], []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])

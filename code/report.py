@@ -253,8 +253,8 @@ def confused_pairs(confused: Counter, pictures: Pictures) -> str:
     for (label, other), count in confused.items():
         both[min(label, other), max(label, other)] += count
     parts = [
-        f'<div class="pair">{pictures.example(a, f"{confused[a, b]:,} times")}'
-        f"{pictures.example(b, f'{confused[b, a]:,} times')}</div>"
+        f'<div class="pair">{pictures.example(a, f"{confused[a, b]:,}&times;")}'
+        f"{pictures.example(b, f'{confused[b, a]:,}&times;')}</div>"
         for (a, b), _ in both.most_common(PAIRS)
     ]
     return "".join(parts) or "<p>No query's nearest neighbour is of another class.</p>"

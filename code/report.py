@@ -1,10 +1,14 @@
-"""A page on what a network has learnt: figures, queries and their neighbours, classes, similarities, a map.
+"""A page on what a network has learned: metrics, queries and their neighbours, classes, similarities, a map.
 
-The page is a folder: index.html with its pictures beside it, and nothing from elsewhere.
+The page is a folder: index.html, classes.csv and a folder of pictures, and nothing from elsewhere. A new report has
+pictures of its own and takes the place of an earlier one when it is complete.
 """
 
 import csv
 import html
+import math
+import secrets
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from proxy_anchor import confusion, layout, similarities
+from proxy_anchor.confusion import ClassResult
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import replacing
 from proxy_anchor.retrieval import unit_vectors
@@ -21,13 +27,20 @@ from proxy_anchor.retrieval import unit_vectors
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query
 PAIRS = 12  # of confused classes
-CLASSES = 100  # in the table, at most
-SIMILARITIES = 200_000  # pairs of each kind, at most
+HARDEST = 30  # classes
+BINS = 80  # of similarities
 MAPPED = 1_500  # images on the map, at most
-MAP_SIZE, MAP_IMAGE = 2400, 48  # pixels
-THUMBNAIL = 160  # pixels
-BLOCK = 1024  # queries at a time
+MAP_IMAGE = 48  # pixels, at most
+MAP_FILLED = 0.6  # the share of the map's cells that have an image
+THUMBNAIL, SHOWN = 160, 110  # pixels of the file and of the page, at most
 GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # by which a report is known
+EXPLANATIONS = {
+    "R@1": "of the queries have a nearest neighbour of their class.",
+    "R@": "of the queries have an image of their class among the {} nearest.",
+    "MAP@R": "tells how many of the R nearest are of the query's class, and how early they come; R is the number of "
+    "images of its class to find.",
+    "R-precision": "of the R nearest are of the query's class, in any order.",
+}
 
 
 @dataclass
@@ -47,101 +60,124 @@ class TestSet:
 
 
 def open_folder(folder: Path) -> None:
-    """Make the folder of a report. Raises ValueError for a folder that holds anything but an earlier one."""
+    """Make the folder of a report, in which an earlier one stays as it is.
+
+    Raises ValueError for a folder that holds anything else, and OSError where nothing can be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
-    if any(folder.iterdir()) and not (page.is_file() and GENERATOR in page.read_text(errors="replace")):
+    content = f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>".encode()
+    if any(folder.iterdir()):
+        content = page.read_bytes() if page.is_file() else b""
+    if GENERATOR.encode() not in content:
         raise ValueError(f"{folder} is neither empty nor a report: choose another folder for the report")
-    page.write_text(f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>")
-    (folder / "images").mkdir(exist_ok=True)
+    with replacing(page) as temporary:  # also by what it was: to find out now whether that can be done
+        temporary.write_bytes(content)
 
 
 def write(
-    folder: Path, title: str, subtitle: str, figures: dict[str, dict[str, float]], result: Result, environment: dict,
+    folder: Path, name: str, subtitle: str, rows: dict[str, dict[str, float]], result: Result, environment: dict,
     queries: TestSet, gallery: TestSet | None = None,
 ) -> Path:  # fmt: skip
     """Write the report on the search of the queries in the gallery, or within themselves, into the folder.
 
-    figures: the metrics of each line of the table, in 0..1. Returns the path of the page.
+    name: of what was evaluated; rows: the metrics of each line of the table, in 0..1. Returns the path of the page.
     """
     targets = gallery or queries
-    pictures = Pictures(folder / "images")
-    nearest = nearest_neighbour(queries, gallery)
-    shown, listed, pairs = class_tables(folder, queries, targets, nearest, result, pictures)
-    draw_similarities(folder / "similarities.svg", queries, gallery)
-    mapped = draw_map(folder / "map.jpg", queries)
-    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+    new = folder / f"images-{secrets.token_hex(4)}"
+    new.mkdir()
+    pictures = Pictures(new, queries, targets)
+    size = queries.images[0][0].shape[-1]
+    shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
+    metric, value = next(iter(result.metrics.items()))
+    nearest = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings)
+    taken_for = targets.labels[nearest]
+    classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    page = Template(template).substitute(
         generator=GENERATOR,
-        title=html.escape(title),
+        title=html.escape(f"{metric} {100 * value:.1f}% · {name}"),
         subtitle=html.escape(subtitle),
-        figures=figures_table(figures),
+        shown=shown,
+        rendering="pixelated" if shown > size else "auto",
+        metrics=metrics_table(rows),
         remark=html.escape(result.remark()),
         queries=query_rows(queries, targets, gallery is None, result, pictures),
-        pairs=pairs,
-        listed=listed,
-        classes=shown,
-        mapped=f"{mapped:,} of the {len(queries.labels):,} test images, by the t-SNE of their embeddings: images lie "
-        "together that the network holds for alike. A click opens the picture whole.",
+        recalls=recall_bars(classes),
+        count=f"{len(classes):,}",
+        hardest=hardest_classes(classes, pictures),
+        pairs=confused_pairs(confused, pictures),
+        similarities=similarity_chart(queries, gallery),
+        map=draw_map(new / "map.webp", queries),
         environment="".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in environment.items()
         ),
     )
+    with replacing(folder / "classes.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
+        writer.writerows(
+            [queries.name(c.label), c.queries, c.recall, "" if c.rival is None else queries.name(c.rival), c.times]
+            for c in classes
+        )
     path = folder / "index.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+    for earlier in set(folder.glob("images-*")) - {new}:
+        shutil.rmtree(earlier, ignore_errors=True)
     return path
 
 
 class Pictures:
     """Thumbnails of test images in a folder, each written when it is first asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, queries: TestSet, targets: TestSet):
         self.folder = folder
         self.names = {}
-        for old in folder.glob("*.jpg"):
-            old.unlink()
+        self.class_name = queries.name
+        self.examples = {}  # label: (images, index); a query's where the gallery has none
+        for part in (targets, queries):
+            for index, label in enumerate(part.labels.tolist()):
+                self.examples.setdefault(label, (part.images, index))
 
     def figure(self, images, index: int, caption: str, kind: str = "") -> str:
         """An image with a caption as HTML; kind: right, wrong or nothing."""
         key = (id(images), index)
         if key not in self.names:
             self.names[key] = f"{len(self.names):05d}.jpg"
-            to_pillow(images, index, THUMBNAIL).save(self.folder / self.names[key], quality=88)
+            to_pillow(images, index, THUMBNAIL).save(self.folder / self.names[key], quality=90, subsampling=0)
         return (
-            f'<figure class="{kind}"><img src="images/{self.names[key]}" width="{THUMBNAIL}" height="{THUMBNAIL}" '
+            f'<figure class="{kind}"><img src="{self.folder.name}/{self.names[key]}" '
             f'loading="lazy" alt="{html.escape(Path(images.paths[index]).name)}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
 
+    def example(self, label: int, caption: str, kind: str = "") -> str:
+        """An image of the class as HTML, with its name and a caption."""
+        name = f"<b>{html.escape(self.class_name(label))}</b><br>"
+        return self.figure(*self.examples[label], name + caption, kind)
+
 
 def to_pillow(images, index: int, size: int) -> Image.Image:
-    """An image as the network sees it, at another size."""
-    pixels = images[index][0].permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(pixels)).resize((size, size), Image.Resampling.LANCZOS)
+    """An image as the network sees it, no larger than this size."""
+    image = Image.fromarray(np.ascontiguousarray(images[index][0].permute(1, 2, 0).numpy()))
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return image
 
 
-def figures_table(figures) -> str:
-    columns = list(dict.fromkeys(name for metrics in figures.values() for name in metrics))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["", *columns])
+def metrics_table(rows) -> str:
+    """A line for each metric: its value in each of the rows, and what it means."""
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    head = "".join(f"<th>{html.escape(row)}</th>" for row in ["", *rows, ""])
     body = "".join(
-        f'<tr><td class="name">{html.escape(name)}</td>'
-        + "".join(f"<td>{100 * metrics[c]:.2f}</td>" if c in metrics else "<td>-</td>" for c in columns)
-        + "</tr>"
-        for name, metrics in figures.items()
+        f"<tr><td>{name}</td>"
+        + "".join(
+            f"<td>{100 * metrics[name]:.2f}%</td>" if name in metrics else "<td>-</td>" for metrics in rows.values()
+        )
+        + f"<td>{(EXPLANATIONS.get(name) or EXPLANATIONS['R@']).format(name[2:])}</td></tr>"
+        for name in names
     )
     return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def nearest_neighbour(queries: TestSet, gallery: TestSet | None) -> torch.Tensor:
-    """The index of the most similar other image of each query: (N,)."""
-    targets = (gallery or queries).embeddings
-    nearest = []
-    for start in range(0, len(queries.embeddings), BLOCK):
-        similarity = queries.embeddings[start : start + BLOCK] @ targets.T
-        if gallery is None:
-            similarity.diagonal(offset=start).fill_(-torch.inf)
-        nearest.append(similarity.argmax(dim=1))
-    return torch.cat(nearest).cpu()
 
 
 def select(order: list[int], labels, count: int) -> list[int]:
@@ -156,16 +192,18 @@ def select(order: list[int], labels, count: int) -> list[int]:
 def query_rows(queries, targets, within: bool, result: Result, pictures: Pictures) -> str:
     """Queries of three kinds as HTML; those without an image to find are none of them."""
     answerable = torch.nonzero(result.ranks >= 0).flatten().tolist()
+    if not answerable:
+        return "<p>No query has an image of its class to find.</p>"
     score, ranks = result.average_precisions, result.ranks
-    middle = score[answerable].median() if answerable else 0
+    middle = score[answerable].median()
     kinds = {
-        "Best": lambda i: (-score[i].item(), i),
-        "Typical, about as good as the median": lambda i: (abs(score[i] - middle).item(), i),
-        "Worst, by the place of the first of their class": lambda i: (-ranks[i].item(), i),
+        "Best: the highest MAP@R": lambda i: (-score[i].item(), i),
+        "Typical: a MAP@R near the median": lambda i: (abs(score[i] - middle).item(), i),
+        "Worst: the most images of other classes before the first of their own": lambda i: (-ranks[i].item(), i),
     }
     parts = []
     for kind, key in kinds.items():
-        parts.append(f"<h3>{kind}</h3>")
+        parts.append(f'<h3 id="{kind.split(":")[0].lower()}">{kind}</h3>')
         for query in select(sorted(answerable, key=key), queries.labels, QUERIES):
             similarity = targets.embeddings @ queries.embeddings[query]
             if within:
@@ -173,8 +211,8 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
             values, found = similarity.topk(min(NEIGHBOURS, len(similarity) - within))
             label = queries.labels[query]
             caption = (
-                f"<b>{html.escape(queries.name(label))}</b><br>MAP@R {100 * score[query]:.0f}, "
-                f"first found at {ranks[query] + 1:,}"
+                f"<b>{html.escape(queries.name(label))}</b><br>MAP@R {100 * score[query]:.0f}%"
+                f"<br>first match: place {ranks[query] + 1:,}"
             )
             neighbours = []
             for value, index in zip(values.tolist(), found.tolist()):
@@ -188,121 +226,101 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
     return "\n".join(parts)
 
 
-def class_tables(folder, queries, targets, nearest, result, pictures) -> tuple[str, str, str]:
-    """classes.csv, and as HTML: the table of classes, a line on what it lists, the most confused pairs."""
-    labels, taken_for = queries.labels.tolist(), targets.labels[nearest].tolist()
-    confused = Counter((label, other) for label, other in zip(labels, taken_for) if label != other)
-    worst_rival = {}
-    for (label, other), count in confused.most_common():
-        worst_rival.setdefault(label, (other, count))
-    rows = []  # (recall, label, images, name, the class it is most often taken for, how often)
-    right = Counter(label for label, rank in zip(labels, result.ranks.tolist()) if rank == 0)
-    for label, count in Counter(labels).items():
-        rival, times = worst_rival.get(label, (None, 0))
-        name = "" if rival is None else queries.name(rival)
-        rows.append((right[label] / count, label, count, queries.name(label), name, times))
-    rows.sort()
-    with replacing(folder / "classes.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
-        writer.writerows([name, count, recall, rival, times] for recall, _, count, name, rival, times in rows)
+def recall_bars(classes: list[ClassResult]) -> str:
+    """The distribution of the classes' R@1 as HTML."""
+    counts = Counter(10 * c.right // c.queries for c in classes)
+    highest = max(counts.values())
+    return "".join(
+        f'<div>{counts[tens]:,}<i style="height:{120 * counts[tens] / highest:.1f}px"></i>{10 * tens}</div>'
+        for tens in range(11)
+    )
 
-    listed, left_out = f"All {len(rows):,} classes, the hardest first.", ""
-    easiest = []
-    if len(rows) > CLASSES:
-        listed = f"The {CLASSES // 2} hardest and the {CLASSES // 2} easiest of {len(rows):,} classes."
-        left_out = f'<tr><td class="name" colspan="5">... {len(rows) - CLASSES:,} classes between ...</td></tr>'
-        rows, easiest = rows[: CLASSES // 2], rows[-CLASSES // 2 :]
 
-    def lines(rows):
-        return "".join(
-            f'<tr><td class="name">{html.escape(name)}</td><td>{count}</td><td>{100 * recall:.1f}</td>'
-            f'<td><span class="bar"><i style="width:{100 * recall:.0f}%"></i></span></td>'
-            f'<td class="name">{html.escape(rival)}{f" ({times} times)" if times else ""}</td></tr>'
-            for recall, _, count, name, rival, times in rows
-        )
+def hardest_classes(classes: list[ClassResult], pictures: Pictures) -> str:
+    """The hardest classes, each beside the one that it is most often taken for, as HTML."""
+    parts = []
+    for c in [c for c in classes if c.right < c.queries][:HARDEST]:
+        parts.append(f'<div class="pair">{pictures.example(c.label, f"R@1 {100 * c.recall:.0f}%")}')
+        if c.rival is not None:
+            parts.append(pictures.example(c.rival, f"{c.times:,} of {c.queries:,}", "wrong"))
+        parts.append("</div>")
+    return "".join(parts) or "<p>Every query finds its class first.</p>"
 
-    body = lines(rows) + left_out + lines(easiest)
-    head = "<th>class</th><th>queries</th><th>R@1</th><th></th><th>most often taken for</th>"
-    table = f"<table><tr>{head}</tr>{body}</table>"
 
+def confused_pairs(confused: Counter, pictures: Pictures) -> str:
+    """The pairs of classes that are most often taken for each other, as HTML."""
     both = Counter()
     for (label, other), count in confused.items():
         both[min(label, other), max(label, other)] += count
-    example = {}  # label: (images, index); a query's where the gallery has none
-    for part in (targets, queries):
-        for index, label in enumerate(part.labels.tolist()):
-            example.setdefault(label, (part.images, index))
-    pairs = "".join(
-        '<div class="pair">'
-        + "".join(pictures.figure(*example[label], html.escape(queries.name(label))) for label in (a, b))
-        + f"<p>{count} times: {confused[a, b]} and {confused[b, a]}</p></div>"
-        for (a, b), count in both.most_common(PAIRS)
+    parts = [
+        f'<div class="pair">{pictures.example(a, f"{confused[a, b]:,}&times;")}'
+        f"{pictures.example(b, f'{confused[b, a]:,}&times;')}</div>"
+        for (a, b), _ in both.most_common(PAIRS)
+    ]
+    return "".join(parts) or "<p>No query's nearest neighbour is of another class.</p>"
+
+
+def similarity_chart(queries: TestSet, gallery: TestSet | None) -> str:
+    """The distributions of similarities as SVG, which stretches to the page, with what a threshold makes of them."""
+    pairs = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
+    same, other = similarities.sample(*pairs)
+    shares = {kind: values for kind, values in (("wrong", other), ("right", same)) if len(values)}
+    low = min([0, *(values.min() for values in shares.values())])
+    for kind, values in shares.items():
+        shares[kind] = np.histogram(values.clip(low, 1), BINS, (low, 1))[0] / len(values)
+    highest = max((values.max() for values in shares.values()), default=1)
+    drawn = "".join(
+        f'<path class="{kind}" d="M0 100'
+        + "".join(f"V{100 - 98 * share / highest:.1f}H{i + 1}" for i, share in enumerate(values))
+        + 'V100Z"/>'
+        for kind, values in shares.items()
     )
-    return table, listed, pairs or "<p>No image's nearest neighbour is of another class.</p>"
-
-
-def sample_similarities(queries: TestSet, gallery: TestSet | None) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities of random pairs of one class and of two."""
-    targets = gallery or queries
-    random = np.random.default_rng(0)
-    labels, target_labels = queries.labels.numpy(), targets.labels.numpy()
-    order = np.argsort(target_labels, kind="stable")
-    start = np.searchsorted(target_labels[order], labels)
-    count = np.searchsorted(target_labels[order], labels, side="right") - start
-
-    def similarities(first, second):
-        keep = (gallery is not None) | (first != second)
-        first, second = (torch.from_numpy(side[keep]).to(queries.embeddings.device) for side in (first, second))
-        blocks = zip(first.split(BLOCK * 16), second.split(BLOCK * 16))
-        return torch.cat(
-            [torch.empty(0)] + [(queries.embeddings[a] * targets.embeddings[b]).sum(1).cpu() for a, b in blocks]
-        ).numpy()
-
-    first = (
-        random.choice(np.flatnonzero(count), min(SIMILARITIES, 50 * len(labels))) if count.any() else np.empty(0, int)
+    legend = "".join(
+        f'<li class="{kind}">{text}: mean {values.mean():.2f}, {len(values):,} pairs'
+        for kind, text, values in (("right", "one class", same), ("wrong", "two classes", other)) if len(values)
+    )  # fmt: skip
+    text = "<p>There are no pairs of both kinds, so there is no AUC and no threshold.</p>"
+    if len(shares) == 2:
+        threshold, missed, mistaken = similarities.equal_error_threshold(same, other)
+        at = BINS * (min(threshold, 1) - low) / (1 - low)
+        drawn += f'<path class="threshold" d="M{at:.2f} 0V100"/>'
+        legend += f'<li class="threshold">threshold {threshold:.2f}'
+        text = (
+            f"<p>AUC {100 * similarities.area_under_curve(same, other):.2f}%: how often a pair of one class is more "
+            "similar than a pair of two classes; by chance, 50%.</p>"
+            f"<p>At the threshold {threshold:.3f} the two error rates are equal, or as near as they get: "
+            f"{100 * missed:.2f}% of the pairs of one class are below it, and {100 * mistaken:.2f}% of the pairs of "
+            "two classes at or above it.</p>"
+        )
+    ticks = "".join(
+        f'<span style="left:{100 * (value - low) / (1 - low):.2f}%">{value:g}</span>'
+        for value in np.arange(math.ceil(4 * low) / 4, 1.01, 0.25)
     )
-    same = similarities(first, order[start[first] + random.integers(0, np.maximum(count[first], 1))])
-    first, second = (
-        random.integers(0, len(side), min(SIMILARITIES, 50 * len(labels))) for side in (labels, target_labels)
+    return (
+        f'<ul class="legend">{legend}</ul><div class="chart"><svg viewBox="0 0 {BINS} 100" preserveAspectRatio="none" '
+        f'role="img" aria-label="Distributions of similarities">{drawn}</svg><div class="ticks">{ticks}</div></div>'
+        + text
     )
-    apart = labels[first] != target_labels[second]
-    return same, similarities(first[apart], second[apart])
 
 
-def draw_similarities(path: Path, queries: TestSet, gallery: TestSet | None) -> None:
-    from matplotlib.figure import Figure  # slow to import, and needed only here
-
-    same, other = sample_similarities(queries, gallery)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    bins = np.linspace(min([0, *same, *other]), 1, 100)
-    for values, name, colour in ((other, "other class", "#d73027"), (same, "same class", "#1a9850")):
-        if len(values):
-            axes.hist(values, bins, density=True, alpha=0.6, color=colour, label=f"{name} (mean {values.mean():.2f})")
-    axes.set(xlabel="cosine similarity", ylabel="density")
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(same) + len(other):
-        axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="svg")
-
-
-def draw_map(path: Path, queries: TestSet) -> int:
-    """Images at the places that t-SNE gives their embeddings; the number of them."""
-    from sklearn.manifold import TSNE
-
+def draw_map(path: Path, queries: TestSet) -> str:
+    """A picture of the test images, those together that have similar embeddings; the HTML that shows it."""
     count = min(MAPPED, len(queries.labels))
     chosen = np.sort(np.random.default_rng(0).permutation(len(queries.labels))[:count])
-    places = np.zeros((count, 2))
-    if count > 2:
-        tsne = TSNE(perplexity=min(30, (count - 1) / 3), init="pca", random_state=0)
-        places = tsne.fit_transform(queries.embeddings[chosen].cpu().numpy())
-    low, high = places.min(axis=0), places.max(axis=0)
-    places = (places - low) / np.maximum(high - low, 1e-12) * (MAP_SIZE - MAP_IMAGE)
-    canvas = Image.new("RGB", (MAP_SIZE, MAP_SIZE), "white")
-    for index, place in zip(chosen, places.round().astype(int).tolist()):
-        canvas.paste(to_pillow(queries.images, int(index), MAP_IMAGE), tuple(place))
+    side = math.ceil(math.sqrt(count / MAP_FILLED))
+    places = layout.by_similarity(queries.embeddings[chosen].cpu().numpy())
+    cells = layout.on_grid(places, side)
+    size = min(MAP_IMAGE, queries.images[0][0].shape[-1])
+    canvas = Image.new("RGBA", (side * size, side * size))
+    for index, cell in zip(chosen.tolist(), (cells * size).tolist()):
+        canvas.paste(to_pillow(queries.images, index, size), tuple(cell))
     with replacing(path) as temporary:
-        canvas.save(temporary, "JPEG", quality=85)
-    return count
+        canvas.save(temporary, "WEBP", quality=85)
+    source = f"{path.parent.name}/{path.name}"
+    return (
+        f"<p>{count:,} of the {len(queries.labels):,} test images, placed by t-SNE as far as their embeddings differ, "
+        "none over another: those that are close together have similar embeddings. Click the map to see it in full "
+        "size.</p>"
+        f'<a href="{source}"><img class="picture" src="{source}" width="{canvas.width}" height="{canvas.height}" '
+        'loading="lazy" alt="Map of the test images"></a>'
+    )

@@ -1,0 +1,52 @@
+"""How hard each class is, and which classes are taken for which."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 1024  # queries at a time
+
+
+@dataclass
+class ClassResult:
+    """Of a class: its queries, those that find it first, and which class they are most often taken for, how often."""
+
+    label: int
+    queries: int
+    right: int
+    rival: int | None
+    times: int
+
+    @property
+    def recall(self) -> float:
+        return self.right / self.queries
+
+
+def nearest_neighbour(embeddings: torch.Tensor, gallery: torch.Tensor | None = None) -> torch.Tensor:
+    """The index of the most similar other image of each query, of unit vectors: (N,)."""
+    targets = embeddings if gallery is None else gallery
+    nearest = []
+    for start in range(0, len(embeddings), BLOCK):
+        similarity = embeddings[start : start + BLOCK] @ targets.T
+        if gallery is None:
+            similarity.diagonal(offset=start).fill_(-torch.inf)
+        nearest.append(similarity.argmax(dim=1))
+    return torch.cat(nearest).cpu()
+
+
+def by_class(labels: list[int], taken_for: list[int], ranks: list[int]) -> tuple[list[ClassResult], Counter]:
+    """The classes, the hardest first, and how often (a class, another) are a query's and its nearest neighbour's.
+
+    Of each query: its label, that of its nearest neighbour, and its rank as best_positive_rank gives it.
+    """
+    confused = Counter((label, other) for label, other in zip(labels, taken_for) if label != other)
+    rivals = {}
+    for (label, other), times in confused.most_common():
+        rivals.setdefault(label, (other, times))
+    right = Counter(label for label, rank in zip(labels, ranks) if rank == 0)
+    classes = [
+        ClassResult(label, count, right[label], *rivals.get(label, (None, 0)))
+        for label, count in Counter(labels).items()
+    ]
+    return sorted(classes, key=lambda c: (c.recall, c.label)), confused

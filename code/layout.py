@@ -1,0 +1,27 @@
+"""Places for images in a picture, such that those with similar embeddings are together."""
+
+import numpy as np
+
+ROUNDING = 1e-5  # the most that coordinates of equal embeddings differ by
+
+
+def by_similarity(embeddings: np.ndarray) -> np.ndarray:
+    """Places (N, 2) by t-SNE; where it has no two directions to start from, the first two coordinates."""
+    from sklearn.manifold import TSNE  # slow to import, and needed only here
+
+    count, dimensions = embeddings.shape
+    if count > 2 and dimensions > 1 and np.ptp(embeddings, axis=0).max() > ROUNDING:
+        tsne = TSNE(perplexity=min(30, (count - 1) / 3), init="pca", random_state=0)
+        return tsne.fit_transform(embeddings)
+    return np.pad(embeddings, ((0, 0), (0, 1)))[:, :2]
+
+
+def on_grid(places: np.ndarray, side: int) -> np.ndarray:
+    """For each place a cell of its own, (column, row) of side x side; the squares of all moves are least in sum."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
+    low, high = places.min(axis=0), places.max(axis=0)
+    places = ((places - (low + high) / 2) / np.maximum(high - low, ROUNDING) + 0.5) * (side - 1)
+    cells = np.stack(np.divmod(np.arange(side**2), side), axis=1)
+    return cells[linear_sum_assignment(cdist(places, cells, "sqeuclidean"))[1]]

@@ -41,7 +41,7 @@ def by_class(labels: list[int], taken_for: list[int], ranks: list[int]) -> tuple
     Of each query: its label, that of its nearest neighbour, and its rank as best_positive_rank gives it.
     """
     confused = Counter((label, other) for label, other in zip(labels, taken_for) if label != other)
-    rivals = {}
+    rivals: dict = {}
     for (label, other), times in confused.most_common():
         rivals.setdefault(label, (other, times))
     right = Counter(label for label, rank in zip(labels, ranks) if rank == 0)

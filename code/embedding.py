@@ -8,8 +8,8 @@ from proxy_anchor import console, distributed, hardware
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    network: a net.EmbeddingNet. amp: "none", or "bf16" or "fp16" for the network's products, with a scaler for the gradients of fp16 (else an idle
-    one). compile: with torch.compile.
+    network: a net.EmbeddingNet. amp: "none", or "bf16" or "fp16" for the network's products, with a scaler for the
+    gradients of fp16 (else an idle one). compile: with torch.compile.
     """
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,8 +53,9 @@ def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "co
 
     Recall@K for each of ks, by a distance of retrieval.DISTANCES. Raises ValueError as best_positive_rank does.
     """
-    ranks, tied = ranks_and_ties(*embedded, distance=distance, group=distributed.group())
-    average_precisions, r_precisions = map_at_r(*embedded, distance=distance, group=distributed.group())
+    arguments: list[Any] = [*[*embedded, None, None][:4], distance]  # of one test set, without a gallery
+    ranks, tied = ranks_and_ties(*arguments, group=distributed.group())
+    average_precisions, r_precisions = map_at_r(*arguments, group=distributed.group())
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
     means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
     return Result(recalls | means, ranks.cpu(), average_precisions, int(tied.sum()))

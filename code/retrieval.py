@@ -23,8 +23,8 @@ def best_positive_rank(
     labels: torch.Tensor,
     gallery: torch.Tensor | None = None,
     gallery_labels: torch.Tensor | None = None,
-    *,
     distance: str = "cosine",
+    *,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Number of negatives that rank above each query's nearest positive: (N,), from 0; -1 where there is no positive.
@@ -40,7 +40,7 @@ def best_positive_rank(
     processes of a torch.distributed group, which all pass the same, divide the tiles: the ranks are the same for any
     number of them.
     """
-    return ranks_and_ties(embeddings, labels, gallery, gallery_labels, distance=distance, group=group)[0]
+    return ranks_and_ties(embeddings, labels, gallery, gallery_labels, distance, group=group)[0]
 
 
 @torch.no_grad()
@@ -49,8 +49,8 @@ def ranks_and_ties(
     labels: torch.Tensor,
     gallery: torch.Tensor | None = None,
     gallery_labels: torch.Tensor | None = None,
-    *,
     distance: str = "cosine",
+    *,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """best_positive_rank, and whether each query's best positive ties for the first place with negatives: (N,), bool.
@@ -219,7 +219,7 @@ def recall_at_k(
     Arguments and errors as for best_positive_rank, and ValueError for a K that is not 1, 2, ... A query without a
     positive is a miss.
     """
-    return recall_of_ranks(best_positive_rank(embeddings, labels, gallery, gallery_labels, distance=distance), ks)
+    return recall_of_ranks(best_positive_rank(embeddings, labels, gallery, gallery_labels, distance), ks)
 
 
 def recall_of_ranks(ranks: torch.Tensor, ks: Sequence[int]) -> dict[int, float]:
@@ -235,8 +235,8 @@ def map_at_r(
     labels: torch.Tensor,
     gallery: torch.Tensor | None = None,
     gallery_labels: torch.Tensor | None = None,
-    *,
     distance: str = "cosine",
+    *,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """MAP@R and R-precision of each query, (2, N) in 0..1, as in "A Metric Learning Reality Check" (2020).

@@ -166,13 +166,13 @@ def compared(capsys, tmp_path, *folders):
 
 def test_settings_that_a_run_does_not_record_set_it_apart_only_where_the_others_differ(tmp_path, capsys):
     a = write_run(tmp_path / "a", [0.5], seed=1)
-    b = write_run(tmp_path / "b", [0.6], seed=2, recipe="new", data={"train": "12"})
+    b = write_run(tmp_path / "b", [0.6], seed=2, optimizer="new", data={"train": "12"})
     groups, _ = compared(capsys, tmp_path, a, b)
     assert groups == {"Proxy-Anchor": 2}
-    c = write_run(tmp_path / "c", [0.4], seed=3, recipe="old")
+    c = write_run(tmp_path / "c", [0.4], seed=3, optimizer="old")
     groups, _ = compared(capsys, tmp_path, a, b, c)
     assert groups == {
-        "Proxy-Anchor, recipe new": 1, "Proxy-Anchor, recipe not recorded": 1, "Proxy-Anchor, recipe old": 1
+        "Proxy-Anchor, optimizer new": 1, "Proxy-Anchor, optimizer not recorded": 1, "Proxy-Anchor, optimizer old": 1
     }  # fmt: skip
     groups, _ = compared(capsys, tmp_path, c, b, a, write_run(tmp_path / "d", [0.1], loss="MS", recipe="older"))
     assert sum(groups.values()) == len(groups) == 4

@@ -105,6 +105,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 network, loss_of, embedder.batches(run.batches(train_loader)), optimizer, embedder.scaler,
                 epoch, clipped, run.losses, run.show_loss,
             )  # fmt: skip
+            print(embedder.scaler.remark(), end="")
             run.stop.check()
             result = evaluation.evaluate(embedder, test_loaders, ks, run.stop)
             run.end_epoch(loss, result)

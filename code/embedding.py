@@ -5,6 +5,30 @@ import torch
 from proxy_anchor import console, distributed, hardware
 
 
+class Scaler(torch.amp.GradScaler):
+    """A GradScaler that counts the steps that it skipped, without making the host wait for a GPU."""
+
+    def __init__(self, device: torch.device, enabled: bool):
+        super().__init__(device.type, enabled=enabled)
+        self.one = torch.ones((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
+
+    def update(self, new_scale=None):
+        before = self.scale(self.one)
+        super().update(new_scale)
+        self.skipped += self.scale(self.one) < before  # it is lowered where gradients overflowed
+
+    def remark(self) -> str:
+        """A line on the steps skipped since the last remark, or nothing."""
+        skipped = int(self.skipped)
+        self.skipped.zero_()
+        if not skipped:
+            return ""
+        return (
+            f"fp16: {skipped:,} steps were skipped, as their gradients overflowed; the scale is {self.get_scale():g}\n"
+        )
+
+
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
@@ -16,7 +40,7 @@ class Embedder:
         hardware.place(network, device)
         self.network, self.device = network, device
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.scaler = Scaler(device, enabled=amp == "fp16")
         if compile:
             network.compile()
 

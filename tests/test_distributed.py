@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import dataset
 import net
+import train as script
 from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, distributed, evaluation, losses, training
 from proxy_anchor.embedding import Embedder
@@ -294,6 +295,15 @@ def test_batch_smaller_than_the_processes(monkeypatch):
     assert distributed.describe(180) == "8 processes: of each batch of 180 images, a process has 22 or 23.\n"
     with pytest.raises(ValueError, match="cannot be divided among 8 processes"):
         distributed.describe(7)
+
+
+def test_batch_of_several_per_class_smaller_than_the_processes(cub_root, tmp_path, monkeypatch, capsys):
+    """3 images with 2 per class are a batch of 2."""
+    monkeypatch.setattr(distributed, "count", lambda: 3)
+    flags = ["--allow-partial", "--data-root", str(cub_root), "--batch-size", "3", "--IPC", "2", "--workers", "0"]
+    with pytest.raises(SystemExit):
+        script.main([*flags, "--image-size", "32", "--LOG_DIR", str(tmp_path)])
+    assert "A batch of 2 images cannot be divided among 3 processes" in capsys.readouterr().err
 
 
 def test_all_gpus_start_torchrun(monkeypatch):

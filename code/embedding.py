@@ -24,9 +24,7 @@ class Scaler(torch.amp.GradScaler):
         self.skipped.zero_()
         if not skipped:
             return ""
-        return (
-            f"fp16: {skipped:,} steps were skipped, as their gradients overflowed; the scale is {self.get_scale():g}\n"
-        )
+        return f"fp16: {skipped:,} steps skipped, as their gradients overflowed; the scale is {self.get_scale():g}\n"
 
 
 class Embedder:

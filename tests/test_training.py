@@ -264,5 +264,5 @@ def test_scaler_skips_a_step_whose_gradients_overflow():
     embed = embedder(network, "fp16", 1e38)
     one_epoch(network, criterion, batches(1), optimizer, embed=embed)
     assert torch.equal(criterion.proxies, before) and embed.scaler.get_scale() < 1e38
-    assert embed.scaler.remark() == "fp16: 1 steps were skipped, as their gradients overflowed; the scale is 5e+37\n"
+    assert embed.scaler.remark() == "fp16: 1 steps skipped, as their gradients overflowed; the scale is 5e+37\n"
     assert embed.scaler.remark() == "" == embedder(network).scaler.remark()

@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -562,3 +563,24 @@ def test_best_epoch_is_the_first_of_equals(cub_root, tmp_path, monkeypatch):
     monkeypatch.setattr(train.evaluation, "measure", lambda *args: result)
     run_train(cub_root, tmp_path, epochs=2)
     assert next(tmp_path.glob("**/*_best_results.txt")).read_text() == "Best Epoch: 0\nBest Recall@1: 50.0000\n"
+
+
+# Before the slow imports
+
+
+def test_interrupt_during_the_imports_ends_without_a_traceback():
+    for script in ("train.py", "evaluate.py", "search.py"):
+        command = [sys.executable, "-X", "importtime", REPOSITORY / script, "--help"]  # a line for each import
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stderr:
+            if "proxy_anchor.startup" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGINT and not output and "Traceback" not in error
+
+
+def test_windows_is_refused_in_one_line():
+    code = "import sys; sys.platform = 'win32'; import proxy_anchor.startup"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Linux and macOS" in done.stderr

@@ -1,0 +1,145 @@
+"""Losses that transfer an embedding: a student learns how a teacher relates the images of a batch, without labels.
+
+The relaxed contrastive loss (Kim et al., "Embedding Transfer with Label Relaxation", CVPR 2021, arXiv 2103.14908) and
+two that it is compared with.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FLOOR = 1e-12  # of squared distances, as published: it keeps equal rows from 0 / 0
+
+
+class Distillation(nn.Module):
+    """A loss of a student's embeddings and a teacher's, of which only the directions count; no gradient flows to them.
+
+    Half-precision embeddings are computed with in float32.
+    """
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """student (n, d) and teacher (n, D) of the same images -> scalar. Raises ValueError on other shapes."""
+        if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) < 2:
+            raise ValueError(
+                "Expected embeddings (n, d) of a student and (n, D) of a teacher, of two or more images, "
+                f"found {tuple(student.shape)} and {tuple(teacher.shape)}"
+            )
+        with torch.autocast(student.device.type, enabled=False):
+            dtype = torch.promote_types(student.dtype, torch.float32)
+            return self.loss(student.to(dtype), F.normalize(teacher.detach().to(dtype)))
+
+    def loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class RelaxedContrastive(Distillation):
+    """The relaxed contrastive loss, of the distances d_ij between students and D_ij between teachers of unit length.
+
+        1/n sum_i sum_j  w_ij r_ij^2 + (1 - w_ij) max(delta - r_ij, 0)^2
+        w_ij = exp(-D_ij^2 / sigma),  r_ij = d_ij / mean_k d_ik
+
+    Near pairs of the teacher attract each other and far ones are kept delta apart, as far as the label w is near to 1
+    or to 0. The means are over all n, i itself with its 0 included; the gradient flows through them.
+    """
+
+    def __init__(self, sigma: float = 1.0, delta: float = 1.0):
+        super().__init__()
+        self.sigma = sigma
+        self.delta = delta
+
+    def loss(self, student, teacher):
+        w = torch.exp(-distances(teacher).square() / self.sigma)  # (n, n)
+        d = distances(student)
+        r = d / d.mean(dim=1, keepdim=True)
+        terms = w * r.square() + (1 - w) * F.relu(self.delta - r).square()  # 0 on the diagonal: w is 1 and r is 0
+        return terms.sum() / len(terms)
+
+
+class RKD(Distillation):
+    """Relational knowledge distillation (Park et al., CVPR 2019): distances, and angles with twice their weight.
+
+    Distances are divided by the mean over all pairs; the angle at i between j and k counts by its cosine.
+    """
+
+    def loss(self, student, teacher):
+        of_distances = F.smooth_l1_loss(relative(student), relative(teacher))
+        of_angles = F.smooth_l1_loss(cosines(student), cosines(teacher))
+        return of_distances + 2 * of_angles
+
+
+class PKT(Distillation):
+    """Probabilistic knowledge transfer (Passalis & Tefas, ECCV 2018): the divergence of similarities."""
+
+    epsilon = 1e-7  # as published, as is the mean over all pairs instead of the sum
+
+    def loss(self, student, teacher):
+        p, q = self.shares(student), self.shares(teacher)  # (n, n)
+        return (q * torch.log((q + self.epsilon) / (p + self.epsilon))).mean()
+
+    def shares(self, x: torch.Tensor) -> torch.Tensor:
+        """The similarities of each row of (n, d) to all, itself included, divided by their sum: (n, n)."""
+        x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.epsilon)
+        similarity = (x @ x.T + 1) / 2
+        return similarity / similarity.sum(dim=1, keepdim=True)
+
+
+def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_j - x_i of rows (n, d): (n, n, d), and their squared lengths (n, n). Equal rows are exactly 0 apart."""
+    apart = x - x[:, None]
+    return apart, apart.square().sum(dim=2)
+
+
+def distances(x: torch.Tensor) -> torch.Tensor:
+    """Between rows (n, d): (n, n). Others than of a row to itself are floored, and have no gradient there."""
+    _, squared = differences(x)
+    return squared.clamp(min=FLOOR).sqrt() * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+
+
+def relative(x: torch.Tensor) -> torch.Tensor:
+    """Distances between rows (n, d), divided by the mean of those between two: (n, n)."""
+    d = distances(x)
+    return d / (d.sum() / (len(x) * (len(x) - 1)))
+
+
+def cosines(x: torch.Tensor) -> torch.Tensor:
+    """Of the angles at row i of (n, d) between j and k: (n, n, n), 0 where i equals one of them."""
+    apart, squared = differences(x)
+    directions = torch.where(squared > FLOOR, squared, torch.inf).rsqrt()[:, :, None] * apart
+    return directions @ directions.mT
+
+
+LOSSES = {"Relaxed_Contra": RelaxedContrastive, "RKD": lambda sigma, delta: RKD(), "PKT": lambda sigma, delta: PKT()}
+
+
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the loss."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("loss")
+    group.add_argument(
+        "--loss",
+        default="Relaxed_Contra",
+        choices=LOSSES,
+        help="the relaxed contrastive loss, or one it is compared with",
+    )
+    group.add_argument(
+        "--sigma",
+        default=1.0,
+        type=float,
+        metavar="S",
+        help="of the relaxed contrastive loss: smaller, and only the teacher's nearest pairs attract",
+    )
+    group.add_argument(
+        "--delta",
+        default=1.0,
+        type=float,
+        metavar="D",
+        help="of the relaxed contrastive loss: how far apart the others are kept, relative to the mean distance",
+    )
+    return parser
+
+
+def create(name: str, sigma: float = 1.0, delta: float = 1.0) -> Distillation:
+    """A loss by its name in LOSSES; sigma and delta are the relaxed contrastive loss's."""
+    return LOSSES[name](sigma, delta)

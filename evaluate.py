@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     if args.report and distributed.rank() == 0:
         report.open_folder(Path(args.report))  # before the work is done
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
-    result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS)
+    result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS, args.distance)
 
     name = args.remark or "this checkpoint"
     rows = {name: result.metrics}
@@ -93,7 +93,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         page = report.write(
             Path(args.report), f"{args.model} on {args.dataset}", f"{args.resume}; {' searched in '.join(sizes)}",
             rows, result, environment,
-            *(report.TestSet(*embedded[2 * i : 2 * i + 2], images) for i, images in enumerate(test_sets)),
+            *(
+                report.TestSet(*embedded[2 * i : 2 * i + 2], images, args.distance)
+                for i, images in enumerate(test_sets)
+            ),
         )  # fmt: skip
         print(f"The report is {page}")
     return result.metrics

@@ -190,20 +190,21 @@ def query(args: argparse.Namespace) -> None:
     index.check({"sha256": checkpoint.identity(path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
     found = index.search(embed(images, network, path, args), args.neighbours)
+    name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity
     if args.json:
         print(json.dumps([
-            {"query": path, "neighbours": [{"path": other, "similarity": value} for other, value in neighbours]}
+            {"query": path, "neighbours": [{"path": other, index.measure: value} for other, value in neighbours]}
             for path, neighbours in zip(images.paths, found)
         ], indent=1))  # fmt: skip
     else:
         for path, neighbours in zip(images.paths, found):
             print(path)
             for place, (other, value) in enumerate(neighbours, start=1):
-                print(f"{place:>4}  {value:.4f}  {other}")
+                print(f"{place:>4}  {name}{value:.4f}  {other}")
     if args.save:
         rows = [
             [(path, "query\n" + folder_of(path))] + [
-                (other, f"{value:.3f}\n{folder_of(other)}")
+                (other, f"{name}{value:.3f}\n{folder_of(other)}")
                 for other, value in neighbours if other != os.path.abspath(path)
             ]
             for path, neighbours in zip(images.paths, found)

@@ -9,11 +9,12 @@ import torch
 
 from proxy_anchor import randomness
 from proxy_anchor.files import replacing
+from proxy_anchor.retrieval import DISTANCES
 
 SHOWN = 3  # differences in an error
 # How to use a network: arguments that say it, and what checkpoints may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
-OPTIONAL = {"crop": float}  # see dataset/transforms.py
+OPTIONAL = {"crop": float, "distance": str}  # see dataset/transforms.py; one of DISTANCES, cosine where it is not told
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
@@ -46,7 +47,8 @@ def is_contract(found) -> bool:
     """Whether this says how to use a network: all of CONTRACT, what it has of OPTIONAL, with values of their types."""
     if not isinstance(found, dict) or not CONTRACT.keys() <= found.keys():
         return False
-    return all(isinstance(found[name], kind) for name, kind in (CONTRACT | OPTIONAL).items() if name in found)
+    right_types = all(isinstance(found[name], kind) for name, kind in (CONTRACT | OPTIONAL).items() if name in found)
+    return right_types and found.get("distance", "cosine") in DISTANCES
 
 
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from proxy_anchor.retrieval import Points, origin_of
+
 BLOCK = 1024  # queries at a time
 
 
@@ -23,12 +25,16 @@ class ClassResult:
         return self.right / self.queries
 
 
-def nearest_neighbour(embeddings: torch.Tensor, gallery: torch.Tensor | None = None) -> torch.Tensor:
-    """The index of the most similar other image of each query, of unit vectors: (N,)."""
-    targets = embeddings if gallery is None else gallery
+def nearest_neighbour(
+    embeddings: torch.Tensor, gallery: torch.Tensor | None = None, distance: str = "cosine"
+) -> torch.Tensor:
+    """The index of the nearest other image of each query, by a distance of retrieval.DISTANCES: (N,)."""
+    origin = origin_of(embeddings if gallery is None else gallery, distance)
+    queries = Points.of(embeddings, origin)
+    targets = queries if gallery is None else Points.of(gallery, origin)
     nearest = []
     for start in range(0, len(embeddings), BLOCK):
-        similarity = embeddings[start : start + BLOCK] @ targets.T
+        similarity = queries[start : start + BLOCK].similarities(targets)
         if gallery is None:
             similarity.diagonal(offset=start).fill_(-torch.inf)
         nearest.append(similarity.argmax(dim=1))

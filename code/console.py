@@ -111,7 +111,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
 def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
     """Parse the command line; what it does not say is as in a checkpoint's contract, other words are a usage error.
 
-    at: where flags may come in argv. What has no flag, crop, is an argument all the same: None where it is not told.
+    at: where flags may come in argv. What has no flag is an argument all the same: crop, None where it is not told,
+    and distance, cosine there.
     """
     argv = sys.argv[1:] if argv is None else argv
     told = {name: f"--{name.replace('_', '-')}" for name in CONTRACT if name in contract}
@@ -119,7 +120,7 @@ def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None,
     for name, flag in told.items():
         if (given := getattr(args, name)) != contract[name]:
             parser.error(f"argument {flag}: the checkpoint was trained with {contract[name]}, not {given}")
-    args.crop = contract.get("crop")
+    args.crop, args.distance = contract.get("crop"), contract.get("distance", "cosine")
     return args
 
 

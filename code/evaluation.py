@@ -40,12 +40,14 @@ class Result:
         return lines
 
 
-def evaluate(embedder: Embedder, loaders, ks: Sequence[int], stop: Stop | None = None) -> Result:
+def evaluate(
+    embedder: Embedder, loaders, ks: Sequence[int], stop: Stop | None = None, distance: str = "cosine"
+) -> Result:
     """Embed the test sets of the loaders and measure; stop: a Stop, which raises Interrupted here at a signal."""
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader, "evaluation", stop)]
     if stop:
         stop.check()
-    return measure(embedded, ks)
+    return measure(embedded, ks, distance)
 
 
 def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "cosine") -> Result:

@@ -1,4 +1,4 @@
-"""An index of embedded images: their paths, their unit vectors, and the checkpoint that embedded them.
+"""An index of embedded images: their paths, their vectors, and the checkpoint that embedded them.
 
 images.json in its folder describes it; vectors-NUMBER.float32 has the vectors, and vectors-NUMBER.faiss FAISS's index
 of them, unless that is Flat. Each time it is written, the number is a new one and images.json is replaced last.
@@ -14,7 +14,7 @@ import torch
 
 from proxy_anchor import checkpoint, runs
 from proxy_anchor.files import replacing
-from proxy_anchor.retrieval import unit_vectors
+from proxy_anchor.retrieval import comparable
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "sha256": str, "network": dict}
@@ -36,8 +36,10 @@ def faiss():
 
 
 class Index:
-    """The index in a folder: images, {path: stamp}, and in their order the unit vectors (N, D); its factory string.
+    """The index in a folder: images, {path: stamp}, and in their order the vectors (N, D); its factory string.
 
+    They are compared by the network's distance: unit vectors by their cosine similarity, embeddings as they are by
+    their Euclidean distance; measure says which.
     stamp: the size of the file and its time of change in ns, which tell whether it has changed since.
     made: "checkpoint", its path then; "sha256", its identity; "network", its contract (see checkpoint.CONTRACT).
     """
@@ -113,7 +115,7 @@ class Index:
         Raises ValueError where images are too few, before anything is written.
         """
         kept = np.array([path not in dropped for path in self.images], dtype=bool)
-        added = unit_vectors(embeddings).float().cpu().numpy()
+        added = self._vectors_of(embeddings)
         self.images = {path: stamp for path, stamp in self.images.items() if path not in dropped} | stamps
         self.vectors = np.concatenate([self.vectors[kept], added])
         if not self.images:
@@ -138,18 +140,38 @@ class Index:
             old.unlink()
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
-        """The (path, cosine similarity) of the images most similar to each of the embeddings (N, D), the best first."""
-        paths, queries = list(self.images), unit_vectors(embeddings).float().cpu().numpy()
-        candidates = count if self.factory == EXACT else max(CANDIDATES, CANDIDATES_PER_NEIGHBOUR * count)
+        """The (path, similarity or distance) of the images nearest to each of the embeddings (N, D), the best first."""
+        paths, queries, cosine = list(self.images), self._vectors_of(embeddings), self.distance == "cosine"
+        exact = cosine and self.factory == EXACT
+        candidates = count if exact else max(CANDIDATES, CANDIDATES_PER_NEIGHBOUR * count)
         values, found = self.faiss_index.search(queries, min(candidates, len(paths)))
         nearest = []
-        for query, similarities, indices in zip(queries, values, found):
-            if self.factory != EXACT:  # FAISS's similarities may be of vectors that it has compressed
+        for query, measured, indices in zip(queries, values, found):
+            if not exact:  # FAISS's may be of vectors that it has compressed, or the difference of large squares
                 indices = indices[indices >= 0]
-                similarities = self.vectors[indices] @ query
-            order = np.argsort(-similarities, kind="stable")[:count]
-            nearest.append([(paths[i], float(value)) for i, value in zip(indices[order], similarities[order])])
+                vectors = self.vectors[indices]
+                measured = vectors @ query if cosine else np.linalg.norm(vectors - query, axis=1)
+            order = np.argsort(-measured if cosine else measured, kind="stable")[:count]
+            nearest.append([(paths[i], float(value)) for i, value in zip(indices[order], measured[order])])
         return nearest
+
+    @property
+    def distance(self) -> str:
+        """One of retrieval.DISTANCES."""
+        return self.made["network"].get("distance", "cosine")
+
+    @property
+    def measure(self) -> str:
+        """What search returns of each image."""
+        return "similarity" if self.distance == "cosine" else "distance"
+
+    @property
+    def _metric(self) -> int:
+        """Its distance in FAISS's terms."""
+        return faiss().METRIC_INNER_PRODUCT if self.distance == "cosine" else faiss().METRIC_L2
+
+    def _vectors_of(self, embeddings):
+        return comparable(embeddings, self.distance).float().cpu().numpy()
 
     @property
     def cells(self) -> int:
@@ -166,14 +188,14 @@ class Index:
         """The share of the exact nearest neighbours that it finds, over some of its images."""
         paths, count = list(self.images), min(RECALL_AT, len(self.images))
         queries = self.vectors[np.linspace(0, len(paths) - 1, min(RECALL_QUERIES, len(paths))).astype(int)]
-        _, exact = faiss().knn(queries, self.vectors, count, faiss().METRIC_INNER_PRODUCT)
+        _, exact = faiss().knn(queries, self.vectors, count, self._metric)
         found = self.search(torch.from_numpy(queries), count)
         return sum(len({paths[i] for i in a} & dict(b).keys()) for a, b in zip(exact, found)) / exact.size
 
     def _new_faiss_index(self):
         size = self.made["network"]["embedding_size"]
         try:
-            return faiss().index_factory(size, self.factory, faiss().METRIC_INNER_PRODUCT)
+            return faiss().index_factory(size, self.factory, self._metric)
         except RuntimeError as error:
             raise ValueError(f"FAISS knows no index '{self.factory}': {_reason(error)}") from error
 

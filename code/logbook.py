@@ -74,7 +74,7 @@ class Logbook:
         wandb_mode: str | None, resume: Path | None = None,
     ):  # fmt: skip
         self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
-        self.contract = {name: config[name] for name in (*checkpoint.CONTRACT, *checkpoint.OPTIONAL)}
+        self.contract = {name: config[name] for name in checkpoint.CONTRACT | checkpoint.OPTIONAL if name in config}
         wanted = runs.place(log_dir, dataset, name)
         old = {}
         if resume is not None:

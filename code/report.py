@@ -22,7 +22,7 @@ from proxy_anchor import confusion, layout, similarities
 from proxy_anchor.confusion import ClassResult
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import replacing
-from proxy_anchor.retrieval import unit_vectors
+from proxy_anchor.retrieval import comparable
 
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query
@@ -41,18 +41,33 @@ EXPLANATIONS = {
     "images of its class to find.",
     "R-precision": "of the R nearest are of the query's class, in any order.",
 }
+# How a page speaks of nearness, see similarities.nearness; a distance is minus the nearness.
+WORDS = {
+    "cosine": {
+        "measure": "cosine similarity", "measures": "Cosine similarities", "heading": "Similarities",
+        "nearer": "more similar", "farther": "below it", "not_farther": "at or above it",
+    },
+    "euclidean": {
+        "measure": "Euclidean distance", "measures": "Euclidean distances", "heading": "Distances",
+        "nearer": "nearer", "farther": "above it", "not_farther": "at or below it",
+    },
+}  # fmt: skip
 
 
 @dataclass
 class TestSet:
-    """Embeddings (N, D), labels (N,) and the images, which give (uint8 (3, H, W), label), with .paths and .classes."""
+    """Embeddings (N, D), labels (N,) and the images, which give (uint8 (3, H, W), label), with .paths and .classes.
+
+    distance: of retrieval.DISTANCES, by which they were searched.
+    """
 
     embeddings: torch.Tensor
     labels: torch.Tensor
     images: object
+    distance: str = "cosine"
 
     def __post_init__(self):
-        self.embeddings = unit_vectors(self.embeddings)
+        self.embeddings = comparable(self.embeddings, self.distance)
         self.labels = self.labels.cpu()
 
     def name(self, label) -> str:
@@ -90,7 +105,7 @@ def write(
     size = queries.images[0][0].shape[-1]
     shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
     metric, value = next(iter(result.metrics.items()))
-    nearest = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings)
+    nearest = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings, queries.distance)
     taken_for = targets.labels[nearest]
     classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -98,6 +113,7 @@ def write(
         generator=GENERATOR,
         title=html.escape(f"{metric} {100 * value:.1f}% · {name}"),
         subtitle=html.escape(subtitle),
+        **WORDS[queries.distance],
         shown=shown,
         rendering="pixelated" if shown > size else "auto",
         metrics=metrics_table(rows),
@@ -205,10 +221,10 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
     for kind, key in kinds.items():
         parts.append(f'<h3 id="{kind.split(":")[0].lower()}">{kind}</h3>')
         for query in select(sorted(answerable, key=key), queries.labels, QUERIES):
-            similarity = targets.embeddings @ queries.embeddings[query]
+            nearness = similarities.nearness(targets.embeddings, queries.embeddings[query], queries.distance)
             if within:
-                similarity[query] = -torch.inf
-            values, found = similarity.topk(min(NEIGHBOURS, len(similarity) - within))
+                nearness[query] = -torch.inf
+            values, found = nearness.topk(min(NEIGHBOURS, len(nearness) - within))
             label = queries.labels[query]
             caption = (
                 f"<b>{html.escape(queries.name(label))}</b><br>MAP@R {100 * score[query]:.0f}%"
@@ -217,13 +233,19 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
             neighbours = []
             for value, index in zip(values.tolist(), found.tolist()):
                 right = targets.labels[index] == label
-                text = f"{'✓' if right else '✗'} {value:.2f} {html.escape(targets.name(targets.labels[index]))}"
+                name = html.escape(targets.name(targets.labels[index]))
+                text = f"{'✓' if right else '✗'} {measured(value, queries):.2f} {name}"
                 neighbours.append(pictures.figure(targets.images, index, text, "right" if right else "wrong"))
             parts.append(
                 f'<div class="row">{pictures.figure(queries.images, query, caption)}'
                 f'<div class="neighbours">{"".join(neighbours)}</div></div>'
             )
     return "\n".join(parts)
+
+
+def measured(nearness: float, queries: TestSet) -> float:
+    """The similarity or the distance."""
+    return nearness if queries.distance == "cosine" else abs(nearness)
 
 
 def recall_bars(classes: list[ClassResult]) -> str:
@@ -263,11 +285,13 @@ def confused_pairs(confused: Counter, pictures: Pictures) -> str:
 def similarity_chart(queries: TestSet, gallery: TestSet | None) -> str:
     """The distributions of similarities as SVG, which stretches to the page, with what a threshold makes of them."""
     pairs = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
-    same, other = similarities.sample(*pairs)
+    same, other = similarities.sample(*pairs, distance=queries.distance)
     shares = {kind: values for kind, values in (("wrong", other), ("right", same)) if len(values)}
     low = min([0, *(values.min() for values in shares.values())])
+    high = 1 if queries.distance == "cosine" else 0
+    span = high - low or 1
     for kind, values in shares.items():
-        shares[kind] = np.histogram(values.clip(low, 1), BINS, (low, 1))[0] / len(values)
+        shares[kind] = np.histogram(values.clip(low, high), BINS, (high - span, high))[0] / len(values)
     highest = max((values.max() for values in shares.values()), default=1)
     drawn = "".join(
         f'<path class="{kind}" d="M0 100'
@@ -276,25 +300,27 @@ def similarity_chart(queries: TestSet, gallery: TestSet | None) -> str:
         for kind, values in shares.items()
     )
     legend = "".join(
-        f'<li class="{kind}">{text}: mean {values.mean():.2f}, {len(values):,} pairs'
+        f'<li class="{kind}">{text}: mean {measured(values.mean(), queries):.2f}, {len(values):,} pairs'
         for kind, text, values in (("right", "one class", same), ("wrong", "two classes", other)) if len(values)
     )  # fmt: skip
     text = "<p>There are no pairs of both kinds, so there is no AUC and no threshold.</p>"
     if len(shares) == 2:
         threshold, missed, mistaken = similarities.equal_error_threshold(same, other)
-        at = BINS * (min(threshold, 1) - low) / (1 - low)
+        words = WORDS[queries.distance]
+        at = BINS * (1 + (min(threshold, high) - high) / span)
         drawn += f'<path class="threshold" d="M{at:.2f} 0V100"/>'
-        legend += f'<li class="threshold">threshold {threshold:.2f}'
+        legend += f'<li class="threshold">threshold {measured(threshold, queries):.2f}'
         text = (
-            f"<p>AUC {100 * similarities.area_under_curve(same, other):.2f}%: how often a pair of one class is more "
-            "similar than a pair of two classes; by chance, 50%.</p>"
-            f"<p>At the threshold {threshold:.3f} the two error rates are equal, or as near as they get: "
-            f"{100 * missed:.2f}% of the pairs of one class are below it, and {100 * mistaken:.2f}% of the pairs of "
-            "two classes at or above it.</p>"
+            f"<p>AUC {100 * similarities.area_under_curve(same, other):.2f}%: how often a pair of one class is "
+            f"{words['nearer']} than a pair of two classes; by chance, 50%.</p>"
+            f"<p>At the threshold {measured(threshold, queries):.3f} the two error rates are equal, or as near as they "
+            f"get: {100 * missed:.2f}% of the pairs of one class are {words['farther']}, and {100 * mistaken:.2f}% of "
+            f"the pairs of two classes {words['not_farther']}.</p>"
         )
+    quarters = np.arange(math.ceil(4 * low) / 4, 1.01, 0.25)
     ticks = "".join(
-        f'<span style="left:{100 * (value - low) / (1 - low):.2f}%">{value:g}</span>'
-        for value in np.arange(math.ceil(4 * low) / 4, 1.01, 0.25)
+        f'<span style="left:{100 * (1 + (value - high) / span):.2f}%">{measured(value, queries):.3g}</span>'
+        for value in (quarters if queries.distance == "cosine" else np.linspace(low, 0, 5))
     )
     return (
         f'<ul class="legend">{legend}</ul><div class="chart"><svg viewBox="0 0 {BINS} 100" preserveAspectRatio="none" '

@@ -321,6 +321,16 @@ def finite(embeddings: torch.Tensor) -> torch.Tensor:
     return embeddings
 
 
+def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
+    """Rows (N, D) as a distance of DISTANCES sees them, in float32 or better: of unit length, or as they are.
+
+    Raises ValueError if any is not finite.
+    """
+    if distance == "cosine":
+        return unit_vectors(embeddings)
+    return finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
 def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
     """Rows (N, D) divided by their length, in float32 or better. Raises ValueError if any is not finite."""
     embeddings = finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""How similar images of one class are, and of two: samples of pairs, and how well a threshold tells them apart."""
+"""How near images of one class are, and of two: samples of pairs, and how well a threshold tells them apart."""
 
 import numpy as np
 import torch
@@ -7,10 +7,17 @@ PAIRS = 200_000  # of each kind, at most
 BLOCK = 1 << 14  # pairs at a time
 
 
-def sample(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities of random pairs of one class and of two, some pairs more than once in small sets.
+def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
+    """Of the vectors (..., D): the cosine similarity of unit vectors or, of any, minus the Euclidean distance."""
+    return (a * b).sum(dim=-1) if distance == "cosine" else -torch.linalg.vector_norm(a - b, dim=-1)
 
-    Of unit vectors (N, D), paired with each other or, with a gallery (M, D), with its. A pair of one class is a random
+
+def sample(
+    embeddings, labels, gallery=None, gallery_labels=None, distance: str = "cosine"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearness of random pairs of one class and of two, some pairs more than once in small sets.
+
+    Of vectors (N, D), paired with each other or, with a gallery (M, D), with its. A pair of one class is a random
     image that has another of its class, and one of those; a pair of two is a random one of all of them.
     """
     within = gallery is None
@@ -30,20 +37,20 @@ def sample(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[np.nd
         own_place = np.empty_like(order)
         own_place[order] = np.arange(len(order))
         place += place >= own_place[first]
-    same = _similarities(embeddings, targets, first, order[place])
+    same = _nearness(embeddings, targets, first, order[place], distance)
 
     first, second = random.integers(0, len(labels), pairs), random.integers(0, len(target_labels), pairs)
     apart = labels[first] != target_labels[second]
-    return same, _similarities(embeddings, targets, first[apart], second[apart])
+    return same, _nearness(embeddings, targets, first[apart], second[apart], distance)
 
 
-def _similarities(embeddings, targets, first, second) -> np.ndarray:
+def _nearness(embeddings, targets, first, second, distance) -> np.ndarray:
     first, second = (torch.from_numpy(side).to(embeddings.device).split(BLOCK) for side in (first, second))
-    return torch.cat([(embeddings[a] * targets[b]).sum(1) for a, b in zip(first, second)]).cpu().numpy()
+    return torch.cat([nearness(embeddings[a], targets[b], distance) for a, b in zip(first, second)]).cpu().numpy()
 
 
 def area_under_curve(same: np.ndarray, other: np.ndarray) -> float:
-    """The ROC's AUC: how often a pair of one class is more similar than a pair of two; of equals, one half."""
+    """The ROC's AUC: how often a pair of one class is nearer than a pair of two; of equals, one half."""
     other = np.sort(other)
     below, not_above = (np.searchsorted(other, same, side).mean() for side in ("left", "right"))
     return float(below + not_above) / 2 / len(other)
@@ -52,7 +59,7 @@ def area_under_curve(same: np.ndarray, other: np.ndarray) -> float:
 def equal_error_threshold(same: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
     """The threshold with the most equal errors: the shares of one class below it, and of two at or above it.
 
-    Returns (threshold, missed, mistaken); the thresholds are the similarities that occur.
+    Returns (threshold, missed, mistaken); the thresholds are the values that occur.
     """
     same, other = np.sort(same), np.sort(other)
     thresholds = np.union1d(same, other)

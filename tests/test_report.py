@@ -33,17 +33,17 @@ class Squares:
         return torch.full((3, self.side, self.side), index % 256, dtype=torch.uint8), int(self.labels[index])
 
 
-def random_set(count, classes, seed=0):
+def random_set(count, classes, seed=0, distance="cosine"):
     random = np.random.default_rng(seed)
     labels = random.integers(0, classes, count)
     embeddings = random.normal(size=(classes, 16))[labels] + random.normal(size=(count, 16))
     images = Squares(labels, [f"<b>class & {c}</b>" for c in range(classes)])
-    return report.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images)
+    return report.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images, distance)
 
 
 def write(folder, queries, gallery=None, name="a network", **rows):
     embedded = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
-    result = measure(embedded, [1, 2])
+    result = measure(embedded, [1, 2], queries.distance)
     report.open_folder(folder)
     return report.write(
         folder, name, "", {"ours": result.metrics, **rows}, result, {"device": "a <CPU>"}, queries, gallery
@@ -134,6 +134,45 @@ def test_neighbours_and_classes_are_those_of_brute_force(tmp_path, gallery):
             assert wrong[queries.images.classes.index(row["most often taken for"])] == wrong.max()
 
 
+@pytest.mark.parametrize("gallery", [None, random_set(300, 12, seed=1, distance="euclidean")])
+def test_page_of_a_euclidean_network(tmp_path, gallery):
+    queries = random_set(200, 12, distance="euclidean")
+    targets = gallery or queries
+    distances = torch.cdist(queries.embeddings.double(), targets.embeddings.double())
+    if gallery is None:
+        distances.fill_diagonal_(torch.inf)
+    found = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings, "euclidean")
+    assert torch.equal(found, distances.argmin(dim=1))
+    text = write(tmp_path, queries, gallery).read_text()
+    assert "is its Euclidean distance to the query" in text and "imilarities</h2>" not in text and "osine" not in text
+    recall = (targets.labels[found] == queries.labels).float().mean()
+    assert f"<h1>R@1 {100 * recall:.1f}%" in text
+    rows = text[text.index('id="queries"') : text.index('id="classes"')].split('<div class="row">')[1:]
+    for row in rows:
+        shown = [float(value) for value in re.findall(r"[✓✗] ([\d.]+) ", row)]
+        query = int(re.search(r'alt="(\d+).jpg"', row)[1])
+        expected = distances[query].topk(report.NEIGHBOURS, largest=False).values.tolist()
+        assert shown == pytest.approx(expected, abs=0.006)
+    same = targets.labels == queries.labels[:, None]
+    if gallery is None:
+        same.fill_diagonal_(False)
+    means = [float(value) for value in re.findall(r"class(?:es)?: mean ([\d.]+),", text)]
+    pairs = distances.isfinite()
+    weights = same / same.sum(dim=1, keepdim=True)  # each query as often as any other
+    expected = [distances[pairs & (targets.labels != queries.labels[:, None])].mean(),
+                (weights * distances.nan_to_num(posinf=0)).sum() / len(same)]  # fmt: skip
+    assert sorted(means) == pytest.approx(sorted(map(float, expected)), rel=0.02)
+    threshold = float(re.search(r"At the threshold ([\d.]+) ", text)[1])
+    missed, mistaken = map(
+        float, re.search(r"([\d.]+)% of the pairs of one class are above it, and ([\d.]+)%", text).groups()
+    )
+    assert missed / 100 == pytest.approx(float((weights * (distances > threshold)).sum() / len(same)), abs=0.02)
+    assert mistaken == pytest.approx(missed, abs=1)
+    (at,) = re.findall(r'class="threshold" d="M([\d.]+) 0V100"', text)
+    farthest = max(float(value) for value in re.findall(r"%\">([\d.]+)</span>", text))
+    assert 1 - float(at) / report.BINS == pytest.approx(threshold / farthest, abs=0.01)
+
+
 def test_page_escapes_names_and_frames_neighbours(tmp_path):
     queries = random_set(200, 12)
     text = write(tmp_path, queries).read_text()
@@ -221,9 +260,9 @@ def test_earlier_report_stays_until_the_new_one_is_complete(tmp_path):
     assert all((tmp_path / source).is_file() for source in re.findall(r'src="([^"]*)"', text))
 
 
-def set_of(embeddings, labels):
+def set_of(embeddings, labels, distance="cosine"):
     embeddings, labels = torch.tensor(embeddings, dtype=torch.float32), torch.tensor(labels)
-    return report.TestSet(embeddings, labels, Squares(labels.numpy(), "abcde"))
+    return report.TestSet(embeddings, labels, Squares(labels.numpy(), "abcde"), distance)
 
 
 FOUR_CLASSES = [0, 1, 2, 3] * 10
@@ -236,6 +275,7 @@ FEW_OR_EQUAL = {
     "one dimension": set_of([[1.0], [-1.0]] * 20, FOUR_CLASSES),
     "all equal": set_of([[1, 0, 0]] * 40, FOUR_CLASSES),  # a collapsed network
     "all but one equal": set_of([[1, 0, 0]] * 39 + [[0, 1, 0]], FOUR_CLASSES),
+    "all equal, Euclidean": set_of([[1, 0, 0]] * 40, FOUR_CLASSES, "euclidean"),
     "duplicates": set_of(np.eye(4)[FOUR_CLASSES], FOUR_CLASSES),
 }
 

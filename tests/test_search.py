@@ -60,15 +60,15 @@ def fails(run, capsys, words, code=1):
     assert words in message and (code == 2 or message.count("\n") == 1), message
 
 
-def embeddings(weights, paths):
-    """Of these images, in float64 and unit length, straight from the network."""
-    network = net.create("resnet18", 8).eval()
+def embeddings(weights, paths, l2_norm=True):
+    """Of these images, in float64 and, with l2_norm, of unit length, straight from the network."""
+    network = net.create("resnet18", 8, l2_norm=l2_norm).eval()
     checkpoint.load(weights / "a.pth", network)
     images = dataset.ImageDataset(paths, np.zeros(len(paths), int), [""], transforms.evaluation(32))
     with torch.inference_mode():
         batch = network.normalize(torch.stack([image for image, _ in images]))
         x = network(batch).double()
-    return x / x.norm(dim=1, keepdim=True)
+    return x / x.norm(dim=1, keepdim=True) if l2_norm else x
 
 
 def test_neighbours_are_those_of_brute_force(weights, images, tmp_path, capsys):
@@ -83,6 +83,43 @@ def test_neighbours_are_those_of_brute_force(weights, images, tmp_path, capsys):
         assert [n["similarity"] for n in result["neighbours"]] == pytest.approx(expected.tolist(), abs=1e-5)
         assert [n["path"] for n in result["neighbours"]] == [indexed[i] for i in order]
         assert result["neighbours"][0]["path"].endswith(result["query"].split("/")[-1])  # itself
+
+
+@pytest.fixture(scope="module")
+def euclidean(tmp_path_factory):
+    """A checkpoint whose embeddings are compared by their Euclidean distance, as they are."""
+    folder = tmp_path_factory.mktemp("euclidean")
+    torch.manual_seed(0)
+    network = net.create("resnet18", 8, l2_norm=False)
+    checkpoint.save(folder / "a.pth", network, RECORD | {"l2_norm": 0, "distance": "euclidean"})
+    return folder
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "HNSW4", "IVF1,Flat"])
+def test_euclidean_neighbours_are_those_of_brute_force(factory, euclidean, images, tmp_path, capsys):
+    make(euclidean, images, tmp_path / "index", "--index-factory", factory)
+    indexed = list(described(tmp_path / "index")["images"])
+    results = found(tmp_path / "index", capsys, images, "-k", 5)
+    x = [embeddings(euclidean, paths, l2_norm=False) for paths in ([r["query"] for r in results], indexed)]
+    for row, result in zip(torch.cdist(*x), results, strict=True):
+        expected, order = row.topk(5, largest=False)
+        assert all(set(n) == {"path", "distance"} for n in result["neighbours"])
+        assert [n["distance"] for n in result["neighbours"]] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert [n["path"] for n in result["neighbours"]] == [indexed[i] for i in order]
+    assert results[0]["neighbours"][0]["distance"] == 0 and not torch.allclose(x[1].norm(dim=1), torch.ones(1).double())
+
+
+def test_table_of_distances(euclidean, images, tmp_path, capsys):
+    make(euclidean, images, tmp_path / "index")
+    one = str(images / "bee" / "3.jpg")
+    capsys.readouterr()
+    search.main(["query", "--index", str(tmp_path / "index"), one, "-k", "2"])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "distance", "0.0000", one]
+
+
+def test_unknown_distance_is_damage(images, tmp_path, capsys):
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"distance": "manhattan"})
+    fails(lambda: make(tmp_path, images, tmp_path / "index"), capsys, "a.pth is damaged: its record of the network")
 
 
 @pytest.mark.parametrize("factory", ["PCA2,Flat", "PQ2x4", "IVF1,PQ2x4", "SQ4", "HNSW4"])

@@ -16,8 +16,8 @@ from dataset.files import read_image
 class ImageDataset(Dataset):
     """Images uint8 (3, H, W) and labels, numbers of classes; an item is (transform(image), label).
 
-    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
-    decides what the transform draws.
+    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index) or (seed, epoch,
+    view, index), which alone decides what the transform draws.
     """
 
     def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images"):

@@ -1,8 +1,8 @@
 """Who reads the images and in which order: batches for training and evaluation, and passes over many files.
 
-Training draws keys (seed, epoch, index), one for each image of a batch. The key is all that the randomness of an
-image's augmentation depends on, and (seed, epoch) all that the order depends on, so neither the number of workers nor
-what ran before changes what the network sees.
+Training draws keys (seed, epoch, index), one for each image of a batch, or (seed, epoch, view, index) where it has
+several views of each. The key is all that the randomness of an image's augmentation depends on, and (seed, epoch) all
+that the order depends on, so neither the number of workers nor what ran before changes what the network sees.
 """
 
 import signal
@@ -18,10 +18,11 @@ from dataset.files import BadFile
 class RandomBatches(Sampler):
     """Batches of a random permutation of the images; what does not fill a batch is left out, as published.
 
-    Where several processes share the work, each yields its part, share = (rank, processes), of every batch.
+    Of several views, a batch has the first of all its images, then the second of all. Where several processes share
+    the work, each yields its part, share = (rank, processes), of every batch.
     """
 
-    def __init__(self, labels, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)):
+    def __init__(self, labels, batch_size: int, seed: int, share: tuple[int, int] = (0, 1), views: int = 1):
         if batch_size > len(labels):
             raise ValueError(
                 f"The batch size {batch_size} is larger than the training set of {len(labels)} images; "
@@ -29,7 +30,8 @@ class RandomBatches(Sampler):
             )
         self.labels = np.asarray(labels)
         self.batch_size = batch_size
-        self.images_per_batch = batch_size
+        self.views: list[tuple] = [()] if views == 1 else [(view,) for view in range(views)]  # their part of a key
+        self.images_per_batch = batch_size * views
         self.seed = seed
         self.share = share
         self.steps = len(labels) // batch_size
@@ -46,8 +48,9 @@ class RandomBatches(Sampler):
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
         for indices in islice(self._batches(random), self.done, None):
+            keys = [(self.seed, self.epoch, *view, int(index)) for view in self.views for index in indices]
             rank, processes = self.share
-            yield [(self.seed, self.epoch, int(index)) for index in np.array_split(indices, processes)[rank]]
+            yield [keys[i] for i in np.array_split(np.arange(len(keys)), processes)[rank]]
 
     def _batches(self, random):
         order = random.permutation(len(self.labels))
@@ -61,13 +64,15 @@ class BalancedBatches(RandomBatches):
     divide the batch size, batches are the smaller multiple (the published code re-cut them across classes by accident).
     """
 
-    def __init__(self, labels, batch_size: int, images_per_class: int, seed: int, share: tuple[int, int] = (0, 1)):
-        super().__init__(labels, batch_size, seed, share)
+    def __init__(
+        self, labels, batch_size: int, images_per_class: int, seed: int, share: tuple[int, int] = (0, 1), views: int = 1
+    ):
+        super().__init__(labels, batch_size, seed, share, views)
         if not 1 <= images_per_class <= batch_size:
             raise ValueError(f"--IPC {images_per_class} must be between 1 and the batch size {batch_size}")
         self.images_per_class = images_per_class
         self.classes_per_batch = batch_size // images_per_class
-        self.images_per_batch = self.classes_per_batch * images_per_class
+        self.images_per_batch = self.classes_per_batch * images_per_class * views
         order = np.argsort(self.labels, kind="stable")
         self.members = np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1)  # indices of each class
         if self.classes_per_batch > len(self.members):
@@ -83,16 +88,23 @@ class BalancedBatches(RandomBatches):
 
 
 def train_loader(
-    images: Dataset, batch_size: int, images_per_class: int | None, seed: int, workers: int, share=(0, 1)
+    images: Dataset,
+    batch_size: int,
+    images_per_class: int | None,
+    seed: int,
+    workers: int,
+    share: tuple[int, int] = (0, 1),
+    views: int = 1,
 ) -> DataLoader:
     """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch.
 
-    share = (rank, processes): where several processes share the work, this one's part of every batch.
+    share = (rank, processes): where several processes share the work, this one's part of every batch. views: how often
+    each of the batch_size images is in a batch, each time with an augmentation of its own.
     """
     if images_per_class is None:
-        batches = RandomBatches(images.labels, batch_size, seed, share)
+        batches = RandomBatches(images.labels, batch_size, seed, share, views)
     else:
-        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed, share)
+        batches = BalancedBatches(images.labels, batch_size, images_per_class, seed, share, views)
     return DataLoader(images, batch_sampler=batches, **_worker_settings(workers))
 
 

@@ -382,6 +382,35 @@ def test_the_number_of_workers_changes_nothing(cub_root):
     assert not torch.equal(alone[0][0], epoch_of(cub_root, 0, epoch=1)[0][0])
 
 
+@pytest.mark.parametrize("sampler", [RandomBatches, lambda *a, **k: BalancedBatches(a[0], a[1], 2, *a[2:], **k)])
+def test_views_come_one_after_the_other(sampler):
+    """All first views, then all second ones, of the images that one view has; processes have consecutive parts."""
+    labels = np.arange(30) % 5
+    single, double = sampler(labels, 6, 3), sampler(labels, 6, 3, views=2)
+    single.set_epoch(4)
+    double.set_epoch(4)
+    assert double.images_per_batch == 12 and len(double) == len(single)
+    batches = list(double)
+    for keys, once in zip(batches, single, strict=True):
+        assert keys == [(3, 4, view, index) for view in (0, 1) for _, _, index in once]
+    parts = [sampler(labels, 6, 3, (rank, 5), views=2) for rank in range(5)]
+    for part in parts:
+        part.set_epoch(4)
+    assert [[key for keys in shares for key in keys] for shares in zip(*parts)] == batches
+
+
+def test_views_of_an_image_differ(cub_root):
+    images = dataset.train_set("cub", cub_root, 32, allow_partial=True)
+    loader = dataset.train_loader(images, 4, 2, seed=3, workers=0, views=2)
+    loader.batch_sampler.set_epoch(1)
+    keys = next(iter(loader.batch_sampler))
+    batch, labels = next(iter(loader))
+    assert batch.shape == (8, 3, 32, 32) and torch.equal(labels[:4], labels[4:])
+    for i, (seed, epoch, view, index) in enumerate(keys):
+        assert torch.equal(batch[i], images[seed, epoch, view, index][0])
+        assert not torch.equal(batch[i], batch[(i + 4) % 8])
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone(cub_root):
     images = dataset.train_set("cub", cub_root, 32, allow_partial=True)
     state = torch.get_rng_state()

@@ -1,6 +1,7 @@
 """Embedding networks: a backbone, global average + max pooling, a linear embedding and an l2 norm."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,18 +18,25 @@ BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
 }
 
 
+STARTS = {"kaiming": partial(nn.init.kaiming_normal_, mode="fan_out"), "orthogonal": nn.init.orthogonal_}
+
+
 class EmbeddingNet(nn.Module):
     """Images (B, 3, H, W) -> embeddings (B, D), through the published head.
 
     The backbone is `model` and the embedding layer `model.embedding`, so that keys agree with published checkpoints.
-    forward takes images as the backbone's weights want them; `normalize` makes them so from uint8 RGB.
+    forward takes images as the backbone's weights want them; `normalize` makes them so from uint8 RGB. start: of the
+    embedding layer's weights, one of STARTS.
     """
 
-    def __init__(self, backbone: nn.Module, embedding_size: int, l2_norm: bool = True, bn_freeze: bool = True):
+    def __init__(
+        self, backbone: nn.Module, embedding_size: int, l2_norm: bool = True, bn_freeze: bool = True,
+        start: str = "kaiming",
+    ):  # fmt: skip
         super().__init__()
         self.model = backbone
         self.model.embedding = nn.Linear(backbone.num_features, embedding_size)
-        nn.init.kaiming_normal_(self.model.embedding.weight, mode="fan_out")
+        STARTS[start](self.model.embedding.weight)
         nn.init.zeros_(self.model.embedding.bias)
         self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)
         self.l2_norm = l2_norm
@@ -90,18 +98,20 @@ def options(training: bool) -> argparse.ArgumentParser:
 
 
 def create(
-    name: str, embedding_size: int, pretrained: str | Path | None = None, l2_norm: bool = True, bn_freeze: bool = True
-) -> EmbeddingNet:
+    name: str, embedding_size: int, pretrained: str | Path | None = None, l2_norm: bool = True, bn_freeze: bool = True,
+    start: str = "kaiming",
+) -> EmbeddingNet:  # fmt: skip
     """Build an embedding network.
 
     pretrained: "imagenet" (downloaded once into torch's cache), "none" or None, or the path of a backbone weights file.
     bn_freeze: BatchNorm keeps its statistics; its weights and biases start with requires_grad False, as published.
+    start: of the embedding layer, "kaiming", or "orthogonal" with rows of length 1.
     Raises OSError or ValueError where the weights cannot be had.
     """
     backbone = BACKBONES[name]()
     if pretrained not in ("none", None):
         load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained))
-    return EmbeddingNet(backbone, embedding_size, l2_norm, bn_freeze)
+    return EmbeddingNet(backbone, embedding_size, l2_norm, bn_freeze, start)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

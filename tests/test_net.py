@@ -65,6 +65,20 @@ def test_features_are_torchvisions(name):
         torch.testing.assert_close(ours, theirs(images))
 
 
+def test_orthogonal_start():
+    """All else, the random numbers of the backbone too, starts as it does with the published one."""
+    torch.manual_seed(0)
+    published = net.create("resnet18", 16)
+    torch.manual_seed(0)
+    network = net.create("resnet18", 16, start="orthogonal")
+    weight = network.model.embedding.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(16))
+    assert not network.model.embedding.bias.any()
+    ours = network.state_dict()
+    different = [key for key, value in published.state_dict().items() if not torch.equal(value, ours[key])]
+    assert different == ["model.embedding.weight"]
+
+
 def test_head_is_average_plus_max_pool():
     network = net.create("resnet18", 16, l2_norm=False).eval()
     images = torch.randn(3, 3, 64, 64)

@@ -85,13 +85,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return
 
     name = logbook.run_name(
-        args.model, args.loss, args.embedding_size, args.alpha, args.mrg,
+        args.model, args.loss, args.embedding_size, f"alpha{args.alpha:g}_mrg{args.mrg:g}",
         args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
     )  # fmt: skip
-    config = vars(args) | {
+    config = vars(args) | dataset.record(splits, args.data_root) | {
         "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
-        "sizes": {split: dataset.size(images) for split, images in splits.items()},
-        "data": {split: dataset.fingerprint(images, args.data_root) for split, images in splits.items()},
     }  # fmt: skip
     log_dir = Path(args.LOG_DIR)
     resume = runs.to_resume(args.resume, runs.place(log_dir, args.dataset, name), config)

@@ -105,13 +105,13 @@ def epochs_done(path: Path) -> int:
     return progress["epoch"]
 
 
-def load(path: str | Path, network: torch.nn.Module) -> int:
+def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
     """Load a checkpoint, ours or a published one, strictly; returns the number of tensors, all of which matched.
 
-    Keys may carry the `module.` prefix of DataParallel.
+    Keys may carry the `module.` prefix of DataParallel. flags: those that say the network, for messages.
     Raises FileNotFoundError, or ValueError for a file that is damaged or of another network, which is left as it was.
     """
-    return load_weights(path, read(path), network)
+    return load_weights(path, read(path), network, flags)
 
 
 def read(path: str | Path, mmap: bool = False):
@@ -137,8 +137,10 @@ def read(path: str | Path, mmap: bool = False):
     return content
 
 
-def load_weights(path: str | Path, content: dict, network: torch.nn.Module) -> int:
-    """Load the weights of a checkpoint's content; path is for messages. Raises and returns as load does."""
+def load_weights(
+    path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size"
+) -> int:
+    """Load the weights of a checkpoint's content; path and flags are for messages. Raises and returns as load does."""
     state = content.get("model_state_dict")
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
@@ -154,7 +156,7 @@ def load_weights(path: str | Path, content: dict, network: torch.nn.Module) -> i
         )
         raise ValueError(
             f"{path} is of another network: {len(differing)} of {len(expected | found)} tensors differ ({listed}). "
-            "Check --model and --embedding-size"
+            f"Check {flags}"
         )
     network.load_state_dict(state)
     return len(state)

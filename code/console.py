@@ -28,6 +28,10 @@ POSITIVE = (
     "IPC",
     "neighbours",
     "nprobe",
+    "source_embedding_size",
+    "view",
+    "sigma",
+    "delta",
 )
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 

@@ -37,10 +37,10 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def run_name(model, loss, embedding_size, alpha, margin, optimizer, lr, batch_size, seed, remark) -> str:
-    """The published folder name of a run; a seed other than 1 is added."""
-    method = f"{model}_{loss}_embedding{embedding_size}_alpha{alpha:g}_mrg{margin:g}"
-    return f"{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}" + ("" if seed == 1 else f"_seed{seed}")
+def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark) -> str:
+    """The published folder name of a run; method: settings of the loss. A seed other than 1 is added."""
+    name = f"{model}_{loss}_embedding{embedding_size}_{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}"
+    return name + ("" if seed == 1 else f"_seed{seed}")
 
 
 def versions() -> dict[str, str]:

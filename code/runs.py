@@ -13,7 +13,10 @@ CONFIG, LAST, LOCK = "config.json", "last.pth", ".lock"
 # In the configuration beside the arguments, and no part of the experiment.
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
-MAY_CHANGE = ("epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "cache", "compile", "wandb", "resume", "debug")
+MAY_CHANGE = (
+    "epochs", "workers", "gpu_id", "data_root", "source_ckpt", "LOG_DIR", "cache", "compile", "wandb", "resume",
+    "debug",
+)  # fmt: skip
 
 
 class Locked(RuntimeError):
@@ -130,5 +133,5 @@ def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
-    words = {"data": "other images, or other classes of them"}  # instead of digests
+    words = {"data": "other images, or other classes of them", "teacher": "another one"}  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

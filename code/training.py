@@ -20,8 +20,8 @@ OPTIMIZERS = {  # fused: one pass over all parameters, where torch has it
 }
 
 
-def options() -> argparse.ArgumentParser:
-    """Command-line flags of the recipe."""
+def options(decay: bool = True) -> argparse.ArgumentParser:
+    """Command-line flags of the recipe; decay: with those of a learning rate that decays in steps."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -50,16 +50,17 @@ def options() -> argparse.ArgumentParser:
         metavar="W",
         help="weight decay of all parameters, the proxies too; raise it against overfitting",
     )
-    group.add_argument(
-        "--lr-decay-step",
-        default=10,
-        type=int,
-        metavar="N",
-        help="epochs between two decays of the learning rate; scale it with --epochs",
-    )
-    group.add_argument(
-        "--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor of the learning rate at each decay"
-    )
+    if decay:
+        group.add_argument(
+            "--lr-decay-step",
+            default=10,
+            type=int,
+            metavar="N",
+            help="epochs between two decays of the learning rate; scale it with --epochs",
+        )
+        group.add_argument(
+            "--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor of the learning rate at each decay"
+        )
     group.add_argument(
         "--warm",
         default=1,

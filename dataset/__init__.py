@@ -33,12 +33,12 @@ import numpy as np
 
 from dataset import cars, cub, folder, glyphs, inshop, sop, table, transforms
 from dataset.files import BadFile, missing_files
-from dataset.images import ImageDataset, describe, fingerprint, remark, size
+from dataset.images import ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
 
 __all__ = [
     "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "describe", "eval_loader", "eval_sets", "eval_splits",
-    "fingerprint", "load", "open", "options", "remark", "size", "splits", "train_loader", "train_set",
+    "fingerprint", "load", "open", "options", "record", "remark", "size", "splits", "train_loader", "train_set",
 ]  # fmt: skip
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"

@@ -79,6 +79,14 @@ def fingerprint(images: ImageDataset, root: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def record(splits: dict[str, ImageDataset], root: str | Path) -> dict[str, dict]:
+    """What a run notes of its data: the size of each split, and the fingerprint."""
+    return {
+        "sizes": {split: size(images) for split, images in splits.items()},
+        "data": {split: fingerprint(images, root) for split, images in splits.items()},
+    }
+
+
 def describe(splits: dict[str, ImageDataset]) -> str:
     """A line on what is in each split."""
     sizes = {split: size(images) for split, images in splits.items()}

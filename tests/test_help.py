@@ -9,14 +9,17 @@ import pytest
 import evaluate
 import search
 import train
+import transfer
 from dataset import __main__ as data
 
-SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "search.py": search, "-m dataset": data}
+SCRIPTS = {
+    "train.py": train, "transfer.py": transfer, "evaluate.py": evaluate, "search.py": search, "-m dataset": data,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name, command",
-    [("train.py", []), ("evaluate.py", []), ("search.py", ["index"]), ("search.py", ["query"]),
+    [("train.py", []), ("transfer.py", []), ("evaluate.py", []), ("search.py", ["index"]), ("search.py", ["query"]),
      ("-m dataset", ["check"]), ("-m dataset", ["prepare"])],
 )  # fmt: skip
 @pytest.mark.parametrize("columns", ["60", "120"])

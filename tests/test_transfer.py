@@ -1,0 +1,238 @@
+"""transfer.py: from a teacher to a student, in short runs on a small CUB."""
+
+import csv
+import json
+import math
+import shutil
+
+import kills
+import pytest
+import torch
+from test_distributed import read_metrics, torchrun
+from test_resume import run_folder, stop_at
+
+import dataset
+import evaluate
+import net
+import search
+import transfer
+from proxy_anchor import checkpoint, distillation
+from proxy_anchor.embedding import Embedder
+from proxy_anchor.retrieval import map_at_r, recall_at_k
+
+CONTRACT = {"model": "resnet18", "embedding_size": 12, "image_size": 32, "l2_norm": 1, "crop": 0.875}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A checkpoint whose network tells the images apart."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(5)
+    network = net.create("resnet18", 12)
+    for norm in network.model.norms():
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    checkpoint.save(folder / "teacher.pth", network, CONTRACT)
+    return folder / "teacher.pth"
+
+
+def arguments(teacher, root, logs, **changed):
+    settings = {
+        "source-ckpt": teacher, "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8,
+        "batch-size": 4, "image-size": 32, "workers": 0, "pretrained": "none", "epochs": 2, "LOG_DIR": logs,
+    } | changed  # fmt: skip
+    return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
+
+
+@pytest.fixture(scope="module")
+def logs(teacher, cub_root, tmp_path_factory):
+    """Of a finished run."""
+    folder = tmp_path_factory.mktemp("logs")
+    transfer.main(arguments(teacher, cub_root, folder))
+    return folder
+
+
+def test_defaults_are_the_published():
+    published = {
+        "loss": "Relaxed_Contra", "batch_size": 90, "IPC": 2, "view": 2, "sigma": 1, "delta": 1, "lr": 1e-4,
+        "optimizer": "adamw", "weight_decay": 1e-4, "warm": 0, "bn_freeze": 0, "l2_norm": 0, "epochs": 90, "seed": 0,
+        "source_model": "bn_inception", "source_embedding_size": 512, "model": "bn_inception", "image_size": 224,
+    }  # fmt: skip
+    assert published.items() <= vars(transfer.parse(["--source-ckpt", "t.pth"])).items()
+    args = transfer.parse(["--source-ckpt", "t.pth", "--dataset", "SOP", "--model", "resnet18", "--save", "1"])
+    assert (args.epochs, args.source_model) == (150, "resnet50") and not hasattr(args, "lr_decay_step")
+    args = transfer.parse(["--source-ckpt", "t.pth", "--dataset", "glyphs"])
+    assert (args.model, args.image_size, args.bn_freeze, args.recipe.count("decay")) == ("resnet18", 32, 0, 0)
+
+
+def test_folder_and_schedule(logs, teacher):
+    folder = run_folder(logs)
+    source = f"resnet18-12-{checkpoint.identity(teacher)[:8]}"
+    assert folder.name == (
+        f"resnet18_Relaxed_Contra_embedding8_from_{source}_sigma1_delta1_adamw_lr0.0001_batch4_seed0"
+    )
+    rows = read_metrics(logs)
+    assert [row["lr"] for row in rows] == pytest.approx([1e-4 * (1 + math.cos(math.pi * e / 2)) / 2 for e in (0, 1)])
+    expected = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 0, "crop": 0.875}
+    assert checkpoint.contract(folder / "cub_resnet18_best.pth") == expected | {"distance": "euclidean"}
+    assert (folder / "curves.png").exists()
+
+
+def test_both_see_the_same_pixels(teacher, cub_root, tmp_path, monkeypatch):
+    """The teacher learns nothing, and all rows, two views of each image, come to the loss in one order."""
+    seen, batches = [], []
+
+    def embed(embedder, images, embed=Embedder.__call__):
+        embeddings = embed(embedder, images)
+        if not torch.is_inference_mode_enabled():
+            seen.append((embedder.network.training, images, embeddings))
+        return embeddings
+
+    def forward(loss, student, teacher, forward=distillation.Distillation.forward):
+        batches.append((student, teacher))
+        return forward(loss, student, teacher)
+
+    monkeypatch.setattr(Embedder, "__call__", embed)
+    monkeypatch.setattr(distillation.Distillation, "forward", forward)
+    transfer.main(arguments(teacher, cub_root, tmp_path, epochs=1))
+    original = net.create("resnet18", 12).eval()
+    checkpoint.load(teacher, original)
+    assert len(batches) == 6 and len(seen) == 12
+    for (teaches, images, wanted), (learns, pixels, embeddings), batch in zip(seen[::2], seen[1::2], batches):
+        assert torch.equal(images, pixels) and images.shape == (8, 3, 32, 32) and images.dtype == torch.uint8
+        assert not torch.equal(images[:4], images[4:])
+        assert torch.equal(batch[0], embeddings) and torch.equal(batch[1], wanted)
+        assert learns and not teaches and not wanted.requires_grad and embeddings.requires_grad
+        with torch.no_grad():
+            torch.testing.assert_close(original(original.normalize(images)), wanted)
+
+
+def test_stopped_run_continues_to_the_same_end(teacher, cub_root, tmp_path, monkeypatch, logs):
+    """Also where the teacher's file has moved."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 14)
+        transfer.main(arguments(teacher, cub_root, tmp_path))
+    moved = shutil.copy(teacher, tmp_path / "elsewhere.pth")
+    transfer.main(arguments(moved, cub_root, tmp_path, resume="auto"))
+    kills.assert_identical(kills.outcome(tmp_path), kills.outcome(logs))
+
+
+def test_other_teacher_or_schedule_does_not_continue_a_run(teacher, cub_root, tmp_path, monkeypatch, logs, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 3)
+        transfer.main(arguments(teacher, cub_root, tmp_path))
+    config = run_folder(tmp_path) / "config.json"
+    before = config.read_text()
+    other = tmp_path / "other.pth"
+    torch.manual_seed(6)
+    checkpoint.save(other, net.create("resnet18", 12), CONTRACT)
+    for flags, words in (
+        (["--source-ckpt", str(other)], "is another experiment (teacher: another one); start a new one"),
+        (["--epochs", "3"], "(schedule: cosine over 2 epochs, now cosine over 3 epochs)"),
+    ):
+        fails(["--resume", str(config.parent), *flags], capsys, words)
+        assert config.read_text() == before
+    transfer.main(["--resume", str(config.parent)])
+    kills.assert_identical(kills.outcome(tmp_path), kills.outcome(logs))
+
+
+@pytest.mark.parametrize("loss", ["RKD", "PKT"])
+def test_one_view_of_a_teacher_of_another_family(cub_root, tmp_path, loss):
+    """As published: without a record of its network. Its images are normalised in its own way."""
+    torch.manual_seed(0)
+    torch.save({"model_state_dict": net.create("bn_inception", 6).state_dict()}, tmp_path / "published.pth")
+    flags = {"source-model": "bn_inception", "source-embedding-size": 6, "image-size": 64, "epochs": 1}
+    transfer.main(arguments(tmp_path / "published.pth", cub_root, tmp_path, view=1, loss=loss, **flags))
+    (row,) = read_metrics(tmp_path)
+    assert math.isfinite(row["loss"])
+
+
+def test_two_processes_are_one(teacher, cub_root, tmp_path):
+    """Frozen BatchNorm, as a CPU has its statistics for a process's part of the batch alone."""
+    flags = {"optimizer": "sgd", "lr": 1e-2, "bn-freeze": 1}
+    done = torchrun(2, "transfer.py", *arguments(teacher, cub_root, tmp_path / "two", **flags), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes: of each batch of 8 images, a process has 4." in done.stdout
+    transfer.main(arguments(teacher, cub_root, tmp_path / "one", **flags))
+    for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluation_of_the_student_is_that_of_its_run(logs, cub_root):
+    best = run_folder(logs) / "cub_resnet18_best.pth"
+    flags = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(best)]
+    metrics = evaluate.main(flags)
+    with open(run_folder(logs) / "metrics.csv", newline="") as file:
+        row = max(csv.DictReader(file), key=lambda row: (float(row["R@1"]), -int(row["epoch"])))
+    assert metrics == {name: float(value) for name, value in row.items() if name in metrics} and len(metrics) == 8
+    network = net.create("resnet18", 8, l2_norm=False)
+    checkpoint.load(best, network)
+    (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
+    embedded = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 18, 0))
+    recall, precision = (
+        f(*embedded, *more, distance="euclidean") for f, more in ((recall_at_k, [[1]]), (map_at_r, []))
+    )
+    assert metrics["R@1"] == recall[1] and metrics["MAP@R"] == pytest.approx(precision[0].mean().item())
+    assert metrics["MAP@R"] != map_at_r(*embedded)[0].mean().item()
+
+
+def test_search_with_the_student(logs, cub_root, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    best = run_folder(logs) / "cub_resnet18_best.pth"
+    index = ["--images", str(cub_root), "--out", str(tmp_path / "index"), "--workers", "0"]
+    search.main(["index", "--resume", str(best), *index])
+    capsys.readouterr()
+    search.main(["query", "--index", str(tmp_path / "index"), "--json", str(cub_root), "-k", "4"])
+    results = json.loads(capsys.readouterr().out)
+    network = net.create("resnet18", 8, l2_norm=False)
+    checkpoint.load(best, network)
+    paths = [result["query"] for result in results]
+    images = dataset.ImageDataset(paths, torch.zeros(len(paths)), [""], search.geometry(CONTRACT))
+    x, _ = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0))
+    nearest = torch.cdist(x.double(), x.double()).topk(4, largest=False)
+    for result, distances, order in zip(results, *nearest):
+        assert [n["distance"] for n in result["neighbours"]] == pytest.approx(distances.tolist(), abs=1e-5)
+        assert [n["path"] for n in result["neighbours"]] == [paths[i] for i in order]
+
+
+def fails(argv, capsys, words, code=1):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        transfer.main(argv)
+    message = capsys.readouterr().err.removeprefix("usage: transfer.py --source-ckpt PATH [--flag value ...]\n")
+    assert error.value.code == code and words in message and message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"IPC": 3}, "argument --IPC: a batch of 4 images does not consist of 3 of each class"),
+        ({"sigma": 0}, "argument --sigma: 0.0 is not positive"),
+        ({"sigma": "nan"}, "argument --sigma: nan is not positive"),
+        ({"delta": -1}, "argument --delta: -1.0 is not positive"),
+        ({"view": 0}, "argument --view: 0 is not positive"),
+        ({"save": 0}, "argument --save: invalid choice: 0"),
+        ({"source-embedding-size": 0}, "argument --source-embedding-size: 0 is not positive"),
+        ({"source-embedding-size": 13}, "--source-embedding-size: the teacher was trained with 12, not 13"),
+        ({"source-model": "resnet50"}, "--source-model: the teacher was trained with resnet18, not resnet50"),
+        ({"image-size": 64}, "argument --image-size: the teacher was trained with 32, and sees what the student sees"),
+    ],
+)
+def test_bad_arguments(teacher, cub_root, tmp_path, capsys, changed, words):
+    fails(arguments(teacher, cub_root, tmp_path, **changed), capsys, words, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_teachers(teacher, cub_root, tmp_path, capsys):
+    fails(arguments(teacher, cub_root, tmp_path)[:1], capsys, "argument --source-ckpt: whose checkpoint", code=2)
+    missing, damaged, other = (tmp_path / name for name in ("missing.pth", "damaged.pth", "other.pth"))
+    damaged.write_bytes(teacher.read_bytes()[:-1000])
+    torch.save({"model_state_dict": net.create("resnet18", 12).state_dict()}, other)
+    for path, words, more in (
+        (missing, f"There is no checkpoint {missing}", {}),
+        (damaged, f"{damaged} is damaged or not a checkpoint", {}),
+        (other, "other.pth is of another network", {}),
+        (other, "model.embedding.weight: expected (512, 512), found (12, 512)", {"source-model": "resnet18"}),
+        (other, "Check --source-model and --source-embedding-size", {"source-model": "resnet18"}),
+    ):
+        fails(arguments(path, cub_root, tmp_path / "logs", **more), capsys, words)
+    assert not (tmp_path / "logs").exists()

@@ -1,0 +1,189 @@
+"""Train a smaller or better network, the student, on how a trained one, its teacher, relates images to each other."""
+
+import proxy_anchor.startup  # noqa: F401 (before the slow imports)
+
+# isort: split
+import argparse
+from pathlib import Path
+
+import torch
+
+import dataset
+import net
+from proxy_anchor import (
+    checkpoint,
+    console,
+    distillation,
+    distributed,
+    evaluation,
+    hardware,
+    logbook,
+    randomness,
+    runs,
+    training,
+)
+from proxy_anchor.embedding import Embedder
+from proxy_anchor.running import Run
+
+EXAMPLES = """examples:
+  64 dimensions instead of 512, from a published network or one of train.py:
+    python transfer.py --source-ckpt cub_bn_inception_best.pth --dataset cub --model bn_inception --embedding-size 64
+  a small network from a large one:
+    python transfer.py --source-ckpt cub_resnet50_best.pth --dataset cub --model resnet18 --embedding-size 128
+"""
+DEFAULTS = {"batch_size": 90, "IPC": 2, "epochs": 90, "warm": 0, "seed": 0, "bn_freeze": 0, "l2_norm": 0}  # published
+EPOCHS = {"SOP": 150}  # published
+SOURCE_FLAGS = "--source-model and --source-embedding-size"
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="transfer.py --source-ckpt PATH [--flag value ...]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=console.HelpFormatter,
+        parents=[
+            dataset.options(training=True), net.options(training=True), distillation.options(),
+            training.options(decay=False), hardware.options(), logbook.options(), console.options(),
+        ],
+    )  # fmt: skip
+    group = parser.add_argument_group("transfer")
+    group.add_argument(
+        "--source-ckpt", metavar="PATH", help="checkpoint of the teacher, a published one or one of ours"
+    )
+    group.add_argument(
+        "--source-model", choices=net.BACKBONES,
+        help="a teacher's backbone, if its checkpoint does not say it (default: resnet50 for ResNets, or bn_inception)",
+    )  # fmt: skip
+    group.add_argument(
+        "--source-embedding-size", type=int, metavar="D",
+        help="a teacher's dimensions, if its checkpoint does not say them (default: 512)",
+    )  # fmt: skip
+    group.add_argument(
+        "--view", default=2, type=int, metavar="N",
+        help="random crops of each image in a batch; more show more relations and take longer",
+    )  # fmt: skip
+    group.add_argument("--save", default=1, type=int, choices=(1,), help="as published; every run is saved here")
+    parser.set_defaults(**DEFAULTS)
+    known = {action.dest for action in parser._actions}
+    args = console.parse_with_recipe(parser, argv, lambda name: recipe(name, known))
+    console.check_ranges(parser, args)
+    net.check_arguments(parser, args)
+    if args.batch_size % args.IPC:
+        parser.error(
+            f"argument --IPC: a batch of {args.batch_size} images does not consist of {args.IPC} of each class"
+        )
+    with console.errors_in_one_line("transfer.py", args.debug):
+        describe_teacher(parser, args)
+    return args
+
+
+def recipe(name: str, known: set[str]) -> dict:
+    """The defaults of a dataset: the published number of epochs, and those that it has for training."""
+    own = {argument: value for argument, value in dataset.recipe(name).items() if argument in known}
+    return own | ({"epochs": EPOCHS[name]} if name in EPOCHS else {})
+
+
+def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Complete the teacher's arguments from its checkpoint, or as published; other words are a usage error."""
+    if not args.source_ckpt:
+        parser.error("argument --source-ckpt: whose checkpoint is the teacher?")
+    contract = checkpoint.contract(args.source_ckpt)
+    published = {"model": "resnet50" if args.model.startswith("resnet") else "bn_inception", "embedding_size": 512}
+    for name in published:
+        given, told = getattr(args, f"source_{name}"), contract.get(name)
+        if None not in (given, told) and given != told:
+            parser.error(
+                f"argument --source-{name.replace('_', '-')}: the teacher was trained with {told}, not {given}"
+            )
+        setattr(args, f"source_{name}", told or given or published[name])
+    if (size := contract.get("image_size", args.image_size)) != args.image_size:
+        parser.error(f"argument --image-size: the teacher was trained with {size}, and sees what the student sees")
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    randomness.seed(args.seed)
+    identity = checkpoint.identity(args.source_ckpt)  # before the slow things
+    print(hardware.describe(device))
+    if args.recipe:
+        print(f"Defaults of {args.dataset}: {args.recipe}")
+    share = distributed.rank(), distributed.count()
+
+    # Data: the teacher's training classes, of which the labels only balance the batches.
+    choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
+    with distributed.first_process_first():
+        train_set, *test_sets = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
+    console.make_ready([train_set, *test_sets], args.skip_bad_images, args.cache, args.workers)
+    splits = dict(zip(dataset.splits(args.dataset, args.data_root), [train_set, *test_sets]))
+    print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
+    train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share, args.view)
+    test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
+    ks = dataset.ALL[args.dataset].KS
+    batch_size = train_loader.batch_sampler.images_per_batch
+    print(distributed.describe(batch_size), end="")
+
+    # Student, teacher, loss, optimizer.
+    with distributed.first_process_first():
+        network = net.create(
+            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), "orthogonal"
+        )
+    network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
+    embedder = Embedder(network, device, args.amp, args.compile)
+    teacher = net.create(args.source_model, args.source_embedding_size).eval()
+    matched = checkpoint.load(args.source_ckpt, teacher, SOURCE_FLAGS)
+    print(f"The teacher is {args.source_ckpt}: all {matched} tensors match.")
+    teacher = Embedder(teacher, device, args.amp, args.compile)
+    criterion = distillation.create(args.loss, args.sigma, args.delta)
+    optimizer = training.create_optimizer(args.optimizer, network, criterion, args.lr, args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    distance = "cosine" if args.l2_norm else "euclidean"
+
+    def loss_of(images, labels):
+        with torch.no_grad():
+            wanted = distributed.gather(teacher(images), batch_size)  # (B, D)
+        embeddings = distributed.gather(embedder(images), batch_size)  # (B, d)
+        return criterion(embeddings, wanted)
+
+    if args.epochs == 0:  # no run, nothing to write
+        result = evaluation.evaluate(embedder, test_loaders, ks, distance=distance)
+        print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
+        return
+
+    source = f"{args.source_model}-{args.source_embedding_size}-{identity[:8]}"
+    name = logbook.run_name(
+        args.model, args.loss, args.embedding_size, f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
+        args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
+    )  # fmt: skip
+    config = vars(args) | dataset.record(splits, args.data_root) | {
+        "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
+        "distance": distance, "teacher": identity, "schedule": f"cosine over {args.epochs} epochs",
+    }  # fmt: skip
+    log_dir = Path(args.LOG_DIR)
+    resume = runs.to_resume(args.resume, runs.place(log_dir, args.dataset, name), config)
+    log = logbook.open_logbook(log_dir, args.dataset, args.model, name, config, args.wandb, resume)
+
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
+    with Run(log, network, **parts) as run:
+        for epoch in run.epochs(args.epochs):
+            training.set_trainable(network, epoch, args.warm)
+            loss = training.train_one_epoch(
+                network, loss_of, embedder.batches(run.batches(train_loader)), optimizer, embedder.scaler,
+                epoch, losses=run.losses, report=run.show_loss,
+            )  # fmt: skip
+            print(embedder.scaler.remark(), end="")
+            run.stop.check()
+            result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, distance)
+            run.end_epoch(loss, result)
+    print(run.summary())
+
+
+def main(argv=None):
+    args = parse(argv)
+    distributed.launch_on_all_gpus(args.gpu_id)
+    with console.errors_in_one_line("transfer.py", args.debug), distributed.processes(args.gpu_id) as device:
+        train(args, device)
+
+
+if __name__ == "__main__":
+    main()

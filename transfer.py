@@ -4,7 +4,6 @@ import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
 # isort: split
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,6 @@ from proxy_anchor import (
     hardware,
     logbook,
     randomness,
-    runs,
     training,
 )
 from proxy_anchor.embedding import Embedder
@@ -113,9 +111,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # Data: the teacher's training classes, of which the labels only balance the batches.
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     with distributed.first_process_first():
-        train_set, *test_sets = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
-    console.make_ready([train_set, *test_sets], args.skip_bad_images, args.cache, args.workers)
-    splits = dict(zip(dataset.splits(args.dataset, args.data_root), [train_set, *test_sets]))
+        splits = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
+    train_set, *test_sets = splits.values()
+    console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share, args.view)
     test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
@@ -159,12 +157,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
         "distance": distance, "teacher": identity, "schedule": f"cosine over {args.epochs} epochs",
     }  # fmt: skip
-    log_dir = Path(args.LOG_DIR)
-    resume = runs.to_resume(args.resume, runs.place(log_dir, args.dataset, name), config)
-    log = logbook.open_logbook(log_dir, args.dataset, args.model, name, config, args.wandb, resume)
 
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(log, network, **parts) as run:
+    with Run(logbook.open_logbook(name, config), network, **parts) as run:
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(

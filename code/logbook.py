@@ -52,9 +52,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_logbook(*args, **keywords) -> "Logbook":
-    """The Logbook of these arguments in the first process, which alone writes; in others one that writes nothing."""
-    log = Logbook(*args, **keywords) if distributed.rank() == 0 else NullLogbook()
+def open_logbook(name: str, config: dict) -> "Logbook":
+    """The Logbook of the run to resume or of a new one in the first process, which alone writes; in others an idle one.
+
+    name: of a new run's folder. config: the configuration, which says where it is and what to resume. Raises as Logbook
+    and runs.to_resume do.
+    """
+    log_dir, dataset, wandb = Path(config["LOG_DIR"]), config["dataset"], config["wandb"]
+    resume = runs.to_resume(config["resume"], runs.place(log_dir, dataset, name), config)
+    log: Logbook = NullLogbook()
+    if distributed.rank() == 0:
+        log = Logbook(log_dir, dataset, config["model"], name, config, wandb, resume)
     log.folder, log.resumes = distributed.from_first(lambda: (log.folder, log.resumes))
     return log
 

@@ -212,6 +212,7 @@ def recipe(name: str) -> dict:
     return getattr(ALL[name], "RECIPE", {})
 
 
-def open(name: str, root: str | Path, image_size: int, **choice) -> list[ImageDataset]:
-    """[train_set, *eval_sets]; choice: allow_partial and test_classes as in load."""
-    return [train_set(name, root, image_size, **choice), *eval_sets(name, root, image_size, **choice)]
+def open(name: str, root: str | Path, image_size: int, **choice) -> dict[str, ImageDataset]:
+    """{split: images}, those to train on first; choice: allow_partial and test_classes as in load."""
+    training = {"train": train_set(name, root, image_size, **choice)}
+    return training | dict(zip(eval_splits(name, root), eval_sets(name, root, image_size, **choice)))

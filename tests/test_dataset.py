@@ -102,8 +102,9 @@ def test_open_reads_each_split_once(tmp_path, monkeypatch, name, make):
     samples = source.samples
     monkeypatch.setattr(source, "samples", lambda folder, split: read.append(split) or samples(folder, split))
     found = dataset.open(name, tmp_path, 32, allow_partial=True)
-    assert read == dataset.splits(name, tmp_path) == [images.name.split()[1] for images in found]
-    for split, images in zip(read[:], found):
+    assert read == dataset.splits(name, tmp_path) == list(found)
+    assert list(found) == [images.name.split()[1] for images in found.values()]
+    for split, images in found.items():
         alone = dataset.load(name, tmp_path, split, allow_partial=True)
         assert (images.paths, images.classes) == (alone.paths, alone.classes)
         assert images.labels.tolist() == alone.labels.tolist()

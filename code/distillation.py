@@ -5,6 +5,7 @@ two that it is compared with.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,9 @@ def cosines(x: torch.Tensor) -> torch.Tensor:
     return directions @ directions.mT
 
 
-LOSSES = {"Relaxed_Contra": RelaxedContrastive, "RKD": lambda sigma, delta: RKD(), "PKT": lambda sigma, delta: PKT()}
+LOSSES: dict[str, Callable[[float, float], Distillation]] = {
+    "Relaxed_Contra": RelaxedContrastive, "RKD": lambda sigma, delta: RKD(), "PKT": lambda sigma, delta: PKT(),
+}  # fmt: skip
 
 
 def options() -> argparse.ArgumentParser:

@@ -23,7 +23,10 @@ from proxy_anchor import console, figures, runs
 NOT_COMPARED = ("seed", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
 # How losses and settings are called; other settings under their own names.
-LOSSES = {"Proxy_Anchor": "Proxy-Anchor", "Proxy_NCA": "Proxy-NCA", "MS": "Multi-Similarity", "NPair": "N-pair"}
+LOSSES = {
+    "Proxy_Anchor": "Proxy-Anchor", "Proxy_NCA": "Proxy-NCA", "MS": "Multi-Similarity", "NPair": "N-pair",
+    "Relaxed_Contra": "Relaxed contrastive",
+}  # fmt: skip
 SETTINGS = {
     "IPC": "{} per class", "batch_size": "batch {}", "embedding_size": "{}-d", "image_size": "{} px",
     "lr": "learning rate {}", "mrg": "margin {}", "dataset": "{}", "model": "{}", "remark": "{}",

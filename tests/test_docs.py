@@ -14,12 +14,13 @@ import evaluate
 import net
 import search
 import train
+import transfer
 from dataset import __main__ as data
 
 README = REPOSITORY / "README.md"
 SCRIPTS = {
     "python train.py": train, "torchrun --nproc-per-node 8 train.py": train, "python evaluate.py": evaluate,
-    "python search.py": search, "python -m dataset": data,
+    "python transfer.py": transfer, "python search.py": search, "python -m dataset": data,
 }  # fmt: skip
 
 
@@ -81,6 +82,13 @@ def test_python_of_the_readme_runs():
     names = {"network": network, "images": torch.randn(6, 4), "labels": torch.arange(6)}
     exec(program, names)
     assert names["loss"].item() > 0 and network.weight.grad.abs().sum() > 0
+
+
+def test_python_of_the_page_on_transfer_runs():
+    (program,) = blocks(REPOSITORY / "docs" / "transfer.md", "python")
+    names = {"student": torch.nn.Linear(4, 3), "teacher": torch.nn.Linear(4, 5), "images": torch.randn(6, 4)}
+    exec(program, names)
+    assert names["loss"].item() > 0 and names["student"].weight.grad.abs().sum() > 0
 
 
 def test_method_quotes_the_loss_in_six_lines():

@@ -8,6 +8,7 @@ import shutil
 import kills
 import pytest
 import torch
+import trees
 from test_distributed import read_metrics, torchrun
 from test_resume import run_folder, stop_at
 
@@ -144,6 +145,15 @@ def test_one_view_of_a_teacher_of_another_family(cub_root, tmp_path, loss):
     transfer.main(arguments(tmp_path / "published.pth", cub_root, tmp_path, view=1, loss=loss, **flags))
     (row,) = read_metrics(tmp_path)
     assert math.isfinite(row["loss"])
+
+
+def test_own_images_cached_and_in_mixed_precision(teacher, tmp_path):
+    """A student of unit length is compared by the cosine."""
+    trees.folder(tmp_path / "photos")
+    flags = {"dataset": "folder", "cache": tmp_path / "cache", "amp": "bf16", "l2-norm": 1, "epochs": 1}
+    transfer.main(arguments(teacher, tmp_path / "photos", tmp_path, **flags))
+    (best,) = tmp_path.glob("logs_folder/*/folder_resnet18_best.pth")
+    assert checkpoint.contract(best)["distance"] == "cosine" and list((tmp_path / "cache").iterdir())
 
 
 def test_two_processes_are_one(teacher, cub_root, tmp_path):

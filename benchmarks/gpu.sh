@@ -38,7 +38,7 @@ run() {
 }
 
 {
-    "$python" -c "import torch; from proxy_anchor import device; print(device.describe(device.select(0)), f'torch {torch.__version__}.')"
+    "$python" -c "import torch; from proxy_anchor import hardware; print(hardware.describe(hardware.select(0)), f'torch {torch.__version__}.')"
     if [ "$small" ]; then echo; echo "Sizes that measure nothing."; fi
     echo
     echo "| command | what | measured | compared |"

@@ -146,7 +146,7 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
 
 
 def images_at(place: str) -> list[str]:
-    """The image files at a place: itself, or those in a folder. Raises FileNotFoundError where there are none."""
+    """The image files at a place: itself, or those in a folder. Raises FileNotFoundError if there are none."""
     if not os.path.exists(place):
         raise FileNotFoundError(f"There is no {place}")
     found = images_in(Path(place)) if os.path.isdir(place) else [place]

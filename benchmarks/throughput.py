@@ -3,7 +3,7 @@
 python benchmarks/throughput.py [--gpu-id 0] [--amp none|bf16] [--models bn_inception resnet50] [--steps 50]
 python benchmarks/throughput.py --loaders            the loaders alone, one process, no network
 
-JPEGs of 500 x 375 pixels and some 60 kB are cut from the photographs that scikit-learn ships. The minutes are those of
+JPEGs of 500 x 375 pixels and about 60 kB are cut from the photographs that scikit-learn ships. The minutes are those of
 60 epochs of the CUB recipe (5,864 images trained on, 5,924 evaluated, each epoch) at the speeds measured.
 """
 

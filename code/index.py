@@ -58,7 +58,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
+        """The index in a folder. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
         if not (folder / IMAGES).is_file():
             raise FileNotFoundError(f"There is no index in {folder}: it has no {IMAGES}")
         try:

@@ -57,7 +57,7 @@ class ProxyAnchor(nn.Module):
 class ProxyAnchorFunction(torch.autograd.Function):
     """The equation and its gradient in one pass over blocks of classes.
 
-    A class's terms depend on no other class but for the factors 1/|P+| and 1/|P|, known beforehand, so the gradient of
+    A class's terms depend on others only by the factors 1/|P+| and 1/|P|, known beforehand, so the gradient of
     a block is complete as soon as its similarities are there, and nothing of size B x C is kept for the backward pass.
     """
 
@@ -102,7 +102,7 @@ class ProxyAnchorFunction(torch.autograd.Function):
             slopes /= p_norms  # from here the slopes by p . x
             grad_x.addmm_(slopes.T, p)
             grad_p = torch.mm(slopes, x, out=grad_proxies[start : start + step])
-            # Through the proxies' normalization: less the part along the proxy.
+            # Through the proxies' normalization: minus the part along the proxy.
             grad_p.addcmul_(p, (slopes * s).sum(dim=1, keepdim=True) / p_norms, value=-1)
         ctx.save_for_backward(grad_x, grad_proxies)
         return loss
@@ -135,7 +135,7 @@ def options() -> argparse.ArgumentParser:
         "--loss",
         default="Proxy_Anchor",
         choices=LOSSES,
-        help="Proxy-Anchor, or a loss that the paper compares it with, with its settings; the last four need --IPC",
+        help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC",
     )
     group.add_argument(
         "--alpha",

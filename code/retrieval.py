@@ -156,7 +156,7 @@ class Points:
 def origin_of(gallery: torch.Tensor, distance: str) -> torch.Tensor | None:
     """The point (D,) from which to measure Euclidean distances, None for the cosine. ValueError for another distance.
 
-    Small distances are differences of large squares. An origin amid the gallery keeps the squares small, and float64
+    Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
     has digits enough for those of float32. Rounded to a few digits, it costs the embeddings none: on a grid, say, equal
     distances stay exactly equal.
     """

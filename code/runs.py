@@ -113,7 +113,7 @@ def folder(path: str) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """The configuration of a run. Raises FileNotFoundError or ValueError where there is none."""
+    """The configuration of a run. Raises FileNotFoundError or ValueError if there is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}")

@@ -40,4 +40,4 @@ def start(mode: str | None, log_dir: Path, project: str, name: str, config: dict
             project=project, notes=name, dir=str(log_dir), mode=mode, config=config, id=run_id, resume=resume
         )
     except wandb.errors.Error as error:
-        raise RuntimeError(f"wandb does not start: {error}. --wandb offline or disabled does without it") from error
+        raise RuntimeError(f"wandb does not start: {error}. Choose --wandb offline or disabled") from error

@@ -41,7 +41,7 @@ def options() -> argparse.ArgumentParser:
         "--lr",
         default=1e-4,
         type=float,
-        help="learning rate; Proxy-Anchor's proxies have 100 times it; lower it if the loss diverges",
+        help="learning rate; Proxy-Anchor's proxies have 100 times as much; lower it if the loss diverges",
     )
     group.add_argument(
         "--weight-decay",
@@ -58,7 +58,11 @@ def options() -> argparse.ArgumentParser:
         help="lower the learning rate every N epochs; scale it with --epochs",
     )
     group.add_argument(
-        "--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor that lowers the learning rate each time"
+        "--lr-decay-gamma",
+        default=0.5,
+        type=float,
+        metavar="G",
+        help="factor of the learning rate at each such step",
     )
     group.add_argument(
         "--warm",

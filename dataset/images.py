@@ -16,8 +16,8 @@ from dataset.files import read_image
 class ImageDataset(Dataset):
     """Images, uint8 (3, H, W), and labels, the numbers of their classes; an item is (transform(image), label).
 
-    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index), which alone
-    decides what the transform draws.
+    The key of an item is its index or, if the transform is random, (seed, epoch, index); what the transform draws
+    depends on nothing else.
     """
 
     def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images"):

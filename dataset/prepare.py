@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-MAX_BYTES = 50e9  # that an archive may extract to; the largest dataset has some 3 GB
+MAX_BYTES = 50e9  # that an archive may extract to; the largest dataset has about 3 GB
 MAX_FILES = 1_000_000
 
 # Dataset: {file or folder in an archive: the folder below the dataset's that it goes to}.

@@ -48,7 +48,7 @@ class Group(NamedTuple):
 
 
 def read(folders: list[str]) -> list[Run]:
-    """The runs in these folders, each once. Raises FileNotFoundError or ValueError where there is none."""
+    """The runs in these folders, each once. Raises FileNotFoundError or ValueError if there is none."""
     found = {}
     for folder in map(Path, folders):
         config = runs.read_config(folder)

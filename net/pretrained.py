@@ -20,7 +20,7 @@ TIMEOUT = 60  # seconds without a byte
 
 
 def imagenet_file(name: str) -> Path:
-    """The backbone's ImageNet weights in torch's cache, downloaded if need be.
+    """The backbone's ImageNet weights in torch's cache, downloaded if necessary.
 
     The file is checked against the hash in its name. Raises OSError, saying which file to fetch by hand and where to
     put it, if the download fails.

@@ -62,7 +62,7 @@ def options() -> argparse.ArgumentParser:
         default=0.5,
         type=float,
         metavar="G",
-        help="factor of the learning rate at each such step",
+        help="factor that the learning rate is multiplied by each time",
     )
     group.add_argument(
         "--warm",

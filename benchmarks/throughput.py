@@ -3,7 +3,7 @@
 python benchmarks/throughput.py [--gpu-id 0] [--amp none|bf16] [--models bn_inception resnet50] [--steps 50]
 python benchmarks/throughput.py --loaders            the loaders alone, one process, no network
 
-JPEGs of 500 x 375 pixels and about 60 kB are cut from the photographs that scikit-learn ships. The minutes are those of
+JPEGs of 500 x 375 pixels and some 60 kB are cut from the photographs that scikit-learn ships. The minutes are those of
 60 epochs of the CUB recipe (5,864 images trained on, 5,924 evaluated, each epoch) at the speeds measured.
 """
 
@@ -89,7 +89,7 @@ def published_step(network, criterion, optimizer, images, labels):
 
 
 def loaders(paths, labels, cache_folder, seconds):
-    """Images per second of each loader in this process, interleaved."""
+    """Images a second of each loader in this process, interleaved."""
 
     def ours(cached):
         images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.RandomCrop(224))
@@ -174,7 +174,7 @@ def training_speed(name, paths, labels, cache_folder, gpu, args):
     times = {way: [] for way in ways}
     for _ in range(3):
         for way, (run, workers) in ways.items():
-            run(PREFETCHED * workers + 1)  # not timed: what workers made ready during the others' turns
+            run(PREFETCHED * workers + 1)  # not to be paid with: what workers made ready during the others' turns
             times[way].append(seconds(lambda run=run: run(args.steps)))
     rates = {way: args.steps * batch / statistics.median(values) for way, values in times.items()}
 
@@ -201,7 +201,7 @@ def main():
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=2, help="of each turn of a loader")
     parser.add_argument("--models", nargs="+", default=list(BATCH), choices=net.BACKBONES)
-    parser.add_argument("--batch-size", type=int, help="instead of the published ones, for a CPU")
+    parser.add_argument("--batch-size", type=int, help="in place of the published ones, for a CPU")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--gpu-id", type=int, default=0)

@@ -11,7 +11,7 @@ from proxy_anchor import randomness
 from proxy_anchor.files import replacing
 
 SHOWN = 3  # differences in an error
-# How to use a network: arguments that say it, and what checkpoints may lack.
+# How to use a network: the arguments that a checkpoint records, and those that it may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
 OPTIONAL = {"crop": float}  # see dataset/transforms.py
 
@@ -52,8 +52,8 @@ def is_contract(found) -> bool:
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     """Bring the network, the parts and the random states to what save_run wrote; returns its progress.
 
-    Raises FileNotFoundError or ValueError where it cannot be read or is of another network, optimizer ..., also one
-    with other settings than the part has now.
+    Raises FileNotFoundError or ValueError if it cannot be read or is of another network, optimizer ..., or if a part
+    had other settings then.
     """
     content = read(path)
     missing = [name for name in (*parts, "progress", "random") if name not in content]
@@ -75,7 +75,7 @@ def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
 
 
 def settings(part) -> dict:
-    """What an optimizer or a scheduler was told when it was made, not what it has come to since; {} for other parts."""
+    """The settings that an optimizer or a scheduler was made with, without its state; {} for other parts."""
     if isinstance(part, torch.optim.Optimizer):
         groups = enumerate(part.param_groups)
         return {f"{name} of group {i}": group[name] for i, group in groups for name in group.keys() - {"params", "lr"}}
@@ -93,9 +93,9 @@ def identity(path: str | Path) -> str:
 
 
 def epochs_done(path: Path) -> int:
-    """The finished epochs of the run that save_run wrote to this file, of which little more than that is read.
+    """The number of finished epochs in a file of save_run; little more of it is read.
 
-    Raises as load does, also where the file is another checkpoint.
+    Raises as load does, also if the file is another kind of checkpoint.
     """
     progress = read(path, mmap=True).get("progress")
     if not isinstance(progress, dict) or not isinstance(progress.get("epoch"), int):
@@ -120,7 +120,7 @@ def read(path: str | Path, mmap: bool = False):
         if not mmap and zipfile.is_zipfile(path):  # torch does not look at the checksums
             with zipfile.ZipFile(path) as file:
                 if part := file.testzip():
-                    raise ValueError(f"its part {part} does not have its checksum")
+                    raise ValueError(f"the checksum of its part {part} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(

@@ -28,11 +28,13 @@ def options() -> argparse.ArgumentParser:
         metavar="auto|PATH",
         help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
     )
-    group.add_argument("--remark", default="", help="end of the name of the run's folder, to tell runs apart")
+    group.add_argument(
+        "--remark", default="", help="text at the end of the name of the run's folder, to tell runs apart"
+    )
     group.add_argument(
         "--wandb",
         choices=("online", "offline", "disabled"),
-        help="Weights & Biases; online if there are credentials, where this is not given",
+        help="mode of Weights & Biases; without this flag, online if there are credentials",
     )
     return parser
 
@@ -44,7 +46,7 @@ def run_name(model, loss, embedding_size, alpha, margin, optimizer, lr, batch_si
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries here on which results depend."""
+    """The versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -53,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def open_logbook(*args, **keywords) -> "Logbook":
-    """The Logbook of these arguments in the first process, which alone writes; in others one that writes nothing."""
+    """A Logbook in the first process; in the others one that writes nothing."""
     log = Logbook(*args, **keywords) if distributed.rank() == 0 else NullLogbook()
     log.folder, log.resumes = distributed.from_first(lambda: (log.folder, log.resumes))
     return log
@@ -82,7 +84,7 @@ class Logbook:
             self.folder = resume
             self._check(old, config)
             self.lock = runs.lock(resume)
-        # Before anything is written, for it may fail.
+        # Before anything is written, because it may fail.
         self.wandb = tracking.start(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
         if resume is None:
             self.folder, self.lock = runs.new(wanted)

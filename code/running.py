@@ -1,4 +1,4 @@
-"""A run: the epochs still to do, what it has found so far, and that nothing is lost when it is stopped."""
+"""A run: the epochs still to do and the results so far; nothing is lost when it is stopped."""
 
 import time
 from contextlib import ExitStack
@@ -12,9 +12,9 @@ from proxy_anchor.stopping import Interrupted, Stop
 
 
 class Run:
-    """As a context: what trains is brought to where the run stopped, if it did; a signal stops it with all saved.
+    """A context: on entering, a stopped run is restored to where it stopped; a signal stops it with everything saved.
 
-    parts: what goes into last.pth beside the network, each with a state_dict; among them the "optimizer" and the
+    parts: what last.pth holds beside the network, each with a state_dict; among them the "optimizer" and the
     "scheduler", which is stepped at the end of an epoch. Raises ValueError on entering where last.pth does not fit.
     """
 

@@ -1,4 +1,4 @@
-"""The folders of runs: a new one for a new run, the one of an interrupted run to resume, one process at a time."""
+"""The folders of runs: a new one for a new run, the old one to resume a run; one process at a time writes to it."""
 
 import fcntl
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from proxy_anchor import checkpoint
 
 CONFIG, LAST, LOCK = "config.json", "last.pth", ".lock"
-# In the configuration beside the arguments, and no part of the experiment.
+# Entries of the configuration that are not part of the experiment.
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
 MAY_CHANGE = ("epochs", "workers", "gpu_id", "data_root", "LOG_DIR", "cache", "compile", "wandb", "resume", "debug")
@@ -89,14 +89,14 @@ def to_resume(resume: str | None, path: Path, config: dict) -> Path | None:
             return folder
     if folders:
         raise Finished(
-            f"{folders[-1]} has finished its {done[folders[-1]]} epochs: nothing to do. "
-            "To continue it, raise --epochs; to train anew, leave --resume out"
+            f"{folders[-1]} has finished (epochs: {done[folders[-1]]}): nothing to do. "
+            "To continue it, raise --epochs; to train again, leave out --resume"
         )
     return None
 
 
 def existing(path: Path) -> list[Path]:
-    """Those of path, path_2, path_3, ... that are there, in this order."""
+    """Those of path, path_2, path_3, ... that exist, in this order."""
     pattern = re.compile(re.escape(path.name) + r"(?:_(\d+))?")
     found = [(int(match[1] or 1), other) for other in path.parent.glob("*") if (match := pattern.fullmatch(other.name))]
     return [folder for _, folder in sorted(found) if folder.is_dir()]
@@ -113,7 +113,7 @@ def folder(path: str) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """The configuration of a run. Raises FileNotFoundError or ValueError where there is none."""
+    """The configuration of a run. Raises FileNotFoundError or ValueError if there is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}")
@@ -130,5 +130,5 @@ def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
-    words = {"data": "other images, or other classes of them"}  # instead of digests
+    words = {"data": "other images or classes than the run had"}  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

@@ -1,4 +1,4 @@
-"""How similar images of one class are, and of two: samples of pairs, and how well a threshold tells them apart."""
+"""How similar images of one class are, and images of two: samples of pairs, and how well a threshold separates them."""
 
 import numpy as np
 import torch
@@ -10,8 +10,8 @@ BLOCK = 1 << 14  # pairs at a time
 def sample(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[np.ndarray, np.ndarray]:
     """Similarities of random pairs of one class and of two, some pairs more than once in small sets.
 
-    Of unit vectors (N, D), paired with each other or, with a gallery (M, D), with its. A pair of one class is a random
-    image that has another of its class, and one of those; a pair of two is a random one of all of them.
+    Embeddings are unit vectors (N, D), paired with each other or, given a gallery (M, D), with it. A pair of one class
+    is a random image that has another of its class, and one of these; a pair of two classes is a random pair.
     """
     within = gallery is None
     targets, target_labels = (embeddings, labels) if within else (gallery, gallery_labels)
@@ -43,7 +43,7 @@ def _similarities(embeddings, targets, first, second) -> np.ndarray:
 
 
 def area_under_curve(same: np.ndarray, other: np.ndarray) -> float:
-    """The ROC's AUC: how often a pair of one class is more similar than a pair of two; of equals, one half."""
+    """The ROC's AUC: how often a pair of one class is more similar than a pair of two; a tie counts one half."""
     other = np.sort(other)
     below, not_above = (np.searchsorted(other, same, side).mean() for side in ("left", "right"))
     return float(below + not_above) / 2 / len(other)

@@ -1,4 +1,4 @@
-"""What a script does before its slow imports: it ends in one line where it cannot run, and at once at Ctrl-C."""
+"""What a script does before its slow imports: where it cannot run, it says so in one line; Ctrl-C ends it at once."""
 
 import signal
 import sys

@@ -193,9 +193,7 @@ def test_torchrun(cub_root, tmp_path):
     flags = [*common, "--batch-size", 8, "--pretrained", "none", "--optimizer", "sgd", "--epochs", 2]
     done = torchrun(2, "train.py", *flags, "--LOG_DIR", tmp_path / "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.count("epoch  1") == 1 and "2 processes: of each batch of 8 images, a process has 4." in done.stdout
-    )
+    assert done.stdout.count("epoch  1") == 1 and "2 processes: each takes 4 of the 8 images of a batch." in done.stdout
     assert len(list(tmp_path.glob("two/logs_cub/*"))) == 1
     script.main([str(argument) for argument in [*flags, "--LOG_DIR", tmp_path / "one"]])
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
@@ -227,11 +225,11 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     output = []
     for line in agent.stdout:
         output.append(line)
-        if line.startswith("epoch  1") and not any(line.startswith("Going on") for line in output):
+        if line.startswith("epoch  1") and not any(line.startswith("Resuming") for line in output):
             children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
     assert agent.wait(timeout=60) == 0
-    assert any(line.startswith("Going on in") for line in output)
+    assert any(line.startswith("Resuming") for line in output)
 
     done = torchrun(2, "train.py", *flags, "--epochs", 6, "--LOG_DIR", tmp_path / "one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -262,7 +260,7 @@ def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
             agent.terminate()
             break
     _, error = agent.communicate(timeout=120)
-    assert "train.py: stopped by SIGTERM; all is saved" in error
+    assert "train.py: stopped by SIGTERM; everything is saved" in error
     (last,) = tmp_path.glob("logs_cub/*/last.pth")
     assert checkpoint.read(last)["progress"]["epoch"] >= 2
 
@@ -292,7 +290,7 @@ def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
 
 def test_batch_smaller_than_the_processes(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 8)
-    assert distributed.describe(180) == "8 processes: of each batch of 180 images, a process has 22 or 23.\n"
+    assert distributed.describe(180) == "8 processes: each takes 22 or 23 of the 180 images of a batch.\n"
     with pytest.raises(ValueError, match="cannot be divided among 8 processes"):
         distributed.describe(7)
 

@@ -127,7 +127,7 @@ def test_resume_with_other_classes_is_refused(tmp_path, capsys):
     lists[0].write_text(lists[1].read_text())
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(folder), "--epochs", "2"])
-    assert refused.value.code == 1 and "data: other images, or other classes of them" in capsys.readouterr().err
+    assert refused.value.code == 1 and "data: other images or classes than the run had" in capsys.readouterr().err
     lists[0].write_text("ant\nbee\n")
     (root / "dog").rename(root / "cow")
     with pytest.raises(SystemExit):
@@ -232,7 +232,7 @@ def test_finished_run_is_left_as_it_is(cub_root, tmp_path, capsys, how):
     folder = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto" if how == "auto" else folder))  # exit status 0
-    assert f"{folder} has finished its 1 epochs: nothing to do" in capsys.readouterr().out
+    assert f"{folder} has finished (epochs: 1): nothing to do" in capsys.readouterr().out
     assert run_folder(tmp_path) == folder and {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -330,7 +330,7 @@ def test_signal_to_a_running_command(cub_root, tmp_path, whole_job):
     (os.killpg if whole_job else os.kill)(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert "train.py: stopped by SIGTERM; all is saved" in error and "Traceback" not in error
+    assert "train.py: stopped by SIGTERM; everything is saved" in error and "Traceback" not in error
     with open(run_folder(tmp_path) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     progress = checkpoint.read(run_folder(tmp_path) / "last.pth")["progress"]

@@ -142,7 +142,7 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
         paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
         paths = images_at(args.images)
-    return list(dict.fromkeys(map(os.path.abspath, paths)))
+    return [os.path.abspath(path) for path in paths]
 
 
 def images_at(place: str) -> list[str]:

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import kills
@@ -19,6 +21,7 @@ import train
 from proxy_anchor import checkpoint, files, randomness, runs, stopping
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.logbook import Logbook
+from proxy_anchor.running import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -55,6 +58,19 @@ def stop_at(monkeypatch, moment, signum=signal.SIGTERM):
             yield batch
 
     monkeypatch.setattr(Embedder, "batches", batches)
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (stopping.Interrupted(signal.SIGTERM), 1), (ValueError(), 1)])
+def test_wandb_is_told_how_a_run_ends(tmp_path, error, code):
+    codes = []
+    config = {"model": "m", "embedding_size": 1, "image_size": 32, "l2_norm": 1, "crop": 1.0}
+    log = Logbook(tmp_path, "cub", "m", "name", config, wandb_mode="disabled")
+    log.wandb = types.SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    with suppress(stopping.Interrupted, ValueError), Run(log, torch.nn.Linear(1, 1)) as run:
+        for _ in run.epochs(1):
+            if error:
+                raise error
+    assert codes == [code] and (run.log.folder / runs.LAST).exists() == isinstance(error, stopping.Interrupted)
 
 
 # An epoch is 6 batches of training and 3 of evaluation.

@@ -117,12 +117,14 @@ def test_resume_by_path_takes_the_arguments_of_the_run(cub_root, tmp_path, unint
     assert (args.model, args.batch_size, args.epochs, args.workers) == ("resnet18", 4, 3, 0)
 
 
-def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys, epochs):
+    """Also where it has finished."""
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     with pytest.raises(SystemExit) as refused:
-        train.main(["--resume", str(folder), "--epochs", "2", "--lr", "0.5", "--warm", "0"])
+        train.main(["--resume", str(folder), "--epochs", str(epochs), "--lr", "0.5", "--warm", "0"])
     error = capsys.readouterr().err
     assert refused.value.code == 1
     assert "lr: 0.0001, now 0.5" in error and "warm: 1, now 0" in error and "epochs" not in error

@@ -134,6 +134,7 @@ def read_config(folder: Path) -> dict:
 
 def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
+    old = {"crop": checkpoint.FORMER_CROP} | old
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
     words = {"data": "other images, or other classes of them"}  # instead of digests

@@ -158,6 +158,16 @@ def test_evaluation_is_the_same(total, gallery, monkeypatch):
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
 
 
+def test_silent_processes_print_names_of_any_bytes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with distributed.processes(0):
+        print(os.fsdecode(b"\xff.jpg"))
+
+
 def torchrun(processes, script, *arguments, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     arguments = [str(argument) for argument in arguments]
@@ -232,7 +242,7 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
             children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
     assert agent.wait(timeout=60) == 0
-    assert any(line.startswith("Going on in") for line in output)
+    assert any(line.startswith("Going on") for line in output)
 
     done = torchrun(2, "train.py", *flags, "--epochs", 6, "--LOG_DIR", tmp_path / "one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -238,11 +238,11 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     output = []
     for line in agent.stdout:
         output.append(line)
-        if line.startswith("epoch  1") and not any(line.startswith("Going on") for line in output):
+        if line.startswith("epoch  1") and not any(line.startswith("Resuming") for line in output):
             children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
     assert agent.wait(timeout=60) == 0
-    assert any(line.startswith("Going on") for line in output)
+    assert any(line.startswith("Resuming") for line in output)
 
     done = torchrun(2, "train.py", *flags, "--epochs", 6, "--LOG_DIR", tmp_path / "one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -94,7 +94,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         "data": {split: dataset.fingerprint(images, args.data_root) for split, images in splits.items()},
     }  # fmt: skip
     log_dir = Path(args.LOG_DIR)
-    resume = runs.to_resume(args.resume, runs.place(log_dir, args.dataset, name), config)
+    try:
+        resume = runs.to_resume(args.resume, runs.place(log_dir, args.dataset, name), config)
+    except runs.Finished as finished:
+        print(finished)
+        return
     log = logbook.open_logbook(log_dir, args.dataset, args.model, name, config, args.wandb, resume)
 
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}

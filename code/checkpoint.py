@@ -14,6 +14,7 @@ SHOWN = 3  # differences in an error
 # How to use a network: the arguments that a checkpoint records, and those that it may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
 OPTIONAL = {"crop": float}  # see dataset/transforms.py
+FORMER_CROP = 0.875  # of our checkpoints and runs that do not tell it: there was no other
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
@@ -33,13 +34,15 @@ def save_run(path: Path, network: torch.nn.Module, contract: dict, parts: dict, 
 def contract(path: str | Path) -> dict:
     """How to use the network of a checkpoint of ours; {} for a published one. Raises as load does.
 
-    The keys are those of CONTRACT and, of OPTIONAL, those that it has. Little more of the file is read than that.
+    The keys are those of CONTRACT and OPTIONAL. Little more of the file is read than that.
     """
     mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False
     found = read(path, mmap=True).get("network", {}) if mappable else {}
-    if found and not is_contract(found):
+    if found == {}:
+        return {}
+    if not is_contract(found):
         raise ValueError(f"{path} is damaged: its record of the network is {str(found)[:80]}")
-    return {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
+    return {"crop": FORMER_CROP} | {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
 
 
 def is_contract(found) -> bool:

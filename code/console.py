@@ -157,8 +157,6 @@ def errors_in_one_line(script: str, debug: bool):
     except Interrupted as interruption:
         print(f"{script}: {interruption}; everything is saved, --resume auto continues from here", file=sys.stderr)
         sys.exit(128 + interruption.signum)
-    except runs.Finished as finished:
-        print(finished)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -43,7 +43,11 @@ def processes(gpu_id: int):
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
+        # File names may be of any bytes, see console.errors_in_one_line.
+        with (
+            open(os.devnull, "w", errors="backslashreplace") as nowhere,
+            redirect_stdout(sys.stdout if rank() == 0 else nowhere),
+        ):
             yield device
     finally:
         # gloo's threads need the GIL to let go of the last collective's tensors, and the group's destructor holds it

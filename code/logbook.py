@@ -67,8 +67,8 @@ class Logbook:
     The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. folder: of the run; resumes: whether it continues from the last.pth
     that is there. As a context, it ends with the run.
-    resume: None for a new run, or the folder of one. wandb_mode: see tracking.start. Raises runs.Locked if another
-    process writes the run, ValueError if it is another experiment.
+    resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see tracking.start. Raises
+    runs.Locked if another process writes the run.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Logbook:
         wanted = runs.place(log_dir, dataset, name)
         old = {}
         if resume is not None:
+            self.folder, self.lock = resume, runs.lock(resume)
             old = runs.read_config(resume)
-            self.folder = resume
-            self._check(old, config)
-            self.lock = runs.lock(resume)
+            if (then := old.get("versions")) != (now := versions()):
+                print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
         # Before anything is written, because it may fail.
         self.wandb = tracking.start(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
         if resume is None:
@@ -133,14 +133,6 @@ class Logbook:
     def save_last(self, network, parts: dict, progress: dict) -> None:
         """Where the run is, to resume it from."""
         checkpoint.save_run(self.folder / runs.LAST, network, self.contract, parts, progress)
-
-    def _check(self, old, config):
-        """Raise ValueError if a run of the configuration `old` cannot continue with this one."""
-        if different := runs.differences(old, config):
-            raise ValueError(f"{self.folder} is another experiment ({'; '.join(different)}); start a new one")
-        then, now = old.get("versions"), versions()
-        if then != now:
-            print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
 
     def _write_rows(self, rows):
         with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:

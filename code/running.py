@@ -27,6 +27,7 @@ class Run:
         with ExitStack() as contexts:
             contexts.enter_context(self.log)
             contexts.enter_context(self.stop)
+            contexts.push(self._save_if_interrupted)
             if self.log.resumes:
                 self.progress = checkpoint.load_run(self.log.folder / runs.LAST, self.network, self.parts)
                 self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
@@ -37,11 +38,12 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        with self.contexts:
-            if isinstance(error[1], Interrupted):
-                self.progress["seconds"] = time.perf_counter() - self.start
-                self.log.save_last(self.network, self.parts, self.progress)
-        return None
+        return self.contexts.__exit__(*error)
+
+    def _save_if_interrupted(self, kind, error, traceback):
+        if isinstance(error, Interrupted):
+            self.progress["seconds"] = time.perf_counter() - self.start
+            self.log.save_last(self.network, self.parts, self.progress)
 
     @property
     def rows(self) -> list[dict]:

@@ -75,14 +75,20 @@ def place(log_dir: Path, dataset: str, name: str) -> Path:
 def to_resume(resume: str | None, path: Path, config: dict) -> Path | None:
     """The folder of the run to resume, if any: that of --resume or, for "auto", the latest of path, path_2, ...
 
-    that holds a run of this configuration, unfinished ones first. Raises Finished where it has no epochs left.
+    that holds a run of this configuration, unfinished ones first. Raises Finished where it has no epochs left, and
+    ValueError where the run of --resume is another experiment.
     """
     if resume is None:
         return None
-    folders = [Path(resume)] if resume != "auto" else [
-        folder for folder in existing(path)
-        if (folder / CONFIG).exists() and not differences(read_config(folder), config)
-    ]  # fmt: skip
+    if resume == "auto":
+        folders = [
+            folder for folder in existing(path)
+            if (folder / CONFIG).exists() and not differences(read_config(folder), config)
+        ]  # fmt: skip
+    elif different := differences(read_config(Path(resume)), config):
+        raise ValueError(f"{resume} is another experiment ({'; '.join(different)}); start a new one")
+    else:
+        folders = [Path(resume)]
     done = {folder: epochs_done(folder) for folder in folders}
     for folder in reversed(folders):
         if done[folder] < config["epochs"]:
@@ -128,6 +134,7 @@ def read_config(folder: Path) -> dict:
 
 def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
+    old = {"crop": checkpoint.FORMER_CROP} | old
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
     words = {"data": "other images or classes than the run had"}  # instead of digests

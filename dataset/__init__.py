@@ -38,7 +38,8 @@ from dataset.loading import eval_loader, train_loader
 
 __all__ = [
     "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "describe", "eval_loader", "eval_sets", "eval_splits",
-    "fingerprint", "load", "open", "options", "remark", "size", "splits", "train_loader", "train_set",
+    "fingerprint", "load", "open", "options", "own_crop", "recipe", "remark", "size", "splits", "train_loader",
+    "train_set",
 ]  # fmt: skip
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"

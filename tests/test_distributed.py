@@ -159,6 +159,16 @@ def test_evaluation_is_the_same(total, gallery, monkeypatch):
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
 
 
+def test_silent_processes_print_names_of_any_bytes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with distributed.processes(0):
+        print(os.fsdecode(b"\xff.jpg"))
+
+
 def torchrun(processes, script, *arguments, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     arguments = [str(argument) for argument in arguments]
@@ -195,6 +205,8 @@ def test_torchrun(cub_root, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1") == 1 and "2 processes: each takes 4 of the 8 images of a batch." in done.stdout
     assert len(list(tmp_path.glob("two/logs_cub/*"))) == 1
+    done = torchrun(2, "train.py", *flags, "--LOG_DIR", tmp_path / "two", "--resume", "auto", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("has finished its 2 epochs") == 1
     script.main([str(argument) for argument in [*flags, "--LOG_DIR", tmp_path / "one"]])
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-4)

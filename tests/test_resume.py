@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import kills
@@ -19,6 +21,7 @@ import train
 from proxy_anchor import checkpoint, files, randomness, runs, stopping
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.logbook import Logbook
+from proxy_anchor.running import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -55,6 +58,19 @@ def stop_at(monkeypatch, moment, signum=signal.SIGTERM):
             yield batch
 
     monkeypatch.setattr(Embedder, "batches", batches)
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (stopping.Interrupted(signal.SIGTERM), 1), (ValueError(), 1)])
+def test_wandb_is_told_how_a_run_ends(tmp_path, error, code):
+    codes = []
+    config = {"model": "m", "embedding_size": 1, "image_size": 32, "l2_norm": 1, "crop": 1.0}
+    log = Logbook(tmp_path, "cub", "m", "name", config, wandb_mode="disabled")
+    log.wandb = types.SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    with suppress(stopping.Interrupted, ValueError), Run(log, torch.nn.Linear(1, 1)) as run:
+        for _ in run.epochs(1):
+            if error:
+                raise error
+    assert codes == [code] and (run.log.folder / runs.LAST).exists() == isinstance(error, stopping.Interrupted)
 
 
 # An epoch is 6 batches of training and 3 of evaluation.
@@ -101,12 +117,14 @@ def test_resume_by_path_takes_the_arguments_of_the_run(cub_root, tmp_path, unint
     assert (args.model, args.batch_size, args.epochs, args.workers) == ("resnet18", 4, 3, 0)
 
 
-def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys, epochs):
+    """Also where it has finished."""
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     with pytest.raises(SystemExit) as refused:
-        train.main(["--resume", str(folder), "--epochs", "2", "--lr", "0.5", "--warm", "0"])
+        train.main(["--resume", str(folder), "--epochs", str(epochs), "--lr", "0.5", "--warm", "0"])
     error = capsys.readouterr().err
     assert refused.value.code == 1
     assert "lr: 0.0001, now 0.5" in error and "warm: 1, now 0" in error and "epochs" not in error

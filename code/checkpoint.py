@@ -95,15 +95,19 @@ def identity(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def epochs_done(path: Path) -> int:
-    """The number of finished epochs in a file of save_run; little more of it is read.
+def progress(path: Path) -> dict:
+    """The progress in a file of save_run; little more of it is read.
 
     Raises as load does, also if the file is another kind of checkpoint.
     """
-    progress = read(path, mmap=True).get("progress")
-    if not isinstance(progress, dict) or not isinstance(progress.get("epoch"), int):
+    found = read(path, mmap=True).get("progress")
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("epoch"), int)
+        or not isinstance(found.get("rows"), list)
+    ):
         raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
-    return progress["epoch"]
+    return found
 
 
 def load(path: str | Path, network: torch.nn.Module) -> int:

@@ -21,6 +21,7 @@ class Run:
     def __init__(self, log: Logbook, network: torch.nn.Module, **parts):
         self.log, self.network, self.parts = log, network, parts
         self.stop = Stop()
+        self.remark = ""  # on the last evaluation
         self.progress: dict = {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}  # of metrics.csv, one per epoch
 
     def __enter__(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from proxy_anchor import checkpoint
 
-CONFIG, LAST, LOCK = "config.json", "last.pth", ".lock"
+CONFIG, LAST, LOCK, RESULTS = "config.json", "last.pth", ".lock", "*_best_results.txt"
 # Entries of the configuration that are not part of the experiment.
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
@@ -89,13 +89,12 @@ def to_resume(resume: str | None, path: Path, config: dict) -> Path | None:
         raise ValueError(f"{resume} is another experiment ({'; '.join(different)}); start a new one")
     else:
         folders = [Path(resume)]
-    done = {folder: epochs_done(folder) for folder in folders}
     for folder in reversed(folders):
-        if done[folder] < config["epochs"]:
+        if not is_finished(folder, config["epochs"]):
             return folder
     if folders:
         raise Finished(
-            f"{folders[-1]} has finished (epochs: {done[folders[-1]]}): nothing to do. "
+            f"{folders[-1]} has finished (epochs: {config['epochs']}): nothing to do. "
             "To continue it, raise --epochs; to train again, leave out --resume"
         )
     return None
@@ -108,9 +107,15 @@ def existing(path: Path) -> list[Path]:
     return [folder for _, folder in sorted(found) if folder.is_dir()]
 
 
-def epochs_done(folder: Path) -> int:
-    """The finished epochs of the run in a folder."""
-    return checkpoint.epochs_done(folder / LAST) if (folder / LAST).exists() else 0
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Whether a run has done these epochs and saved its best network, before which it may have been killed."""
+    if not (folder / LAST).exists():
+        return False
+    progress = checkpoint.progress(folder / LAST)
+    if progress["epoch"] < epochs:
+        return False
+    best = max(progress["rows"], key=lambda row: row["R@1"])  # the first of equals
+    return any(text.read_text().startswith(f"Best Epoch: {best['epoch']}\n") for text in folder.glob(RESULTS))
 
 
 def folder(path: str) -> Path:

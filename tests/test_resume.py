@@ -206,6 +206,8 @@ def test_best_network_is_that_of_its_results_after_a_kill_in_between(cub_root, t
         patch.setattr(Logbook, "save_best", save_best)
         train.main(arguments(cub_root, tmp_path))
     assert killed == [0] and not list(run_folder(tmp_path).glob("*best*"))
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))  # also where no epoch is left
+    assert len(list(run_folder(tmp_path).glob("*best*"))) == 2
     train.main(arguments(cub_root, tmp_path, epochs=3, resume="auto"))
     kills.assert_identical(kills.outcome(tmp_path), kills.outcome(uninterrupted))
 
@@ -386,7 +388,7 @@ def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
     assert failed.value.code == 1 and ".pth cannot be written" in error and "MB free" in error
-    assert checkpoint.epochs_done(folder / "last.pth") == 1
+    assert checkpoint.progress(folder / "last.pth")["epoch"] == 1
     train.main(["--resume", str(folder), "--epochs", "3"])
     rows = (folder / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["0", "1", "2"]

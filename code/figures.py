@@ -45,7 +45,7 @@ def picture(path: Path, width: float, height: float, layout: Any = "constrained"
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, an epoch each, with "elapsed": seconds since the start. Raises ValueError."""
+    """The rows of a metrics.csv, one per epoch, with "elapsed": seconds since the start. Raises ValueError."""
     try:
         with open(path, newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -18,7 +18,7 @@ from proxy_anchor.embedding import Embedder
 EXAMPLES = """examples:
   a published checkpoint:
     python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
-  one of train.py, which says by itself what network it is of, with a page to look at:
+  a checkpoint of train.py, which records its network; with a report:
     python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --report report
 """
 
@@ -35,11 +35,11 @@ def parse(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--resume", required=True, metavar="PATH",
-        help="checkpoint to evaluate; ours know --model, --embedding-size, --image-size and --l2-norm",
+        help="checkpoint to evaluate; those of train.py record --model, --embedding-size, --image-size and --l2-norm",
     )  # fmt: skip
-    group.add_argument("--remark", default="", help="name of the row of results, to tell tables apart")
+    group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
-        "--report", metavar="DIR", help="write a page with queries, classes, similarities and a map into this folder"
+        "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
     )
     args = parser.parse_args(argv)
     with console.errors_in_one_line("evaluate.py", args.debug):
@@ -77,9 +77,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         rows[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(rows) + "\n" + result.remark() + dataset.remark(test_sets), end="")
     if reference and (args.embedding_size, args.image_size) != (512, 224):
-        print("The published results are of 512 dimensions and 224 pixels.")
+        print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
-        print("With --allow-partial: results on a part of the dataset compare with no others.")
+        print("With --allow-partial: results on a part of the dataset do not compare with others.")
 
     if args.report and distributed.rank() == 0:
         environment = {

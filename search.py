@@ -1,4 +1,4 @@
-"""Search images by what they show: embed them with a checkpoint into an index, then find the neighbours of others."""
+"""Search images by their content: build an index with a checkpoint, then find the neighbours of other images."""
 
 import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
@@ -21,10 +21,10 @@ from proxy_anchor import checkpoint, console, figures, hardware
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 
-NPROBES = (1, 4, 16, 64)  # of which the recall is printed; 1 is FAISS's own choice
+NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
-  python search.py index --resume RUN/cub_bn_inception_best.pth --images photographs --out photographs.index
-  python search.py query --index photographs.index new.jpg --save neighbours.png
+  python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
+  python search.py query --index photos.index new.jpg --save neighbours.png
 """
 
 
@@ -43,8 +43,8 @@ def parse(argv=None) -> argparse.Namespace:
         "index", help="embed images into an index",
         usage="search.py index --resume PATH (--images DIR | --split NAME) --out INDEX [--flag value ...]",
         epilog=EXAMPLES,
-        description="Embed images with a checkpoint into an index. Run again, it embeds those that are new or have "
-        "changed, and drops those whose files are gone.",
+        description="Embed images with a checkpoint into an index. Run it again to embed those that are new or have "
+        "changed, and to drop those whose files are gone.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
@@ -54,7 +54,7 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
         "--index-factory", metavar="STRING",
-        help="FAISS's name for a kind of index, e.g. IVF256,Flat for millions of images; without it, search is exact",
+        help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",
     )  # fmt: skip
 
     ask = commands.add_parser(
@@ -127,7 +127,7 @@ def update_index(args: argparse.Namespace) -> None:
 
 
 def print_recall(index: Index) -> None:
-    """Print what the index finds of the nearest images, for several nprobe where its kind has that."""
+    """Print the share of the nearest images that the index finds, for several nprobe if its kind has cells."""
     for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [None]:
         if nprobe:
             index.set_nprobe(nprobe)
@@ -136,17 +136,17 @@ def print_recall(index: Index) -> None:
 
 
 def paths_to_index(args: argparse.Namespace) -> list[str]:
-    """The absolute paths of the images, each once: they are looked for from anywhere."""
+    """The absolute paths of the images, each once: a query may come from any working directory."""
     if args.split:
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
         paths = images_at(args.images)
-    return list(dict.fromkeys(map(os.path.abspath, paths)))
+    return [os.path.abspath(path) for path in paths]
 
 
 def images_at(place: str) -> list[str]:
-    """The image files at a place: itself, or those in a folder. Raises FileNotFoundError where there are none."""
+    """The image files at a place: itself, or those in a folder. Raises FileNotFoundError if there are none."""
     if not os.path.exists(place):
         raise FileNotFoundError(f"There is no {place}")
     found = images_in(Path(place)) if os.path.isdir(place) else [place]
@@ -214,7 +214,7 @@ def query(args: argparse.Namespace) -> None:
 
 
 def folder_of(path: str) -> str:
-    """The name of an image's folder, which is most often that of its class."""
+    """The name of an image's folder, usually the name of its class."""
     return Path(os.path.abspath(path)).parent.name
 
 

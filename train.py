@@ -1,4 +1,4 @@
-"""Train an embedding network with the Proxy-Anchor loss, or a rival, and measure Recall@K after every epoch."""
+"""Train an embedding network with the Proxy-Anchor loss, or another, and measure Recall@K after every epoch."""
 
 import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
@@ -9,7 +9,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import console, distributed, evaluation, hardware, logbook, losses, randomness, training
+from proxy_anchor import console, distributed, evaluation, hardware, logbook, losses, randomness, runs, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.running import Run
 
@@ -18,8 +18,8 @@ EXAMPLES = """examples:
     python train.py --dataset glyphs
   the published recipe for CUB-200-2011:
     python train.py --dataset cub --model bn_inception --batch-size 180 --lr 1e-4 --warm 1 --lr-decay-step 10
-  your own images, one folder per class, faster on a recent GPU; continues where it stopped:
-    python train.py --dataset folder --data-root photographs --model resnet50 --amp bf16 --resume auto
+  your own images, one folder per class, faster on a recent GPU; resumes where it stopped:
+    python train.py --dataset folder --data-root photos --model resnet50 --amp bf16 --resume auto
 """
 
 
@@ -110,7 +110,10 @@ def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id)
     with console.errors_in_one_line("train.py", args.debug), distributed.processes(args.gpu_id) as device:
-        train(args, device)
+        try:
+            train(args, device)
+        except runs.Finished as finished:
+            print(finished)
 
 
 if __name__ == "__main__":

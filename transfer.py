@@ -18,6 +18,7 @@ from proxy_anchor import (
     hardware,
     logbook,
     randomness,
+    runs,
     training,
 )
 from proxy_anchor.embedding import Embedder
@@ -177,7 +178,10 @@ def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id)
     with console.errors_in_one_line("transfer.py", args.debug), distributed.processes(args.gpu_id) as device:
-        train(args, device)
+        try:
+            train(args, device)
+        except runs.Finished as finished:
+            print(finished)
 
 
 if __name__ == "__main__":

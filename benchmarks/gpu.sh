@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run tests/test_cuda.py and the benchmarks on a machine with one GPU, in less than ten minutes. One Markdown table goes
-# to the file and to the standard output, what happens meanwhile to the standard error.
+# to the file and to standard output, the progress to standard error.
 #
 #   benchmarks/gpu.sh results.md
 #   benchmarks/gpu.sh --small results.md     sizes that measure nothing, on any device: does everything run?
@@ -38,7 +38,7 @@ run() {
 }
 
 {
-    "$python" -c "import torch; from proxy_anchor import device; print(device.describe(device.select(0)), f'torch {torch.__version__}.')"
+    "$python" -c "import torch; from proxy_anchor import hardware; print(hardware.describe(hardware.select(0)), f'torch {torch.__version__}.')"
     if [ "$small" ]; then echo; echo "Sizes that measure nothing."; fi
     echo
     echo "| command | what | measured | compared |"

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
 from benchmarks.timing import interleaved, print_row
-from proxy_anchor import device, distributed, losses, retrieval, training
+from proxy_anchor import distributed, losses, retrieval, training
+from proxy_anchor.embedding import Embedder
 
 CLASSES, SIZE = 1000, 512
 
@@ -27,23 +28,27 @@ CLASSES, SIZE = 1000, 512
 def work(rank: int, count: int, model: str, image_size: int, batch_size: int, images: int, rounds: int, results):
     """Median seconds of a training step and of a search, on this process's share of the work."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    gpu = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(1)
     if count > 1:
-        dist.init_process_group("nccl" if gpu.type == "cuda" else "gloo", rank=rank, world_size=count)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count)
     torch.manual_seed(0)
-    network = net.create(model, SIZE, pretrained=None).to(gpu)
-    criterion = losses.ProxyAnchor(CLASSES, SIZE).to(gpu)
-    optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-2, 1e-4)
+    network = net.create(model, SIZE)
+    embedder = Embedder(network, device)
+    criterion = losses.ProxyAnchor(CLASSES, SIZE).to(device)
+    optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     share = distributed.sizes(batch_size)[rank]
-    pixels = torch.randn(share, 3, image_size, image_size, device=gpu)
-    targets = torch.randint(CLASSES, (share,), device=gpu)
-    labels = torch.arange(images, device=gpu) // 5
-    embeddings = F.normalize(torch.randn(images, SIZE, device=gpu))
+    pixels = torch.randint(256, (share, 3, image_size, image_size), dtype=torch.uint8, device=device)
+    targets = torch.randint(CLASSES, (share,), device=device)
+    labels = torch.arange(images, device=device) // 5
+    embeddings = F.normalize(torch.randn(images, SIZE, device=device))
+
+    def loss_of(images, labels):
+        return criterion(distributed.gather(embedder(images), batch_size), distributed.gather(labels, batch_size))
+
     epoch = partial(
-        training.train_one_epoch, network, criterion, [(pixels, targets)] * 2, batch_size, optimizer,
-        device.Precision("none", gpu), 0,
-        bn_freeze=True, clip_proxies=True,
+        training.train_one_epoch, network, loss_of, [(pixels, targets)] * 2, optimizer, embedder.scaler,
+        epoch=0, clipped=[network, criterion],
     )  # fmt: skip
     search = partial(retrieval.best_positive_rank, embeddings, labels, group=distributed.group())
     medians = interleaved({"two training steps": epoch, "search": search}, rounds)

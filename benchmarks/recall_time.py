@@ -26,7 +26,7 @@ def bare_product(x, gallery, rows=1024):
 
 
 def published_way(x, y, rows=1024):
-    """The top 1,001 of each row, less the first, which is taken to be the query; then a loop over the queries."""
+    """The top 1,001 of each row without the first, which is taken to be the query; then a loop over the queries."""
     neighbours = [y[(x[start : start + rows] @ x.T).topk(max(KS) + 1)[1][:, 1:]] for start in range(0, len(x), rows)]
     neighbours = torch.cat(neighbours)
     return {k: sum(bool((row[:k] == label).any()) for row, label in zip(neighbours, y)) / len(y) for k in KS}

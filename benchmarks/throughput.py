@@ -27,7 +27,8 @@ import dataset
 import net
 from benchmarks.timing import print_row, seconds
 from dataset import transforms
-from proxy_anchor import device, evaluation, losses, training
+from proxy_anchor import hardware, losses, training
+from proxy_anchor.embedding import Embedder
 
 BATCH = {"bn_inception": 180, "resnet50": 120}  # as published
 CLASSES = 100
@@ -89,7 +90,7 @@ def published_step(network, criterion, optimizer, images, labels):
 
 
 def loaders(paths, labels, cache_folder, seconds):
-    """Images a second of each loader in this process, interleaved."""
+    """Images per second of each loader in this process, interleaved."""
 
     def ours(cached):
         images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.RandomCrop(224))
@@ -119,19 +120,21 @@ def endless(loader):
         yield from loader
 
 
-def training_speed(name, paths, labels, cache_folder, gpu, args):
+def training_speed(name, paths, labels, cache_folder, device, args):
     batch = args.batch_size or BATCH[name]
-    network = device.place(net.create(name, 512), gpu)
-    criterion = losses.ProxyAnchor(CLASSES, 512).to(gpu)
-    optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-2, 1e-4)
-    precision = device.Precision(args.amp, gpu)
-    normalize = transforms.Normalize(network.bgr).to(gpu)
+    network = net.create(name, 512)
+    embedder = Embedder(network, device, args.amp, args.compile)
+    criterion = losses.ProxyAnchor(CLASSES, 512).to(device)
+    optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     training.set_trainable(network, 1, 1)
-    if args.compile:
-        network.compile()
+
+    def loss_of(images, labels):
+        return criterion(embedder(images), labels)
 
     def steps_on(batches):
-        training.train_one_epoch(network, criterion, batches, batch, optimizer, precision, 1, True, True)
+        training.train_one_epoch(
+            network, loss_of, batches, optimizer, embedder.scaler, epoch=1, clipped=[network, criterion]
+        )
 
     def ours(cached):
         images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.RandomCrop(224))
@@ -139,53 +142,53 @@ def training_speed(name, paths, labels, cache_folder, gpu, args):
             images.use_cache(cache_folder, args.workers, lambda batches, _: batches, print)
         return endless(dataset.train_loader(images, batch, None, 1, args.workers))
 
-    fixed = next(device.feed(islice(ours(False), 1), gpu, normalize))
+    fixed = next(embedder.batches(ours(False)))
     files, cached = ours(False), ours(True)
-    old = PublishedStyle(paths, labels, network.bgr)
+    old = PublishedStyle(paths, labels, network.model.bgr)
     old = endless(
         torch.utils.data.DataLoader(
-            old, batch, shuffle=True, num_workers=4, drop_last=True, pin_memory=gpu.type == "cuda"
+            old, batch, shuffle=True, num_workers=4, drop_last=True, pin_memory=device.type == "cuda"
         )
     )
-    old_network = net.create(name, 512).to(gpu)
+    old_network = net.create(name, 512).to(device)
     old_optimizer = torch.optim.AdamW(old_network.parameters(), lr=1e-4, weight_decay=1e-4)
-    training.set_train_mode(old_network, True)
-    contiguous = fixed[0].contiguous(), fixed[1]
+    old_network.train()
 
     def published(steps):
         for images, targets in islice(old, steps):
-            published_step(old_network, criterion, old_optimizer, images.to(gpu), targets.to(gpu))
+            published_step(old_network, criterion, old_optimizer, images.to(device), targets.to(device))
+
+    def loss_of_contiguous(images, labels):
+        images = old_network.normalize(images).contiguous()
+        with torch.autocast(device.type, embedder.dtype, enabled=embedder.dtype is not None):
+            embeddings = old_network(images)
+        return criterion(embeddings, labels)
 
     def in_the_other_layout(steps):
         training.train_one_epoch(
-            old_network, criterion, [contiguous] * steps, batch, old_optimizer, precision, 1, True, True
-        )
+            old_network, loss_of_contiguous, [fixed] * steps, old_optimizer, embedder.scaler,
+            epoch=1, clipped=[old_network, criterion],
+        )  # fmt: skip
 
     ways = {
         "(a) network alone": (lambda steps: steps_on([fixed] * steps), 1),
         "(a) not in channels_last": (in_the_other_layout, 1),
-        "(b) from files": (lambda steps: steps_on(device.feed(islice(files, steps), gpu, normalize)), args.workers),
-        "(c) from cache": (
-            lambda steps: steps_on(device.feed(islice(cached, steps), gpu, normalize)),
-            args.workers,
-        ),
+        "(b) from files": (lambda steps: steps_on(embedder.batches(islice(files, steps))), args.workers),
+        "(c) from cache": (lambda steps: steps_on(embedder.batches(islice(cached, steps))), args.workers),
         "published style": (published, 4),
     }
     times = {way: [] for way in ways}
     for _ in range(3):
         for way, (run, workers) in ways.items():
-            run(PREFETCHED * workers + 1)  # not to be paid with: what workers made ready during the others' turns
+            run(PREFETCHED * workers + 1)  # not counted: what workers made ready during the others' turns
             times[way].append(seconds(lambda run=run: run(args.steps)))
     rates = {way: args.steps * batch / statistics.median(values) for way, values in times.items()}
-
-    def embed(loader):
-        evaluation.embed(network, device.feed(loader, gpu, normalize), len(paths), precision)
 
     images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.evaluation(224))
     images.use_cache(cache_folder, args.workers, lambda batches, _: batches, print)
     loader = dataset.eval_loader(images, 2 * batch, args.workers)
-    embed(loader)
-    embedding = len(paths) / statistics.median(seconds(lambda: embed(loader)) for _ in range(3))
+    embedder.embed(loader)
+    embedding = len(paths) / statistics.median(seconds(lambda: embedder.embed(loader)) for _ in range(3))
     print(f"{name}, batch {batch}, amp {args.amp}, {args.workers} workers, {os.cpu_count()} cores")
     for way, rate in rates.items():
         share, faster = rate / rates["(a) network alone"], rate / rates["published style"]
@@ -201,15 +204,15 @@ def main():
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=2, help="of each turn of a loader")
     parser.add_argument("--models", nargs="+", default=list(BATCH), choices=net.BACKBONES)
-    parser.add_argument("--batch-size", type=int, help="in place of the published ones, for a CPU")
+    parser.add_argument("--batch-size", type=int, help="instead of the published ones, for a CPU")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--gpu-id", type=int, default=0)
     parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    gpu = device.select(args.gpu_id)
-    print(device.describe(gpu), f"torch {torch.__version__}")
+    device = hardware.select(args.gpu_id)
+    print(hardware.describe(device), f"torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder), args.images)
         size = statistics.mean(os.path.getsize(path) for path in paths)
@@ -219,7 +222,7 @@ def main():
             loaders(paths, labels, Path(folder, "cache"), args.seconds)
         else:
             for name in args.models:
-                training_speed(name, paths, labels, Path(folder, "cache"), gpu, args)
+                training_speed(name, paths, labels, Path(folder, "cache"), device, args)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import time
 
 import torch
 
-from proxy_anchor import device
+from proxy_anchor import hardware
 
 
 def device_here() -> torch.device:
     """The device that the benchmarks of single functions run on: the first CUDA device, else Apple's GPU or the CPU."""
-    return device.select(0)
+    return hardware.select(0)
 
 
 def interleaved(functions: dict, rounds: int) -> dict[str, float]:

@@ -12,9 +12,10 @@ from proxy_anchor.files import replacing
 from proxy_anchor.retrieval import DISTANCES
 
 SHOWN = 3  # differences in an error
-# How to use a network: arguments that say it, and what checkpoints may lack.
+# How to use a network: the arguments that a checkpoint records, and those that it may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
-OPTIONAL = {"crop": float, "distance": str}  # see dataset/transforms.py; one of DISTANCES, cosine where it is not told
+OPTIONAL = {"crop": float, "distance": str}  # see dataset/transforms.py; one of DISTANCES, cosine if it is not told
+FORMER_CROP = 0.875  # of our checkpoints and runs that do not tell it: there was no other
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
@@ -34,13 +35,15 @@ def save_run(path: Path, network: torch.nn.Module, contract: dict, parts: dict, 
 def contract(path: str | Path) -> dict:
     """How to use the network of a checkpoint of ours; {} for a published one. Raises as load does.
 
-    The keys are those of CONTRACT and, of OPTIONAL, those that it has. Little more of the file is read than that.
+    The keys are those of CONTRACT and OPTIONAL. Little more of the file is read than that.
     """
     mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False
     found = read(path, mmap=True).get("network", {}) if mappable else {}
-    if found and not is_contract(found):
+    if found == {}:
+        return {}
+    if not is_contract(found):
         raise ValueError(f"{path} is damaged: its record of the network is {str(found)[:80]}")
-    return {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
+    return {"crop": FORMER_CROP} | {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
 
 
 def is_contract(found) -> bool:
@@ -54,8 +57,8 @@ def is_contract(found) -> bool:
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     """Bring the network, the parts and the random states to what save_run wrote; returns its progress.
 
-    Raises FileNotFoundError or ValueError where it cannot be read or is of another network, optimizer ..., also one
-    with other settings than the part has now.
+    Raises FileNotFoundError or ValueError if it cannot be read or is of another network, optimizer ..., or if a part
+    had other settings then.
     """
     content = read(path)
     missing = [name for name in (*parts, "progress", "random") if name not in content]
@@ -77,7 +80,7 @@ def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
 
 
 def settings(part) -> dict:
-    """What an optimizer or a scheduler was told when it was made, not what it has come to since; {} for other parts."""
+    """The settings that an optimizer or a scheduler was made with, without its state; {} for other parts."""
     if isinstance(part, torch.optim.Optimizer):
         groups = enumerate(part.param_groups)
         return {f"{name} of group {i}": group[name] for i, group in groups for name in group.keys() - {"params", "lr"}}
@@ -94,15 +97,19 @@ def identity(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def epochs_done(path: Path) -> int:
-    """The finished epochs of the run that save_run wrote to this file, of which little more than that is read.
+def progress(path: Path) -> dict:
+    """The progress in a file of save_run; little more of it is read.
 
-    Raises as load does, also where the file is another checkpoint.
+    Raises as load does, also if the file is another kind of checkpoint.
     """
-    progress = read(path, mmap=True).get("progress")
-    if not isinstance(progress, dict) or not isinstance(progress.get("epoch"), int):
+    found = read(path, mmap=True).get("progress")
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("epoch"), int)
+        or not isinstance(found.get("rows"), list)
+    ):
         raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
-    return progress["epoch"]
+    return found
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
@@ -122,7 +129,7 @@ def read(path: str | Path, mmap: bool = False):
         if not mmap and zipfile.is_zipfile(path):  # torch does not look at the checksums
             with zipfile.ZipFile(path) as file:
                 if part := file.testzip():
-                    raise ValueError(f"its part {part} does not have its checksum")
+                    raise ValueError(f"the checksum of its part {part} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(

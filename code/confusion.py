@@ -12,7 +12,7 @@ BLOCK = 1024  # queries at a time
 
 @dataclass
 class ClassResult:
-    """Of a class: its queries, those that find it first, and which class they are most often taken for, how often."""
+    """A class: its queries, how many find it first, the class that they are most often taken for, and how often."""
 
     label: int
     queries: int
@@ -42,9 +42,9 @@ def nearest_neighbour(
 
 
 def by_class(labels: list[int], taken_for: list[int], ranks: list[int]) -> tuple[list[ClassResult], Counter]:
-    """The classes, the hardest first, and how often (a class, another) are a query's and its nearest neighbour's.
+    """The classes, the hardest first, and how often queries of a class are nearest to another: {(class, other): times}.
 
-    Of each query: its label, that of its nearest neighbour, and its rank as best_positive_rank gives it.
+    Given for each query: its label, that of its nearest neighbour, and its rank from best_positive_rank.
     """
     confused = Counter((label, other) for label, other in zip(labels, taken_for) if label != other)
     rivals: dict = {}

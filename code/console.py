@@ -40,7 +40,7 @@ def options() -> argparse.ArgumentParser:
     """Command-line flags of all scripts."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("errors")
-    group.add_argument("--debug", action="store_true", help="show where an error came from, to report it")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error, for a bug report")
     return parser
 
 
@@ -73,7 +73,7 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: Path) -> list[str]:
-    """The flags that give arguments these values, as read from a file; a usage error naming it where one cannot be."""
+    """The flags that give arguments these values, as read from a file; a usage error names the file."""
     flags: list[str] = []
     for action in parser._actions:
         value = values.get(action.dest)
@@ -88,9 +88,9 @@ def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: Path) 
 
 
 def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:
-    """Parse the command line of a training, whose defaults are those of the dataset's recipe or of the run to resume.
+    """Parse the command line of train.py; defaults come from the dataset's recipe, or from the run to resume.
 
-    recipe_of(name of a dataset) -> {argument: default}. args.recipe tells those that hold.
+    recipe_of(name of a dataset) -> {argument: default}. args.recipe lists the defaults of the recipe that are in use.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
@@ -107,16 +107,16 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
         recorded = recorded_flags(parser, config, folder / runs.CONFIG)
     except (OSError, ValueError) as error:
         parser.error(f"argument --resume: {error}")
-    args = parser.parse_args([*recorded, *argv])  # what is not given now is as it was
+    args = parser.parse_args([*recorded, *argv])  # arguments that are not given stay as they were
     args.resume, args.recipe = str(folder), config.get("recipe", "")
     return args
 
 
 def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
-    """Parse the command line; what it does not say is as in a checkpoint's contract, other words are a usage error.
+    """Parse the command line; arguments not given are those of a checkpoint's contract, other values are a usage error.
 
-    at: where flags may come in argv. What has no flag is an argument all the same: crop, None where it is not told,
-    and distance, cosine there.
+    at: where in argv flags may be inserted. Two arguments have no flag: crop is None if it is unknown, distance then
+    is cosine.
     """
     argv = sys.argv[1:] if argv is None else argv
     told = {name: f"--{name.replace('_', '-')}" for name in CONTRACT if name in contract}
@@ -129,7 +129,7 @@ def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None,
 
 
 def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: int) -> None:
-    """Leave out the damaged images of datasets, and keep the decoded ones in the cache folder, if so wished."""
+    """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
     for images in image_sets if skip_bad_images else ():
         bad = distributed.from_first(lambda images=images: images.find_bad(workers))
         images.leave_out(bad)
@@ -144,7 +144,7 @@ ADVICE = {
     "or make it larger (docker run --shm-size=8g)",
     r"[cC]an't allocate memory|Cannot allocate memory|killed by signal: Killed": "The memory is exhausted: choose a "
     "smaller --batch-size or --image-size, or fewer --workers",
-    r"exited unexpectedly": "A worker ended without a reason given, most often because /dev/shm is too small for the "
+    r"exited unexpectedly": "A worker ended without giving a reason, most often because /dev/shm is too small for the "
     "workers: choose fewer --workers (0 needs none) or make it larger (docker run --shm-size=8g)",
 }
 
@@ -152,7 +152,7 @@ ADVICE = {
 @contextmanager
 def errors_in_one_line(script: str, debug: bool):
     """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
-    for stream in (sys.stdout, sys.stderr):  # file names may be of any bytes
+    for stream in (sys.stdout, sys.stderr):  # file names may have any bytes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see startup.py
@@ -160,10 +160,8 @@ def errors_in_one_line(script: str, debug: bool):
     try:
         yield
     except Interrupted as interruption:
-        print(f"{script}: {interruption}; all is saved, --resume auto continues from here", file=sys.stderr)
+        print(f"{script}: {interruption}; everything is saved, --resume auto continues from here", file=sys.stderr)
         sys.exit(128 + interruption.signum)
-    except runs.Finished as finished:
-        print(finished)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

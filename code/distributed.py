@@ -43,7 +43,11 @@ def processes(gpu_id: int):
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
+        # File names may be of any bytes, see console.errors_in_one_line.
+        with (
+            open(os.devnull, "w", errors="backslashreplace") as nowhere,
+            redirect_stdout(sys.stdout if rank() == 0 else nowhere),
+        ):
             yield device
     finally:
         # gloo's threads need the GIL to let go of the last collective's tensors, and the group's destructor holds it
@@ -61,7 +65,7 @@ def launch_on_all_gpus(gpu_id: int) -> None:
 
 @contextmanager
 def first_process_first():
-    """What this context downloads or draws is made once, by the first process; the others then find it."""
+    """What is downloaded or drawn in this context is made once, by the first process; the others then find it."""
     if dist.is_initialized() and rank() > 0:
         dist.barrier()
     yield
@@ -76,11 +80,11 @@ def describe(batch_size: int) -> str:
     if batch_size < count():
         raise ValueError(f"A batch of {batch_size} images cannot be divided among {count()} processes")
     shares = " or ".join(str(size) for size in sorted(set(sizes(batch_size))))
-    return f"{count()} processes: of each batch of {batch_size} images, a process has {shares}.\n"
+    return f"{count()} processes: each takes {shares} of the {batch_size} images of a batch.\n"
 
 
 def with_common_statistics(network: torch.nn.Module, device: torch.device, bn_freeze: bool) -> torch.nn.Module:
-    """The network with BatchNorm, where it trains, over the whole batch: on CUDA alone, a CPU cannot."""
+    """The network; on CUDA, with the BatchNorm statistics of the whole batch, if they train. CPUs cannot do this."""
     if count() > 1 and not bn_freeze:
         if device.type == "cuda":
             return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -102,7 +106,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, share, total):
         ctx.sizes = sizes(total)
-        padded = share.new_zeros(max(ctx.sizes), *share.shape[1:])  # all_gather takes equal shapes alone
+        padded = share.new_zeros(max(ctx.sizes), *share.shape[1:])  # all_gather needs equal shapes
         padded[: len(share)] = share
         parts = [torch.empty_like(padded) for _ in ctx.sizes]
         dist.all_gather(parts, padded)
@@ -115,7 +119,7 @@ class Gather(torch.autograd.Function):
 
 
 def sum_gradients(parameters) -> None:
-    """Add up the processes' gradients, where there are any: not in frozen layers and those that never run."""
+    """Add up the processes' gradients; layers that are frozen or never run have none."""
     if count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -126,7 +130,7 @@ def sum_gradients(parameters) -> None:
 
 
 def from_first(make):
-    """What make() returns in the first process, in all of them."""
+    """The result of make() in the first process, for all of them."""
     box = [make() if rank() == 0 else None]
     if count() > 1:
         dist.broadcast_object_list(box)

@@ -16,8 +16,8 @@ from proxy_anchor.stopping import Stop
 class Result:
     """metrics: R@K for each K, MAP@R and R-precision, in 0..1.
 
-    Of each query: ranks, as best_positive_rank gives them, and average_precisions, of which MAP@R is the mean.
-    tied: how many queries are nearest to an image of their class and, exactly as near, one of another.
+    For each query: ranks, as best_positive_rank gives them, and average_precisions, whose mean is MAP@R.
+    tied: how many queries have an image of their class and one of another class tied for first place.
     """
 
     metrics: dict[str, float]
@@ -26,15 +26,15 @@ class Result:
     tied: int = 0
 
     def remark(self) -> str:
-        """A line on the queries that cannot be answered and one on those in dispute, where there are any."""
+        """A line on queries without an image to find and one on ties, if there are any."""
         total, alone, hits = len(self.ranks), int((self.ranks < 0).sum()), int((self.ranks == 0).sum())
         lines = ""
         if alone:
             lines += f"{alone:,} of {total:,} queries have no image of their class to find: they are misses.\n"
         if self.tied:
             lines += (
-                f"{self.tied:,} of {total:,} queries are nearest to an image of their class and, exactly as near, one "
-                "of another: misses here, hits by the published rule, by which R@1 is "
+                f"{self.tied:,} of {total:,} queries have an image of their class and one of another tied for first "
+                "place: misses here, hits by the published rule, by which R@1 is "
                 f"{100 * (hits + self.tied) / total:.2f} instead of {100 * hits / total:.2f}.\n"
             )
         return lines
@@ -51,7 +51,7 @@ def evaluate(
 
 
 def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "cosine") -> Result:
-    """Search each query of one test set within it or, of two, each of the first in the second; from Embedder.embed.
+    """Search the images of one test set within it or, given two, those of the first in the second; see Embedder.embed.
 
     Recall@K for each of ks, by a distance of retrieval.DISTANCES. Raises ValueError as best_positive_rank does.
     """

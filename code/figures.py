@@ -45,7 +45,7 @@ def picture(path: Path, width: float, height: float, layout: Any = "constrained"
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, an epoch each, with "elapsed": seconds since the start. Raises ValueError."""
+    """The rows of a metrics.csv, one per epoch, with "elapsed": seconds since the start. Raises ValueError."""
     try:
         with open(path, newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -59,7 +59,7 @@ def read(path: Path) -> list[dict[str, float]]:
 
 
 def epochs_done(row: dict[str, float]) -> int:
-    """Epochs of training behind a row: pictures show those, for metrics.csv numbers the epochs from 0, as published."""
+    """The epochs of training at a row: pictures count epochs from 1, metrics.csv from 0, as published."""
     return int(row["epoch"]) + 1
 
 
@@ -130,7 +130,7 @@ def add_time(ax, epochs: list[float], elapsed: list[float]) -> None:
 def label_ends(ax, ends: list[tuple[float, str, Any]]) -> None:
     """Write each (y, text, color) to the right of the axes at y, pushed apart so that no two overlap.
 
-    All that moves the limits of the axes comes before.
+    Call it last: the limits of the axes must not move afterwards.
     """
     labels = [
         ax.annotate(
@@ -149,9 +149,9 @@ def label_ends(ax, ends: list[tuple[float, str, Any]]) -> None:
 
 
 def pushed_apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions between low and high, a gap apart and in the order of those wanted, with the least squares of moves.
+    """Positions between low and high, at least a gap apart, in the order of those wanted and as near as possible.
 
-    Less the gaps before each, the positions must only not decrease: isotonic regression, solved by pooling.
+    Near is in least squares. Without the gaps, positions must only not decrease: isotonic regression, by pooling.
     """
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
@@ -174,7 +174,7 @@ def colors_of(primary: list[bool]) -> list[str]:
 
 
 def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> None:
-    """Draw rows of (image's path, caption), a query and its neighbours each; of many, the first ROWS by COLUMNS.
+    """Draw rows of (path of an image, caption), each a query and its neighbours; at most ROWS by COLUMNS.
 
     read_image gives uint8 (3, H, W) for a path. An image that it cannot read is an empty frame with the file's name.
     """

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Files that are replaced completely or not at all."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 def replacing(path: Path):
     """Yields a path beside `path` to write to; at the end the file is flushed and takes the place of `path`.
 
-    Raises OSError, naming the file, where it cannot be written; what was there before is then still there.
+    Raises OSError, naming the file, if it cannot be written; the old file is then still there.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -16,18 +16,18 @@ def options() -> argparse.ArgumentParser:
         default=0,
         type=int,
         metavar="N",
-        help="CUDA device, -1 for all of them; without CUDA, Apple's GPU or the CPU runs",
+        help="CUDA device, -1 for all of them; without CUDA, Apple's GPU or the CPU is used",
     )
     group.add_argument(
         "--amp",
         default="none",
         choices=("none", "bf16", "fp16"),
-        help="precision of the network's products: bf16 is faster on recent GPUs, fp16 on older ones; published: none",
+        help="precision of the network's products: bf16 is faster on recent GPUs, fp16 on older ones; none: float32",
     )
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network (torch.compile): a minute at first, then faster steps; for long runs",
+        help="compile the network (torch.compile): takes a minute, then steps are faster; for long runs",
     )
     return parser
 
@@ -38,7 +38,7 @@ def place(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def memory_format(device: torch.device, image_size: int) -> torch.memory_format:
-    """The layout of images of this size that convolutions are fastest in."""
+    """The memory layout in which convolutions are fastest, for images of this size."""
     fast = device.type == "cuda" or (device.type == "cpu" and image_size >= CHANNELS_LAST_FROM)
     return torch.channels_last if fast else torch.contiguous_format
 
@@ -54,13 +54,13 @@ def select(gpu_id: int) -> torch.device:
         count = torch.cuda.device_count()
         if not 0 <= gpu_id < count:
             raise ValueError(f"There is no CUDA device {gpu_id}: --gpu-id can be 0 to {count - 1} here")
-        torch.cuda.set_device(gpu_id)  # else what asks for no device would start on the first one too
+        torch.cuda.set_device(gpu_id)  # else code that names no device would use the first one too
         return torch.device("cuda", gpu_id)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def describe(device: torch.device) -> str:
-    """One line on what runs."""
+    """One line on the device in use."""
     if device.type == "cuda":
         return f"Running on CUDA device {device.index}, {torch.cuda.get_device_name(device)}."
     name = "Apple's GPU (MPS)" if device.type == "mps" else f"the CPU (threads: {torch.get_num_threads()})"

@@ -1,7 +1,7 @@
 """An index of embedded images: their paths, their vectors, and the checkpoint that embedded them.
 
 images.json in its folder describes it; vectors-NUMBER.float32 has the vectors, and vectors-NUMBER.faiss FAISS's index
-of them, unless that is Flat. Each time it is written, the number is a new one and images.json is replaced last.
+of them, unless its kind is Flat. Each time the index is written, the number is new and images.json is replaced last.
 """
 
 import json
@@ -20,7 +20,7 @@ IMAGES = "images.json"
 MADE = {"checkpoint": str, "sha256": str, "network": dict}
 LAYOUT = {"made": MADE, "factory": str, "number": int, "images": dict}  # of images.json
 EXACT = "Flat"
-CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of the search in a kind that is not exact: the larger number
+CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
 
 
@@ -52,7 +52,7 @@ class Index:
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
-        """An empty one, not written yet. Raises ValueError for a factory string that FAISS does not know."""
+        """An empty index, not written yet. Raises ValueError for a factory string that FAISS does not know."""
         index = cls(folder, made, factory, number=0, images={})
         index.vectors = np.empty((0, made["network"]["embedding_size"]), dtype=np.float32)
         index.faiss_index = index._new_faiss_index()
@@ -60,7 +60,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
+        """The index in a folder. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
         if not (folder / IMAGES).is_file():
             raise FileNotFoundError(f"There is no index in {folder}: it has no {IMAGES}")
         try:
@@ -95,14 +95,14 @@ class Index:
         """Raise ValueError if this index was made with another checkpoint, or is of another kind."""
         if made["sha256"] != self.made["sha256"] or made["network"] != self.made["network"]:
             raise ValueError(
-                f"{self.folder} was made with another checkpoint than {made['checkpoint']}, the one that was at "
-                f"{self.made['checkpoint']} with {self.made['network']}: their embeddings do not compare"
+                f"{self.folder} was made with another checkpoint than {made['checkpoint']}: with the one that was at "
+                f"{self.made['checkpoint']}, with {self.made['network']}. Their embeddings do not compare"
             )
         if factory not in (None, self.factory):
             raise ValueError(f"{self.folder} is an index {self.factory}, not {factory}; make a new one")
 
     def compare(self, paths: list[str]) -> tuple[dict[str, list[int]], dict[str, list[int]], list[str]]:
-        """{path: stamp} of the new and of the changed ones of these files; the files in the index that are gone."""
+        """{path: stamp} of the new files, and of the changed ones; the paths of indexed files that are gone."""
         stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
         new = {path: stamp for path, stamp in stamps.items() if path not in self.images}
         changed = {path: stamp for path, stamp in stamps.items() if stamp != self.images.get(path, stamp)}
@@ -111,7 +111,7 @@ class Index:
     def update(self, dropped: set[str], stamps: dict[str, list[int]], embeddings: torch.Tensor) -> None:
         """Drop images, add those of `stamps` with their embeddings (N, D), and write the index.
 
-        The first images train a kind that needs it. Most kinds cannot drop: FAISS's index is then made again.
+        A kind that needs training is trained on the first images. Most kinds cannot drop images: they are built again.
         Raises ValueError where images are too few, before anything is written.
         """
         kept = np.array([path not in dropped for path in self.images], dtype=bool)
@@ -175,7 +175,7 @@ class Index:
 
     @property
     def cells(self) -> int:
-        """The cells that its kind divides the vectors into, of which nprobe are searched; 0 for other kinds."""
+        """How many cells the vectors are divided into (a search looks in nprobe of them); 0 for kinds without cells."""
         return getattr(faiss().try_extract_index_ivf(self.faiss_index), "nlist", 0)
 
     def set_nprobe(self, nprobe: int) -> None:
@@ -212,7 +212,7 @@ def lock(folder: Path):
 
 
 def _check(content, layout, name=IMAGES):
-    """Raise ValueError where the content of images.json is not laid out like this."""
+    """Raise ValueError if the content of images.json does not have this layout."""
     kind = dict if isinstance(layout, dict) else layout
     if not isinstance(content, kind):
         raise ValueError(f"'{name}' is {str(content)[:80]}, expected {kind.__name__}")

@@ -1,4 +1,4 @@
-"""Places for images in a picture, such that those with similar embeddings are together."""
+"""Places for images in a picture, so that images with similar embeddings are close together."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def by_similarity(embeddings: np.ndarray) -> np.ndarray:
 
 
 def on_grid(places: np.ndarray, side: int) -> np.ndarray:
-    """For each place a cell of its own, (column, row) of side x side; the squares of all moves are least in sum."""
+    """A different cell for each place, (column, row) of side x side, so that the sum of squared moves is least."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 

@@ -28,11 +28,13 @@ def options() -> argparse.ArgumentParser:
         metavar="auto|PATH",
         help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
     )
-    group.add_argument("--remark", default="", help="end of the name of the run's folder, to tell runs apart")
+    group.add_argument(
+        "--remark", default="", help="text at the end of the name of the run's folder, to tell runs apart"
+    )
     group.add_argument(
         "--wandb",
         choices=("online", "offline", "disabled"),
-        help="Weights & Biases; online if there are credentials, where this is not given",
+        help="mode of Weights & Biases; without this flag, online if there are credentials",
     )
     return parser
 
@@ -44,7 +46,7 @@ def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, see
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries here on which results depend."""
+    """The versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -73,8 +75,8 @@ class Logbook:
     The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. folder: of the run; resumes: whether it continues from the last.pth
     that is there. As a context, it ends with the run.
-    resume: None for a new run, or the folder of one. wandb_mode: see tracking.start. Raises runs.Locked if another
-    process writes the run, ValueError if it is another experiment.
+    resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see tracking.start. Raises
+    runs.Locked if another process writes the run.
     """
 
     def __init__(
@@ -86,11 +88,11 @@ class Logbook:
         wanted = runs.place(log_dir, dataset, name)
         old = {}
         if resume is not None:
+            self.folder, self.lock = resume, runs.lock(resume)
             old = runs.read_config(resume)
-            self.folder = resume
-            self._check(old, config)
-            self.lock = runs.lock(resume)
-        # Before anything is written, for it may fail.
+            if (then := old.get("versions")) != (now := versions()):
+                print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
+        # Before anything is written, because it may fail.
         self.wandb = tracking.start(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
         if resume is None:
             self.folder, self.lock = runs.new(wanted)
@@ -139,14 +141,6 @@ class Logbook:
     def save_last(self, network, parts: dict, progress: dict) -> None:
         """Where the run is, to resume it from."""
         checkpoint.save_run(self.folder / runs.LAST, network, self.contract, parts, progress)
-
-    def _check(self, old, config):
-        """Raise ValueError if a run of the configuration `old` cannot continue with this one."""
-        if different := runs.differences(old, config):
-            raise ValueError(f"{self.folder} is another experiment ({'; '.join(different)}); start a new one")
-        then, now = old.get("versions"), versions()
-        if then != now:
-            print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
 
     def _write_rows(self, rows):
         with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:

@@ -22,8 +22,8 @@ class ProxyAnchor(nn.Module):
       + 1/|P|  sum_{p in P}  log(1 + sum_{x in X-_p} exp( alpha (s(x, p) + margin)))
 
     s is the cosine similarity, P are all proxies (one per class), P+ those with a positive in the batch, X+_p and X-_p
-    the embeddings of p's class and of all others. Half-precision embeddings are computed with in float32. Memory is
-    that of the proxies and their gradient, for any number of classes.
+    the embeddings of p's class and of all others. Half-precision embeddings are converted to float32. It needs the
+    memory of the proxies and their gradient, for any number of classes.
     """
 
     proxy_lr = 100  # learning rate of the proxies, as a multiple of the network's
@@ -57,7 +57,7 @@ class ProxyAnchor(nn.Module):
 class ProxyAnchorFunction(torch.autograd.Function):
     """The equation and its gradient in one pass over blocks of classes.
 
-    A class's terms depend on no other class but for the factors 1/|P+| and 1/|P|, known beforehand, so the gradient of
+    A class's terms depend on others only by the factors 1/|P+| and 1/|P|, known beforehand, so the gradient of
     a block is complete as soon as its similarities are there, and nothing of size B x C is kept for the backward pass.
     """
 
@@ -102,7 +102,7 @@ class ProxyAnchorFunction(torch.autograd.Function):
             slopes /= p_norms  # from here the slopes by p . x
             grad_x.addmm_(slopes.T, p)
             grad_p = torch.mm(slopes, x, out=grad_proxies[start : start + step])
-            # Through the proxies' normalization: less the part along the proxy.
+            # Through the proxies' normalization: minus the part along the proxy.
             grad_p.addcmul_(p, (slopes * s).sum(dim=1, keepdim=True) / p_norms, value=-1)
         ctx.save_for_backward(grad_x, grad_proxies)
         return loss
@@ -135,21 +135,21 @@ def options() -> argparse.ArgumentParser:
         "--loss",
         default="Proxy_Anchor",
         choices=LOSSES,
-        help="the others have the settings of the paper's comparison; the last four want --IPC",
+        help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC",
     )
     group.add_argument(
         "--alpha",
         default=32.0,
         type=float,
         metavar="A",
-        help="scale of Proxy-Anchor; larger, and the hardest examples weigh more",
+        help="scale of Proxy-Anchor; the larger it is, the more the hardest images count",
     )
     group.add_argument(
         "--mrg",
         default=0.1,
         type=float,
         metavar="M",
-        help="margin of Proxy-Anchor, in cosine similarity; larger pulls and pushes further",
+        help="margin of Proxy-Anchor, in cosine similarity; a larger one pulls and pushes further",
     )
     return parser
 
@@ -173,7 +173,7 @@ def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1
 
 def create_rival(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     """One of the losses that Proxy-Anchor is compared with, see create."""
-    # Only the comparison needs it. Each setting is named, also where it is the default: those change between versions.
+    # Only the comparison needs it. Each setting is given, even a default one: defaults change between versions.
     from pytorch_metric_learning import distances, losses, miners, reducers
 
     euclidean = {"distance": distances.LpDistance(normalize_embeddings=True, p=2, power=1)}

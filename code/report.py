@@ -1,7 +1,7 @@
 """A page on what a network has learned: metrics, queries and their neighbours, classes, similarities, a map.
 
-The page is a folder: index.html, classes.csv and a folder of pictures, and nothing from elsewhere. A new report has
-pictures of its own and takes the place of an earlier one when it is complete.
+The report is a folder: index.html, classes.csv and a folder of pictures; it needs nothing else. An earlier report stays
+until the new one, which has its own folder of pictures, is complete.
 """
 
 import csv
@@ -33,11 +33,11 @@ MAPPED = 1_500  # images on the map, at most
 MAP_IMAGE = 48  # pixels, at most
 MAP_FILLED = 0.6  # the share of the map's cells that have an image
 THUMBNAIL, SHOWN = 160, 110  # pixels of the file and of the page, at most
-GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # by which a report is known
+GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # that reports are recognized by
 EXPLANATIONS = {
     "R@1": "of the queries have a nearest neighbour of their class.",
     "R@": "of the queries have an image of their class among the {} nearest.",
-    "MAP@R": "tells how many of the R nearest are of the query's class, and how early they come; R is the number of "
+    "MAP@R": "says how many of the R nearest are of the query's class, and how early they come; R is the number of "
     "images of its class to find.",
     "R-precision": "of the R nearest are of the query's class, in any order.",
 }
@@ -86,7 +86,7 @@ def open_folder(folder: Path) -> None:
         content = page.read_bytes() if page.is_file() else b""
     if GENERATOR.encode() not in content:
         raise ValueError(f"{folder} is neither empty nor a report: choose another folder for the report")
-    with replacing(page) as temporary:  # also by what it was: to find out now whether that can be done
+    with replacing(page) as temporary:  # even if unchanged: to find out now whether it can be written
         temporary.write_bytes(content)
 
 
@@ -206,7 +206,7 @@ def select(order: list[int], labels, count: int) -> list[int]:
 
 
 def query_rows(queries, targets, within: bool, result: Result, pictures: Pictures) -> str:
-    """Queries of three kinds as HTML; those without an image to find are none of them."""
+    """Queries of three kinds as HTML; those without an image to find are left out."""
     answerable = torch.nonzero(result.ranks >= 0).flatten().tolist()
     if not answerable:
         return "<p>No query has an image of its class to find.</p>"
@@ -283,7 +283,7 @@ def confused_pairs(confused: Counter, pictures: Pictures) -> str:
 
 
 def similarity_chart(queries: TestSet, gallery: TestSet | None) -> str:
-    """The distributions of similarities as SVG, which stretches to the page, with what a threshold makes of them."""
+    """The distributions of similarities as SVG, which stretches to the page, and what a threshold achieves."""
     pairs = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
     same, other = similarities.sample(*pairs, distance=queries.distance)
     shares = {kind: values for kind, values in (("wrong", other), ("right", same)) if len(values)}
@@ -330,7 +330,7 @@ def similarity_chart(queries: TestSet, gallery: TestSet | None) -> str:
 
 
 def draw_map(path: Path, queries: TestSet) -> str:
-    """A picture of the test images, those together that have similar embeddings; the HTML that shows it."""
+    """Draw the test images, those with similar embeddings close together; returns the HTML that shows the picture."""
     count = min(MAPPED, len(queries.labels))
     chosen = np.sort(np.random.default_rng(0).permutation(len(queries.labels))[:count])
     side = math.ceil(math.sqrt(count / MAP_FILLED))
@@ -344,9 +344,8 @@ def draw_map(path: Path, queries: TestSet) -> str:
         canvas.save(temporary, "WEBP", quality=85)
     source = f"{path.parent.name}/{path.name}"
     return (
-        f"<p>{count:,} of the {len(queries.labels):,} test images, placed by t-SNE as far as their embeddings differ, "
-        "none over another: those that are close together have similar embeddings. Click the map to see it in full "
-        "size.</p>"
+        f"<p>{count:,} of the {len(queries.labels):,} test images, placed by t-SNE, none over another: those that "
+        "are close together have similar embeddings. Click the map to see it in full size.</p>"
         f'<a href="{source}"><img class="picture" src="{source}" width="{canvas.width}" height="{canvas.height}" '
         'loading="lazy" alt="Map of the test images"></a>'
     )

@@ -32,8 +32,8 @@ def best_positive_rank(
     embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D) each query is compared with all others;
     it is left out of its own ranking by its index, so duplicate images count. distance: "cosine", or "euclidean", of
     the embeddings as they are. A negative exactly as near as the nearest positive ranks above it: a network that maps
-    all images to one point finds nothing. Raises ValueError for embeddings that are not finite, for none, for shapes
-    that do not agree, and for another distance.
+    all images to one point finds nothing. Raises ValueError for embeddings that are not finite, for no embeddings,
+    for shapes that do not agree, and for another distance.
 
     Nothing is sorted: the best positive of each query is found, then the negatives above it are counted, tile by tile
     of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed. The
@@ -73,7 +73,7 @@ def ranks_and_ties(
     buffer = torch.empty(2, queries.size, queries.size, dtype=vectors.dtype, device=vectors.device)
 
     def similarities(i, j):
-        """Tile (i, j), without what fills it up."""
+        """Tile (i, j), without its padding."""
         queries.tile(i).similarities(targets.tile(j), out=buffer[0])
         return buffer[0, : queries.length(i), : targets.length(j)]
 
@@ -95,7 +95,7 @@ def ranks_and_ties(
     best_negative = torch.full_like(best, -torch.inf)
     for i, j in tiles:
         similarity = similarities(i, j)
-        if (i, j) in with_positives:  # of itself and its positives, a query is not below
+        if (i, j) in with_positives:  # a query is not below itself or its positives
             same_label = queries.labels[queries.slice(i), None] == targets.labels[targets.slice(j)]
             similarity.masked_fill_(same_label, -torch.inf)
         rows, columns = queries.slice(i), targets.slice(j)
@@ -117,7 +117,7 @@ def ranks_and_ties(
 
 @dataclass
 class Points:
-    """Embeddings as they are compared: by their product, less half of their squared lengths where it is Euclidean.
+    """Embeddings ready to compare: by their product, minus half of their squared lengths if the distance is Euclidean.
 
     x.y - (|x|^2 + |y|^2) / 2 = -|x - y|^2 / 2. To the last bit, it is the same for (x, y) and (y, x).
     """
@@ -133,7 +133,7 @@ class Points:
         vectors = finite(embeddings).to(origin.device).double() - origin
         halves = vectors.square().sum(dim=1) / 2
         if not halves.isfinite().all():
-            raise ValueError("The embeddings are too large to square: divide them by something")
+            raise ValueError("The embeddings are too large to square: divide them by a constant")
         return cls(vectors, halves)
 
     def __getitem__(self, rows) -> "Points":
@@ -156,9 +156,9 @@ class Points:
 def origin_of(gallery: torch.Tensor, distance: str) -> torch.Tensor | None:
     """The point (D,) from which to measure Euclidean distances, None for the cosine. ValueError for another distance.
 
-    Small distances are differences of large squares. An origin amid the gallery keeps the squares small, and float64
-    has digits enough for those of float32. Rounded to a few digits, it takes none from the embeddings: on a grid, say,
-    pairs of equal distance stay exactly equal.
+    Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
+    has digits enough for those of float32. Rounded to a few digits, it costs the embeddings none: on a grid, say, equal
+    distances stay exactly equal.
     """
     if distance not in DISTANCES:
         raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")
@@ -175,7 +175,7 @@ class Tiled:
 
     points: Points  # tiles x size
     labels: torch.Tensor  # (N,), ascending
-    order: torch.Tensor  # (N,): the index of each before
+    order: torch.Tensor  # (N,): the index of each before sorting
     size: int
     ranges: list[tuple[int, int]]  # first and last label of each tile
 
@@ -242,7 +242,7 @@ def map_at_r(
     """MAP@R and R-precision of each query, (2, N) in 0..1, as in "A Metric Learning Reality Check" (2020).
 
     R is the query's number of positives. R-precision is the share of positives among its R nearest neighbours; MAP@R
-    the mean over these places of the precision up to the place, where it holds a positive, and 0 where not. Arguments,
+    the mean over these places of the precision up to the place where it holds a positive, and 0 otherwise. Arguments,
     ties and errors as for best_positive_rank; a query without a positive scores 0. The processes of a group divide
     the queries.
     """

@@ -1,4 +1,4 @@
-"""A run: the epochs still to do, what it has found so far, and that nothing is lost when it is stopped."""
+"""A run: the epochs still to do and the results so far; nothing is lost when it is stopped."""
 
 import time
 from contextlib import ExitStack
@@ -12,21 +12,23 @@ from proxy_anchor.stopping import Interrupted, Stop
 
 
 class Run:
-    """As a context: what trains is brought to where the run stopped, if it did; a signal stops it with all saved.
+    """A context: on entering, a stopped run is restored to where it stopped; a signal stops it with everything saved.
 
-    parts: what goes into last.pth beside the network, each with a state_dict; among them the "optimizer" and the
+    parts: what last.pth holds beside the network, each with a state_dict; among them the "optimizer" and the
     "scheduler", which is stepped at the end of an epoch. Raises ValueError on entering where last.pth does not fit.
     """
 
     def __init__(self, log: Logbook, network: torch.nn.Module, **parts):
         self.log, self.network, self.parts = log, network, parts
         self.stop = Stop()
+        self.remark = ""  # on the last evaluation
         self.progress: dict = {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}  # of metrics.csv, one per epoch
 
     def __enter__(self):
         with ExitStack() as contexts:
             contexts.enter_context(self.log)
             contexts.enter_context(self.stop)
+            contexts.push(self._save_if_interrupted)
             if self.log.resumes:
                 self.progress = checkpoint.load_run(self.log.folder / runs.LAST, self.network, self.parts)
                 self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
@@ -37,11 +39,12 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        with self.contexts:
-            if isinstance(error[1], Interrupted):
-                self.progress["seconds"] = time.perf_counter() - self.start
-                self.log.save_last(self.network, self.parts, self.progress)
-        return None
+        return self.contexts.__exit__(*error)
+
+    def _save_if_interrupted(self, kind, error, traceback):
+        if isinstance(error, Interrupted):
+            self.progress["seconds"] = time.perf_counter() - self.start
+            self.log.save_last(self.network, self.parts, self.progress)
 
     @property
     def rows(self) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The folders of runs: a new one for a new run, the one of an interrupted run to resume, one process at a time."""
+"""The folders of runs: a new one for a new run, the old one to resume a run; one process at a time writes to it."""
 
 import fcntl
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from proxy_anchor import checkpoint
 
-CONFIG, LAST, LOCK = "config.json", "last.pth", ".lock"
-# In the configuration beside the arguments, and no part of the experiment.
+CONFIG, LAST, LOCK, RESULTS = "config.json", "last.pth", ".lock", "*_best_results.txt"
+# Entries of the configuration that are not part of the experiment.
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
 MAY_CHANGE = (
@@ -78,36 +78,47 @@ def place(log_dir: Path, dataset: str, name: str) -> Path:
 def to_resume(resume: str | None, path: Path, config: dict) -> Path | None:
     """The folder of the run to resume, if any: that of --resume or, for "auto", the latest of path, path_2, ...
 
-    that holds a run of this configuration, unfinished ones first. Raises Finished where it has no epochs left.
+    that holds a run of this configuration, unfinished ones first. Raises Finished where it has no epochs left, and
+    ValueError where the run of --resume is another experiment.
     """
     if resume is None:
         return None
-    folders = [Path(resume)] if resume != "auto" else [
-        folder for folder in existing(path)
-        if (folder / CONFIG).exists() and not differences(read_config(folder), config)
-    ]  # fmt: skip
-    done = {folder: epochs_done(folder) for folder in folders}
+    if resume == "auto":
+        folders = [
+            folder for folder in existing(path)
+            if (folder / CONFIG).exists() and not differences(read_config(folder), config)
+        ]  # fmt: skip
+    elif different := differences(read_config(Path(resume)), config):
+        raise ValueError(f"{resume} is another experiment ({'; '.join(different)}); start a new one")
+    else:
+        folders = [Path(resume)]
     for folder in reversed(folders):
-        if done[folder] < config["epochs"]:
+        if not is_finished(folder, config["epochs"]):
             return folder
     if folders:
         raise Finished(
-            f"{folders[-1]} has finished its {done[folders[-1]]} epochs: nothing to do. "
-            "To continue it, raise --epochs; to train anew, leave --resume out"
+            f"{folders[-1]} has finished (epochs: {config['epochs']}): nothing to do. "
+            "To continue it, raise --epochs; to train again, leave out --resume"
         )
     return None
 
 
 def existing(path: Path) -> list[Path]:
-    """Those of path, path_2, path_3, ... that are there, in this order."""
+    """Those of path, path_2, path_3, ... that exist, in this order."""
     pattern = re.compile(re.escape(path.name) + r"(?:_(\d+))?")
     found = [(int(match[1] or 1), other) for other in path.parent.glob("*") if (match := pattern.fullmatch(other.name))]
     return [folder for _, folder in sorted(found) if folder.is_dir()]
 
 
-def epochs_done(folder: Path) -> int:
-    """The finished epochs of the run in a folder."""
-    return checkpoint.epochs_done(folder / LAST) if (folder / LAST).exists() else 0
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Whether a run has done these epochs and saved its best network, before which it may have been killed."""
+    if not (folder / LAST).exists():
+        return False
+    progress = checkpoint.progress(folder / LAST)
+    if progress["epoch"] < epochs:
+        return False
+    best = max(progress["rows"], key=lambda row: row["R@1"])  # the first of equals
+    return any(text.read_text().startswith(f"Best Epoch: {best['epoch']}\n") for text in folder.glob(RESULTS))
 
 
 def folder(path: str) -> Path:
@@ -116,7 +127,7 @@ def folder(path: str) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """The configuration of a run. Raises FileNotFoundError or ValueError where there is none."""
+    """The configuration of a run. Raises FileNotFoundError or ValueError if there is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}")
@@ -131,7 +142,8 @@ def read_config(folder: Path) -> dict:
 
 def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
+    old = {"crop": checkpoint.FORMER_CROP} | old
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
-    words = {"data": "other images, or other classes of them", "teacher": "another one"}  # instead of digests
+    words = {"data": "other images or classes than the run had", "teacher": "another one"}  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

@@ -19,7 +19,7 @@ class Interrupted(Exception):
 class Stop:
     """As a context: SIGTERM, SIGINT and SIGUSR1 are noted instead of killing. A second SIGINT (Ctrl-C) ends at once.
 
-    after_each ends a loop over batches at a signal, check then raises Interrupted.
+    after_each ends a loop over batches at a signal; check then raises Interrupted.
     """
 
     signum = 0  # that came to this process
@@ -34,7 +34,7 @@ class Stop:
             signal.signal(signum, handler)
 
     def _note(self, signum, frame):
-        if self.signum == signum == signal.SIGINT and distributed.count() == 1:  # torchrun hands on a Ctrl-C twice
+        if self.signum == signum == signal.SIGINT and distributed.count() == 1:  # torchrun passes a Ctrl-C on twice
             raise KeyboardInterrupt
         self.signum = signum
         if distributed.rank() == 0:
@@ -43,8 +43,8 @@ class Stop:
     def after_each(self, batches, everywhere: bool = True):
         """Yield the batches, up to the first that ends with a signal noted.
 
-        Where several processes share the work they agree on it at each batch, so all must have equally many; with
-        everywhere=False, for batches of which they may not, they do not stop here.
+        Where several processes share the work, they agree on it at each batch, so all need the same number of batches.
+        Where that is not so, everywhere=False makes them finish the loop.
         """
         for batch in batches:
             yield batch

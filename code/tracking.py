@@ -18,7 +18,7 @@ def has_credentials() -> bool:
 
 
 def start(mode: str | None, log_dir: Path, project: str, name: str, config: dict, run_id: str | None = None):
-    """A wandb run, that of run_id continued where it is given, or None if the mode is disabled.
+    """A wandb run, which continues that of run_id if given, or None if the mode is disabled.
 
     Mode None: WANDB_MODE, else online with credentials, else disabled.
     Raises ValueError for online without credentials, for which wandb would ask, and RuntimeError if wandb fails.
@@ -26,7 +26,7 @@ def start(mode: str | None, log_dir: Path, project: str, name: str, config: dict
     if mode is None:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else None)
         if mode is None:
-            print("wandb has no credentials here (wandb login): logging to the run folder alone.")
+            print("wandb has no credentials here (wandb login): logging only to the run's folder.")
     if mode in (None, "disabled"):
         return None
     if mode == "online" and not has_credentials():
@@ -40,4 +40,4 @@ def start(mode: str | None, log_dir: Path, project: str, name: str, config: dict
             project=project, notes=name, dir=str(log_dir), mode=mode, config=config, id=run_id, resume=resume
         )
     except wandb.errors.Error as error:
-        raise RuntimeError(f"wandb does not start: {error}. --wandb offline or disabled does without it") from error
+        raise RuntimeError(f"wandb does not start: {error}. Choose --wandb offline or disabled") from error

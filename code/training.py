@@ -35,20 +35,20 @@ def options(decay: bool = True) -> argparse.ArgumentParser:
         "--optimizer",
         default="adamw",
         choices=OPTIMIZERS,
-        help="optimizer of the network and the proxies; the published results are of adamw",
+        help="optimizer of the network and the proxies; the published results used adamw",
     )
     group.add_argument(
         "--lr",
         default=1e-4,
         type=float,
-        help="learning rate, 100 times that for Proxy-Anchor's proxies; lower it when the loss diverges",
+        help="learning rate; Proxy-Anchor's proxies have 100 times as much; lower it if the loss diverges",
     )
     group.add_argument(
         "--weight-decay",
         default=1e-4,
         type=float,
         metavar="W",
-        help="weight decay of all parameters, the proxies too; raise it against overfitting",
+        help="weight decay of all parameters, including the proxies; raise it against overfitting",
     )
     if decay:
         group.add_argument(
@@ -56,24 +56,28 @@ def options(decay: bool = True) -> argparse.ArgumentParser:
             default=10,
             type=int,
             metavar="N",
-            help="epochs between two decays of the learning rate; scale it with --epochs",
+            help="lower the learning rate every N epochs; scale it with --epochs",
         )
         group.add_argument(
-            "--lr-decay-gamma", default=0.5, type=float, metavar="G", help="factor of the learning rate at each decay"
+            "--lr-decay-gamma",
+            default=0.5,
+            type=float,
+            metavar="G",
+            help="factor that the learning rate is multiplied by each time",
         )
     group.add_argument(
         "--warm",
         default=1,
         type=int,
         metavar="N",
-        help="first epochs, in which only the embedding layer and the proxies train; 0 from scratch",
+        help="train only the embedding layer and the proxies in the first N epochs; 0 from scratch",
     )
     group.add_argument(
         "--seed",
         default=1,
         type=int,
         metavar="S",
-        help="seed of the initial weights, the order and the augmentation; several seeds show the spread",
+        help="seed of the initial weights, the order of the images and their augmentation",
     )
     return parser
 
@@ -120,10 +124,10 @@ def train_one_epoch(
     """Take a step for each batch (images, labels) and return the mean loss; report(loss), if given, follows each step.
 
     loss_of(images, labels) -> scalar. clipped: the modules whose gradients are clipped. losses: those of the epoch's
-    earlier steps, if it was interrupted; those of the others are added to it. The loss is read one step late, so that a
-    GPU never waits for it. Where several processes share the work, the batches are this one's part of it, and each has
-    the gradient through its part of the whole batch's loss. Raises FloatingPointError, with the epoch, the step and the
-    learning rate, when the loss is not finite.
+    earlier steps, if it was interrupted; the new ones are appended. The loss is read one step late, so that a GPU never
+    waits for it. Where several processes share the work, `batches` has this process's part of each batch, and its
+    gradient is that of the whole batch's loss through this part. Raises FloatingPointError, with the epoch, the step
+    and the learning rate, when the loss is not finite.
     """
     network.train()  # also during warm-up
     losses = [] if losses is None else losses

@@ -7,9 +7,9 @@ A benchmark is a module that gives
     SOURCE        where to get it, a sentence for errors about missing files
     LIKELY_CAUSE  what is probably wrong when the sizes disagree
     samples(folder, split) -> [(path, class)]
-                  the images of the split in a fixed order; classes are what sorts, numbers or names. Raises
-                  FileNotFoundError or BadFile for annotations that are missing or malformed; whether the images are
-                  there is checked here
+                  the images of the split in a fixed order; classes are numbers or names, which sort.
+                  Raises FileNotFoundError or BadFile for missing or malformed annotations; whether the images exist is
+                  checked here
 and may give
     AUGMENTATION  arguments of transforms.RandomCrop
     CROP          of transforms.evaluation
@@ -18,7 +18,7 @@ and may give
                   raises BadFile for images that are not the benchmark's
 Your own images, for which nothing is published, come from a module that gives KS and
     splits(root) -> [split]
-                  of train, eval, query and gallery those that there are
+                  those of train, eval, query and gallery that exist
     samples(root, split) -> [(path, class)]
                   as above; root is the data root itself, a folder or a file
 and may give
@@ -38,7 +38,8 @@ from dataset.loading import eval_loader, train_loader
 
 __all__ = [
     "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "describe", "eval_loader", "eval_sets", "eval_splits",
-    "fingerprint", "load", "open", "options", "record", "remark", "size", "splits", "train_loader", "train_set",
+    "fingerprint", "load", "open", "options", "own_crop", "recipe", "record", "remark", "size", "splits",
+    "train_loader", "train_set",
 ]  # fmt: skip
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
@@ -55,43 +56,43 @@ def options(training: bool) -> argparse.ArgumentParser:
         "--dataset",
         default="cub",
         choices=ALL,
-        help="a benchmark, glyphs, which needs no download, or one's own images: folder or csv",
+        help="a benchmark; glyphs, which needs no download; or your own images: folder or csv",
     )
     group.add_argument(
         "--data-root",
         default=str(DATA_ROOT),
         metavar="DIR",
-        help="where the data sets are (default: data/ here); of one's own images, the folder or the CSV file",
+        help="folder of the datasets (default: data/ here); for your own images, their folder or their CSV file",
     )
     group.add_argument(
         "--test-classes",
         metavar="FILE",
-        help="with --dataset folder: names of the classes to test on, one a line (default: the second half)",
+        help="with --dataset folder: the names of the test classes, one per line (default: the second half)",
     )
     group.add_argument(
         "--allow-partial",
         action="store_true",
-        help="go on with a part of a data set, to try things out; its figures do not compare",
+        help="continue with a part of a dataset, to try things out; the results do not compare with others",
     )
     group.add_argument(
         "--skip-bad-images",
         action="store_true",
-        help="look at every image first and leave out the damaged ones; for a data set that has some",
+        help="look at every image first and leave out the damaged ones",
     )
     group.add_argument(
         "--cache",
         metavar="DIR",
-        help="keep the decoded images in this folder (CUB takes 7 GB); when the GPU waits for few or slow CPU cores",
+        help="keep decoded images in this folder (CUB takes 7 GB); helps if the GPU waits for few or slow CPU cores",
     )
     group.add_argument(
         "--image-size",
         default=224,
         type=int,
         metavar="PIXELS",
-        help="side of the square that the network sees; larger ones show more and take longer",
+        help="side of the square image that the network sees; larger images show more and take longer",
     )
     group.add_argument(
-        "--batch-size", default=150, type=int, metavar="N", help="images a step; lower it when memory runs out"
+        "--batch-size", default=150, type=int, metavar="N", help="images per step; lower it when memory runs out"
     )
     group.add_argument(
         "--workers",
@@ -105,13 +106,13 @@ def options(training: bool) -> argparse.ArgumentParser:
             "--IPC",
             type=int,
             metavar="N",
-            help="images of each class in a batch, for losses that compare images; without it, batches are random",
+            help="images per class in a batch, for losses that compare images; without it, batches are random",
         )
     return parser
 
 
 def splits(name: str, root: str | Path) -> list[str]:
-    """The splits of a dataset: of train, eval, query and gallery those that it has."""
+    """The splits that a dataset has: those of train, eval, query and gallery that exist."""
     return list(BENCHMARKS[name].SIZES) if name in BENCHMARKS else OWN[name].splits(Path(root))
 
 
@@ -131,14 +132,14 @@ def load(
     """Read a split (train, eval, query or gallery) of a benchmark under the data root, or of your own images.
 
     Test splits share one label space. Raises FileNotFoundError where files are missing and BadFile (a ValueError) where
-    they are malformed or not those of the published split; with allow_partial any non-empty part of it will do.
+    they are malformed or not those of the published split; with allow_partial any part of it that is not empty will do.
     test_classes: a file, see dataset/folder.py.
     """
     return _load(name, root, [split], transform, allow_partial, test_classes)[0]
 
 
 def _load(name, root, wanted, transform, allow_partial=False, test_classes=None):
-    """The training split or some of the test splits, of which all are read once, for their classes."""
+    """The training split, or some of the test splits; all test splits are read once, to know their classes."""
     source, choice = ALL[name], {}
     if test_classes:
         if name != "folder":
@@ -162,7 +163,7 @@ def _load(name, root, wanted, transform, allow_partial=False, test_classes=None)
 
 
 def _present(name, place, split, samples, allow_partial):
-    """The samples, if they are all there and those of the published split; with allow_partial, those that are there."""
+    """The samples, if all exist and are those of the published split; with allow_partial, those that exist."""
     source = ALL[name]
     missing = set(missing_files([path for path, _ in samples]))
     if allow_partial:
@@ -196,7 +197,7 @@ def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDa
 def eval_sets(name: str, root: str | Path, image_size: int, crop: float | None = None, **choice) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load.
 
-    crop: of transforms.evaluation, the dataset's own where it is not given.
+    crop: see transforms.evaluation; by default, the dataset's own.
     """
     transform = transforms.evaluation(image_size, own_crop(name) if crop is None else crop)
     return _load(name, root, eval_splits(name, root), transform, **choice)

@@ -1,4 +1,4 @@
-"""Check a data set, or prepare one from its archives."""
+"""Check a dataset, or prepare one from its archives."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ SHOWN = 10  # of a kind of problem
 
 
 EXAMPLES = """examples:
-  counts, sizes, unreadable files, images in training and test alike:
+  counts, sizes, unreadable files, images that are in both training and test:
     python -m dataset check cub
   verify an archive, extract it and lay it out, then check:
     python -m dataset prepare cub CUB_200_2011.tgz
@@ -31,13 +31,15 @@ def parse(argv=None) -> argparse.Namespace:
         "--data-root",
         default=str(dataset.DATA_ROOT),
         metavar="DIR",
-        help="where the data sets are (default: data/ here); for folder and csv, the folder or the file",
+        help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
     common.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images; 0 for none")
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
     check.add_argument("name", choices=dataset.ALL)
-    check.add_argument("--test-classes", metavar="FILE", help="with folder: names of the classes to test on")
-    make = commands.add_parser("prepare", parents=[common], help="from archives to a data set", allow_abbrev=False)
+    check.add_argument("--test-classes", metavar="FILE", help="with folder: file with the names of the test classes")
+    make = commands.add_parser(
+        "prepare", parents=[common], help="lay out a dataset from its archives", allow_abbrev=False
+    )
     make.add_argument("name", choices=prepare.LAYOUTS)
     make.add_argument("archives", nargs="+", metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list")
     args = parser.parse_args(argv)
@@ -57,7 +59,7 @@ def run_prepare(name: str, root: str, archives: list[str]) -> None:
 
 
 def run_check(name: str, root: str, workers: int, test_classes: str | None) -> int:
-    """Print what the data set holds; the number of its problems."""
+    """Print what the dataset holds; returns the number of its problems."""
     published = dataset.BENCHMARKS[name].SIZES if name in dataset.BENCHMARKS else {}
     problems = []
     parts = {"train": []}
@@ -91,11 +93,11 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
         print(remark)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
     twice = duplicates({"train": parts["train"], "test": tests})
-    print(f"{len(twice)} images are in training and test alike" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))
+    print(f"{len(twice)} images are in both training and test" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))
     for problem in problems[:SHOWN]:
         print(f"  {problem}")
     if len(problems) > SHOWN:
-        print(f"  ... and {len(problems) - SHOWN:,} problems more")
+        print(f"  ... and {len(problems) - SHOWN:,} more problems")
     return len(problems)
 
 

@@ -1,4 +1,4 @@
-"""Decoded images in a memory-mapped file, so that a JPEG is decoded once on a machine and not once an epoch."""
+"""Decoded images in a memory-mapped file, so that a JPEG is decoded once per machine and not once per epoch."""
 
 import fcntl
 import hashlib
@@ -45,10 +45,10 @@ class Cache:
         return torch.from_numpy(image).permute(2, 0, 1)
 
     def build(self, workers: int, progress, report) -> None:
-        """Decode all images, unless that has been done, waiting for another process that is at it.
+        """Decode all images unless that has been done; if another process is doing it, wait.
 
-        progress(batches, description) shows how far it is, report(line) says what disk it needs and which other caches
-        in the folder may be removed.
+        progress(batches, description) shows the progress, report(line) says how much disk space is needed and which
+        other caches in the folder may be removed.
         Raises OSError where the disk is too small, BadFile for an image that cannot be read. The folder gets its name
         at the end, so what is unfinished is never read.
         """

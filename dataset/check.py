@@ -1,4 +1,4 @@
-"""A pass over all images of a data set: what can be read, how large it is, and what is there twice."""
+"""A pass over all images of a dataset: which can be read, how large they are, and which are there twice."""
 
 import hashlib
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Reading of data set files: folders, annotation tables and images."""
+"""Reads the files of datasets: folders, annotation tables and images."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class BadFile(ValueError):
-    """A data set file that is not what it should be; the message names it."""
+    """A file of a dataset that is not what it should be; the message names it."""
 
 
 def require(path: Path, source: str) -> Path:
@@ -40,7 +40,7 @@ def read_table(path: Path, columns: list[str], skip: int = 0) -> list[tuple[int,
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file. Raises BadFile for one that is none."""
+    """The lines of a text file. Raises BadFile if it is not a text file."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -66,7 +66,7 @@ def missing_files(paths: list[str]) -> list[str]:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(width, height) of an image, of which no more is read than its header. Raises BadFile with the path."""
+    """(width, height) of an image, from its header alone. Raises BadFile with the path."""
     return _open(path, lambda image: image.size)
 
 
@@ -93,14 +93,14 @@ def _decode(image):
 
 
 def _to_8_bits(pixels):
-    """Scale gray pixels of 16 bits, which 32 may hold; Pillow's own conversion would saturate at 255.
+    """Scale 16-bit gray pixels, which may be stored in 32 bits; Pillow's own conversion would saturate at 255.
 
-    Raises ValueError for what other ranges may have been meant by: the image would be all black or white.
+    Raises ValueError for pixels of another range, or that may be: the image would come out black or white.
     """
     low, high = pixels.min(), pixels.max()
     if pixels.dtype.kind == "f" or low < 0 or high > 65535 or 0 < high <= 255:
         raise ValueError(
             f"its pixels are {pixels.dtype.name} from {low:g} to {high:g}, expected 16 bits from 0 to 65535; "
-            "convert it to 8 bits a channel"
+            "convert it to 8 bits per channel"
         )
     return (pixels / 257).round().astype(np.uint8)

@@ -1,6 +1,6 @@
-"""One's own images, a folder a class: the first half of the sorted classes trains, the others test.
+"""Your own images in one folder per class: the first half of the sorted classes trains, the others test.
 
---test-classes FILE chooses the others instead: the names of their folders, one a line.
+--test-classes FILE chooses the test classes instead: the names of their folders, one per line.
 """
 
 import os
@@ -19,14 +19,15 @@ def splits(root: Path) -> list[str]:
 
 
 def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tuple[str, str]]:
-    """(path, class) of each image of the split; images are the files, at any depth, whose names end as images' do.
+    """(path, class) of each image of the split; images are files at any depth with an image's ending.
 
-    Raises BadFile for a class without images, fewer than two classes, or test classes that leave none or do not exist.
+    Raises BadFile for a class without images, for fewer than two classes, and for test classes that do not exist or
+    leave none to train.
     """
-    require(root, "--data-root is to be a folder with a folder a class.")
+    require(root, "--data-root must be a folder with one folder per class.")
     classes = _classes(root)
     if len(classes) < 2:
-        raise BadFile(f"{root} has too few folders ({len(classes)}): expected one a class, and at least two classes")
+        raise BadFile(f"{root} has too few folders ({len(classes)}): expected one per class, and at least two classes")
     tests = set(classes[len(classes) // 2 :]) if test_classes is None else _read_classes(test_classes, classes)
     found = []
     for name in classes:
@@ -50,7 +51,7 @@ class Found(NamedTuple):
 
 
 def find(folder: Path) -> Found:
-    """The images in a folder and the folders in it; a linked folder counts once, and not where it holds the folder."""
+    """The images in a folder and the folders in it; a linked one counts once, and not if it contains this folder."""
     images, linked, hidden = [], 0, 0
     seen = set(map(str, Path(os.path.realpath(folder)).parents))
     places = [folder]
@@ -73,11 +74,11 @@ def find(folder: Path) -> Found:
 
 
 def remarks(root: Path) -> list[str]:
-    """Lines on the images that are left out and those that are elsewhere."""
+    """Lines on the images that are left out and those in linked folders, if any."""
     hidden = find(root).hidden
     linked = sum(find(root / name).linked for name in _classes(root))
     return [
-        *([f"{hidden:,} images are left out: they, or the folders that they are in, are hidden"] if hidden else []),
+        *([f"{hidden:,} images are left out: they or their folders are hidden"] if hidden else []),
         *([f"{linked:,} images are in linked folders"] if linked else []),
     ]
 
@@ -96,7 +97,7 @@ def _classes(root):
 
 
 def _read_classes(path, classes):
-    require(path, "--test-classes names a file with the names of the test classes, one a line.")
+    require(path, "--test-classes names a file with the names of the test classes, one per line.")
     tests = {name: number for number, line in enumerate(read_lines(path), 1) if (name := line.strip())}
     for name, number in tests.items():
         if name not in classes:

@@ -1,7 +1,8 @@
-"""Glyphs: letters of many scripts from the fonts that matplotlib ships; one class a letter, one image a typeface.
+"""Glyphs: letters of many scripts from the fonts that matplotlib ships; one class per letter, one image per
+typeface.
 
-A small data set that needs no download: real training in minutes on a CPU. The images are drawn once, from fixed
-seeds, and then read from disk like those of the other data sets.
+A small dataset that needs no download: real training in minutes on a CPU. The images are drawn once, from fixed
+seeds, and then read from disk like those of the other datasets.
 """
 
 import os
@@ -23,13 +24,13 @@ SOURCE = "It is drawn when it is first used."
 LIKELY_CAUSE = (
     "files were removed, or other versions of matplotlib's fonts drew them; remove the folder to draw it again"
 )
-AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter is none
+AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter shows nothing
 
 RECIPE = {
     "model": "resnet18", "pretrained": "none", "image_size": 32, "embedding_size": 128, "batch_size": 64,
     "lr": 5e-4, "warm": 0, "bn_freeze": 0, "epochs": 6, "lr_decay_step": 3, "workers": 2,
 }  # fmt: skip
-CROP = 1.0  # in evaluation: seen whole, for the ink of accents reaches into the margin
+CROP = 1.0  # evaluation sees the whole image, because accents reach into the margin
 
 TYPEFACES = [
     *(
@@ -47,7 +48,7 @@ SAME_LOOK = 0.99  # cosine similarity of two drawings above which letters are on
 
 
 def samples(folder: Path, split: str) -> list[tuple[str, str]]:
-    """(path, letter) of each image of the split; draws the data set if it is not there."""
+    """(path, letter) of each image of the split; draws the dataset if it is not there."""
     if not folder.exists():
         draw(folder)
     letters = sorted(require(folder / split, f"Remove {folder} to draw it again.").glob("*/"))
@@ -55,7 +56,7 @@ def samples(folder: Path, split: str) -> list[tuple[str, str]]:
 
 
 def draw(folder: Path) -> None:
-    """Draw the data set into the folder, complete or not at all: it is drawn aside and then renamed."""
+    """Draw the dataset into the folder, complete or not at all: it is drawn elsewhere and then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".glyphs-", dir=folder.parent))
     try:
@@ -73,7 +74,7 @@ def draw(folder: Path) -> None:
         try:
             aside.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster
+            if not folder.exists():  # if it does, another process was faster
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

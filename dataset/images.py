@@ -14,10 +14,10 @@ from dataset.files import read_image
 
 
 class ImageDataset(Dataset):
-    """Images uint8 (3, H, W) and labels, numbers of classes; an item is (transform(image), label).
+    """Images, uint8 (3, H, W), and labels, the numbers of their classes; an item is (transform(image), label).
 
-    An item is asked for by its index or, where the transform is random, by a key (seed, epoch, index) or (seed, epoch,
-    view, index), which alone decides what the transform draws.
+    The key of an item is its index or, if the transform is random, (seed, epoch, index) or (seed, epoch, view, index);
+    what the transform draws depends on nothing else.
     """
 
     def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images"):
@@ -49,7 +49,7 @@ class ImageDataset(Dataset):
         return image, int(self.labels[index])
 
     def use_cache(self, folder: Path, workers: int, progress, report) -> None:
-        """Take the images from a Cache in this folder, built first where need be; see Cache.build."""
+        """Take the images from a Cache in this folder, built first if necessary; see Cache.build."""
         cache = Cache(folder, self.paths)
         cache.build(workers, progress, report)
         self.cache = cache
@@ -59,7 +59,7 @@ class ImageDataset(Dataset):
         return {image.path: image.problem for image in inspect(self.paths, workers) if image.problem}
 
     def leave_out(self, paths) -> None:
-        """Do without these images, before a cache is used; the others stay what they are."""
+        """Leave out these images, before a cache is used; the others keep their numbers."""
         kept = np.array([path not in paths for path in self.paths], dtype=bool)
         self.paths = [path for path, keep in zip(self.paths, kept) if keep]
         self.labels, self.numbers = self.labels[kept], self.numbers[kept]
@@ -94,7 +94,7 @@ def describe(splits: dict[str, ImageDataset]) -> str:
 
 
 def remark(test_sets: list[ImageDataset]) -> str:
-    """A line where the result of a search says nothing about the network, or nothing."""
+    """A line if the result of a search says nothing about the network, otherwise an empty text."""
     if len({images.classes[label] for images in test_sets for label in np.unique(images.labels)}) > 1:
         return ""
     return "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"

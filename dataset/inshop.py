@@ -24,7 +24,7 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
     """
     places = [folder / place / "list_eval_partition.txt" for place in ("Eval", "Anno", ".")]
     table = require(next((place for place in places if place.exists()), places[0]), SOURCE)
-    # Img/img first: where file names do not mind case, img is Img.
+    # Img/img first: where file names ignore case, img is Img.
     base = folder if (folder / "img").is_dir() and not (folder / "Img" / "img").is_dir() else folder / "Img"
     if not (base / "img").is_dir():
         highres = (
@@ -48,5 +48,5 @@ def check_images(paths: list[str]) -> None:
         if max(image.size) > 512:
             raise BadFile(
                 f"{paths[0]} is {image.width} x {image.height}: expected the 256-pixel images of img.zip; "
-                "likely cause: img_highres.zip was extracted in its place"
+                "likely cause: img_highres.zip was extracted instead"
             )

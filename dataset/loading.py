@@ -1,4 +1,4 @@
-"""Who reads the images and in which order: batches for training and evaluation, and passes over many files.
+"""The order of the images and the workers that read them: batches for training and evaluation, passes over files.
 
 Training draws keys (seed, epoch, index), one for each image of a batch, or (seed, epoch, view, index) where it has
 several views of each. The key is all that the randomness of an image's augmentation depends on, and (seed, epoch) all
@@ -38,7 +38,7 @@ class RandomBatches(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
-        """Choose the epoch, and how many of its batches are left out because they were done before."""
+        """Choose the epoch, and how many of its batches to leave out, because they are done."""
         self.epoch = epoch
         self.done = done
 
@@ -77,8 +77,8 @@ class BalancedBatches(RandomBatches):
         self.members = np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1)  # indices of each class
         if self.classes_per_batch > len(self.members):
             raise ValueError(
-                f"--batch-size {batch_size} with --IPC {images_per_class} needs {self.classes_per_batch} classes "
-                f"a batch, the training set has {len(self.members)}; choose a smaller --batch-size or a larger --IPC"
+                f"--batch-size {batch_size} with --IPC {images_per_class} needs {self.classes_per_batch} classes per "
+                f"batch, but the training set has {len(self.members)}; choose a smaller --batch-size or a larger --IPC"
             )
 
     def _batches(self, random):
@@ -129,10 +129,10 @@ def _worker_settings(workers):
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A signal to a whole job (Ctrl-C, SLURM) must not take the images away from a step that is to be finished."""
+    """A signal to a whole job (Ctrl-C, SLURM) must not end the workers before the step is finished."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # which kills it, should nobody end it before
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # which kills it, unless it is ended before
 
 
 def parallel(function, items: list, workers: int) -> DataLoader:

@@ -1,4 +1,4 @@
-"""From downloaded archives to the folder that a loader wants, safely: archives may come from anywhere."""
+"""Lays out downloaded archives as the folder that a loader expects, safely: archives may come from anywhere."""
 
 import fnmatch
 import hashlib
@@ -12,10 +12,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-MAX_BYTES = 50e9  # that an archive may extract to; the largest data set has some 3 GB
+MAX_BYTES = 50e9  # that an archive may extract to; the largest dataset has about 3 GB
 MAX_FILES = 1_000_000
 
-# Data set: {file or folder in an archive: its folder in the data set's}.
+# Dataset: {file or folder in an archive: the folder below the dataset's that it goes to}.
 LAYOUTS = {
     "cub": {"images": "."},
     "cars": {
@@ -49,8 +49,8 @@ def published_name(path: Path) -> str | None:
 def extract(archive: Path, folder: Path) -> Iterator[str]:
     """Extract a tar or zip archive, or copy any other file, into the folder; yields the names as they are written.
 
-    Raises ValueError for an archive that is damaged, larger than it may be, or has members that point out of the
-    folder or are not files, folders or links within it; OSError, naming the member, where it cannot be written.
+    Raises ValueError for an archive that is damaged, too large, or has members that point out of the folder or
+    are not files, folders or links within it; OSError, naming the member, where it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     room = min(MAX_BYTES, shutil.disk_usage(folder).free)
@@ -66,8 +66,8 @@ def extract(archive: Path, folder: Path) -> Iterator[str]:
             room -= size
             if room < 0 or count > MAX_FILES:
                 raise ValueError(
-                    f"{archive} holds more than {MAX_BYTES / 1e9:.0f} GB, than {MAX_FILES:,} files, "
-                    f"or than the disk of {folder} has room for"
+                    f"{archive} holds more than {MAX_BYTES / 1e9:.0f} GB, more than {MAX_FILES:,} files, "
+                    f"or more than the disk of {folder} has room for"
                 )
             write()
             yield name
@@ -97,14 +97,14 @@ def _zip_members(archive, folder):
 
 
 def prepare(name: str, root: Path, folder: str, archives: list[Path]) -> Iterator[str]:
-    """Lay out a data set in root/folder from archives and single files; yields each file's name as it is extracted.
+    """Lay out a dataset in root/folder from archives and single files; yields each file's name as it is extracted.
 
-    All is done beside the folder, which appears in one moment at the end. Raises OSError or ValueError, also where the
-    folder is there already.
+    All is done beside the folder, which appears complete at the end. Raises OSError or ValueError, also if the folder
+    exists already.
     """
     target, staging = root / folder, root / f"{folder}.preparing"
     if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is there already; remove it to prepare it anew")
+        raise FileExistsError(f"{target} exists already; remove it to prepare it again")
     for archive in archives:
         if not archive.is_file():
             raise FileNotFoundError(f"There is no archive {archive}")
@@ -122,7 +122,7 @@ def prepare(name: str, root: Path, folder: str, archives: list[Path]) -> Iterato
 
 
 def _place(source: Path, target: Path, layout: dict[str, str]) -> int:
-    """Move what the layout names, wherever it is below source, to its place below target; how many there were."""
+    """Move what the layout names, anywhere below source, to its place below target; returns how many there were."""
     placed = 0
     for parent, folders, files in os.walk(source):
         for entry in (*folders, *files):
@@ -130,8 +130,8 @@ def _place(source: Path, target: Path, layout: dict[str, str]) -> int:
             if place is not None:
                 (target / place).mkdir(parents=True, exist_ok=True)
                 if (target / place / entry).exists():
-                    raise ValueError(f"{entry} is twice in the archives")
+                    raise ValueError(f"{entry} is in the archives twice")
                 os.replace(Path(parent, entry), target / place / entry)
                 placed += 1
-        folders[:] = [folder for folder in folders if (Path(parent) / folder).exists()]  # what was moved has no inside
+        folders[:] = [folder for folder in folders if (Path(parent) / folder).exists()]  # without those just moved
     return placed

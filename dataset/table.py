@@ -1,4 +1,4 @@
-"""One's own images, listed in a CSV file with the columns path, label and split (train, eval, query or gallery).
+"""Your own images, listed in a CSV file with the columns path, label and split (train, eval, query or gallery).
 
 Paths are relative to the file's folder, or absolute.
 """
@@ -15,7 +15,7 @@ SPLITS = ("train", "eval", "query", "gallery")
 
 
 def splits(root: Path) -> list[str]:
-    """Those that the file has. Raises BadFile unless they are one way to test: eval, or query and gallery."""
+    """The splits in the file. Raises BadFile unless it tests with either eval, or query and gallery."""
     present = {split for _, _, split in _read(root)}
     if present - {"train"} not in ({"eval"}, {"query", "gallery"}):
         raise BadFile(
@@ -32,11 +32,11 @@ def samples(root: Path, split: str) -> list[tuple[str, str]]:
 def _read(path):
     """(path, label, split) of each row. Raises BadFile with the line of a row that does not fit.
 
-    An image that is twice among the test images would find itself, so it is an error, as it is among the training
-    images. It may both train and test: the gallery may well be the catalogue that the network was trained on.
+    An image listed twice among the test images would find itself, so this is an error, as it is among the training
+    images. An image may both train and test: the gallery may be the catalogue that the network was trained on.
     """
-    if require(path, "--data-root is to be the CSV file.").is_dir():
-        raise BadFile(f"{path} is a folder: with --dataset csv, --data-root is to be the CSV file")
+    if require(path, "--data-root must be the CSV file.").is_dir():
+        raise BadFile(f"{path} is a folder: with --dataset csv, --data-root must be the CSV file")
     rows, lines = [], {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

@@ -4,8 +4,8 @@ python misc/compare.py logs/logs_cub/* --save comparison.svg --save comparison.p
 
 Runs of one experiment are pooled to mean and standard deviation. They may differ in the seed and in what does not
 change the experiment: the device, the number of processes, the versions, paths, the number of epochs. A setting that
-some runs do not record, because an older version wrote them, sets no runs apart, unless those of the same experiment
-that do record it differ: then a run without it is none of theirs, and is named so. A folder counts once.
+some runs do not record, because an older version wrote them, does not separate runs, unless the other runs of the
+experiment differ in it: then a run without it has a group of its own, named so. A folder counts once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from proxy_anchor import console, figures, runs
 
 NOT_COMPARED = ("seed", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
-# How losses and settings are called; other settings under their own names.
+# What losses and settings are called; other settings have their own names.
 LOSSES = {
     "Proxy_Anchor": "Proxy-Anchor", "Proxy_NCA": "Proxy-NCA", "MS": "Multi-Similarity", "NPair": "N-pair",
     "Relaxed_Contra": "Relaxed contrastive",
@@ -51,7 +51,7 @@ class Group(NamedTuple):
 
 
 def read(folders: list[str]) -> list[Run]:
-    """The runs in these folders, each once. Raises FileNotFoundError or ValueError where there is none."""
+    """The runs in these folders, each once. Raises FileNotFoundError or ValueError if there is none."""
     found = {}
     for folder in map(Path, folders):
         config = runs.read_config(folder)
@@ -80,12 +80,12 @@ def pool(members: list[Run]) -> list[Group]:
 
 
 def agree(one: frozenset, other: frozenset) -> bool:
-    """Whether no name has two values in these (name, value)."""
+    """Whether no name has two values in these pairs (name, value)."""
     return len(dict(one | other)) == len(one | other)
 
 
 def names(settings: list[dict[str, str]]) -> list[str]:
-    """Of each of these, the loss and the values of what sets them apart."""
+    """A name for each: its loss, and its values of the settings that differ."""
     apart = {name for own in settings for name in own if len({other.get(name, own[name]) for other in settings}) > 1}
     # What the splits hold follows from other settings, but not always.
     for shown in (apart - {"loss", "sizes", "data"}, apart - {"loss"}):
@@ -130,7 +130,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def summary(members: list[Run]) -> list[str]:
-    """The cells of a line of the table."""
+    """The cells of one line of the table."""
     reached = [next(row for row in run.rows if row["R@1"] >= 0.95 * run.best) for run in members]
     return [
         str(len(members)),

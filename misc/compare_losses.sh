@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Six losses on glyphs, three seeds each, with one recipe and budget, drawn by compare.py into misc/losses.svg and .png.
-# The losses that compare images with each other need several of a class in a batch: for them, --IPC 4.
-# "misc/compare_losses.sh draw" draws the runs that are there.
+# The losses that compare images with each other need several images per class in a batch: they have --IPC 4.
+# "misc/compare_losses.sh draw" only draws the runs that exist.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 runs=$root/logs/losses  # of this script alone, and made anew

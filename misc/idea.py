@@ -19,7 +19,7 @@ import net
 from dataset import transforms
 from proxy_anchor import console, figures, losses, randomness, training
 
-LETTERS, ANCHOR = "AMST", 2  # the classes, and the one whose proxy is looked at
+LETTERS, ANCHOR = "AMST", 2  # the classes, and the one whose proxy has arrows
 SHOWN = 7  # images of each
 EARLY, STEPS = 2, 60
 SEED = 715  # with it the proxies begin far from each other
@@ -59,8 +59,8 @@ def train(images: torch.Tensor, labels: torch.Tensor, steps: list[int]) -> list[
 def slopes(embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The loss's derivative (N, C) by the similarity of each embedding and each proxy.
 
-    The loss knows its input by the products with the proxies alone. With unit vectors for proxies, an embedding's
-    coordinates are these products, and so the derivative by one is that by the other.
+    The loss depends on embeddings only through their products with the proxies. With unit vectors as proxies, these
+    products are an embedding's coordinates, so the derivative by one is the derivative by the other.
     """
     criterion = losses.ProxyAnchor(len(proxies), len(proxies))
     similarities = (embeddings @ proxies.T).requires_grad_()
@@ -133,8 +133,15 @@ def main(argv=None):
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[console.options()],
     )  # fmt: skip
-    parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR", help="where glyphs is, or comes")
-    parser.add_argument("--save", action="append", required=True, metavar="FILE", help="the picture; several times")
+    parser.add_argument(
+        "--data-root",
+        default=str(dataset.DATA_ROOT),
+        metavar="DIR",
+        help="folder of the datasets; glyphs is drawn if it is not there",
+    )
+    parser.add_argument(
+        "--save", action="append", required=True, metavar="FILE", help="the picture; may be given several times"
+    )
     args = parser.parse_args(argv)
     with console.errors_in_one_line("idea.py", args.debug):
         images, labels = read_letters(args.data_root)

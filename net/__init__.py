@@ -25,7 +25,7 @@ class EmbeddingNet(nn.Module):
     """Images (B, 3, H, W) -> embeddings (B, D), through the published head.
 
     The backbone is `model` and the embedding layer `model.embedding`, so that keys agree with published checkpoints.
-    forward takes images as the backbone's weights want them; `normalize` makes them so from uint8 RGB. start: of the
+    forward takes images normalized as the backbone's weights expect; `normalize` does this to uint8 RGB. start: of the
     embedding layer's weights, one of STARTS.
     """
 
@@ -52,7 +52,7 @@ class EmbeddingNet(nn.Module):
         return embeddings
 
     def train(self, mode: bool = True):
-        """As of every module, but with bn_freeze BatchNorm layers stay in eval mode and keep their statistics."""
+        """As for every module, but with bn_freeze BatchNorm layers stay in eval mode and keep their statistics."""
         super().train(mode)
         if self.bn_freeze:
             for norm in self.model.norms():
@@ -75,7 +75,7 @@ def options(training: bool) -> argparse.ArgumentParser:
         default=512,
         type=int,
         metavar="D",
-        help="dimensions of an embedding; fewer make a search faster and recall lower",
+        help="dimensions of an embedding; fewer make search faster and recall lower",
     )
     group.add_argument(
         "--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length, as published"
@@ -92,7 +92,7 @@ def options(training: bool) -> argparse.ArgumentParser:
             "--pretrained",
             default="imagenet",
             metavar="imagenet|none|PATH",
-            help="weights of the backbone to start from; none to start from scratch, PATH for a file of them",
+            help="weights that the backbone starts from: ImageNet's, none (from scratch) or those of a file",
         )
     return parser
 
@@ -106,7 +106,7 @@ def create(
     pretrained: "imagenet" (downloaded once into torch's cache), "none" or None, or the path of a backbone weights file.
     bn_freeze: BatchNorm keeps its statistics; its weights and biases start with requires_grad False, as published.
     start: of the embedding layer, "kaiming", or "orthogonal" with rows of length 1.
-    Raises OSError or ValueError where the weights cannot be had.
+    Raises OSError or ValueError if the weights cannot be loaded.
     """
     backbone = BACKBONES[name]()
     if pretrained not in ("none", None):

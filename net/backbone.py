@@ -1,4 +1,4 @@
-"""What the embedding network asks of a backbone; nothing outside net/ asks which one it is."""
+"""What the embedding network needs from a backbone; nothing outside net/ asks which one it is."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import nn
 class Backbone:
     """Mix-in of a backbone, which adds num_features, C, and features(images (B, 3, H, W)) -> (B, C, H', W').
 
-    mean, std, bgr: the images that its ImageNet weights want, see Normalize. epsilon: of the l2 norm behind it.
+    mean, std, bgr: how its ImageNet weights expect images, see Normalize. epsilon: of the l2 norm that follows.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -29,8 +29,8 @@ class Backbone:
 class Normalize(nn.Module):
     """uint8 RGB images (B, 3, H, W) -> float32 as a backbone's ImageNet weights expect them.
 
-    bgr: Caffe's format, channels blue, green, red, values 0-255; else red, green, blue, values 0-1. From these the mean
-    is subtracted, and the rest divided by std. Nothing of it is in the state dict: published checkpoints lack it.
+    bgr: Caffe's format, channels blue, green, red, values 0-255; else red, green, blue, values 0-1. The mean is then
+    subtracted, and the result divided by std. Neither is in the state dict: published checkpoints lack them.
     """
 
     def __init__(self, mean, std, bgr: bool):

@@ -20,10 +20,10 @@ TIMEOUT = 60  # seconds without a byte
 
 
 def imagenet_file(name: str) -> Path:
-    """The backbone's ImageNet weights in torch's cache, downloaded if need be.
+    """The backbone's ImageNet weights in torch's cache, downloaded if necessary.
 
     The file is checked against the hash in its name. Raises OSError, saying which file to fetch by hand and where to
-    put it, if it cannot be had.
+    put it, if the download fails.
     """
     url = URLS[name]
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
@@ -55,7 +55,7 @@ def _sha256(path):
 def load_weights(backbone: torch.nn.Module, path: Path) -> None:
     """Load a file of backbone weights (keys as in torchvision, or BN-Inception's Caffe names), strictly.
 
-    Raises FileNotFoundError, or ValueError where the file is no such state dict.
+    Raises FileNotFoundError, or ValueError if the file is not such a state dict.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no weights file {path}")
@@ -63,7 +63,7 @@ def load_weights(backbone: torch.nn.Module, path: Path) -> None:
         if zipfile.is_zipfile(path):  # torch does not look at the checksums
             with zipfile.ZipFile(path) as file:
                 if part := file.testzip():
-                    raise ValueError(f"its part {part} does not have its checksum")
+                    raise ValueError(f"the checksum of its part {part} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on damaged files, with advice that is not ours
         raise ValueError(

@@ -46,7 +46,7 @@ def test_libraries_that_are_missing_are_named(tmp_path):
 
 
 def gpu_script(tmp_path, python, *arguments):
-    """Run benchmarks/gpu.sh with a shell script in place of Python."""
+    """Run benchmarks/gpu.sh with a shell script instead of Python."""
     (tmp_path / "python").write_text(f"#!/bin/bash\n{python}\n")
     (tmp_path / "python").chmod(0o755)
     command = ["bash", BENCHMARKS / "gpu.sh", *arguments]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import net
-from dataset.transforms import Normalize
-from proxy_anchor import device, evaluation, losses, retrieval, training
+from proxy_anchor import hardware, losses, retrieval, training
+from proxy_anchor.embedding import Embedder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def without_tf32():
-    device.select(0)
+    hardware.select(0)
 
 
 @contextmanager
@@ -103,17 +104,16 @@ def test_search_of_gaussian_embeddings():
 # The networks
 
 
-def build(name, place):
-    """A network whose BatchNorm statistics are those of images, for else its values leave the range of fp16."""
+def build(name, device, amp="none", compiled=False):
+    """An Embedder of a network with the BatchNorm statistics of images, without which its values overflow fp16."""
     torch.manual_seed(0)
     network = net.create(name, 64)
-    normalize = Normalize(network.bgr)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the mean of all batches
+    for norm in network.model.norms():
+        norm.train()
+        norm.momentum = None  # the mean of all batches
     with torch.no_grad():
-        network.train()(normalize(photographs(8, 96)))
-    return device.place(network, place), normalize.to(place)
+        network(network.normalize(photographs(8, 96)))
+    return Embedder(network, device, amp, compiled)
 
 
 def photographs(count, size):
@@ -128,32 +128,24 @@ def photographs(count, size):
 )
 def test_embeddings(name, amp, tolerance):
     embeddings = []
-    for place, precision in ((GPU, amp), (CPU, "none")):
-        network, normalize = build(name, place)
-        batches = device.feed([(photographs(4, 224), torch.arange(4))], place, normalize)
-        found, labels = evaluation.embed(network, batches, 4, device.Precision(precision, place))
-        assert found.device == place and torch.equal(labels.cpu(), torch.arange(4))
+    loader = DataLoader(TensorDataset(photographs(4, 224), torch.arange(4)), batch_size=4)
+    for device, precision in ((GPU, amp), (CPU, "none")):
+        found, labels = build(name, device, precision).embed(loader)
+        assert found.device == device and torch.equal(labels.cpu(), torch.arange(4))
         embeddings.append(found)
     assert_close(*embeddings, tolerance)
 
 
-def step(name, place, amp="none", compiled=False, size=96):
+def step(name, device, amp="none", compiled=False):
     """Loss and gradients of a step of training."""
-    network, normalize = build(name, place)
-    criterion = losses.ProxyAnchor(4, 64).to(place)
-    if compiled:
-        network.compile()
-    training.set_train_mode(network, bn_freeze=True)
-    precision = device.Precision(amp, place)
-    ((images, labels),) = device.feed([(photographs(8, size), torch.arange(8) % 4)], place, normalize)
-    with precision.autocast():
-        embeddings = network(images)
-    loss = criterion(training.in_full_precision(embeddings), labels)
+    embedder = build(name, device, amp, compiled)
+    network, criterion = embedder.network.train(), losses.ProxyAnchor(4, 64).to(device)
+    ((images, labels),) = embedder.batches([(photographs(8, 96), torch.arange(8) % 4)])
+    loss = criterion(embedder(images), labels)
     scale = 256 if amp == "fp16" else 1  # else small gradients are lost
     (scale * loss).backward()
-    gradients = [
-        p.grad.flatten() / scale for p in [*network.parameters(), *criterion.parameters()] if p.grad is not None
-    ]
+    parameters = [*network.parameters(), *criterion.parameters()]
+    gradients = [p.grad.flatten() / scale for p in parameters if p.grad is not None]
     return loss.detach().cpu(), torch.cat(gradients).cpu()
 
 
@@ -178,22 +170,19 @@ def test_faster_step(name, change, tolerance):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_no_step_waits_for_the_gpu(amp, optimizer):
     """Network, loss, backward pass, unscaling, clipping and the fused optimizer."""
-    network, _ = build("resnet18", GPU)
-    criterion = losses.ProxyAnchor(4, 64).to(GPU)
-    optimizer = training.create_optimizer(optimizer, network, criterion, 1e-4, 1e-2, 1e-4)
-    precision = device.Precision(amp, GPU)
-    images, labels = torch.randn(8, 3, 64, 64, device=GPU), torch.arange(8, device=GPU) % 4
+    embedder = build("resnet18", GPU, amp)
+    network, scaler, criterion = embedder.network.train(), embedder.scaler, losses.ProxyAnchor(4, 64).to(GPU)
+    optimizer = training.create_optimizer(optimizer, network, criterion, 1e-4, 1e-4)
+    images, labels = photographs(8, 64).to(GPU), torch.arange(8, device=GPU) % 4
 
     def one():
-        with precision.autocast():
-            embeddings = network(images)
-        loss = criterion(training.in_full_precision(embeddings), labels)
+        loss = criterion(embedder(images), labels)
         optimizer.zero_grad()
-        precision.scaler.scale(loss).backward()
-        precision.scaler.unscale_(optimizer)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_value_(network.parameters(), 10)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
 
     one()  # what is made at first may wait
     with no_waiting():

@@ -363,7 +363,7 @@ def test_wrong_batch_sizes():
         RandomBatches(np.zeros(9), 10, seed=1)
     with pytest.raises(ValueError, match="between 1 and the batch size"):
         BalancedBatches(np.zeros(9), 4, 5, seed=1)
-    with pytest.raises(ValueError, match="needs 4 classes a batch, the training set has 2"):
+    with pytest.raises(ValueError, match="needs 4 classes per batch, but the training set has 2"):
         BalancedBatches(np.repeat([0, 1], 5), 8, 2, seed=1)
 
 

@@ -159,6 +159,16 @@ def test_evaluation_is_the_same(total, gallery, monkeypatch):
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
 
 
+def test_silent_processes_print_names_of_any_bytes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with distributed.processes(0):
+        print(os.fsdecode(b"\xff.jpg"))
+
+
 def torchrun(processes, script, *arguments, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     arguments = [str(argument) for argument in arguments]
@@ -193,10 +203,10 @@ def test_torchrun(cub_root, tmp_path):
     flags = [*common, "--batch-size", 8, "--pretrained", "none", "--optimizer", "sgd", "--epochs", 2]
     done = torchrun(2, "train.py", *flags, "--LOG_DIR", tmp_path / "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.count("epoch  1") == 1 and "2 processes: of each batch of 8 images, a process has 4." in done.stdout
-    )
+    assert done.stdout.count("epoch  1") == 1 and "2 processes: each takes 4 of the 8 images of a batch." in done.stdout
     assert len(list(tmp_path.glob("two/logs_cub/*"))) == 1
+    done = torchrun(2, "train.py", *flags, "--LOG_DIR", tmp_path / "two", "--resume", "auto", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("has finished its 2 epochs") == 1
     script.main([str(argument) for argument in [*flags, "--LOG_DIR", tmp_path / "one"]])
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-4)
@@ -227,11 +237,11 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     output = []
     for line in agent.stdout:
         output.append(line)
-        if line.startswith("epoch  1") and not any(line.startswith("Going on") for line in output):
+        if line.startswith("epoch  1") and not any(line.startswith("Resuming") for line in output):
             children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
     assert agent.wait(timeout=60) == 0
-    assert any(line.startswith("Going on in") for line in output)
+    assert any(line.startswith("Resuming") for line in output)
 
     done = torchrun(2, "train.py", *flags, "--epochs", 6, "--LOG_DIR", tmp_path / "one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -262,7 +272,7 @@ def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
             agent.terminate()
             break
     _, error = agent.communicate(timeout=120)
-    assert "train.py: stopped by SIGTERM; all is saved" in error
+    assert "train.py: stopped by SIGTERM; everything is saved" in error
     (last,) = tmp_path.glob("logs_cub/*/last.pth")
     assert checkpoint.read(last)["progress"]["epoch"] >= 2
 
@@ -292,7 +302,7 @@ def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
 
 def test_batch_smaller_than_the_processes(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 8)
-    assert distributed.describe(180) == "8 processes: of each batch of 180 images, a process has 22 or 23.\n"
+    assert distributed.describe(180) == "8 processes: each takes 22 or 23 of the 180 images of a batch.\n"
     with pytest.raises(ValueError, match="cannot be divided among 8 processes"):
         distributed.describe(7)
 

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import net
-from dataset.transforms import Normalize
-from proxy_anchor import device, evaluation, losses, retrieval, training
+from proxy_anchor import losses, retrieval, training
+from proxy_anchor.embedding import Embedder
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -120,30 +120,27 @@ def test_rivals(on_fake_cuda, name):
     assert value.device == GPU and value.shape == ()
 
 
+class Batches(list):
+    """A loader of two images in all; a DataLoader looks at a random number."""
+
+    dataset = range(2)
+
+
+@pytest.mark.parametrize("amp, dtype", [("none", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 @pytest.mark.parametrize("name", ["bn_inception", "googlenet", "resnet50"])
-def test_networks(fake_cuda, name):
-    """Evaluation in each precision, images as the loader gives them."""
+def test_networks(fake_cuda, name, amp, dtype):
+    """Evaluation in each precision, images as the loader gives them; they reach the network in channels_last."""
     network = net.create(name, 8)
-    products = []
+    images, products = [], []
+    network.register_forward_pre_hook(lambda module, inputs: images.extend(inputs))
     network.model.embedding.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
-    normalize = Normalize(network.bgr)
     with fake_cuda():
-        device.place(network, GPU)
-        for amp in ("none", "bf16", "fp16"):
-            batch = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2)
-            batches = device.feed([batch], GPU, normalize.to(GPU))
-            embeddings, labels = evaluation.embed(network, batches, 2, device.Precision(amp, GPU))
-            assert embeddings.device == labels.device == GPU
-            assert embeddings.dtype == torch.float32 and embeddings.shape == (2, 8)
-    assert products == [torch.float32, torch.bfloat16, torch.float16]
-
-
-def test_feed(fake_cuda):
-    normalize = Normalize(bgr=True)
-    with fake_cuda():
-        batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2)
-        ((images, labels),) = device.feed([batch], GPU, normalize.to(GPU))
-        assert images.device == labels.device == GPU and images.is_contiguous(memory_format=torch.channels_last)
+        loader = Batches([(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2))])
+        embeddings, labels = Embedder(network, GPU, amp).embed(loader)
+        assert embeddings.device == labels.device == images[0].device == GPU
+        assert embeddings.dtype == torch.float32 and embeddings.shape == (2, 8)
+        assert images[0].is_contiguous(memory_format=torch.channels_last)
+    assert products == [dtype]
 
 
 @pytest.mark.parametrize("amp", ["none", "fp16"])
@@ -152,9 +149,8 @@ def test_optimizers(fake_cuda, name, amp):
     """Unscaling, clipping and the step; with fp16 only a fused optimizer can skip a step without a look."""
     network, criterion = net.create("resnet18", 8), losses.ProxyAnchor(4, 8)
     with fake_cuda():
-        device.place(network, GPU)
-        optimizer = training.create_optimizer(name, network, criterion.to(GPU), 1e-4, 1e-2, 1e-4)
-        scaler = device.Precision(amp, GPU).scaler
+        scaler = Embedder(network, GPU, amp).scaler
+        optimizer = training.create_optimizer(name, network, criterion.to(GPU), 1e-4, 1e-4)
         assert scaler.is_enabled() == (amp == "fp16")
         for parameter in [*network.parameters(), *criterion.parameters()]:
             parameter.grad = torch.zeros_like(parameter)

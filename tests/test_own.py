@@ -66,7 +66,7 @@ def test_hidden_folders_are_left_out_and_links_followed_once(tmp_path, capsys):
     assert [path for path in train_set.paths if "again" in path] == [str(root / "ant" / "again" / "0.jpg")]
     dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
     out = capsys.readouterr().out
-    assert "\n3 images are left out: they, or the folders that they are in, are hidden\n" in out  # with .hidden.jpg
+    assert "\n3 images are left out: they or their folders are hidden\n" in out  # with .hidden.jpg
     assert "\n4 images are in linked folders\n" in out
 
 
@@ -118,7 +118,7 @@ def test_csv_with_a_gallery_and_a_byte_order_mark(tmp_path):
             r"too few folders \(1\)",
         ),
         (lambda root: [path.unlink() for path in (root / "bee").rglob("*.jpg")], "bee has no images"),
-        (shutil.rmtree, "There is no .*a folder a class"),
+        (shutil.rmtree, "There is no .*one folder per class"),
     ],
 )
 def test_wrong_folder_is_an_error(tmp_path, break_it, words):

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import kills
@@ -19,6 +21,7 @@ import train
 from proxy_anchor import checkpoint, files, randomness, runs, stopping
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.logbook import Logbook
+from proxy_anchor.running import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -55,6 +58,19 @@ def stop_at(monkeypatch, moment, signum=signal.SIGTERM):
             yield batch
 
     monkeypatch.setattr(Embedder, "batches", batches)
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (stopping.Interrupted(signal.SIGTERM), 1), (ValueError(), 1)])
+def test_wandb_is_told_how_a_run_ends(tmp_path, error, code):
+    codes = []
+    config = {"model": "m", "embedding_size": 1, "image_size": 32, "l2_norm": 1, "crop": 1.0}
+    log = Logbook(tmp_path, "cub", "m", "name", config, wandb_mode="disabled")
+    log.wandb = types.SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    with suppress(stopping.Interrupted, ValueError), Run(log, torch.nn.Linear(1, 1)) as run:
+        for _ in run.epochs(1):
+            if error:
+                raise error
+    assert codes == [code] and (run.log.folder / runs.LAST).exists() == isinstance(error, stopping.Interrupted)
 
 
 # An epoch is 6 batches of training and 3 of evaluation.
@@ -101,12 +117,14 @@ def test_resume_by_path_takes_the_arguments_of_the_run(cub_root, tmp_path, unint
     assert (args.model, args.batch_size, args.epochs, args.workers) == ("resnet18", 4, 3, 0)
 
 
-def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys, epochs):
+    """Also where it has finished."""
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     with pytest.raises(SystemExit) as refused:
-        train.main(["--resume", str(folder), "--epochs", "2", "--lr", "0.5", "--warm", "0"])
+        train.main(["--resume", str(folder), "--epochs", str(epochs), "--lr", "0.5", "--warm", "0"])
     error = capsys.readouterr().err
     assert refused.value.code == 1
     assert "lr: 0.0001, now 0.5" in error and "warm: 1, now 0" in error and "epochs" not in error
@@ -127,7 +145,7 @@ def test_resume_with_other_classes_is_refused(tmp_path, capsys):
     lists[0].write_text(lists[1].read_text())
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(folder), "--epochs", "2"])
-    assert refused.value.code == 1 and "data: other images, or other classes of them" in capsys.readouterr().err
+    assert refused.value.code == 1 and "data: other images or classes than the run had" in capsys.readouterr().err
     lists[0].write_text("ant\nbee\n")
     (root / "dog").rename(root / "cow")
     with pytest.raises(SystemExit):
@@ -188,6 +206,8 @@ def test_best_network_is_that_of_its_results_after_a_kill_in_between(cub_root, t
         patch.setattr(Logbook, "save_best", save_best)
         train.main(arguments(cub_root, tmp_path))
     assert killed == [0] and not list(run_folder(tmp_path).glob("*best*"))
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))  # also where no epoch is left
+    assert len(list(run_folder(tmp_path).glob("*best*"))) == 2
     train.main(arguments(cub_root, tmp_path, epochs=3, resume="auto"))
     kills.assert_identical(kills.outcome(tmp_path), kills.outcome(uninterrupted))
 
@@ -232,7 +252,7 @@ def test_finished_run_is_left_as_it_is(cub_root, tmp_path, capsys, how):
     folder = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto" if how == "auto" else folder))  # exit status 0
-    assert f"{folder} has finished its 1 epochs: nothing to do" in capsys.readouterr().out
+    assert f"{folder} has finished (epochs: 1): nothing to do" in capsys.readouterr().out
     assert run_folder(tmp_path) == folder and {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -330,7 +350,7 @@ def test_signal_to_a_running_command(cub_root, tmp_path, whole_job):
     (os.killpg if whole_job else os.kill)(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert "train.py: stopped by SIGTERM; all is saved" in error and "Traceback" not in error
+    assert "train.py: stopped by SIGTERM; everything is saved" in error and "Traceback" not in error
     with open(run_folder(tmp_path) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     progress = checkpoint.read(run_folder(tmp_path) / "last.pth")["progress"]
@@ -368,7 +388,7 @@ def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
     assert failed.value.code == 1 and ".pth cannot be written" in error and "MB free" in error
-    assert checkpoint.epochs_done(folder / "last.pth") == 1
+    assert checkpoint.progress(folder / "last.pth")["epoch"] == 1
     train.main(["--resume", str(folder), "--epochs", "3"])
     rows = (folder / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["0", "1", "2"]

@@ -276,7 +276,7 @@ def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
         network.model.embedding.weight.zero_()
     assert evaluate_untrained(cub_root, tmp_path, network)["R@1"] == 0
     assert (
-        "18 of 18 queries are nearest to an image of their class and, exactly as near, one of another: misses here, "
+        "18 of 18 queries have an image of their class and one of another tied for first place: misses here, "
         "hits by the published rule, by which R@1 is 100.00 instead of 0.00.\n"
     ) in capsys.readouterr().out
     evaluate_untrained(cub_root, tmp_path)

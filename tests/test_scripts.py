@@ -17,7 +17,7 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8"
@@ -138,6 +138,19 @@ def test_checkpoint_says_how_it_is_used(trained, cub_root, capsys, name):
             evaluate.main(flags + contradiction)
         assert error.value.code == 2
         assert re.search(rf"{contradiction[0]}: the checkpoint was trained with \w+, not", capsys.readouterr().err)
+
+
+def test_crop_that_a_checkpoint_or_a_run_does_not_tell_is_the_former(tmp_path):
+    """Releases that did not record it cropped glyphs as all others; today's network sees them whole."""
+    network = net.create("resnet18", 8)
+    former = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+    checkpoint.save(tmp_path / "former.pth", network, former)
+    assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).crop == 0.875
+    assert runs.differences(former, former | {"crop": 0.875}) == []
+    assert runs.differences(former, former | {"crop": dataset.own_crop("glyphs")}) == ["crop: 0.875, now 1.0"]
+    checkpoint.save(tmp_path / "damaged.pth", network, None)
+    with pytest.raises(ValueError, match="damaged: its record of the network is None"):
+        checkpoint.contract(tmp_path / "damaged.pth")
 
 
 def test_second_run_is_the_same_and_overwrites_nothing(trained, cub_root, capsys):
@@ -310,7 +323,7 @@ def test_usage_errors(cub_root, tmp_path, capsys, changed, message):
     [
         ({"data-root": "nowhere"}, r"There is no nowhere/CUB_200_2011/images\. Get CUB_200_2011.tgz"),
         ({"batch-size": 25}, "batch size 25 is larger than the training set of 24"),
-        ({"batch-size": 24, "IPC": 2}, "needs 12 classes a batch, the training set has 4"),
+        ({"batch-size": 24, "IPC": 2}, "needs 12 classes per batch, but the training set has 4"),
         ({"pretrained": "nowhere.pth"}, "There is no weights file nowhere.pth"),
         ({"LOG_DIR": "/dev/null/x"}, "/dev/null"),
     ],

@@ -88,7 +88,7 @@ def inshop(root, table="Eval", images="Img", train=2, test=3):
 
 
 def folder(root, classes=("ant", "bee", "cat", "dog", "eel"), images=6):
-    """One's own images: a folder a class."""
+    """Your own images: one folder per class."""
     for c, name in enumerate(classes):
         for i in range(images):
             write_image(root / name / ("more" if i == 0 else ".") / f"{i}.jpg", 100 * c + i)

@@ -1,0 +1,47 @@
+import pytest
+import torch
+from torch import channels_last
+
+import net
+from proxy_anchor import hardware
+from proxy_anchor.embedding import Embedder
+
+CPU = torch.device("cpu")
+
+
+class Recorder(torch.nn.Module):
+    """A network that writes down which images reach it."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = net.Normalize((104, 117, 128), (1, 1, 1), bgr=True)
+
+    def forward(self, images):
+        self.reached = images
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize("size, fast", [(32, False), (64, False), (96, True), (224, True)])
+def test_large_images_reach_the_network_in_channels_last_on_a_cpu(size, fast):
+    images, network = torch.randint(256, (2, 3, size, size), dtype=torch.uint8), Recorder()
+    embeddings = Embedder(network, CPU)(images)
+    reached = network.reached
+    assert reached.is_contiguous(memory_format=channels_last) == fast and reached.is_contiguous() != fast
+    assert torch.equal(reached, network.normalize(images)) and torch.equal(embeddings, reached.flatten(1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "bn_inception", "googlenet"])
+def test_the_images_layout_is_that_of_the_whole_network(name):
+    """The convolutions of a network placed on a CPU take it over, and embeddings change by rounding alone."""
+    network = hardware.place(net.create(name, 8), CPU).eval()
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        features = network.model.features(images.contiguous(memory_format=channels_last))
+        assert features.is_contiguous(memory_format=channels_last)
+        expected = network.model.features(images)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_layout_on_other_devices():
+    assert hardware.memory_format(torch.device("cuda", 0), 32) == channels_last
+    assert hardware.memory_format(torch.device("mps"), 224) == torch.contiguous_format

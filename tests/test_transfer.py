@@ -161,7 +161,7 @@ def test_two_processes_are_one(teacher, cub_root, tmp_path):
     flags = {"optimizer": "sgd", "lr": 1e-2, "bn-freeze": 1}
     done = torchrun(2, "transfer.py", *arguments(teacher, cub_root, tmp_path / "two", **flags), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "2 processes: of each batch of 8 images, a process has 4." in done.stdout
+    assert "2 processes: each takes 4 of the 8 images of a batch" in done.stdout
     transfer.main(arguments(teacher, cub_root, tmp_path / "one", **flags))
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-4)

@@ -147,9 +147,11 @@ ADVICE = {
 @contextmanager
 def errors_in_one_line(script: str, debug: bool):
     """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
-    for stream in (sys.stdout, sys.stderr):  # file names may be of any bytes
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this, as with 2>&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may be of any bytes
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -408,6 +408,13 @@ def test_shared_memory_that_is_too_small(cub_root, tmp_path):
     assert re.search(r"train.py: error: .*/dev/shm is too small for the workers: choose fewer --workers", done.stderr)
 
 
+def test_closed_streams(cub_root, tmp_path):
+    """As of a service: what would be printed is lost, and nothing else."""
+    flags = [*arguments(cub_root, epochs=1, LOG_DIR=tmp_path), "--pretrained", "none"]
+    assert run_limited("exec >&- 2>&-", *flags).returncode == 0
+    assert (tmp_path / "logs_cub" / RUN / "last.pth").exists()
+
+
 def test_embeddings_that_are_not_finite(trained, cub_root, tmp_path, capsys):
     content = torch.load(trained / "cub_resnet18_best.pth", weights_only=True)
     content["model_state_dict"]["model.embedding.bias"][0] = float("nan")

@@ -103,8 +103,14 @@ def existing(path: Path) -> list[Path]:
 
 
 def epochs_done(folder: Path) -> int:
-    """The finished epochs of the run in a folder."""
-    return checkpoint.epochs_done(folder / LAST) if (folder / LAST).exists() else 0
+    """The finished epochs of the run in a folder. Raises FileNotFoundError where it has results, but no last.pth."""
+    if (folder / LAST).exists():
+        return checkpoint.epochs_done(folder / LAST)
+    if best := sorted(folder.glob("*_best.pth")):  # which is written after it
+        raise FileNotFoundError(
+            f"{folder} has {best[0].name}, but no {LAST} to continue from; to train anew beside it, leave --resume out"
+        )
+    return 0
 
 
 def folder(path: str) -> Path:

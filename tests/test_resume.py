@@ -236,6 +236,19 @@ def test_finished_run_is_left_as_it_is(cub_root, tmp_path, capsys, how):
     assert run_folder(tmp_path) == folder and {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_run_without_its_last_checkpoint_is_left_as_it_is(cub_root, tmp_path, capsys, how):
+    """Somebody may have made room once it was finished."""
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    (folder / "last.pth").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as refused:
+        train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto" if how == "auto" else folder))
+    assert refused.value.code == 1 and "no last.pth to continue from" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("path", ["nowhere", "nowhere/last.pth"])
 def test_no_run_to_resume(tmp_path, capsys, path):
     with pytest.raises(SystemExit) as refused:

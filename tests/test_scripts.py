@@ -292,6 +292,7 @@ def fails(capsys, script, argv, message, status=1):
         ({"lr": 0}, "--lr: 0.0 is not positive"),
         ({"lr": "nan"}, "--lr: nan is not positive"),
         ({"epochs": -1}, "--epochs: -1 is negative"),
+        ({"epochs": 0, "resume": "auto"}, "--epochs: 0 evaluates an untrained network"),
         ({"IPC": 9}, "--IPC: 9 images per class do not fit into a batch of 8"),
         ({"model": "bn_inception", "image-size": 300}, "--image-size: bn_inception cannot take images of 300"),
         ({"gpu-id": "x"}, "--gpu-id: invalid int"),

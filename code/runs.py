@@ -114,8 +114,8 @@ def epochs_done(folder: Path) -> int:
 
 
 def folder(path: str) -> Path:
-    """The folder of a run, which may be named by a file in it."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
+    """The folder of a run, which may be named by a file in it; a path to nothing stays what it is."""
+    return Path(path).parent if Path(path).is_file() else Path(path)
 
 
 def read_config(folder: Path) -> dict:

@@ -253,7 +253,14 @@ def test_run_without_its_last_checkpoint_is_left_as_it_is(cub_root, tmp_path, ca
 def test_no_run_to_resume(tmp_path, capsys, path):
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(tmp_path / path)])
-    assert refused.value.code == 2 and "There is no run to resume in" in capsys.readouterr().err
+    assert refused.value.code == 2
+    assert f"There is no run to resume in {tmp_path / path}" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_mistyped_name_in_the_folder_of_a_run_resumes_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    test_no_run_to_resume(tmp_path, capsys, "last")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"nonsense"])

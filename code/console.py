@@ -133,7 +133,7 @@ def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: in
         images.use_cache(cache, workers, progress, report=print)
 
 
-# What torch says when something runs out, and what to do about it.
+# What torch says when something runs out or does not suffice, and what to do about it.
 ADVICE = {
     r"shared memory|</torch_|Bus error": "/dev/shm is too small for the workers: choose fewer --workers (0 needs none) "
     "or make it larger (docker run --shm-size=8g)",
@@ -141,6 +141,8 @@ ADVICE = {
     "smaller --batch-size or --image-size, or fewer --workers",
     r"exited unexpectedly": "A worker ended without a reason given, most often because /dev/shm is too small for the "
     "workers: choose fewer --workers (0 needs none) or make it larger (docker run --shm-size=8g)",
+    r"more than 1 value per channel": "BatchNorm cannot train on a single image: choose a larger --batch-size, or "
+    "--bn-freeze 1",
 }
 
 

@@ -416,6 +416,11 @@ def test_closed_streams(cub_root, tmp_path):
     assert (tmp_path / "logs_cub" / RUN / "last.pth").exists()
 
 
+def test_batchnorm_on_a_single_image(cub_root, tmp_path, capsys):
+    argv = arguments(cub_root, **{"pretrained": "none", "LOG_DIR": tmp_path, "batch-size": 1, "bn-freeze": 0})
+    fails(capsys, train, argv, "error: BatchNorm cannot train on a single image: choose a larger --batch-size")
+
+
 def test_embeddings_that_are_not_finite(trained, cub_root, tmp_path, capsys):
     content = torch.load(trained / "cub_resnet18_best.pth", weights_only=True)
     content["model_state_dict"]["model.embedding.bias"][0] = float("nan")

@@ -186,7 +186,7 @@ def lock(folder: Path):
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: an index is written to a folder, which need not exist")
     folder.mkdir(parents=True, exist_ok=True)
-    return runs.lock(folder)
+    return runs.lock(folder, instead="choose another --out")
 
 
 def _check(content, layout, name=IMAGES):

@@ -24,8 +24,11 @@ class Finished(Exception):
     """A run to resume that has no epochs left."""
 
 
-def lock(folder: Path):
-    """Hold the folder until the returned file is closed, or this process ends however it ends; raises Locked."""
+def lock(folder: Path, instead: str = "give this run another --remark"):
+    """Hold the folder until the returned file is closed, or this process ends however it ends; raises Locked.
+
+    instead: what else to do where another process holds it.
+    """
     file = open(folder / LOCK, "a+")  # noqa: SIM115 (it stays open: closing it gives the lock up)
     os.register_at_fork(after_in_child=file.close)  # workers may outlive a killed process, and would hold it too
     try:
@@ -34,9 +37,7 @@ def lock(folder: Path):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise Locked(
-            f"{folder} is being written by {holder}; end that first, or give this run another --remark"
-        ) from None
+        raise Locked(f"{folder} is being written by {holder}; end that first, or {instead}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 
 import numpy as np
@@ -17,7 +18,7 @@ import dataset
 import net
 import search
 from dataset import transforms
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, runs
 from proxy_anchor.embedding import Embedder
 
 pytest.importorskip("faiss")
@@ -190,6 +191,16 @@ def test_interrupted_update_leaves_the_old_index(weights, images, tmp_path, caps
     make(weights, images, index)
     assert "changed: 1" in capsys.readouterr().out
     assert {path.name for path in index.glob("vectors*")} == {"vectors-2.float32", "vectors-2.faiss"}
+
+
+def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, capsys):
+    (tmp_path / "index").mkdir()
+    held = runs.lock(tmp_path / "index")
+    words = (
+        f"is being written by process {os.getpid()} on {socket.gethostname()}; end that first, or choose another --out"
+    )
+    fails(lambda: make(weights, images, tmp_path / "index"), capsys, words)
+    held.close()
 
 
 def test_another_checkpoint_is_refused(weights, images, tmp_path, capsys):

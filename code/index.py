@@ -61,14 +61,17 @@ class Index:
         """Raises FileNotFoundError where there is none, ValueError for one that is damaged."""
         if not (folder / IMAGES).is_file():
             raise FileNotFoundError(f"There is no index in {folder}: it has no {IMAGES}")
+        text = (folder / IMAGES).read_bytes()
         try:
-            content = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
+            content = json.loads(text)
             _check(content, LAYOUT)
             if not checkpoint.is_contract(network := content["made"]["network"]):
                 raise ValueError(f"'network' is {str(network)[:80]}")
             index = cls(folder, **{name: content[name] for name in LAYOUT})
             index._read_vectors()
         except (ValueError, RuntimeError, FileNotFoundError) as error:
+            if (folder / IMAGES).read_bytes() != text:  # another process has written it meanwhile
+                return cls.open(folder)
             raise ValueError(
                 f"The index in {folder} is damaged or of an older version ({_reason(error)}): "
                 "delete the folder and index the images again"

@@ -20,6 +20,7 @@ import search
 from dataset import transforms
 from proxy_anchor import checkpoint, runs
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.index import Index
 
 pytest.importorskip("faiss")
 
@@ -191,6 +192,19 @@ def test_interrupted_update_leaves_the_old_index(weights, images, tmp_path, caps
     make(weights, images, index)
     assert "changed: 1" in capsys.readouterr().out
     assert {path.name for path in index.glob("vectors*")} == {"vectors-2.float32", "vectors-2.faiss"}
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8"])
+def test_index_that_is_written_while_it_is_opened(factory, weights, images, tmp_path, capsys, monkeypatch):
+    def read_vectors(index, read=Index._read_vectors):
+        monkeypatch.undo()
+        (images / "ant" / "1.jpg").unlink()
+        make(weights, images, tmp_path / "index", "--index-factory", factory)
+        read(index)
+
+    make(weights, images, tmp_path / "index", "--index-factory", factory)
+    monkeypatch.setattr(Index, "_read_vectors", read_vectors)
+    assert len(Index.open(tmp_path / "index").images) == 17
 
 
 def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, capsys):

@@ -56,8 +56,8 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with a usage error if a number on the command line is out of its range."""
     for name, value in vars(args).items():
         flag = f"argument --{name.replace('_', '-')}"
-        if name in POSITIVE and value is not None and not 0 < value < math.inf:
-            parser.error(f"{flag}: {value} is not positive")
+        if name in POSITIVE and value is not None and not 0 < value < (2**31 if isinstance(value, int) else math.inf):
+            parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             parser.error(f"{flag}: {value} is negative or too large")
         if name == "mrg" and not math.isfinite(value):

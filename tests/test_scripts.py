@@ -288,6 +288,7 @@ def fails(capsys, script, argv, message, status=1):
         ({"dataset": "cifar"}, "--dataset: invalid choice"),
         ({"optimizer": "lion"}, "--optimizer: invalid choice"),
         ({"embedding-size": 0}, "--embedding-size: 0 is not positive"),
+        ({"image-size": 10**30}, "--image-size: 1000000000000000000000000000000 is too large"),
         ({"batch-size": -1}, "--batch-size: -1 is not positive"),
         ({"lr": 0}, "--lr: 0.0 is not positive"),
         ({"lr": "nan"}, "--lr: nan is not positive"),

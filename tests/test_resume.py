@@ -375,6 +375,12 @@ def test_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["run.pth"]
 
 
+def test_file_whose_folder_is_gone_is_named(tmp_path):
+    words = r"gone/text cannot be written .* there is no folder .*gone$"
+    with pytest.raises(OSError, match=words), files.replacing(tmp_path / "gone" / "text") as temporary:
+        temporary.write_text("x")
+
+
 def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
     """The run ends with an error that names the file, and goes on when there is room."""
     train.main(arguments(cub_root, tmp_path, epochs=1))

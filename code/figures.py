@@ -1,6 +1,7 @@
 """The pictures: the course of a run from its metrics.csv, images in rows, and the style they share with misc/."""
 
 import csv
+import math
 import textwrap
 from contextlib import contextmanager
 from itertools import accumulate, cycle
@@ -53,6 +54,9 @@ def read(path: Path) -> list[dict[str, float]]:
         raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
     if not rows or not {"epoch", "loss", "lr", "seconds", "R@1"} <= set(rows[0]):
         raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
+    for line, row in enumerate(rows, start=2):
+        if not all(map(math.isfinite, row.values())) or not 0 <= row["R@1"] <= 1:
+            raise ValueError(f"{path}, line {line}: expected finite numbers and R@1 from 0 to 1, found {row}")
     for row, elapsed in zip(rows, accumulate(row["seconds"] for row in rows)):
         row["elapsed"] = elapsed
     return rows
@@ -134,7 +138,7 @@ def label_ends(ax, ends: list[tuple[float, str, Any]]) -> None:
     """
     labels = [
         ax.annotate(
-            text, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            printable(text), (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
             color=color, va="center", annotation_clip=False,
         )
         for y, text, color in ends

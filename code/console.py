@@ -29,6 +29,7 @@ POSITIVE = (
     "neighbours",
     "nprobe",
 )
+PATHS = ("data_root", "test_classes", "cache", "LOG_DIR", "report", "images", "out", "index", "save")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 
@@ -53,9 +54,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error if a number on the command line is out of its range."""
+    """End with a usage error if a number on the command line is out of its range, or a path is empty."""
     for name, value in vars(args).items():
-        flag = f"argument --{name.replace('_', '-')}"
+        flag = "argument --" + (name if name.isupper() else name.replace("_", "-"))
         if name in POSITIVE and value is not None and not 0 < value < (2**31 if isinstance(value, int) else math.inf):
             parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
@@ -64,6 +65,8 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"{flag}: {value} is not finite")
         if name == "gpu_id" and value < -1:
             parser.error(f"{flag}: {value} is no device; -1 means all")
+        if name in PATHS and value == "":  # as of "$FOLDER" where no such variable is set
+            parser.error(f"{flag}: expected a path, found an empty one")
         if name == "remark" and ("/" in value or os.sep in value):
             parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
 

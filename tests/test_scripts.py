@@ -289,6 +289,8 @@ def fails(capsys, script, argv, message, status=1):
         ({"optimizer": "lion"}, "--optimizer: invalid choice"),
         ({"embedding-size": 0}, "--embedding-size: 0 is not positive"),
         ({"image-size": 10**30}, "--image-size: 1000000000000000000000000000000 is too large"),
+        ({"test-classes": ""}, "--test-classes: expected a path, found an empty one"),
+        ({"LOG_DIR": ""}, "--LOG_DIR: expected a path, found an empty one"),
         ({"batch-size": -1}, "--batch-size: -1 is not positive"),
         ({"lr": 0}, "--lr: 0.0 is not positive"),
         ({"lr": "nan"}, "--lr: nan is not positive"),

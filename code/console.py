@@ -57,7 +57,8 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with a usage error if a number on the command line is out of its range, or a path is empty."""
     for name, value in vars(args).items():
         flag = "argument --" + (name if name.isupper() else name.replace("_", "-"))
-        if name in POSITIVE and value is not None and not 0 < value < (2**31 if isinstance(value, int) else math.inf):
+        limit = 2**31 if name in ("image_size", "embedding_size") else math.inf  # torch's numbers end somewhere
+        if name in POSITIVE and value is not None and not 0 < value < limit:
             parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             parser.error(f"{flag}: {value} is negative or too large")

@@ -40,6 +40,8 @@ def parse(argv=None) -> argparse.Namespace:
     net.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
+    if args.epochs == 0 and args.resume:
+        parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
     return args
 
 

@@ -16,6 +16,7 @@ SHOWN = 3  # differences in an error
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
 OPTIONAL = {"crop": float, "distance": str}  # see dataset/transforms.py; one of DISTANCES, cosine if it is not told
 FORMER_CROP = 0.875  # of our checkpoints and runs that do not tell it: there was no other
+PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
@@ -64,9 +65,12 @@ def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     missing = [name for name in (*parts, "progress", "random") if name not in content]
     if missing:
         raise ValueError(f"{path} is no checkpoint to resume from: it has no {', '.join(missing)}")
+    progress = progress_of(path, content)
     load_weights(path, content, network)
     try:
         for name, part in parts.items():
+            if not isinstance(content[name], dict) or bool(content[name]) != bool(part.state_dict()):
+                raise ValueError(f"its {name} is {str(content[name])[:80]}")
             now = settings(part)
             part.load_state_dict(content[name])
             then = settings(part)
@@ -76,7 +80,7 @@ def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
         randomness.restore(content["random"])
     except Exception as error:  # of many kinds, one for each part
         raise ValueError(f"{path} does not fit this run: {str(error) or type(error).__name__}") from error
-    return content["progress"]
+    return progress
 
 
 def settings(part) -> dict:
@@ -102,13 +106,19 @@ def progress(path: Path) -> dict:
 
     Raises as load does, also if the file is another kind of checkpoint.
     """
-    found = read(path, mmap=True).get("progress")
-    if (
-        not isinstance(found, dict)
-        or not isinstance(found.get("epoch"), int)
-        or not isinstance(found.get("rows"), list)
-    ):
+    return progress_of(path, read(path, mmap=True))
+
+
+def progress_of(path: Path, content: dict) -> dict:
+    """The progress of a run in a checkpoint's content; path is for messages. Raises ValueError if there is none."""
+    found = content.get("progress")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in PROGRESS.items()):
         raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
+    rows, losses = found["rows"], found["losses"]
+    if found["epoch"] < 0 or not all(isinstance(row, dict) and "R@1" in row for row in rows):
+        raise ValueError(f"{path} is damaged: its progress is epoch {found['epoch']} with the rows {str(rows)[:80]}")
+    if not all(isinstance(loss, float) for loss in losses):
+        raise ValueError(f"{path} is damaged: its progress has the losses {str(losses)[:80]}")
     return found
 
 

@@ -33,6 +33,7 @@ POSITIVE = (
     "sigma",
     "delta",
 )
+PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "images", "out", "index", "save")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 
@@ -57,17 +58,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error if a number on the command line is out of its range."""
+    """End with a usage error if a number on the command line is out of its range, or a path is empty."""
     for name, value in vars(args).items():
-        flag = f"argument --{name.replace('_', '-')}"
-        if name in POSITIVE and value is not None and not 0 < value < math.inf:
-            parser.error(f"{flag}: {value} is not positive")
+        flag = "argument --" + (name if name.isupper() else name.replace("_", "-"))
+        limit = 2**31 if name in ("image_size", "embedding_size") else math.inf  # torch's numbers end somewhere
+        if name in POSITIVE and value is not None and not 0 < value < limit:
+            parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             parser.error(f"{flag}: {value} is negative or too large")
         if name == "mrg" and not math.isfinite(value):
             parser.error(f"{flag}: {value} is not finite")
         if name == "gpu_id" and value < -1:
             parser.error(f"{flag}: {value} is no device; -1 means all")
+        if name in PATHS and value == "":  # as of "$FOLDER" where no such variable is set
+            parser.error(f"{flag}: expected a path, found an empty one")
         if name == "remark" and ("/" in value or os.sep in value):
             parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
 
@@ -138,7 +142,7 @@ def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: in
         images.use_cache(cache, workers, progress, report=print)
 
 
-# What torch says when something runs out, and what to do about it.
+# What torch says when something runs out or does not suffice, and what to do about it.
 ADVICE = {
     r"shared memory|</torch_|Bus error": "/dev/shm is too small for the workers: choose fewer --workers (0 needs none) "
     "or make it larger (docker run --shm-size=8g)",
@@ -146,15 +150,19 @@ ADVICE = {
     "smaller --batch-size or --image-size, or fewer --workers",
     r"exited unexpectedly": "A worker ended without giving a reason, most often because /dev/shm is too small for the "
     "workers: choose fewer --workers (0 needs none) or make it larger (docker run --shm-size=8g)",
+    r"more than 1 value per channel": "BatchNorm cannot train on a single image: choose a larger --batch-size, or "
+    "--bn-freeze 1",
 }
 
 
 @contextmanager
 def errors_in_one_line(script: str, debug: bool):
     """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
-    for stream in (sys.stdout, sys.stderr):  # file names may have any bytes
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this, as with 2>&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may be of any bytes
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

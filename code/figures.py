@@ -1,6 +1,7 @@
 """The pictures: the course of a run from its metrics.csv, images in rows, and the style they share with misc/."""
 
 import csv
+import math
 import textwrap
 from contextlib import contextmanager
 from itertools import accumulate, cycle
@@ -15,7 +16,7 @@ INK, QUIET, GRID = "#24292f", "#6e7781", "#e7eaee"
 STRONG = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed")  # what a picture is about
 MUTED = ("#6f7a8a", "#9a7b52", "#6c8a68", "#8a70a0", "#ac7b72", "#5f8791")  # what it is compared with
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK,
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "text.parse_math": False,
     "axes.edgecolor": "#afb8c1", "axes.labelcolor": QUIET, "axes.labelsize": 9.5,
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
@@ -53,6 +54,9 @@ def read(path: Path) -> list[dict[str, float]]:
         raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
     if not rows or not {"epoch", "loss", "lr", "seconds", "R@1"} <= set(rows[0]):
         raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
+    for line, row in enumerate(rows, start=2):
+        if not all(map(math.isfinite, row.values())) or not 0 <= row["R@1"] <= 1:
+            raise ValueError(f"{path}, line {line}: expected finite numbers and R@1 from 0 to 1, found {row}")
     for row, elapsed in zip(rows, accumulate(row["seconds"] for row in rows)):
         row["elapsed"] = elapsed
     return rows
@@ -134,7 +138,7 @@ def label_ends(ax, ends: list[tuple[float, str, Any]]) -> None:
     """
     labels = [
         ax.annotate(
-            text, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            printable(text), (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
             color=color, va="center", annotation_clip=False,
         )
         for y, text, color in ends
@@ -197,10 +201,16 @@ def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> No
                     ax.imshow(image, extent=(x, x + w, y, y + h))
                 except (OSError, ValueError):
                     x, y, w, h = left, bottom, 0.92, 0.92
-                    shown = "\n".join(textwrap.wrap(Path(name).name, 16))
+                    shown = "\n".join(textwrap.wrap(printable(Path(name).name), 16))
                     ax.text(left + 0.46, bottom + 0.46, shown, fontsize=7, color=QUIET, ha="center", va="center")
                 color, line, weight = (STRONG[0], 2, "bold") if column == 0 else (GRID, 1, "normal")
                 ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=line, zorder=3))
+                caption = printable(caption)
                 ax.text(left + 0.46, bottom + 0.97, caption, ha="center", va="bottom", fontsize=9, fontweight=weight)
         ax.set(xlim=(0, width), ylim=(0, height))
         ax.axis("off")
+
+
+def printable(text: str) -> str:
+    """The text with the bytes of file names that are not UTF-8, which no font has, as the terminal shows them."""
+    return text.encode(errors="backslashreplace").decode()

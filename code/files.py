@@ -19,9 +19,10 @@ def replacing(path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            f"{path} cannot be written ({' '.join(str(error).split())}); the disk has {free / 1e6:,.0f} MB free"
-        ) from error
+        if path.parent.is_dir():
+            cause = f"the disk has {shutil.disk_usage(path.parent).free / 1e6:,.0f} MB free"
+        else:
+            cause = f"there is no folder {path.parent}"
+        raise OSError(f"{path} cannot be written ({' '.join(str(error).split())}); {cause}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -63,14 +63,17 @@ class Index:
         """The index in a folder. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
         if not (folder / IMAGES).is_file():
             raise FileNotFoundError(f"There is no index in {folder}: it has no {IMAGES}")
+        text = (folder / IMAGES).read_bytes()
         try:
-            content = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
+            content = json.loads(text)
             _check(content, LAYOUT)
             if not checkpoint.is_contract(network := content["made"]["network"]):
                 raise ValueError(f"'network' is {str(network)[:80]}")
             index = cls(folder, **{name: content[name] for name in LAYOUT})
             index._read_vectors()
         except (ValueError, RuntimeError, FileNotFoundError) as error:
+            if (folder / IMAGES).read_bytes() != text:  # another process has written it meanwhile
+                return cls.open(folder)
             raise ValueError(
                 f"The index in {folder} is damaged or of an older version ({_reason(error)}): "
                 "delete the folder and index the images again"
@@ -208,7 +211,7 @@ def lock(folder: Path):
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: an index is written to a folder, which need not exist")
     folder.mkdir(parents=True, exist_ok=True)
-    return runs.lock(folder)
+    return runs.lock(folder, instead="choose another --out")
 
 
 def _check(content, layout, name=IMAGES):

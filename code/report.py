@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,7 +130,8 @@ def write(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in environment.items()
         ),
     )
-    with replacing(folder / "classes.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may be of any bytes
+    with replacing(folder / "classes.csv") as temporary, open(temporary, "w", newline="", **text) as file:
         writer = csv.writer(file)
         writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
         writer.writerows(
@@ -138,7 +140,7 @@ def write(
         )
     path = folder / "index.html"
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, **text)
     for earlier in set(folder.glob("images-*")) - {new}:
         shutil.rmtree(earlier, ignore_errors=True)
     return path

@@ -27,8 +27,11 @@ class Finished(Exception):
     """A run to resume that has no epochs left."""
 
 
-def lock(folder: Path):
-    """Hold the folder until the returned file is closed, or this process ends however it ends; raises Locked."""
+def lock(folder: Path, instead: str = "give this run another --remark"):
+    """Hold the folder until the returned file is closed, or this process ends however it ends; raises Locked.
+
+    instead: what else to do where another process holds it.
+    """
     file = open(folder / LOCK, "a+")  # noqa: SIM115 (it stays open: closing it gives the lock up)
     os.register_at_fork(after_in_child=file.close)  # workers may outlive a killed process, and would hold it too
     try:
@@ -37,9 +40,7 @@ def lock(folder: Path):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise Locked(
-            f"{folder} is being written by {holder}; end that first, or give this run another --remark"
-        ) from None
+        raise Locked(f"{folder} is being written by {holder}; end that first, or {instead}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -111,19 +112,26 @@ def existing(path: Path) -> list[Path]:
 
 
 def is_finished(folder: Path, epochs: int) -> bool:
-    """Whether a run has done these epochs and saved its best network, before which it may have been killed."""
+    """Whether a run has done these epochs and saved its best network, before which it may have been killed.
+
+    Raises FileNotFoundError if it has results, but no last.pth.
+    """
     if not (folder / LAST).exists():
+        if best := sorted(folder.glob("*_best.pth")):  # which is written after it
+            raise FileNotFoundError(
+                f"{folder} has {best[0].name}, but no {LAST} to continue from; to train again, leave out --resume"
+            )
         return False
     progress = checkpoint.progress(folder / LAST)
     if progress["epoch"] < epochs:
         return False
-    best = max(progress["rows"], key=lambda row: row["R@1"])  # the first of equals
-    return any(text.read_text().startswith(f"Best Epoch: {best['epoch']}\n") for text in folder.glob(RESULTS))
+    best_epoch = max(progress["rows"], key=lambda row: row["R@1"])["epoch"]  # the first of equals
+    return any(text.read_text().startswith(f"Best Epoch: {best_epoch}\n") for text in folder.glob(RESULTS))
 
 
 def folder(path: str) -> Path:
-    """The folder of a run, which may be named by a file in it."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
+    """The folder of a run, which may be named by a file in it; a path to nothing stays what it is."""
+    return Path(path).parent if Path(path).is_file() else Path(path)
 
 
 def read_config(folder: Path) -> dict:

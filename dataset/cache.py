@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.files import image_size, read_image
+from dataset.files import BadFile, image_size, read_image
 from dataset.loading import parallel
 
 FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 1"  # of images.bin; whoever changes it, changes this
@@ -49,14 +49,15 @@ class Cache:
 
         progress(batches, description) shows the progress, report(line) says how much disk space is needed and which
         other caches in the folder may be removed.
-        Raises OSError where the disk is too small, BadFile for an image that cannot be read. The folder gets its name
-        at the end, so what is unfinished is never read.
+        Raises OSError if the disk is too small, BadFile for an image that cannot be read and for a cache that is
+        damaged. The folder gets its name at the end, so what is unfinished is never read.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(self.folder.parent)
         with open(self.folder.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.folder.exists():
+                self._check()
                 return
             unfinished = self.folder.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -90,6 +91,19 @@ class Cache:
                     os.fsync(file.fileno())
             os.replace(unfinished, self.folder)
 
+    def _check(self):
+        """Raise BadFile where files in the folder are gone or cut short, as by who made room on the disk."""
+        try:
+            expected, found = (
+                offsets(np.load(self.folder / "shapes.npy"))[-1],
+                os.path.getsize(self.folder / "images.bin"),
+            )
+            problem = "" if found == expected else f"images.bin has {found:,} bytes, expected {expected:,}"
+        except (OSError, EOFError, ValueError) as error:
+            problem = str(error)
+        if problem:
+            raise BadFile(f"The cache {self.folder} is damaged ({problem}): delete this folder, and it is made again")
+
 
 def _remove_unfinished(folder):
     """Remove what killed processes left: their locks are free."""
@@ -117,7 +131,8 @@ def _write(file, image):
     """Decode an image (path, start, end) and write it to its place in the file."""
     path, start, end = image
     pixels = read_image(path).permute(1, 2, 0).numpy().tobytes()
-    assert len(pixels) == end - start, path
+    if len(pixels) != end - start:
+        raise BadFile(f"The image {path} has changed while the cache was made: start again")
     with open(file, "rb+") as opened:
         opened.seek(start)
         opened.write(pixels)

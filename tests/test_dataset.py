@@ -553,6 +553,23 @@ def test_cache_needs_room(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 
+@pytest.mark.parametrize("name", ["images.bin", "shapes.npy"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 99)])
+def test_damaged_cache_is_named(tmp_path, name, damage):
+    paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
+    cache, _ = cached(paths, tmp_path / "cache")
+    damage(cache.folder / name)
+    with pytest.raises(files.BadFile, match=f"The cache {cache.folder} is damaged .*: delete this folder"):
+        cached(paths, tmp_path / "cache")
+
+
+def test_image_that_changes_while_it_is_cached(tmp_path, monkeypatch):
+    paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
+    monkeypatch.setattr("dataset.cache.image_size", lambda path: (9, 9))  # it was, before
+    with pytest.raises(files.BadFile, match=f"{paths[0]} has changed"):
+        cached(paths, tmp_path / "cache")
+
+
 def test_processes_build_one_cache(tmp_path):
     """Two at the same time: one builds, the other waits and finds it."""
     paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths

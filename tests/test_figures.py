@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from proxy_anchor import figures, losses
@@ -131,10 +133,36 @@ def test_images_are_drawn_and_missing_ones_named(tmp_path, monkeypatch):
     assert ax.images[0].get_array().shape == (224, 149, 3)  # no larger than it is drawn
 
 
+def test_names_of_any_characters_are_drawn_as_they_are(tmp_path, capsys, monkeypatch):
+    """No formulas between dollars, and no font has bytes that are not UTF-8."""
+
+    def read_image(path):
+        raise ValueError(f"The image {path} is missing")
+
+    seen = []
+    monkeypatch.setattr(
+        Text, "draw", lambda text, *args, draw=Text.draw: seen.append(text.get_text()) or draw(text, *args)
+    )
+    names = ["$x_$", os.fsdecode(b"\xff.jpg"), r"$\frac$"]
+    figures.draw_images([[(name, f"query\n{name}")] for name in names], read_image, tmp_path / "a.png")
+    assert {"$x_$", "query\n$x_$", "\\udcff.jpg", "query\n\\udcff.jpg"} <= set(seen)
+    run = write_run(tmp_path / "a", [0.1], remark="$x_$" + os.fsdecode(b"\xff"))
+    other = write_run(tmp_path / "b", [0.1], remark="")
+    compare.main([run, other, "--save", str(tmp_path / "chart.png")])
+    assert "Proxy-Anchor, $x_$" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["", "epoch,loss\n0,1\n", "epoch,loss,lr,seconds,R@1\n0,a,1,1,1\n", "epoch,lr\n0\n"])
 def test_other_files_are_an_error(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(ValueError, match=r"metrics\.csv is not the metrics\.csv of a run"):
+        figures.read(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize("row", ["nan,1,1,1,1", "0,1,1,inf,1", "0,1,1,1,nan", "0,1,1,1,1e308"])
+def test_numbers_that_no_picture_can_show_are_an_error(tmp_path, row):
+    (tmp_path / "metrics.csv").write_text(f"epoch,loss,lr,seconds,R@1\n{row}\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv, line 2: expected finite numbers and R@1 from 0 to 1"):
         figures.read(tmp_path / "metrics.csv")
 
 

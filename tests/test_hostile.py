@@ -86,7 +86,9 @@ def test_damaged_run_checkpoints(tmp_path):
     path = tmp_path / "last.pth"
     network = Tiny(1.5)
     optimizer = torch.optim.AdamW(network.parameters())
-    checkpoint.save_run(path, network, {}, {"optimizer": optimizer}, {"epoch": 3, "losses": [], "rows": []})
+    checkpoint.save_run(
+        path, network, {}, {"optimizer": optimizer}, {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []}
+    )
     for data in mutations(path.read_bytes(), 70, seed=1):
         path.write_bytes(data)
         other = Tiny(0.0)
@@ -96,6 +98,25 @@ def test_damaged_run_checkpoints(tmp_path):
             assert not other.weight.any()
         else:
             assert progress["epoch"] == 3 and (other.weight == 1.5).all()
+
+
+@pytest.mark.parametrize("change", [
+    *({"progress": change} for change in (
+        {"rows": None}, {"rows": [{}]}, {"rows": [1]}, {"losses": None}, {"losses": ["x"]}, {"seconds": "x"},
+        {"epoch": -1},
+    )),
+    {"optimizer": {}}, {"optimizer": None}, {"idle": 5}, {"idle": {"scale": 1.0}},
+])  # fmt: skip
+def test_edited_run_checkpoints(tmp_path, change):
+    path, network = tmp_path / "last.pth", Tiny(1.5)
+    parts = {"optimizer": torch.optim.AdamW(network.parameters()), "idle": torch.amp.GradScaler("cpu", enabled=False)}
+    checkpoint.save_run(path, network, {}, parts, {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []})
+    assert checkpoint.load_run(path, network, parts)["epoch"] == 3
+    content = checkpoint.read(path)
+    progress = content["progress"] | change.get("progress", {})
+    torch.save(content | change | {"progress": progress}, path)
+    with pytest.raises(ValueError, match=str(path)):
+        checkpoint.load_run(path, network, parts)
 
 
 def test_damaged_weights_files(tmp_path):

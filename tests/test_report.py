@@ -3,6 +3,7 @@
 import csv
 import html
 import multiprocessing
+import os
 import re
 import shutil
 import sys
@@ -184,6 +185,13 @@ def test_page_escapes_names_and_frames_neighbours(tmp_path):
     ranks = [int(place.replace(",", "")) for place in re.findall(r"first match: place ([\d,]+)", text)]
     expected = sorted((best_positive_rank(queries.embeddings, queries.labels) + 1).tolist())
     assert ranks[12] == expected[-1] and ranks[12:] == sorted(ranks[12:], reverse=True) and set(ranks[:6]) == {1}
+
+
+def test_names_may_be_of_any_bytes(tmp_path):
+    queries = random_set(40, 3)
+    queries.images.classes[1] = os.fsdecode(b"\xff")
+    assert r"<b>\udcff</b>" in write(tmp_path, queries).read_text(encoding="utf-8")
+    assert r"\udcff," in (tmp_path / "classes.csv").read_text(encoding="utf-8")
 
 
 def test_title_is_the_result_and_each_metric_is_explained(tmp_path):

@@ -256,11 +256,31 @@ def test_finished_run_is_left_as_it_is(cub_root, tmp_path, capsys, how):
     assert run_folder(tmp_path) == folder and {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_run_without_its_last_checkpoint_is_left_as_it_is(cub_root, tmp_path, capsys, how):
+    """Somebody may have made room once it was finished."""
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    (folder / "last.pth").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as refused:
+        train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto" if how == "auto" else folder))
+    assert refused.value.code == 1 and "no last.pth to continue from" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("path", ["nowhere", "nowhere/last.pth"])
 def test_no_run_to_resume(tmp_path, capsys, path):
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(tmp_path / path)])
-    assert refused.value.code == 2 and "There is no run to resume in" in capsys.readouterr().err
+    assert refused.value.code == 2
+    assert f"There is no run to resume in {tmp_path / path}" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_mistyped_name_in_the_folder_of_a_run_resumes_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    test_no_run_to_resume(tmp_path, capsys, "last")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"nonsense"])
@@ -373,6 +393,12 @@ def test_write_that_fails_leaves_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["run.pth"]
+
+
+def test_file_whose_folder_is_gone_is_named(tmp_path):
+    words = r"gone/text cannot be written .* there is no folder .*gone$"
+    with pytest.raises(OSError, match=words), files.replacing(tmp_path / "gone" / "text") as temporary:
+        temporary.write_text("x")
 
 
 def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):

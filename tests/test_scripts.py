@@ -302,10 +302,14 @@ def fails(capsys, script, argv, message, status=1):
         ({"dataset": "cifar"}, "--dataset: invalid choice"),
         ({"optimizer": "lion"}, "--optimizer: invalid choice"),
         ({"embedding-size": 0}, "--embedding-size: 0 is not positive"),
+        ({"image-size": 10**30}, "--image-size: 1000000000000000000000000000000 is too large"),
+        ({"test-classes": ""}, "--test-classes: expected a path, found an empty one"),
+        ({"LOG_DIR": ""}, "--LOG_DIR: expected a path, found an empty one"),
         ({"batch-size": -1}, "--batch-size: -1 is not positive"),
         ({"lr": 0}, "--lr: 0.0 is not positive"),
         ({"lr": "nan"}, "--lr: nan is not positive"),
         ({"epochs": -1}, "--epochs: -1 is negative"),
+        ({"epochs": 0, "resume": "auto"}, "--epochs: 0 evaluates an untrained network"),
         ({"IPC": 9}, "--IPC: 9 images per class do not fit into a batch of 8"),
         ({"model": "bn_inception", "image-size": 300}, "--image-size: bn_inception cannot take images of 300"),
         ({"gpu-id": "x"}, "--gpu-id: invalid int"),
@@ -420,6 +424,18 @@ def test_shared_memory_that_is_too_small(cub_root, tmp_path):
     assert done.returncode == 1
     # torch does not always say more than that a worker is gone.
     assert re.search(r"train.py: error: .*/dev/shm is too small for the workers: choose fewer --workers", done.stderr)
+
+
+def test_closed_streams(cub_root, tmp_path):
+    """As of a service: what would be printed is lost, and nothing else."""
+    flags = [*arguments(cub_root, epochs=1, LOG_DIR=tmp_path), "--pretrained", "none"]
+    assert run_limited("exec >&- 2>&-", *flags).returncode == 0
+    assert (tmp_path / "logs_cub" / RUN / "last.pth").exists()
+
+
+def test_batchnorm_on_a_single_image(cub_root, tmp_path, capsys):
+    argv = arguments(cub_root, **{"pretrained": "none", "LOG_DIR": tmp_path, "batch-size": 1, "bn-freeze": 0})
+    fails(capsys, train, argv, "error: BatchNorm cannot train on a single image: choose a larger --batch-size")
 
 
 def test_embeddings_that_are_not_finite(trained, cub_root, tmp_path, capsys):

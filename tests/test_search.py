@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 
 import numpy as np
@@ -17,8 +18,9 @@ import dataset
 import net
 import search
 from dataset import transforms
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, runs
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.index import Index
 
 pytest.importorskip("faiss")
 
@@ -225,6 +227,29 @@ def test_interrupted_update_leaves_the_old_index(weights, images, tmp_path, caps
     make(weights, images, index)
     assert "changed: 1" in capsys.readouterr().out
     assert {path.name for path in index.glob("vectors*")} == {"vectors-2.float32", "vectors-2.faiss"}
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8"])
+def test_index_that_is_written_while_it_is_opened(factory, weights, images, tmp_path, capsys, monkeypatch):
+    def read_vectors(index, read=Index._read_vectors):
+        monkeypatch.undo()
+        (images / "ant" / "1.jpg").unlink()
+        make(weights, images, tmp_path / "index", "--index-factory", factory)
+        read(index)
+
+    make(weights, images, tmp_path / "index", "--index-factory", factory)
+    monkeypatch.setattr(Index, "_read_vectors", read_vectors)
+    assert len(Index.open(tmp_path / "index").images) == 17
+
+
+def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, capsys):
+    (tmp_path / "index").mkdir()
+    held = runs.lock(tmp_path / "index")
+    words = (
+        f"is being written by process {os.getpid()} on {socket.gethostname()}; end that first, or choose another --out"
+    )
+    fails(lambda: make(weights, images, tmp_path / "index"), capsys, words)
+    held.close()
 
 
 def test_another_checkpoint_is_refused(weights, images, tmp_path, capsys):

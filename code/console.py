@@ -29,7 +29,7 @@ POSITIVE = (
     "neighbours",
     "nprobe",
 )
-PATHS = ("data_root", "test_classes", "cache", "LOG_DIR", "report", "images", "out", "index", "save")
+PATHS = ("data_root", "test_classes", "cache", "LOG_DIR", "report", "out", "index", "save")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 

@@ -33,7 +33,7 @@ POSITIVE = (
     "sigma",
     "delta",
 )
-PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "images", "out", "index", "save")
+PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 

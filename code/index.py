@@ -85,7 +85,7 @@ class Index:
         numbers = np.memmap(self._file("float32"), np.float32, "r")
         if len(numbers) != expected[0] * expected[1]:
             raise ValueError(f"expected {expected} vectors, found {len(numbers)} numbers")
-        self.vectors = numbers.reshape(expected)
+        self.vectors = np.asarray(numbers).reshape(expected)  # a plain array: libraries that patch FAISS insist on it
         if self.factory == EXACT:
             self.faiss_index = self._new_faiss_index()
             self.faiss_index.add(self.vectors)

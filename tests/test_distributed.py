@@ -206,7 +206,7 @@ def test_torchrun(cub_root, tmp_path):
     assert done.stdout.count("epoch  1") == 1 and "2 processes: each takes 4 of the 8 images of a batch." in done.stdout
     assert len(list(tmp_path.glob("two/logs_cub/*"))) == 1
     done = torchrun(2, "train.py", *flags, "--LOG_DIR", tmp_path / "two", "--resume", "auto", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.count("has finished its 2 epochs") == 1
+    assert done.returncode == 0 and done.stdout.count("has finished (epochs: 2)") == 1
     script.main([str(argument) for argument in [*flags, "--LOG_DIR", tmp_path / "one"]])
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-4)

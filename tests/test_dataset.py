@@ -532,7 +532,7 @@ def test_older_caches_are_named(tmp_path):
         for split in ("train", "eval")
     )
     first, _ = cached(train, tmp_path / "cache")
-    assert len(cached(test, tmp_path / "cache")[1]) == 1  # another part of the same data set
+    assert len(cached(test, tmp_path / "cache")[1]) == 1  # another part of the same dataset
     trees.write_image(Path(train[0]), 12345)
     os.utime(train[0], (1, 1))
     _, (line, _) = cached(train, tmp_path / "cache")

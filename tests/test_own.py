@@ -15,7 +15,7 @@ from dataset.files import BadFile
 
 
 def labelled(images):
-    """{file name: class} of a data set."""
+    """{file name: class} of a dataset."""
     return [(path.split("/")[-1], images.classes[label]) for path, label in zip(images.paths, images.labels)]
 
 

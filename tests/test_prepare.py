@@ -36,7 +36,7 @@ def same_files(left, right):
 
 @pytest.fixture
 def published(monkeypatch):
-    """Small data sets count as the published ones."""
+    """Small datasets count as the published ones."""
 
     def set_sizes(name, **sizes):
         monkeypatch.setattr(dataset.BENCHMARKS[name], "SIZES", sizes)

@@ -24,7 +24,7 @@ RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm":
 
 
 class Squares:
-    """Stands for a data set: image i is a square of one grey."""
+    """Stands for a dataset: image i is a square of one grey."""
 
     def __init__(self, labels, classes, side=32):
         self.labels, self.classes, self.side = labels, classes, side

@@ -509,7 +509,7 @@ def test_table_of_the_readme_is_the_published_recipes():
     assert_published_recipes(map(shlex.split, rows))
 
 
-SMALL = {  # data set: how to write a small one with enough training images for a batch, and its sizes
+SMALL = {  # dataset: how to write a small one with enough training images for a batch, and its sizes
     "cub": (lambda root: trees.cub(root, (*range(1, 11), 101, 102), 18), {"train": (10, 180), "eval": (2, 36)}),
     "cars": (lambda root: trees.cars(root, images=60), {"train": (3, 180), "eval": (3, 180)}),
     "SOP": (lambda root: trees.sop(root, train=60), {"train": (60, 180), "eval": (3, 9)}),

@@ -1,4 +1,4 @@
-"""Small data sets in the exact layouts of the real ones."""
+"""Small datasets in the exact layouts of the real ones."""
 
 import numpy as np
 from PIL import Image

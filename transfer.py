@@ -65,8 +65,7 @@ def parse(argv=None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument("--save", default=1, type=int, choices=(1,), help="as published; every run is saved here")
     parser.set_defaults(**DEFAULTS)
-    known = {action.dest for action in parser._actions}
-    args = console.parse_with_recipe(parser, argv, lambda name: recipe(name, known))
+    args = console.parse_with_recipe(parser, argv, recipe)
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
     if args.batch_size % args.IPC:
@@ -78,10 +77,9 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def recipe(name: str, known: set[str]) -> dict:
-    """The defaults of a dataset: the published number of epochs, and those that it has for training."""
-    own = {argument: value for argument, value in dataset.recipe(name).items() if argument in known}
-    return own | ({"epochs": EPOCHS[name]} if name in EPOCHS else {})
+def recipe(name: str) -> dict:
+    """The defaults of a dataset: those that it has for training, and the published number of epochs."""
+    return dataset.recipe(name) | ({"epochs": EPOCHS[name]} if name in EPOCHS else {})
 
 
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

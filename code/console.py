@@ -92,14 +92,16 @@ def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: Path) 
 
 
 def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:
-    """Parse the command line of train.py; defaults come from the dataset's recipe, or from the run to resume.
+    """Parse the command line of a training; defaults come from the dataset's recipe, or from the run to resume.
 
-    recipe_of(name of a dataset) -> {argument: default}. args.recipe lists the defaults of the recipe that are in use.
+    recipe_of(name of a dataset) -> {argument: default}, of which the parser may lack some. args.recipe lists the
+    defaults of the recipe that are in use.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume in (None, "auto"):
-        recipe = recipe_of(args.dataset)
+        known = {action.dest for action in parser._actions}
+        recipe = {name: value for name, value in recipe_of(args.dataset).items() if name in known}
         parser.set_defaults(**recipe)
         args = parser.parse_args(argv)
         kept = [f"--{name.replace('_', '-')} {value}" for name, value in recipe.items() if getattr(args, name) == value]

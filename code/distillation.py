@@ -5,6 +5,7 @@ two that it is compared with.
 """
 
 import argparse
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 FLOOR = 1e-12  # of squared distances, as published: it keeps equal rows from 0 / 0
 
 
-class Distillation(nn.Module):
+class Distillation(nn.Module, ABC):
     """A loss of a student's embeddings and a teacher's, of which only the directions count; no gradient flows to them.
 
     Half-precision embeddings are computed with in float32.
@@ -31,8 +32,9 @@ class Distillation(nn.Module):
             dtype = torch.promote_types(student.dtype, torch.float32)
             return self.loss(student.to(dtype), F.normalize(teacher.detach().to(dtype)))
 
+    @abstractmethod
     def loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """The scalar, of embeddings in float32 or better; the teacher's have unit length."""
 
 
 class RelaxedContrastive(Distillation):

@@ -106,7 +106,8 @@ class Index:
 
     def compare(self, paths: list[str]) -> tuple[dict[str, list[int]], dict[str, list[int]], list[str]]:
         """{path: stamp} of the new files, and of the changed ones; the paths of indexed files that are gone."""
-        stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
+        stats = [os.stat(path) for path in paths]
+        stamps = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)}
         new = {path: stamp for path, stamp in stamps.items() if path not in self.images}
         changed = {path: stamp for path, stamp in stamps.items() if stamp != self.images.get(path, stamp)}
         return new, changed, [path for path in self.images if path not in stamps and not os.path.isfile(path)]

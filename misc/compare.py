@@ -152,11 +152,14 @@ def table(groups: list[Group]) -> str:
 
 
 def in_encoding(text: str, encoding: str) -> str:
-    """The text as a terminal of this encoding can show it, of the same width where it has a ±."""
+    """The text, with +- of the same width instead of ± where a terminal of this encoding cannot show it.
+
+    What else it cannot show is escaped by the stream, see console.errors_in_one_line.
+    """
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        return text.replace("± ", "+-").encode(encoding, "backslashreplace").decode(encoding)
+        return text.replace("± ", "+-")
     return text
 
 
@@ -206,7 +209,7 @@ def main(argv=None):
         print(in_encoding("\n".join([table(groups), *remarks(groups)]), sys.stdout.encoding or "utf-8"))
         for path in args.save or ["comparison.png"]:
             draw(groups, Path(path))
-            print(in_encoding(f"The chart is {path}", sys.stdout.encoding or "utf-8"))
+            print(f"The chart is {path}")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ class Bar(tqdm):
     """A progress bar that shows the loss."""
 
     def show_loss(self, loss: float) -> None:
-        self.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.set_postfix(loss=f"{loss:.5g}", refresh=False)
 
 
 def progress(batches, description: str) -> Bar:

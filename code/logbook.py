@@ -123,7 +123,7 @@ class Logbook:
         row = rows[-1]
         shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in list(metrics_of(row).items())[:SHOWN])
         print(
-            f"epoch {row['epoch']:>2}  loss {row['loss']:.4f}  lr {row['lr']:g}  {row['seconds']:.0f} s  {shown}",
+            f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  {shown}",
             flush=True,
         )
         self._write_rows(rows)

@@ -31,6 +31,8 @@ SETTINGS = {
     "IPC": "{} per class", "batch_size": "batch {}", "embedding_size": "{}-d", "image_size": "{} px",
     "lr": "learning rate {}", "mrg": "margin {}", "dataset": "{}", "model": "{}", "remark": "{}",
 }  # fmt: skip
+# What nearly always follows from other settings: shown only where nothing else tells runs apart.
+FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule")
 
 
 class Run(NamedTuple):
@@ -87,8 +89,7 @@ def agree(one: frozenset, other: frozenset) -> bool:
 def names(settings: list[dict[str, str]]) -> list[str]:
     """A name for each: its loss, and its values of the settings that differ."""
     apart = {name for own in settings for name in own if len({other.get(name, own[name]) for other in settings}) > 1}
-    # What the splits hold follows from other settings, but not always.
-    for shown in (apart - {"loss", "sizes", "data"}, apart - {"loss"}):
+    for shown in (apart - {"loss", *FOLLOWS}, apart - {"loss"}):
         named = [", ".join([readable_loss(own), *described(own, sorted(shown))]) for own in settings]
         if len(set(named)) == len(named):
             break

@@ -7,6 +7,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -20,6 +21,8 @@ EXAMPLES = """examples:
     python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
   a checkpoint of train.py, which records its network; with a report:
     python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --report report
+  the networks of four folds, one by one and together:
+    python evaluate.py --dataset cub --resume A.pth B.pth C.pth D.pth
 """
 
 
@@ -34,8 +37,9 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--resume", required=True, metavar="PATH",
-        help="checkpoint to evaluate; those of train.py record --model, --embedding-size, --image-size and --l2-norm",
+        "--resume", required=True, nargs="+", metavar="PATH",
+        help="checkpoint to evaluate; those of train.py record --model, --embedding-size, --image-size and --l2-norm. "
+        "Several of one kind, such as those of folds, are evaluated one by one and together",
     )  # fmt: skip
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
@@ -43,21 +47,28 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     with console.errors_in_one_line("evaluate.py", args.debug):
-        contract = checkpoint.contract(args.resume)
+        contract, *others = map(checkpoint.contract, args.resume)
+    for path, other in zip(args.resume[1:], others):
+        if different := [name for name in contract | other if contract.get(name) != other.get(name)]:
+            listed = ", ".join(f"{name} {other.get(name)} instead of {contract.get(name)}" for name in different)
+            parser.error(f"argument --resume: {path} is of another kind than {args.resume[0]} ({listed})")
     args = console.parse_with_contract(parser, argv, contract)
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
     return args
 
 
-def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    print(hardware.describe(device))
-
+def load(path: str, args: argparse.Namespace) -> torch.nn.Module:
     network = net.create(args.model, args.embedding_size, pretrained=None, l2_norm=bool(args.l2_norm))
-    matched = checkpoint.load(args.resume, network)
-    print(f"Loaded {args.resume}: all {matched} tensors match.")
-    embedder = Embedder(network, device, args.amp, args.compile)
+    matched = checkpoint.load(path, network)
+    print(f"Loaded {path}: all {matched} tensors match.")
+    return network
 
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
+    """The metrics of each checkpoint and, of several, of their mean and of all together, by the names of their rows."""
+    print(hardware.describe(device))
+    embedders = [Embedder(load(path, args), device, args.amp, args.compile) for path in args.resume]
     with distributed.first_process_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.crop, **choice)
@@ -66,16 +77,26 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     if args.report and distributed.rank() == 0:
         report.open_folder(Path(args.report))  # before the work is done
-    embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
-    result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS, args.distance)
+    ks, distance = dataset.ALL[args.dataset].KS, args.distance
+    of_each = [[tensor for loader in loaders for tensor in embedder.embed(loader)] for embedder in embedders]
+    results = [evaluation.measure(embedded, ks, distance) for embedded in of_each]
 
+    rows = {}
     name = args.remark or "this checkpoint"
-    rows = {name: result.metrics}
+    embedded, result = of_each[0], results[0]
+    if len(results) > 1:
+        rows = {f"checkpoint {number}": result.metrics for number, result in enumerate(results, start=1)}
+        rows["mean"] = {name: fmean(row[name] for row in rows.values()) for name in result.metrics}
+        name = args.remark or "together"
+        embedded, distance = evaluation.side_by_side(of_each), "cosine"
+        result = evaluation.measure(embedded, ks)
+    rows[name] = result.metrics
+    shown = dict(rows)
     if reference := published.RESULTS.get((args.dataset, args.model)):
         # Never the row above under the same name.
         authors = "published by the authors" if name == "published" else "published"
-        rows[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
-    print(logbook.table(rows) + "\n" + result.remark() + dataset.remark(test_sets), end="")
+        shown[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
+    print(logbook.table(shown) + "\n" + result.remark() + dataset.remark(test_sets), end="")
     if reference and (args.embedding_size, args.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
@@ -84,29 +105,31 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     if args.report and distributed.rank() == 0:
         environment = {
             "command": shlex.join(["python", *sys.argv]),
-            "checkpoint": args.resume,
-            "sha256": checkpoint.identity(args.resume),
+            "checkpoint": ", ".join(args.resume),
+            "sha256": ", ".join(map(checkpoint.identity, args.resume)),
             "device": hardware.describe(device),
             "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
         }
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
+        subtitle = f"{', '.join(args.resume)}; {' searched in '.join(sizes)}"
         page = report.write(
-            Path(args.report), f"{args.model} on {args.dataset}", f"{args.resume}; {' searched in '.join(sizes)}",
-            rows, result, environment,
+            Path(args.report), f"{args.model} on {args.dataset}", subtitle,
+            shown, result, environment,
             *(
-                report.TestSet(*embedded[2 * i : 2 * i + 2], images, args.distance)
+                report.TestSet(*embedded[2 * i : 2 * i + 2], images, distance)
                 for i, images in enumerate(test_sets)
             ),
         )  # fmt: skip
         print(f"The report is {page}")
-    return result.metrics
+    return rows
 
 
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id)
     with console.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
-        return evaluate(args, device)
+        rows = evaluate(args, device)
+    return rows if len(args.resume) > 1 else next(iter(rows.values()))
 
 
 if __name__ == "__main__":

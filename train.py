@@ -31,18 +31,27 @@ def parse(argv=None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=console.HelpFormatter,
         parents=[
-            dataset.options(training=True), net.options(training=True), losses.options(), training.options(),
-            hardware.options(), logbook.options(), console.options(),
+            dataset.options(training=True), dataset.validation.options(), net.options(training=True), losses.options(),
+            training.options(), hardware.options(), logbook.options(), console.options(),
         ],
     )  # fmt: skip
     args = console.parse_with_recipe(parser, argv, dataset.recipe)
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
+    dataset.validation.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
     if args.epochs == 0 and args.resume:
         parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
     return args
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The name of the folder of a new run."""
+    return logbook.run_name(
+        args.model, args.loss, args.embedding_size, f"alpha{args.alpha:g}_mrg{args.mrg:g}",
+        args.optimizer, args.lr, args.batch_size, args.seed, args.remark, args.fold,
+    )  # fmt: skip
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -52,17 +61,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(f"Defaults of {args.dataset}: {args.recipe}")
     share = distributed.rank(), distributed.count()
 
-    # Data: zero-shot retrieval, so training and test classes are disjoint.
+    # Data: zero-shot retrieval, so training and test classes are disjoint. With --fold, some training classes test.
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
+        splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, **choice)
     train_set, *test_sets = splits.values()
     console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
     # Without gradients, twice the images fit into the memory.
     test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
-    ks = dataset.ALL[args.dataset].KS
+    ks, prefix = dataset.ALL[args.dataset].KS, dataset.validation.PREFIX if args.fold else ""
     batch_size = train_loader.batch_sampler.images_per_batch
     print(distributed.describe(batch_size), end="")
 
@@ -81,20 +90,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return criterion(embeddings, distributed.gather(labels, batch_size))
 
     if args.epochs == 0:  # no run, nothing to write
-        result = evaluation.evaluate(embedder, test_loaders, ks)
+        result = evaluation.evaluate(embedder, test_loaders, ks, prefix=prefix)
         print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
         return
 
-    name = logbook.run_name(
-        args.model, args.loss, args.embedding_size, f"alpha{args.alpha:g}_mrg{args.mrg:g}",
-        args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
-    )  # fmt: skip
     config = vars(args) | dataset.record(splits, args.data_root) | {
         "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
     }  # fmt: skip
 
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(logbook.open_logbook(name, config), network, **parts) as run:
+    with Run(logbook.open_logbook(run_name(args), config), network, args.by, **parts) as run:
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(
@@ -103,7 +108,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             )  # fmt: skip
             print(embedder.scaler.remark(), end="")
             run.stop.check()
-            result = evaluation.evaluate(embedder, test_loaders, ks, run.stop)
+            result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, prefix=prefix)
             run.end_epoch(loss, result)
     print(run.summary())
 

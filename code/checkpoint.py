@@ -9,6 +9,7 @@ import torch
 
 from proxy_anchor import randomness
 from proxy_anchor.files import replacing
+from proxy_anchor.metrics import plain
 from proxy_anchor.retrieval import DISTANCES
 
 SHOWN = 3  # differences in an error
@@ -115,7 +116,7 @@ def progress_of(path: Path, content: dict) -> dict:
     if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in PROGRESS.items()):
         raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
     rows, losses = found["rows"], found["losses"]
-    if found["epoch"] < 0 or not all(isinstance(row, dict) and "R@1" in row for row in rows):
+    if found["epoch"] < 0 or not all(isinstance(row, dict) and "R@1" in plain(row) for row in rows):
         raise ValueError(f"{path} is damaged: its progress is epoch {found['epoch']} with the rows {str(rows)[:80]}")
     if not all(isinstance(loss, float) for loss in losses):
         raise ValueError(f"{path} is damaged: its progress has the losses {str(losses)[:80]}")

@@ -1,14 +1,14 @@
 """From a network and test images to metrics."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from proxy_anchor import distributed
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.retrieval import map_at_r, ranks_and_ties, recall_of_ranks
+from proxy_anchor.retrieval import map_at_r, ranks_and_ties, recall_of_ranks, unit_vectors
 from proxy_anchor.stopping import Stop
 
 
@@ -41,13 +41,28 @@ class Result:
 
 
 def evaluate(
-    embedder: Embedder, loaders, ks: Sequence[int], stop: Stop | None = None, distance: str = "cosine"
+    embedder: Embedder, loaders, ks: Sequence[int], stop: Stop | None = None, distance: str = "cosine", prefix: str = ""
 ) -> Result:
-    """Embed the test sets of the loaders and measure; stop: a Stop, which raises Interrupted here at a signal."""
+    """Embed the test sets of the loaders and measure; stop: a Stop, which raises Interrupted here at a signal.
+
+    prefix: of the metrics' names, see metrics.py.
+    """
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader, "evaluation", stop)]
     if stop:
         stop.check()
-    return measure(embedded, ks, distance)
+    result = measure(embedded, ks, distance)
+    return replace(result, metrics={prefix + name: value for name, value in result.metrics.items()})
+
+
+def side_by_side(of_each: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The test sets (see Embedder.embed) of several networks as those of one, whose embeddings are theirs in a row.
+
+    Each network's are made of unit length first. Raises ValueError if any is not finite.
+    """
+    columns = zip(*of_each)  # embeddings, labels, and so on of each network
+    return [
+        torch.cat([unit_vectors(part) for part in same], dim=1) if same[0].ndim == 2 else same[0] for same in columns
+    ]
 
 
 def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "cosine") -> Result:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from proxy_anchor import metrics
 from proxy_anchor.files import replacing
 
 INK, QUIET, GRID = "#24292f", "#6e7781", "#e7eaee"
@@ -52,10 +53,10 @@ def read(path: Path) -> list[dict[str, float]]:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
-    if not rows or not {"epoch", "loss", "lr", "seconds", "R@1"} <= set(rows[0]):
+    if not rows or not {*metrics.NOT_METRICS, "R@1"} <= set(metrics.plain(rows[0])):
         raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
     for line, row in enumerate(rows, start=2):
-        if not all(map(math.isfinite, row.values())) or not 0 <= row["R@1"] <= 1:
+        if not all(map(math.isfinite, row.values())) or not 0 <= metrics.plain(row)["R@1"] <= 1:
             raise ValueError(f"{path}, line {line}: expected finite numbers and R@1 from 0 to 1, found {row}")
     for row, elapsed in zip(rows, accumulate(row["seconds"] for row in rows)):
         row["elapsed"] = elapsed
@@ -67,12 +68,13 @@ def epochs_done(row: dict[str, float]) -> int:
     return int(row["epoch"]) + 1
 
 
-def draw_run(metrics: Path, path: Path, title: str) -> None:
+def draw_run(table: Path, path: Path, title: str) -> None:
     """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv."""
-    rows = read(metrics)
+    rows = read(table)
     x = [epochs_done(row) for row in rows]
-    recalls = [name for name in rows[0] if name.startswith("R@")]
-    best = max(rows, key=lambda row: row["R@1"])
+    first = metrics.prefix(rows[0]) + "R@1"
+    recalls = [name for name in rows[0] if name.startswith(first[:-1])]
+    best = metrics.best(rows)
     marker = "o" if len(rows) <= MARKED else None
     with picture(path, 7.6, 6.6) as figure:
         loss_axes, recall_axes, lr_axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 5, 0.7))
@@ -82,13 +84,13 @@ def draw_run(metrics: Path, path: Path, title: str) -> None:
         loss_axes.plot(x, [row["loss"] for row in rows], color=STRONG[0], marker=marker, markersize=3.5)
 
         after = f"{epochs_done(best)} epoch" + ("" if epochs_done(best) == 1 else "s")
-        recall_axes.set_title(f"Recall@K, %: the best R@1 is {100 * best['R@1']:.2f}, after {after}")
+        recall_axes.set_title(f"Recall@K, %: the best {first} is {100 * best[first]:.2f}, after {after}")
         colors = ramp(len(recalls))
         for name, color in zip(recalls, colors):
             recall_axes.plot(x, [100 * row[name] for row in rows], color=color, marker=marker, markersize=3.5)
         recall_axes.axvline(epochs_done(best), color=STRONG[1], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
         recall_axes.plot(
-            epochs_done(best), 100 * best["R@1"], "o", color="white", markeredgecolor=STRONG[1], markeredgewidth=1.8,
+            epochs_done(best), 100 * best[first], "o", color="white", markeredgecolor=STRONG[1], markeredgewidth=1.8,
             markersize=7, zorder=5,
         )  # fmt: skip
 

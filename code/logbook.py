@@ -8,7 +8,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from proxy_anchor import checkpoint, distributed, figures, runs, tracking
+from proxy_anchor import checkpoint, distributed, figures, metrics, runs, tracking
 from proxy_anchor.files import replacing
 
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -39,10 +39,10 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark) -> str:
-    """The published folder name of a run; method: settings of the loss. A seed other than 1 is added."""
+def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark, fold=None) -> str:
+    """The published folder name of a run; method: settings of the loss. A fold, and a seed other than 1, are added."""
     name = f"{model}_{loss}_embedding{embedding_size}_{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}"
-    return name + ("" if seed == 1 else f"_seed{seed}")
+    return name + (f"_fold{fold.replace('/', 'of')}" if fold else "") + ("" if seed == 1 else f"_seed{seed}")
 
 
 def versions() -> dict[str, str]:
@@ -121,7 +121,7 @@ class Logbook:
     def log_epoch(self, rows: list[dict]) -> None:
         """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
         row = rows[-1]
-        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in list(metrics_of(row).items())[:SHOWN])
+        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in list(metrics.of(row).items())[:SHOWN])
         print(
             f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  {shown}",
             flush=True,
@@ -129,13 +129,17 @@ class Logbook:
         self._write_rows(rows)
         figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
         if self.wandb:
-            self.wandb.log({"loss": row["loss"]} | metrics_of(row), step=row["epoch"])
+            self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
 
     def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
         checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.contract)
+        prefix, row = metrics.prefix(row), metrics.plain(row)
         recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
-        lines = [f"Best Epoch: {row['epoch']}", *(f"Best Recall@{k}: {100 * r:.4f}" for k, r in recalls.items())]
+        lines = [
+            f"Best Epoch: {row['epoch']}",
+            *(f"Best {prefix}Recall@{k}: {100 * r:.4f}" for k, r in recalls.items()),
+        ]
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
@@ -175,18 +179,17 @@ class NullLogbook(Logbook):
         pass
 
 
-def metrics_of(row: dict) -> dict[str, float]:
-    """The metrics in a row of metrics.csv."""
-    return {name: value for name, value in row.items() if name not in ("epoch", "loss", "lr", "seconds")}
-
-
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """A table of metrics in percent: a line for each name of rows, a column for each metric that any line has."""
-    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    width = max(map(len, rows))
-    heads = [name.replace("R-precision", "R-prec") for name in columns]  # for terminals of 80 characters
-    lines = [" " * width + "".join(f"  {head:>6}" for head in heads)]
-    for name, metrics in rows.items():
-        cells = (f"{100 * metrics[c]:.2f}" if c in metrics else "-" for c in columns)
+    """A table of metrics in percent: a line for each name of rows, a column for each metric that any line has.
+
+    A prefix of the metrics' names is in the corner.
+    """
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    corner = metrics.prefix(next(iter(rows.values())))
+    width = max(map(len, [corner, *rows]))
+    heads = [c.removeprefix(corner).replace("R-precision", "R-prec") for c in columns]  # for 80 characters
+    lines = [f"{corner:<{width}}" + "".join(f"  {head:>6}" for head in heads)]
+    for name, row in rows.items():
+        cells = (f"{100 * row[c]:.2f}" if c in row else "-" for c in columns)
         lines.append(f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells))
     return "\n".join(lines)

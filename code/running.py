@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import torch
 
-from proxy_anchor import checkpoint, console, logbook, runs
+from proxy_anchor import checkpoint, console, logbook, metrics, runs
 from proxy_anchor.evaluation import Result
 from proxy_anchor.logbook import Logbook
 from proxy_anchor.stopping import Interrupted, Stop
@@ -15,11 +15,12 @@ class Run:
     """A context: on entering, a stopped run is restored to where it stopped; a signal stops it with everything saved.
 
     parts: what last.pth holds beside the network, each with a state_dict; among them the "optimizer" and the
-    "scheduler", which is stepped at the end of an epoch. Raises ValueError on entering where last.pth does not fit.
+    "scheduler", which is stepped at the end of an epoch. by: the metric that tells which epoch is the best. Raises
+    ValueError on entering where last.pth does not fit.
     """
 
-    def __init__(self, log: Logbook, network: torch.nn.Module, **parts):
-        self.log, self.network, self.parts = log, network, parts
+    def __init__(self, log: Logbook, network: torch.nn.Module, by: str = "R@1", **parts):
+        self.log, self.network, self.by, self.parts = log, network, by, parts
         self.stop = Stop()
         self.remark = ""  # on the last evaluation
         self.progress: dict = {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}  # of metrics.csv, one per epoch
@@ -57,7 +58,7 @@ class Run:
 
     @property
     def best(self) -> dict:
-        return runs.best(self.rows)
+        return metrics.best(self.rows, self.by)
 
     def epochs(self, count: int):
         """The epochs of `count` that are still to do."""
@@ -93,5 +94,5 @@ class Run:
         """A table of the best epoch and the last one, and where the best network is."""
         best, last = self.best, self.rows[-1]
         ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({last['epoch']})": last}
-        metrics = logbook.table({name: logbook.metrics_of(row) for name, row in ends.items()})
-        return f"{metrics}\n{self.remark}The best network is in {self.log.folder}"
+        table = logbook.table({name: metrics.of(row) for name, row in ends.items()})
+        return f"{table}\n{self.remark}The best network is in {self.log.folder}"

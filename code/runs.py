@@ -7,7 +7,7 @@ import re
 import socket
 from pathlib import Path
 
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, metrics
 
 CONFIG, LAST, LOCK, RESULTS = "config.json", "last.pth", ".lock", "*_best_results.txt"
 # Entries of the configuration that are not part of the experiment.
@@ -85,10 +85,7 @@ def to_resume(resume: str | None, path: Path, config: dict) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        folders = [
-            folder for folder in existing(path)
-            if (folder / CONFIG).exists() and not differences(read_config(folder), config)
-        ]  # fmt: skip
+        folders = of_experiment(path, config)
     elif different := differences(read_config(Path(resume)), config):
         raise ValueError(f"{resume} is another experiment ({'; '.join(different)}); start a new one")
     else:
@@ -111,6 +108,14 @@ def existing(path: Path) -> list[Path]:
     return [folder for _, folder in sorted(found) if folder.is_dir()]
 
 
+def of_experiment(path: Path, config: dict) -> list[Path]:
+    """Those of path, path_2, path_3, ... that hold a run of this configuration, in this order."""
+    return [
+        folder for folder in existing(path)
+        if (folder / CONFIG).exists() and not differences(read_config(folder), config)
+    ]  # fmt: skip
+
+
 def is_finished(folder: Path, epochs: int) -> bool:
     """Whether a run has done these epochs and saved its best network, before which it may have been killed.
 
@@ -125,16 +130,8 @@ def is_finished(folder: Path, epochs: int) -> bool:
     progress = checkpoint.progress(folder / LAST)
     if progress["epoch"] < epochs:
         return False
-    epoch = best(progress["rows"])["epoch"]
+    epoch = metrics.best(progress["rows"], read_config(folder).get("by", "R@1"))["epoch"]
     return any(text.read_text().startswith(f"Best Epoch: {epoch}\n") for text in folder.glob(RESULTS))
-
-
-def best(rows: list[dict]) -> dict:
-    """The row of the best epoch, the first of equals.
-
-    The published protocol picks the epoch on the test set, which flatters it: scripts show the last one too.
-    """
-    return max(rows, key=lambda row: row["R@1"])
 
 
 def folder(path: str) -> Path:

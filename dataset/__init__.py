@@ -22,6 +22,8 @@ Your own images, for which nothing is published, come from a module that gives K
     samples(root, split) -> [(path, class)]
                   as above; root is the data root itself, a folder or a file
 and may give
+    validation_classes(root) -> [class]
+                  those of the training classes that --fold val holds out
     remarks(root) -> [line]
                   what `python -m dataset check` should say of them
 """
@@ -31,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import cars, cub, folder, glyphs, inshop, sop, table, transforms
+from dataset import cars, cub, folder, glyphs, inshop, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
 from dataset.images import ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
@@ -213,7 +215,15 @@ def recipe(name: str) -> dict:
     return getattr(ALL[name], "RECIPE", {})
 
 
-def open(name: str, root: str | Path, image_size: int, **choice) -> dict[str, ImageDataset]:
-    """{split: images}, those to train on first; choice: allow_partial and test_classes as in load."""
-    training = {"train": train_set(name, root, image_size, **choice)}
-    return training | dict(zip(eval_splits(name, root), eval_sets(name, root, image_size, **choice)))
+def open(name: str, root: str | Path, image_size: int, fold: str | None = None, **choice) -> dict[str, ImageDataset]:
+    """{split: images}, those to train on first; choice: allow_partial and test_classes as in load.
+
+    With a fold, see dataset/validation.py, the images of its classes are the other split, val, and those of the test
+    set are not looked at. They are seen as test images are.
+    """
+    images = train_set(name, root, image_size, **choice)
+    if fold is None:
+        test_sets = eval_sets(name, root, image_size, **choice)
+        return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
+    own = validation.own_classes(name, ALL[name], Path(root)) if fold == validation.OWN else None
+    return validation.hold_out(images, fold, transforms.evaluation(image_size, own_crop(name)), own)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,23 @@ class ImageDataset(Dataset):
 
     def leave_out(self, paths) -> None:
         """Leave out these images, before a cache is used; the others keep their numbers."""
-        kept = np.array([path not in paths for path in self.paths], dtype=bool)
+        self._keep(np.array([path not in paths for path in self.paths], dtype=bool))
+
+    def of_classes(self, chosen: np.ndarray, name: str, transform) -> "ImageDataset":
+        """A dataset of the images of some classes, chosen (num_classes,), which are its classes; a cache comes later.
+
+        The images keep their numbers.
+        """
+        part = copy(self)
+        part.name, part.transform = name, transform
+        part._keep(chosen[self.labels])
+        part.labels = (np.cumsum(chosen) - 1)[part.labels]
+        part.classes = [label for label, keep in zip(self.classes, chosen) if keep]
+        part.total = len(part)
+        return part
+
+    def _keep(self, kept: np.ndarray) -> None:
+        """Leave out all images but these, kept (N,)."""
         self.paths = [path for path, keep in zip(self.paths, kept) if keep]
         self.labels, self.numbers = self.labels[kept], self.numbers[kept]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import console, figures, runs
+from proxy_anchor import console, figures, metrics, runs
 
 NOT_COMPARED = ("seed", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
@@ -30,6 +30,7 @@ LOSSES = {
 SETTINGS = {
     "IPC": "{} per class", "batch_size": "batch {}", "embedding_size": "{}-d", "image_size": "{} px",
     "lr": "learning rate {}", "mrg": "margin {}", "dataset": "{}", "model": "{}", "remark": "{}",
+    "fold": "fold {} held out",
 }  # fmt: skip
 # What nearly always follows from other settings: shown only where nothing else tells runs apart.
 FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule")
@@ -59,7 +60,8 @@ def read(folders: list[str]) -> list[Run]:
         config = runs.read_config(folder)
         if not isinstance(config.get("loss"), str):
             raise ValueError(f'{folder / runs.CONFIG} names no "loss"; expected what train.py writes')
-        found.setdefault(folder.resolve(), Run(folder, config, figures.read(folder / "metrics.csv")))
+        rows = figures.read(folder / "metrics.csv")
+        found.setdefault(folder.resolve(), Run(folder, config, [metrics.plain(row) for row in rows]))
     return list(found.values())
 
 

@@ -12,6 +12,7 @@ from pages import PAGES, REPOSITORY, blocks, commands
 
 import evaluate
 import net
+import protocol
 import search
 import train
 import transfer
@@ -20,7 +21,8 @@ from dataset import __main__ as data
 README = REPOSITORY / "README.md"
 SCRIPTS = {
     "python train.py": train, "torchrun --nproc-per-node 8 train.py": train, "python evaluate.py": evaluate,
-    "python transfer.py": transfer, "python search.py": search, "python -m dataset": data,
+    "python transfer.py": transfer, "python search.py": search, "python protocol.py": protocol,
+    "python -m dataset": data,
 }  # fmt: skip
 
 

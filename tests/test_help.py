@@ -7,20 +7,22 @@ import shlex
 import pytest
 
 import evaluate
+import protocol
 import search
 import train
 import transfer
 from dataset import __main__ as data
 
 SCRIPTS = {
-    "train.py": train, "transfer.py": transfer, "evaluate.py": evaluate, "search.py": search, "-m dataset": data,
+    "train.py": train, "transfer.py": transfer, "evaluate.py": evaluate, "search.py": search, "protocol.py": protocol,
+    "-m dataset": data,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name, command",
     [("train.py", []), ("transfer.py", []), ("evaluate.py", []), ("search.py", ["index"]), ("search.py", ["query"]),
-     ("-m dataset", ["check"]), ("-m dataset", ["prepare"])],
+     ("protocol.py", []), ("-m dataset", ["check"]), ("-m dataset", ["prepare"])],
 )  # fmt: skip
 @pytest.mark.parametrize("columns", ["60", "120"])
 def test_help(name, command, columns, capsys, monkeypatch):

@@ -1,0 +1,44 @@
+"""A command in a process of its own, as if it were part of this one: signals reach it, and it does not outlive it."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+
+from proxy_anchor.stopping import SIGNALS, Interrupted
+
+PR_SET_PDEATHSIG = 1  # of Linux
+
+
+def run(command: list[str]) -> int:
+    """Run the command to its end and return its exit status, 128 + the signal if one killed it.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on, once each: in a session of its own it does not also get a terminal's
+    Ctrl-C. Raises Interrupted when it has ended, if one came.
+    """
+    received: list[int] = []
+    child = None
+
+    def pass_on(signum, frame):
+        received.append(signum)
+        if child:
+            child.send_signal(signum)
+
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent():  # also where that is killed; elsewhere the lock of the run tells of one that goes on
+        if libc:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    previous = {signum: signal.signal(signum, pass_on) for signum in SIGNALS}
+    try:
+        child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
+        if received:  # before there was a child
+            child.send_signal(received[0])
+        status = child.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if received:
+        raise Interrupted(received[0])
+    return status if status >= 0 else 128 - status

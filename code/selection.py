@@ -1,0 +1,125 @@
+"""The epoch that held-out classes choose, what the test set says of it, and the results of several seeds as a page."""
+
+from pathlib import Path
+from statistics import fmean, stdev
+
+from proxy_anchor import figures, metrics
+
+SHOWN = ("R@1", "MAP@R")
+
+
+def choose(of_folds: list[list[dict]], by: str) -> tuple[int, dict[str, float]]:
+    """(epochs, metrics) after the number of epochs at which the mean of a metric over the folds is best.
+
+    of_folds: the rows of each fold. The first of equals. The metrics are the means over the folds, under the names that
+    they have on a test set.
+    """
+    names = [name for name in metrics.of(metrics.plain(of_folds[0][0])) if name != "elapsed"]
+    means = [{name: fmean(metrics.plain(row)[name] for row in rows) for name in names} for rows in zip(*of_folds)]
+    best = max(range(len(means)), key=lambda epoch: means[epoch][by])
+    return best + 1, means[best]
+
+
+def result_of(seed: int, epochs: int, validation: dict[str, float], rows: list[dict]) -> dict:
+    """What a retrained run shows: honest, its last epoch; what its best epoch on the test set would have claimed."""
+    best, last, names = metrics.best(rows), rows[-1], validation.keys()
+    return {
+        "seed": seed, "epochs": epochs, "validation": validation, "honest": {name: last[name] for name in names},
+        "best_epoch_on_test": {name: best[name] for name in names}, "epochs_of_best": figures.epochs_done(best),
+        "gap": {name: best[name] - last[name] for name in names},
+    }  # fmt: skip
+
+
+def over_seeds(results: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """{kind of result: {metric: its spread over the seeds}}."""
+    kinds = [kind for kind, value in results[0].items() if isinstance(value, dict)]
+    return {
+        kind: {name: spread([result[kind][name] for result in results]) for name in results[0][kind]} for kind in kinds
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The mean and, of several values, the sample standard deviation."""
+    return {"mean": fmean(values)} | ({"deviation": stdev(values)} if len(values) > 1 else {})
+
+
+def percent(value: float | dict[str, float]) -> str:
+    """A share in percent, or the spread of one."""
+    if not isinstance(value, dict):
+        return f"{100 * value:.2f}"
+    return f"{100 * value['mean']:.2f}" + (f" ± {100 * value['deviation']:.2f}" if "deviation" in value else "")
+
+
+def table(content: dict, columns: dict[str, tuple[str, str]], shown: tuple[str, ...] = ()) -> str:
+    """A Markdown table: a line per seed, and one of their spread.
+
+    columns: {heading: (kind of result, metric)}. shown: what else to show of each seed, as it is.
+    """
+    results, spreads = content["seeds"], content["over_seeds"]
+    lines = [["seed", *shown, *columns], ["---"] * (1 + len(shown) + len(columns))]
+    for result in results:
+        lines.append([str(result[name]) for name in ("seed", *shown)])
+        lines[-1] += [percent(result[kind][name]) for kind, name in columns.values()]
+    lines.append(["mean", *("" for _ in shown), *(percent(spreads[kind][name]) for kind, name in columns.values())])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(content: dict) -> str:
+    """results.md, from what results.json has."""
+    settings = content["settings"]
+    folds, by = settings["folds"], settings["by"]
+    held_out = {
+        "2": "the second half of the training classes", "val": "the classes of the split val",
+    }.get(folds, f"each of {folds} parts of the training classes in turn, by the mean over them")  # fmt: skip
+    honest = {f"honest {name}": ("honest", name) for name in SHOWN}
+    claim = {"best epoch on test: R@1": ("best_epoch_on_test", "R@1"), "gap": ("gap", "R@1")}
+    parts = [
+        f"# An honest result: {settings['dataset']}, {settings['model']}",
+        f"    {content['command']}",
+        f"The number of epochs, at most {settings['epochs']}, was chosen by {by} on {held_out}. Then the network was "
+        "trained on all training classes for as many epochs; its test after the last one is the honest result. "
+        "In percent; mean ± standard deviation over the seeds.",
+        table(content, honest | claim, ("epochs",)),
+        "**Best epoch on test** is not a result: it is what the same run would have claimed if R@1 on the test set had "
+        "chosen among its epochs, read off afterwards. The gap is what that choice adds, at the least: a search over "
+        "more epochs can only claim more.",
+    ]
+    if "folds_together" in content["over_seeds"]:
+        kinds = {"one by one": "folds_one_by_one", "together": "folds_together"}
+        columns = {f"{words}: {name}": (kind, name) for words, kind in kinds.items() for name in SHOWN}
+        parts += [
+            f"The networks of the {folds} folds, each of the epoch with the best {by} on its own fold, on the test "
+            "set: the mean of their results one by one, and together, with their embeddings of unit length side by "
+            "side.",
+            table(content, columns),
+        ]
+    parts.append(f"Versions: {', '.join(f'{name} {version}' for name, version in content['versions'].items())}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(content: dict, path: Path) -> None:
+    """Draw each seed's honest result and what its best epoch on test would have claimed, and the means of both."""
+    settings, results, spreads = content["settings"], content["seeds"], content["over_seeds"]
+    kinds = {
+        "honest": ("honest", {"color": figures.STRONG[0], "markersize": 6}),
+        "best_epoch_on_test": (
+            "best epoch on test, not a result",
+            {"color": figures.STRONG[1], "markersize": 10, "markeredgewidth": 1.6, "fillstyle": "none"},
+        ),
+    }
+    values = {kind: [100 * result[kind]["R@1"] for result in results] for kind in kinds}
+    with figures.picture(path, 7.6, 1.6 + 0.27 * len(results)) as figure:
+        ax = figure.subplots()
+        gap = percent(spreads["gap"]["R@1"])
+        ax.set_title(f"{settings['dataset']}, {settings['model']}: R@1 on the test set, %; the gap is {gap}")
+        mean, deviation = (100 * spreads["honest"]["R@1"].get(name, 0) for name in ("mean", "deviation"))
+        ax.axvspan(mean - deviation, mean + deviation, color=figures.STRONG[0], alpha=0.1, linewidth=0)
+        ax.hlines(range(len(results)), *values.values(), color=figures.MUTED[0], linewidth=1.2)
+        for kind, (words, look) in kinds.items():
+            spread = spreads[kind]["R@1"]
+            ax.axvline(100 * spread["mean"], color=look["color"], linewidth=1)
+            ax.plot(values[kind], range(len(results)), "o", label=f"{words}: {percent(spread)}", zorder=3, **look)
+        ax.set_yticks(range(len(results)), [f"seed {result['seed']}, {result['epochs']} epochs" for result in results])
+        ax.set_ylim(len(results) - 0.4, -0.6)
+        ax.grid(axis="y", visible=False)
+        figure.legend(loc="outside lower left", ncols=2, frameon=False)

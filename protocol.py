@@ -1,0 +1,230 @@
+"""An honest result: choose the epoch on held-out training classes, train on all of them for as long, test once."""
+
+import proxy_anchor.startup  # noqa: F401 (before the slow imports)
+
+# isort: split
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import evaluate
+import train
+from proxy_anchor import child, console, figures, logbook, runs, selection
+from proxy_anchor.files import replacing
+from proxy_anchor.stopping import Interrupted
+
+EXAMPLES = """examples:
+  as ProxyNCA++: the second half of the training classes chooses the epoch; flags after -- are those of train.py:
+    python protocol.py --seeds 1 2 3 -- --dataset cub --model bn_inception --batch-size 180
+  as A Metric Learning Reality Check: four folds; the four networks are also tested, one by one and together:
+    python protocol.py --seeds 1 2 3 --folds 4 -- --dataset cub --model bn_inception --batch-size 180
+"""
+RESULTS = "results.json"
+DECIDED = {"--seed": "--seeds", "--fold": "--folds", "--by": "--by", "--resume": "nothing: it is always auto"}
+# Of train.py's arguments, those that evaluate.py needs too, beside what checkpoints record.
+EVALUATION = (
+    "dataset", "data_root", "test_classes", "allow_partial", "skip_bad_images", "cache", "batch_size", "workers", "amp",
+)  # fmt: skip
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="protocol.py [--flag value ...] -- [flags of train.py]", description=__doc__, epilog=EXAMPLES,
+        allow_abbrev=False, formatter_class=console.HelpFormatter, parents=[console.options()],
+    )  # fmt: skip
+    group = parser.add_argument_group("protocol")
+    group.add_argument(
+        "--seeds", default=[1, 2, 3], type=int, nargs="+", metavar="S", help="a result for each of these seeds"
+    )
+    group.add_argument(
+        "--folds", default="2", metavar="N",
+        help="2: the second half of the training classes is held out; 4 and so on: each of as many parts in turn; "
+        "val: the split of that name in your CSV file",
+    )  # fmt: skip
+    group.add_argument(
+        "--by", default="MAP@R", choices=("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
+    )
+    group.add_argument(
+        "--out", metavar="DIR", help="where the results go (default: a folder beside those of the runs, in logs/)"
+    )
+    argv = sys.argv[1:] if argv is None else list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    console.check_ranges(parser, args)
+    args.flags, args.command = argv[end + 1 :], shlex.join(["python", "protocol.py", *argv])
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: expected different numbers from 0")
+    if not re.fullmatch(r"val|[2-9]|[1-9][0-9]{1,8}", args.folds):
+        parser.error(f"argument --folds: expected 2, 4 or another number of parts, or val, found '{args.folds}'")
+    for flag in args.flags:
+        if (name := flag.partition("=")[0]) in DECIDED:
+            parser.error(f"{name} cannot come after --, because this protocol decides it: give {DECIDED[name]}")
+    args.training = train.parse(args.flags)
+    if args.training.epochs < 1:
+        parser.error("argument --epochs: expected at least 1, found 0")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parser.error("start protocol.py without torchrun, and give --gpu-id -1 after -- for all GPUs")
+    return args
+
+
+class Training(NamedTuple):
+    """A run of train.py: in words, its flags, and its epochs."""
+
+    what: str
+    argv: list[str]
+    epochs: int
+
+    @property
+    def length(self) -> str:
+        return "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+
+    def folder(self) -> Path:
+        """Where it is, once it has run. Raises FileNotFoundError where it has not."""
+        args = train.parse(self.argv)
+        place = runs.place(Path(args.LOG_DIR), args.dataset, train.run_name(args))
+        if found := runs.of_experiment(place, vars(args)):
+            return found[-1]
+        raise FileNotFoundError(f"There is no run {place}")
+
+    def rows(self) -> list[dict[str, float]]:
+        """Those of its metrics.csv, one for each epoch. Raises ValueError for another number of them."""
+        rows = figures.read(self.folder() / "metrics.csv")
+        if len(rows) != self.epochs:
+            raise ValueError(
+                f"{self.folder()} has {len(rows)} epochs, expected {self.epochs}: choose another --remark or --epochs"
+            )
+        return rows
+
+
+def on_fold(args: argparse.Namespace, seed: int, fold: str) -> Training:
+    own = ["--seed", str(seed), "--fold", fold, "--by", args.by, "--resume", "auto"]
+    return Training(f"seed {seed}, without fold {fold}", [*args.flags, *own], args.training.epochs)
+
+
+def on_all(args: argparse.Namespace, seed: int, epochs: int) -> Training:
+    """On all training classes. The remark keeps it apart from runs of another length."""
+    remark = f"{args.training.remark}_retrained{epochs}"
+    own = ["--seed", str(seed), "--epochs", str(epochs), "--remark", remark, "--resume", "auto"]
+    return Training(f"seed {seed}, on all training classes", [*args.flags, *own], epochs)
+
+
+class Series:
+    """Trainings one after another, with a line before each: which of how many, and the time left."""
+
+    def __init__(self, total: int, epochs: int):
+        self.total, self.epochs = total, epochs
+        self.done: list[dict] = []  # rows
+        self.number = 0
+
+    def run(self, training: Training) -> list[dict[str, float]]:
+        """Its rows. Ends this process with its exit status if it fails."""
+        self.number += 1
+        left = ""
+        if self.done:
+            epochs = training.epochs + (self.total - self.number) * self.epochs
+            seconds = epochs * fmean(row["seconds"] for row in self.done)
+            unit, name = figures.time_axis(seconds)
+            left = f"; at most about {seconds / unit:.0f} {name} left"
+        print(f"Training {self.number} of {self.total}: {training.what}, {training.length}{left}", flush=True)
+        if status := child.run([sys.executable, train.__file__, *training.argv]):
+            sys.exit(status)  # it has said why
+        rows = training.rows()
+        self.done += rows
+        return rows
+
+
+def evaluate_folds(args: argparse.Namespace, trainings: list[Training]) -> dict[str, dict[str, float]]:
+    """The test results of the folds' best networks: the mean of one by one, and together."""
+    given = vars(args.training)
+    flags = [f"--gpu-id={max(0, given['gpu_id'])}"]  # one process is enough
+    for name in EVALUATION:
+        flag, value = f"--{name.replace('_', '-')}", given[name]
+        if value is not None and value is not False:
+            flags.append(flag if value is True else f"{flag}={value}")
+    name = f"{given['dataset']}_{given['model']}_best.pth"
+    rows = evaluate.main([*flags, "--resume", *(str(training.folder() / name) for training in trainings)])
+    return {"folds_one_by_one": rows["mean"], "folds_together": rows["together"]}
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What the results depend on, beside the seeds."""
+    decided = (*runs.SURROUNDINGS, *runs.MAY_CHANGE, "seed", "fold", "by")
+    given = {name: value for name, value in vars(args.training).items() if name not in decided}
+    return given | {"epochs": args.training.epochs, "folds": args.folds, "by": args.by}
+
+
+def open_folder(args: argparse.Namespace) -> Path:
+    """The folder of the results: the first of path, path_2, ... that has none of other settings."""
+    given = args.training
+    name = train.run_name(argparse.Namespace(**vars(given) | {"seed": 1}))  # which is not in the name
+    path = Path(args.out or Path(given.LOG_DIR) / f"protocol_{given.dataset}" / f"{name}_folds{args.folds}")
+    folder = next(folder for folder in runs.numbered(path) if settings_in(folder) in (None, settings(args)))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def settings_in(folder: Path) -> dict | None:
+    """Those of the results in a folder, if it has any. Raises ValueError where they are not ours."""
+    path = folder / RESULTS
+    try:
+        return json.loads(path.read_text())["settings"] if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not one of protocol.py: {error}; choose another --out") from error
+
+
+def folds_of(folds: str) -> list[str]:
+    """The folds to train without; of two halves only the second, as ProxyNCA++."""
+    if folds in ("2", "val"):
+        return ["2/2" if folds == "2" else folds]
+    return [f"{part}/{folds}" for part in range(1, int(folds) + 1)]
+
+
+def protocol(args: argparse.Namespace) -> None:
+    folder, folds, given = open_folder(args), folds_of(args.folds), args.training
+    series = Series(len(args.seeds) * (len(folds) + 1), given.epochs)
+
+    # Everything is chosen before the test set is first looked at.
+    on_folds = {seed: [on_fold(args, seed, fold) for fold in folds] for seed in args.seeds}
+    chosen = {
+        seed: selection.choose([series.run(training) for training in on_folds[seed]], args.by) for seed in on_folds
+    }
+
+    results = []
+    for seed, (epochs, validation) in chosen.items():
+        retrained = on_all(args, seed, epochs)
+        result = selection.result_of(seed, epochs, validation, series.run(retrained))
+        if len(folds) > 1:
+            result |= evaluate_folds(args, on_folds[seed])
+        places = [os.path.relpath(training.folder(), given.LOG_DIR) for training in (*on_folds[seed], retrained)]
+        results.append(result | {"runs": places})
+
+    content = {
+        "command": args.command, "settings": settings(args), "versions": logbook.versions(), "seeds": results,
+        "over_seeds": selection.over_seeds(results), "seconds": round(sum(row["seconds"] for row in series.done), 2),
+    }  # fmt: skip
+    text = selection.report(content)
+    for name, written in {"results.md": text, RESULTS: json.dumps(content, indent=2) + "\n"}.items():
+        with replacing(folder / name) as path:
+            path.write_text(written, encoding="utf-8")
+    selection.draw(content, folder / "results.png")
+    print(f"{text}\nThe results are in {folder}")
+
+
+def main(argv=None):
+    args = parse(argv)
+    with console.errors_in_one_line("protocol.py", args.debug):
+        try:
+            protocol(args)
+        except Interrupted as interruption:
+            print(f"protocol.py: {interruption}; the same command continues from here", file=sys.stderr)
+            sys.exit(128 + interruption.signum)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""protocol.py: the test set untouched until the last step, the arithmetic, and a run that is stopped and killed."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import poison
+import pytest
+import torch
+import trees
+
+import dataset
+import evaluate
+import net
+import protocol
+import train
+from proxy_anchor import checkpoint, child, runs, selection
+from proxy_anchor.stopping import Interrupted
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with a small CUB: 6 training and 4 test classes of 5 images each."""
+    return trees.cub(tmp_path_factory.mktemp("cub"), classes=(1, 2, 3, 4, 5, 6, 101, 102, 103, 104), images=5)
+
+
+def flags(root, logs):
+    settings = {
+        "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "batch-size": 4, "warm": 0,
+        "bn-freeze": 0, "image-size": 32, "workers": 0, "pretrained": "none", "epochs": EPOCHS, "lr-decay-step": 1,
+        "lr": 3e-3, "LOG_DIR": logs,
+    }  # fmt: skip
+    return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
+
+
+class InThisProcess:
+    """In place of child.run: trains in this process, the test set poisoned while there is a fold."""
+
+    def __init__(self, root):
+        splits = dataset.open("cub", root, 32, allow_partial=True)
+        self.test_files = {*splits["eval"].paths, *map(os.path.dirname, splits["eval"].paths)}
+        self.trained = []
+
+    def __call__(self, command):
+        python, script, *argv = command
+        assert (python, script) == (sys.executable, train.__file__)
+        self.trained.append(argv)
+        with pytest.MonkeyPatch.context() as patch:
+            on_fold = "--fold" in argv
+            with poison.poisoned(self.test_files if on_fold else [], patch):
+                train.main(argv)
+        return 0
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """(folder of logs, results.json, the flags of each training) of two seeds with the second half held out."""
+    return run_here(root, tmp_path_factory.mktemp("two"), "--seeds", "1", "2")
+
+
+@pytest.fixture(scope="module")
+def of_three_folds(root, tmp_path_factory):
+    return run_here(root, tmp_path_factory.mktemp("three"), "--seeds", "1", "--folds", "3", "--by", "R@1")
+
+
+def run_here(root, logs, *own):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(child, "run", training := InThisProcess(root))
+        protocol.main([*own, "--", *flags(root, logs)])
+    (folder,) = (logs / "protocol_cub").iterdir()
+    return logs, json.loads((folder / "results.json").read_text()), training.trained
+
+
+def rows_of(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_everything_is_chosen_before_the_test_set_is_looked_at(finished, of_three_folds):
+    """The poison in InThisProcess has seen to the rest."""
+    for (_, _, trained), folds in ((finished, ["2/2"] * 2), (of_three_folds, ["1/3", "2/3", "3/3"])):
+        assert [argv[argv.index("--fold") + 1] if "--fold" in argv else None for argv in trained] == (
+            folds + [None] * (len(trained) - len(folds))
+        )
+
+
+def test_epoch_is_chosen_on_the_fold_and_the_retraining_has_as_many(root, finished, tmp_path):
+    """And the schedule, and to the last bit the course, of a run of full length."""
+    logs, content, _ = finished
+    for seed, result in zip((1, 2), content["seeds"], strict=True):
+        fold, retrained = (logs / place for place in result["runs"])
+        rows = rows_of(fold)
+        assert runs.read_config(fold)["fold"] == "2/2" and len(rows) == EPOCHS
+        best = max(range(EPOCHS), key=lambda epoch: rows[epoch]["val/MAP@R"])  # the first of equals
+        assert result["epochs"] == best + 1 and result["validation"]["MAP@R"] == rows[best]["val/MAP@R"]
+        config = runs.read_config(retrained)
+        assert (config["seed"], config["epochs"], config["fold"]) == (seed, best + 1, None)
+        assert config["sizes"] == {"train": [30, 6], "eval": [20, 4]}
+        assert [row["lr"] for row in rows_of(retrained)] == [3e-3, 1.5e-3, 7.5e-4][: best + 1]
+    train.main([*flags(root, tmp_path), "--seed", str(seed)])
+    (whole,) = (tmp_path / "logs_cub").iterdir()
+    for row, expected in zip(rows_of(retrained), rows_of(whole)[: best + 1], strict=True):
+        assert row | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def test_results(finished):
+    """From the files of the runs, by hand."""
+    logs, content, _ = finished
+    honest, claims, gaps = [], [], []
+    for result in content["seeds"]:
+        rows = rows_of(logs / result["runs"][-1])
+        honest.append(rows[-1]["R@1"])
+        claims.append(max(row["R@1"] for row in rows))
+        gaps.append(claims[-1] - honest[-1])
+        assert result["honest"]["R@1"] == honest[-1] and result["honest"]["MAP@R"] == rows[-1]["MAP@R"]
+        assert (result["best_epoch_on_test"]["R@1"], result["gap"]["R@1"]) == (claims[-1], gaps[-1])
+        assert rows[result["epochs_of_best"] - 1]["R@1"] == claims[-1]
+    for kind, (a, b) in {"honest": honest, "best_epoch_on_test": claims, "gap": gaps}.items():
+        spread = content["over_seeds"][kind]["R@1"]
+        assert spread["mean"] == pytest.approx((a + b) / 2) and spread["deviation"] == pytest.approx(
+            math.sqrt((a - (a + b) / 2) ** 2 + (b - (a + b) / 2) ** 2)  # over n - 1 = 1
+        )
+    (folder,) = (logs / "protocol_cub").iterdir()
+    text = (folder / "results.md").read_text()
+    mean, deviation = (100 * content["over_seeds"]["honest"]["R@1"][name] for name in ("mean", "deviation"))
+    assert f"| mean |  | {mean:.2f} ± {deviation:.2f} |" in text and "is not a result" in text
+    assert (folder / "results.png").stat().st_size > 5000
+
+
+ROWS = [[0.2, 0.5, 0.4, 0.5], [0.3, 0.1, 0.4, 0.1]]
+
+
+def test_choice_by_the_mean_over_folds():
+    folds = [
+        [
+            {"epoch": e, "loss": 1.0, "lr": 1.0, "seconds": 1.0, "val/R@1": v / 2, "val/MAP@R": v}
+            for e, v in enumerate(fold)
+        ]
+        for fold in ROWS
+    ]
+    assert selection.choose(folds, "MAP@R") == (3, {"R@1": pytest.approx(0.2), "MAP@R": pytest.approx(0.4)})
+    assert selection.choose(folds[:1], "MAP@R") == (2, {"R@1": 0.25, "MAP@R": 0.5})  # the first of equals
+    assert selection.choose(folds[1:], "R@1")[0] == 3
+
+
+def test_spread_by_hand():
+    values = [0.1, 0.4, 0.7]  # deviations -0.3, 0, 0.3: a sum of squares of 0.18 over n - 1 = 2
+    assert selection.spread(values) == {"mean": pytest.approx(0.4), "deviation": pytest.approx(0.3)}
+    assert selection.spread([0.25]) == {"mean": 0.25}
+    assert selection.percent({"mean": 0.25}) == "25.00"
+    assert selection.percent({"mean": 0.4, "deviation": 0.3}) == "40.00 ± 30.00"
+
+
+def embeddings_of(path, images):
+    network = net.create("resnet18", 8)
+    checkpoint.load(path, network)
+    network.eval()
+    with torch.inference_mode():
+        return network(network.normalize(torch.stack([image for image, _ in images]))).double()
+
+
+def recall_at_1(vectors, labels):
+    """Brute force: cosine, each image among all others."""
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    similarity = (unit @ unit.T).fill_diagonal_(-2)
+    return (labels[similarity.argmax(dim=1)] == labels).double().mean().item()
+
+
+def test_folds_one_by_one_and_together(root, of_three_folds, capsys):
+    """Equal to the networks' embeddings, of unit length, put side by side by hand."""
+    logs, content, _ = of_three_folds
+    (result,) = content["seeds"]
+    paths = [logs / place / "cub_resnet18_best.pth" for place in result["runs"][:3]]
+    (images,) = dataset.eval_sets("cub", root, 32, allow_partial=True)
+    labels = torch.from_numpy(images.labels)
+    each = [embeddings_of(path, images) for path in paths]
+    each = [vectors / vectors.norm(dim=1, keepdim=True) for vectors in each]
+    expected = [recall_at_1(vectors, labels) for vectors in each]
+    assert result["folds_one_by_one"]["R@1"] == pytest.approx(sum(expected) / 3)
+    assert result["folds_together"]["R@1"] == pytest.approx(recall_at_1(torch.cat(each, dim=1), labels))
+    common = ["--dataset", "cub", "--data-root", str(root), "--allow-partial", "--workers", "0", "--resume"]
+    rows = evaluate.main([*common, *map(str, paths)])
+    assert [rows[f"checkpoint {number}"]["R@1"] for number in (1, 2, 3)] == pytest.approx(expected)
+    assert rows["mean"] == result["folds_one_by_one"] and rows["together"] == result["folds_together"]
+    one = evaluate.main([*common, str(paths[0])])
+    assert one == rows["checkpoint 1"]
+    assert "one by one: R@1" in (next((logs / "protocol_cub").iterdir()) / "results.md").read_text()
+    assert result["epochs"] == selection.choose([rows_of(logs / place) for place in result["runs"][:3]], "R@1")[0]
+
+
+def test_checkpoints_of_two_kinds_are_refused(root, of_three_folds, tmp_path, capsys):
+    logs, content, _ = of_three_folds
+    path = logs / content["seeds"][0]["runs"][0] / "cub_resnet18_best.pth"
+    other = {**checkpoint.contract(path), "image_size": 64}
+    checkpoint.save(tmp_path / "b.pth", net.create("resnet18", 8), other)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--dataset", "cub", "--resume", str(path), str(tmp_path / "b.pth")])
+    assert end.value.code == 2 and "image_size 64 instead of 32" in capsys.readouterr().err
+
+
+def test_stopped_killed_and_started_again(root, finished, tmp_path):
+    """A signal reaches the training, which saves and ends; killed, it takes the training along; the end is the same."""
+    argv = ["--seeds", "1", "--", *flags(root, tmp_path)]
+    command = [sys.executable, str(REPOSITORY / "protocol.py"), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def start_until(words):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        )
+        assert any(words in line for line in process.stdout)
+        return process
+
+    process = start_until("epoch  0")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "train.py: stopped by SIGTERM" in errors
+    assert errors.splitlines()[-1] == "protocol.py: stopped by SIGTERM; the same command continues from here"
+
+    process = start_until("Resuming")
+    process.kill()
+    process.wait()
+    (folder,) = (tmp_path / "logs_cub").iterdir()
+    for _ in range(100):  # the kernel ends the training, and with it the lock
+        try:
+            runs.lock(folder).close()
+            break
+        except runs.Locked:
+            time.sleep(0.05)
+    else:
+        pytest.fail("the training outlives protocol.py")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "run", InThisProcess(root))
+        protocol.main(argv)
+    (path,) = tmp_path.glob("protocol_cub/*/results.json")
+    ours, expected = json.loads(path.read_text()), finished[1]
+    assert ours["seeds"] == expected["seeds"][:1] and ours["settings"] == expected["settings"]
+    before = path.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "run", again := InThisProcess(root))
+        protocol.main(argv)
+    assert len(again.trained) == 2 and path.read_bytes() == before  # all has finished
+
+
+def test_child_passes_on_how_it_ends():
+    assert child.run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    assert child.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]) == 137
+    handler = signal.getsignal(signal.SIGUSR1)
+    stop = "import os, signal; os.kill(os.getppid(), signal.SIGUSR1); signal.pause()"
+    with pytest.raises(Interrupted, match="SIGUSR1"):
+        child.run([sys.executable, "-c", stop])
+    assert signal.getsignal(signal.SIGUSR1) is handler
+
+
+def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as end:
+        protocol.main(["--", *flags(root, tmp_path / "logs"), "--data-root", str(tmp_path / "nowhere")])
+    errors = capfd.readouterr().err.splitlines()
+    assert end.value.code == 1 and len(errors) == 1 and errors[0].startswith("train.py: error: There is no ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--", "--seed", "2"], "--seed cannot come after --, because this protocol decides it: give --seeds"),
+        (["--", "--fold=1/2"], "give --folds"),
+        (["--", "--resume", "auto"], "--resume cannot come after --"),
+        (["--", "--by", "R@1"], "give --by"),
+        (["--", "--epochs", "0"], "argument --epochs: expected at least 1"),
+        (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
+        (["--seeds", "1", "1"], "argument --seeds: expected different numbers"),
+        (["--seeds", "-1"], "argument --seeds"),
+        (["--folds", "1"], "argument --folds: expected 2, 4 or another number"),
+        (["--folds", "2/2"], "argument --folds"),
+        (["--out", ""], "argument --out: expected a path"),
+    ],
+)  # fmt: skip
+def test_usage_errors(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        protocol.parse(argv)
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_folds_of_a_table_and_of_others():
+    assert protocol.folds_of("val") == ["val"] and protocol.folds_of("2") == ["2/2"]
+    assert protocol.folds_of("4") == ["1/4", "2/4", "3/4", "4/4"]
+
+
+def test_results_of_other_settings_are_kept(root, finished):
+    logs, _, _ = finished
+    argv = ["--seeds", "5", "--", *flags(root, logs)]
+    (folder,) = (logs / "protocol_cub").iterdir()
+    assert protocol.open_folder(protocol.parse(argv)) == folder
+    other = protocol.open_folder(protocol.parse(["--by", "R@1", *argv]))
+    assert other.name == f"{folder.name}_2"
+    other.rmdir()

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, ours or a published one: Recall@K beside the published results."""
+"""Evaluate a checkpoint, ours or a published one, or a backbone before training: Recall@K beside the published."""
 
 import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
@@ -20,12 +20,14 @@ EXAMPLES = """examples:
     python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
   a checkpoint of train.py, which records its network; with a report:
     python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --report report
+  what a pretrained backbone can do before it is trained:
+    python evaluate.py --dataset cub --model resnet50 --backbone-only
 """
 
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="evaluate.py --resume PATH [--flag value ...]",
+        usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
         allow_abbrev=False,
@@ -34,7 +36,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--resume", required=True, metavar="PATH",
+        "--resume", metavar="PATH",
         help="checkpoint to evaluate; those of train.py record --model, --embedding-size, --image-size and --l2-norm",
     )  # fmt: skip
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
@@ -42,25 +44,33 @@ def parse(argv=None) -> argparse.Namespace:
         "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
     )
     args = parser.parse_args(argv)
+    net.check_weights(parser, args)
     with console.errors_in_one_line("evaluate.py", args.debug):
-        contract = checkpoint.contract(args.resume)
+        contract = checkpoint.contract(args.resume) if args.resume else {}
     args = console.parse_with_contract(parser, argv, contract)
     console.check_ranges(parser, args)
-    net.check_arguments(parser, args)
+    net.check_arguments(parser, args, contract)
     return args
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     print(hardware.describe(device))
 
-    network = net.create(args.model, args.embedding_size, pretrained=None, l2_norm=bool(args.l2_norm))
-    matched = checkpoint.load(args.resume, network)
-    print(f"Loaded {args.resume}: all {matched} tensors match.")
+    size, pretrained = (None, args.pretrained) if args.backbone_only else (args.embedding_size, None)
+    with distributed.first_process_first():
+        network = net.create(args.model, size, pretrained, bool(args.l2_norm), image_size=args.image_size)
+    if args.backbone_only:
+        source, identity = f"{args.model} alone, pretrained: {args.pretrained}", checkpoint.weights_identity(network)
+        print(f"{source}; {network.embedding_size} pooled features.")
+    else:
+        source, identity = args.resume, checkpoint.identity(args.resume)
+        print(f"Loaded {source}: all {checkpoint.load(args.resume, network)} tensors match.")
     embedder = Embedder(network, device, args.amp, args.compile)
 
+    geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
     with distributed.first_process_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.crop, **choice)
+        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, geometry, **choice)
     console.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     share = distributed.rank(), distributed.count()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
@@ -69,14 +79,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
     result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS, args.distance)
 
-    name = args.remark or "this checkpoint"
+    name = args.remark or ("backbone alone" if args.backbone_only else "this checkpoint")
     rows = {name: result.metrics}
     if reference := published.RESULTS.get((args.dataset, args.model)):
         # Never the row above under the same name.
         authors = "published by the authors" if name == "published" else "published"
         rows[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(rows) + "\n" + result.remark() + dataset.remark(test_sets), end="")
-    if reference and (args.embedding_size, args.image_size) != (512, 224):
+    if reference and (network.embedding_size, args.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
         print("With --allow-partial: results on a part of the dataset do not compare with others.")
@@ -84,14 +94,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     if args.report and distributed.rank() == 0:
         environment = {
             "command": shlex.join(["python", *sys.argv]),
-            "checkpoint": args.resume,
-            "sha256": checkpoint.identity(args.resume),
+            "checkpoint": source,
+            "sha256": identity,
             "device": hardware.describe(device),
             "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
         }
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
         page = report.write(
-            Path(args.report), f"{args.model} on {args.dataset}", f"{args.resume}; {' searched in '.join(sizes)}",
+            Path(args.report), f"{args.model} on {args.dataset}", f"{source}; {' searched in '.join(sizes)}",
             rows, result, environment,
             *(
                 report.TestSet(*embedded[2 * i : 2 * i + 2], images, args.distance)

@@ -1,4 +1,4 @@
-"""Search images by their content: build an index with a checkpoint, then find the neighbours of other images."""
+"""Search images by their content: build an index with a network, then find the neighbours of other images."""
 
 import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
@@ -25,6 +25,8 @@ NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's defau
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
   python search.py query --index photos.index new.jpg --save neighbours.png
+  before anything is trained, with a pretrained backbone:
+  python search.py index --backbone-only --model resnet50 --images photos --out photos.index
 """
 
 
@@ -41,14 +43,15 @@ def parse(argv=None) -> argparse.Namespace:
 
     make = commands.add_parser(
         "index", help="embed images into an index",
-        usage="search.py index --resume PATH (--images DIR | --split NAME) --out INDEX [--flag value ...]",
+        usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
+        "[--flag value ...]",
         epilog=EXAMPLES,
-        description="Embed images with a checkpoint into an index. Run it again to embed those that are new or have "
-        "changed, and to drop those whose files are gone.",
+        description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
+        "those that are new or have changed, and to drop those whose files are gone.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
-    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to embed the images with")
+    group.add_argument("--resume", metavar="PATH", help="checkpoint to embed the images with")
     group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
     group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
     group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
@@ -65,7 +68,7 @@ def parse(argv=None) -> argparse.Namespace:
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
     group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
-    group.add_argument("--resume", metavar="PATH", help="the checkpoint of the index, if it has moved")
+    group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
     group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
     group.add_argument(
         "--nprobe", type=int, metavar="N",
@@ -82,11 +85,15 @@ def parse(argv=None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     if args.command == "index":
+        net.check_weights(make, args)
         with console.errors_in_one_line("search.py", args.debug):
-            contract = checkpoint.contract(args.resume)
+            contract = checkpoint.contract(args.resume) if args.resume else {}
         args = console.parse_with_contract(parser, argv, contract, at=1)
-        args.contract = {name: getattr(args, name) for name in checkpoint.CONTRACT} | contract
-        net.check_arguments(parser, args)
+        net.check_arguments(parser, args, contract)
+        args.contract = net.expects(args.model) | {name: getattr(args, name) for name in checkpoint.CONTRACT} | contract
+        if args.backbone_only:
+            size = net.pooled_features(args.model, args.image_size)
+            args.contract |= {"backbone_only": True, "embedding_size": size}
         if bool(args.images) == bool(args.split):
             parser.error("what to index: --images DIR, or --dataset NAME --split SPLIT")
     console.check_ranges(parser, args)
@@ -95,11 +102,9 @@ def parse(argv=None) -> argparse.Namespace:
 
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
-    made = {
-        "checkpoint": os.path.abspath(args.resume),
-        "sha256": checkpoint.identity(args.resume),
-        "network": args.contract,
-    }
+    source = args.resume or args.pretrained
+    path = source if args.backbone_only and source in net.NOT_FILES else os.path.abspath(source)
+    made = {"checkpoint": path, "sha256": identity(args.contract, path), "network": args.contract}
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
@@ -117,9 +122,9 @@ def update_index(args: argparse.Namespace) -> None:
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if not (len(images) or changed or deleted):
             return
-        embeddings = torch.empty(0, args.embedding_size)
+        embeddings = torch.empty(0, args.contract["embedding_size"])
         if len(images):
-            embeddings = embed(images, made["network"], args.resume, args)
+            embeddings = embed(images, args.contract, path, args)
         index.update({*changed, *deleted}, {path: stamps[path] for path in images.paths}, embeddings)
         print(f"Indexed {len(images):,} images")
         if index.factory != EXACT:
@@ -161,14 +166,32 @@ def unlabelled(paths: list[str], contract: dict) -> dataset.ImageDataset:
 
 
 def geometry(contract: dict):
-    return transforms.evaluation(contract["image_size"], contract.get("crop", transforms.CROP))
+    told = {name: contract[name] for name in checkpoint.GEOMETRY if name in contract}
+    return transforms.evaluation(contract["image_size"], **told)
+
+
+def identity(contract: dict, path: str) -> str:
+    """What tells the weights at this path from all others; see create."""
+    if contract.get("backbone_only"):
+        return checkpoint.weights_identity(create(contract, path))
+    return checkpoint.identity(path)
+
+
+def create(contract: dict, path: str) -> net.EmbeddingNet:
+    """The network that a contract describes; path: of its checkpoint, or the pretrained weights of a backbone alone."""
+    alone = contract.get("backbone_only")
+    network = net.create(
+        contract["model"], None if alone else contract["embedding_size"], path if alone else None,
+        bool(contract["l2_norm"]), image_size=contract["image_size"],
+    )  # fmt: skip
+    if not alone:
+        checkpoint.load(path, network)
+    return network
 
 
 def embed(images: dataset.ImageDataset, contract: dict, path: str, args: argparse.Namespace) -> torch.Tensor:
-    """Embeddings (N, D) of the images by the checkpoint at this path, whose network the contract describes."""
-    name, size, l2_norm = contract["model"], contract["embedding_size"], bool(contract["l2_norm"])
-    network = net.create(name, size, pretrained=None, l2_norm=l2_norm)
-    checkpoint.load(path, network)
+    """Embeddings (N, D) of the images; see create."""
+    network = create(contract, path)
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp, args.compile)
     embeddings, _ = embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))
     return embeddings
@@ -180,14 +203,18 @@ def query(args: argparse.Namespace) -> None:
     if args.nprobe:
         index.set_nprobe(args.nprobe)
     network = index.made["network"]
-    if network["model"] not in net.BACKBONES or network["image_size"] < 1:
+    try:
+        net.check_record(network["model"], network)
+    except ValueError as error:
+        raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
+    if network["image_size"] < 1:
         raise ValueError(f"The index in {args.index} is damaged: its network is {network}")
     path = args.resume or index.made["checkpoint"]
-    if not args.resume and not os.path.exists(path):
+    if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
         raise FileNotFoundError(
             f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
         )
-    index.check({"sha256": checkpoint.identity(path), "network": network, "checkpoint": path})
+    index.check({"sha256": identity(network, path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
     found = index.search(embed(images, network, path, args), args.neighbours)
     name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity

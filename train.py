@@ -52,10 +52,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(f"Defaults of {args.dataset}: {args.recipe}")
     share = distributed.rank(), distributed.count()
 
-    # Data: zero-shot retrieval, so training and test classes are disjoint.
+    # Data: zero-shot retrieval, so training and test classes are disjoint; seen as the network's weights expect.
+    expected = net.expects(args.model)
+    geometry = dataset.geometry_of(args.dataset, expected)
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
+        splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry, **choice)
     train_set, *test_sets = splits.values()
     console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
@@ -68,7 +70,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     # Network, loss, optimizer.
     with distributed.first_process_first():
-        network = net.create(args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze))
+        network = net.create(
+            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze),
+            image_size=args.image_size,
+        )  # fmt: skip
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
     criterion = losses.create(args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha).to(device)
@@ -89,8 +94,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.model, args.loss, args.embedding_size, f"alpha{args.alpha:g}_mrg{args.mrg:g}",
         args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
     )  # fmt: skip
-    config = vars(args) | dataset.record(splits, args.data_root) | {
-        "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
+    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
+        "device": str(device), "processes": distributed.count(),
     }  # fmt: skip
 
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}

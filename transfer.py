@@ -52,7 +52,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--source-ckpt", metavar="PATH", help="checkpoint of the teacher, a published one or one of ours"
     )
     group.add_argument(
-        "--source-model", choices=net.BACKBONES,
+        "--source-model", metavar="NAME",
         help="a teacher's backbone, if its checkpoint does not say it (default: resnet50 for ResNets, or bn_inception)",
     )  # fmt: skip
     group.add_argument(
@@ -95,6 +95,10 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
                 f"argument --source-{name.replace('_', '-')}: the teacher was trained with {told}, not {given}"
             )
         setattr(args, f"source_{name}", told or given or published[name])
+    try:
+        net.check_record(args.source_model, contract)
+    except (ImportError, ValueError) as error:
+        parser.error(f"argument --source-{'ckpt' if contract else 'model'}: {error}")
     if (size := contract.get("image_size", args.image_size)) != args.image_size:
         parser.error(f"argument --image-size: the teacher was trained with {size}, and sees what the student sees")
 
@@ -107,10 +111,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(f"Defaults of {args.dataset}: {args.recipe}")
     share = distributed.rank(), distributed.count()
 
-    # Data: the teacher's training classes, of which the labels only balance the batches.
+    # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
+    expected = net.expects(args.model)
+    geometry = dataset.geometry_of(args.dataset, expected)
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
+        splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry, **choice)
     train_set, *test_sets = splits.values()
     console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
@@ -123,11 +129,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # Student, teacher, loss, optimizer.
     with distributed.first_process_first():
         network = net.create(
-            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), "orthogonal"
-        )
+            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), "orthogonal",
+            args.image_size,
+        )  # fmt: skip
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
-    teacher = net.create(args.source_model, args.source_embedding_size).eval()
+    teacher = net.create(args.source_model, args.source_embedding_size, image_size=args.image_size).eval()
     matched = checkpoint.load(args.source_ckpt, teacher, SOURCE_FLAGS)
     print(f"The teacher is {args.source_ckpt}: all {matched} tensors match.")
     teacher = Embedder(teacher, device, args.amp, args.compile)
@@ -152,8 +159,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.model, args.loss, args.embedding_size, f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
         args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
     )  # fmt: skip
-    config = vars(args) | dataset.record(splits, args.data_root) | {
-        "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
+    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
+        "device": str(device), "processes": distributed.count(),
         "distance": distance, "teacher": identity, "schedule": f"cosine over {args.epochs} epochs",
     }  # fmt: skip
 

@@ -14,7 +14,16 @@ from proxy_anchor.retrieval import DISTANCES
 SHOWN = 3  # differences in an error
 # How to use a network: the arguments that a checkpoint records, and those that it may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
-OPTIONAL = {"crop": float, "distance": str}  # see dataset/transforms.py; one of DISTANCES, cosine if it is not told
+# crop, crop_mode, interpolation: see dataset/transforms.py; mean, std: of the pixels, and distance, cosine if it is not
+# told; backbone_only: there is no embedding layer. Networks of ours tell no crop_mode, interpolation, mean and std.
+OPTIONAL = {
+    "crop": float, "crop_mode": str, "interpolation": str, "mean": list, "std": list, "distance": str,
+    "backbone_only": bool,
+}  # fmt: skip
+WORDS = {
+    "crop_mode": ("center", "squash"), "interpolation": ("bilinear", "bicubic"), "distance": tuple(DISTANCES),
+}  # fmt: skip
+GEOMETRY = ("crop", "crop_mode", "interpolation")  # how evaluation sees the images
 FORMER_CROP = 0.875  # of our checkpoints and runs that do not tell it: there was no other
 PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
 
@@ -52,7 +61,10 @@ def is_contract(found) -> bool:
     if not isinstance(found, dict) or not CONTRACT.keys() <= found.keys():
         return False
     right_types = all(isinstance(found[name], kind) for name, kind in (CONTRACT | OPTIONAL).items() if name in found)
-    return right_types and found.get("distance", "cosine") in DISTANCES
+    if not right_types or any(found.get(name, words[0]) not in words for name, words in WORDS.items()):
+        return False
+    channels = [found[name] for name in ("mean", "std") if name in found]
+    return all(len(values) == 3 and all(isinstance(value, float) for value in values) for values in channels)
 
 
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
@@ -92,6 +104,15 @@ def settings(part) -> dict:
         state = part.state_dict()
         return {name: state[name] for name in state if not name.startswith("_") and name != "last_epoch"}
     return {}
+
+
+def weights_identity(network: torch.nn.Module) -> str:
+    """What tells the weights of a network without a checkpoint from all others: the sha256 of its state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def identity(path: str | Path) -> str:

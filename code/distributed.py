@@ -87,8 +87,9 @@ def with_common_statistics(network: torch.nn.Module, device: torch.device, bn_fr
     """The network; on CUDA, with the BatchNorm statistics of the whole batch, if they train. CPUs cannot do this."""
     if count() > 1 and not bn_freeze:
         if device.type == "cuda":
-            return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        print("On a CPU, BatchNorm statistics are those of each process's part of the batch.")
+            network.model.synchronize_norms()
+        else:
+            print("On a CPU, BatchNorm statistics are those of each process's part of the batch.")
     return network
 
 

@@ -65,7 +65,7 @@ class Embedder:
         bar = console.progress(loader, description)
         if stop:
             bar = stop.after_each(bar, everywhere=False)
-        embeddings = [torch.empty(0, self.network.model.embedding.out_features, device=self.device)]
+        embeddings = [torch.empty(0, self.network.embedding_size, device=self.device)]
         labels = [torch.empty(0, dtype=torch.long, device=self.device)]
         for images, batch_labels in self.batches(bar):
             embeddings.append(self(images))

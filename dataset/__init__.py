@@ -12,7 +12,7 @@ A benchmark is a module that gives
                   checked here
 and may give
     AUGMENTATION  arguments of transforms.RandomCrop
-    CROP          of transforms.evaluation
+    CROP          of transforms.evaluation, whatever the network's is
     RECIPE        {argument of train.py: its default for this dataset}
     check_images(paths)
                   raises BadFile for images that are not the benchmark's
@@ -38,7 +38,7 @@ from dataset.loading import eval_loader, train_loader
 
 __all__ = [
     "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "describe", "eval_loader", "eval_sets", "eval_splits",
-    "fingerprint", "load", "open", "options", "own_crop", "recipe", "record", "remark", "size", "splits",
+    "fingerprint", "geometry_of", "load", "open", "options", "recipe", "record", "remark", "size", "splits",
     "train_loader", "train_set",
 ]  # fmt: skip
 
@@ -46,6 +46,7 @@ DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
 OWN = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | OWN
+GEOMETRY = ("crop", "crop_mode", "interpolation")  # of transforms.evaluation
 
 
 def options(training: bool) -> argparse.ArgumentParser:
@@ -86,10 +87,10 @@ def options(training: bool) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--image-size",
-        default=224,
         type=int,
         metavar="PIXELS",
-        help="side of the square image that the network sees; larger images show more and take longer",
+        help="side of the square image that the network sees; larger images show more and take longer (default: 224, "
+        "or what a network of timm was made for)",
     )
     group.add_argument(
         "--batch-size", default=150, type=int, metavar="N", help="images per step; lower it when memory runs out"
@@ -188,24 +189,31 @@ def _present(name, place, split, samples, allow_partial):
     return samples
 
 
-def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
+def train_set(name: str, root: str | Path, image_size: int, interpolation: str | None = None, **choice) -> ImageDataset:
     """The training images with their random transform; choice: allow_partial and test_classes as in load."""
-    augmentation = getattr(ALL[name], "AUGMENTATION", {})
+    augmentation = getattr(ALL[name], "AUGMENTATION", {}) | {"interpolation": interpolation}
     return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
 
 
-def eval_sets(name: str, root: str | Path, image_size: int, crop: float | None = None, **choice) -> list[ImageDataset]:
+def eval_sets(
+    name: str, root: str | Path, image_size: int, geometry: dict | None = None, **choice
+) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load.
 
-    crop: see transforms.evaluation; by default, the dataset's own.
+    geometry: see geometry_of; by default, that of the published networks.
     """
-    transform = transforms.evaluation(image_size, own_crop(name) if crop is None else crop)
+    transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
 
-def own_crop(name: str) -> float:
-    """The share of the resized image that evaluation keeps, see transforms.evaluation."""
-    return getattr(ALL[name], "CROP", transforms.CROP)
+def geometry_of(name: str, expected: dict | None = None) -> dict:
+    """How evaluation sees the images of a dataset: the arguments of transforms.evaluation beside the size.
+
+    expected: what a network's weights expect, see net.expects. A dataset that names its own crop keeps it.
+    """
+    found = {key: value for key, value in (expected or {}).items() if key in GEOMETRY}
+    own = {"crop": ALL[name].CROP} if hasattr(ALL[name], "CROP") else {}
+    return {"crop": transforms.CROP} | found | own
 
 
 def recipe(name: str) -> dict:
@@ -213,7 +221,9 @@ def recipe(name: str) -> dict:
     return getattr(ALL[name], "RECIPE", {})
 
 
-def open(name: str, root: str | Path, image_size: int, **choice) -> dict[str, ImageDataset]:
-    """{split: images}, those to train on first; choice: allow_partial and test_classes as in load."""
-    training = {"train": train_set(name, root, image_size, **choice)}
-    return training | dict(zip(eval_splits(name, root), eval_sets(name, root, image_size, **choice)))
+def open(
+    name: str, root: str | Path, image_size: int, geometry: dict | None = None, **choice
+) -> dict[str, ImageDataset]:
+    """{split: images}, those to train on first; geometry: see geometry_of; choice: as in load."""
+    training = {"train": train_set(name, root, image_size, (geometry or {}).get("interpolation"), **choice)}
+    return training | dict(zip(eval_splits(name, root), eval_sets(name, root, image_size, geometry, **choice)))

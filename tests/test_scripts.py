@@ -145,9 +145,9 @@ def test_crop_that_a_checkpoint_or_a_run_does_not_tell_is_the_former(tmp_path):
     network = net.create("resnet18", 8)
     former = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
     checkpoint.save(tmp_path / "former.pth", network, former)
-    assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).crop == 0.875
+    assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).geometry == {"crop": 0.875}
     assert runs.differences(former, former | {"crop": 0.875}) == []
-    assert runs.differences(former, former | {"crop": dataset.own_crop("glyphs")}) == ["crop: 0.875, now 1.0"]
+    assert runs.differences(former, former | dataset.geometry_of("glyphs")) == ["crop: 0.875, now 1.0"]
     checkpoint.save(tmp_path / "damaged.pth", network, None)
     with pytest.raises(ValueError, match="damaged: its record of the network is None"):
         checkpoint.contract(tmp_path / "damaged.pth")
@@ -297,7 +297,7 @@ def fails(capsys, script, argv, message, status=1):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"model": "vgg"}, "--model: invalid choice"),
+        ({"model": "vgg"}, "--model: there is no network 'vgg' here or in timm; similar names: vgg"),
         ({"loss": "None"}, "--loss: invalid choice"),
         ({"dataset": "cifar"}, "--dataset: invalid choice"),
         ({"optimizer": "lion"}, "--optimizer: invalid choice"),

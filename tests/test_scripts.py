@@ -297,7 +297,7 @@ def fails(capsys, script, argv, message, status=1):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"model": "vgg"}, "--model: there is no network 'vgg' here or in timm; similar names: vgg"),
+        ({"model": "vgg"}, "--model: (there is no network 'vgg'|'vgg' is not one of )"),
         ({"loss": "None"}, "--loss: invalid choice"),
         ({"dataset": "cifar"}, "--dataset: invalid choice"),
         ({"optimizer": "lion"}, "--optimizer: invalid choice"),

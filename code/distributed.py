@@ -83,7 +83,7 @@ def describe(batch_size: int) -> str:
     return f"{count()} processes: each takes {shares} of the {batch_size} images of a batch.\n"
 
 
-def with_common_statistics(network: torch.nn.Module, device: torch.device, bn_freeze: bool) -> torch.nn.Module:
+def with_common_statistics(network, device: torch.device, bn_freeze: bool):
     """The network; on CUDA, with the BatchNorm statistics of the whole batch, if they train. CPUs cannot do this."""
     if count() > 1 and not bn_freeze:
         if device.type == "cuda":

@@ -12,7 +12,17 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import checkpoint, console, distributed, evaluation, hardware, logbook, published, report
+from proxy_anchor import (
+    checkpoint,
+    console,
+    distributed,
+    evaluation,
+    hardware,
+    logbook,
+    published,
+    randomness,
+    report,
+)
 from proxy_anchor.embedding import Embedder
 
 EXAMPLES = """examples:
@@ -57,6 +67,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     print(hardware.describe(device))
 
     size, pretrained = (None, args.pretrained) if args.backbone_only else (args.embedding_size, None)
+    if args.backbone_only:
+        randomness.seed(1)  # for --pretrained none: the same network each time, and in each process
     with distributed.first_process_first():
         network = net.create(args.model, size, pretrained, bool(args.l2_norm), image_size=args.image_size)
     if args.backbone_only:

@@ -17,7 +17,7 @@ import net
 from dataset import transforms
 from dataset.files import read_image
 from dataset.folder import images as images_in
-from proxy_anchor import checkpoint, console, figures, hardware
+from proxy_anchor import checkpoint, console, figures, hardware, randomness
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 
@@ -180,6 +180,8 @@ def identity(contract: dict, path: str) -> str:
 def create(contract: dict, path: str) -> net.EmbeddingNet:
     """The network that a contract describes; path: of its checkpoint, or the pretrained weights of a backbone alone."""
     alone = contract.get("backbone_only")
+    if alone:
+        randomness.seed(1)  # for --pretrained none: the same network each time
     network = net.create(
         contract["model"], None if alone else contract["embedding_size"], path if alone else None,
         bool(contract["l2_norm"]), image_size=contract["image_size"],

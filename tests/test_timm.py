@@ -454,6 +454,12 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
     assert record["backbone_only"] and record["embedding_size"] == features.shape[1]
     (first,) = neighbours(index, paths[0], capsys)
     assert first["neighbours"][0]["path"] == paths[0]
+    untrained = tmp_path / "untrained"
+    search.main(
+        ["index", *flags, "--pretrained", "none", "--images", str(few), "--out", str(untrained), "--workers", "0"]
+    )
+    torch.rand(1)  # the same network again, whatever was drawn before
+    assert neighbours(untrained, paths[0], capsys)[0]["neighbours"][0]["path"] == paths[0]
     key = next(iter(weights))
     save(path, weights | {key: weights[key] + 1})
     query = ["query", "--index", str(index), paths[0]]

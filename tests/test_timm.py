@@ -311,7 +311,7 @@ def run(letters, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logbook.figures, "draw_run", lambda *_: None)  # the slowest part of so short epochs
         train.main(of_letters(
-            letters, "--model", "test_vit", "--epochs", "20", "--lr", "2.5e-4", "--lr-decay-step", "14",
+            letters, "--model", "test_vit", "--epochs", "28", "--lr", "2.5e-4", "--lr-decay-step", "20",
             "--batch-size", "32", "--embedding-size", "64", "--LOG_DIR", logs, "--wandb", "disabled",
         ))  # fmt: skip
     (folder,) = (logs / "logs_glyphs").iterdir()

@@ -116,11 +116,16 @@ def progress_of(path: Path, content: dict) -> dict:
     if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in PROGRESS.items()):
         raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
     rows, losses = found["rows"], found["losses"]
-    if found["epoch"] < 0 or not all(isinstance(row, dict) and "R@1" in plain(row) for row in rows):
+    if found["epoch"] < 0 or not all(map(is_row, rows)):
         raise ValueError(f"{path} is damaged: its progress is epoch {found['epoch']} with the rows {str(rows)[:80]}")
     if not all(isinstance(loss, float) for loss in losses):
         raise ValueError(f"{path} is damaged: its progress has the losses {str(losses)[:80]}")
     return found
+
+
+def is_row(found) -> bool:
+    """Whether this has a name for each value, and the R@1 of an epoch."""
+    return isinstance(found, dict) and all(isinstance(name, str) for name in found) and "R@1" in plain(found)
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:

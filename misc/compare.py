@@ -20,7 +20,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from proxy_anchor import console, figures, metrics, runs
 
-NOT_COMPARED = ("seed", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
+NOT_COMPARED = ("seed", "by", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {

@@ -67,7 +67,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     if args.report and distributed.rank() == 0:
         report.open_folder(Path(args.report))  # before the work is done
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
-    result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS, args.distance)
+    groups = [images.groups for images in test_sets]
+    result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS, args.distance, groups)
 
     name = args.remark or "this checkpoint"
     rows = {name: result.metrics}

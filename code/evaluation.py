@@ -16,7 +16,8 @@ from proxy_anchor.stopping import Stop
 class Result:
     """metrics: R@K for each K, MAP@R and R-precision, in 0..1.
 
-    For each query: ranks, as best_positive_rank gives them, and average_precisions, whose mean is MAP@R.
+    For each query: ranks, as best_positive_rank gives them, and average_precisions, whose mean is MAP@R; labels; and
+    left_out, how many images of its own group are left out of its gallery, where images have groups.
     tied: how many queries have an image of their class and one of another class tied for first place.
     """
 
@@ -24,13 +25,21 @@ class Result:
     ranks: torch.Tensor
     average_precisions: torch.Tensor
     tied: int = 0
+    labels: torch.Tensor | None = None
+    left_out: torch.Tensor | None = None
 
     def remark(self) -> str:
-        """A line on queries without an image to find and one on ties, if there are any."""
+        """A line each on images left out, on queries without an image to find and on ties, if there are any."""
         total, alone, hits = len(self.ranks), int((self.ranks < 0).sum()), int((self.ranks == 0).sum())
-        lines = ""
+        lines = where = ""
+        if self.left_out is not None:
+            where = " outside their own group"
+            lines += (
+                f"Images of a query's own group are left out of its gallery: {int(self.left_out.sum()):,} in all, of "
+                f"{int((self.left_out > 0).sum()):,} of {total:,} queries.\n"
+            )
         if alone:
-            lines += f"{alone:,} of {total:,} queries have no image of their class to find: they are misses.\n"
+            lines += f"{alone:,} of {total:,} queries have no image of their class to find{where}: they are misses.\n"
         if self.tied:
             lines += (
                 f"{self.tied:,} of {total:,} queries have an image of their class and one of another tied for first "
@@ -43,21 +52,38 @@ class Result:
 def evaluate(
     embedder: Embedder, loaders, ks: Sequence[int], stop: Stop | None = None, distance: str = "cosine"
 ) -> Result:
-    """Embed the test sets of the loaders and measure; stop: a Stop, which raises Interrupted here at a signal."""
+    """Embed the test sets of the loaders and measure; stop: a Stop, which raises Interrupted here at a signal.
+
+    Datasets of the loaders with .groups are measured by them, see measure.
+    """
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader, "evaluation", stop)]
     if stop:
         stop.check()
-    return measure(embedded, ks, distance)
+    return measure(embedded, ks, distance, [getattr(loader.dataset, "groups", None) for loader in loaders])
 
 
-def measure(embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "cosine") -> Result:
+def measure(
+    embedded: list[torch.Tensor], ks: Sequence[int], distance: str = "cosine", groups: Sequence | None = None
+) -> Result:
     """Search the images of one test set within it or, given two, those of the first in the second; see Embedder.embed.
 
-    Recall@K for each of ks, by a distance of retrieval.DISTANCES. Raises ValueError as best_positive_rank does.
+    Recall@K for each of ks, by a distance of retrieval.DISTANCES. groups: for each test set the numbers (N,) of its
+    images' groups, or None: images of a query's own group are left out of its gallery. Raises ValueError as
+    best_positive_rank does.
     """
     arguments: list[Any] = [*[*embedded, None, None][:4], distance]  # of one test set, without a gallery
-    ranks, tied = ranks_and_ties(*arguments, group=distributed.group())
-    average_precisions, r_precisions = map_at_r(*arguments, group=distributed.group())
+    own, gallery = [None if part is None else torch.as_tensor(part) for part in [*(groups or ()), None, None][:2]]
+    keywords: dict[str, Any] = {"groups": own, "gallery_groups": gallery, "group": distributed.group()}
+    ranks, tied = ranks_and_ties(*arguments, **keywords)
+    average_precisions, r_precisions = map_at_r(*arguments, **keywords)
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
     means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
-    return Result(recalls | means, ranks.cpu(), average_precisions, int(tied.sum()))
+    left_out = None if own is None else images_left_out(own, gallery)
+    return Result(recalls | means, ranks.cpu(), average_precisions, int(tied.sum()), embedded[1].cpu(), left_out)
+
+
+def images_left_out(groups: torch.Tensor, gallery_groups: torch.Tensor | None) -> torch.Tensor:
+    """How many images of its own group each query (N,) has in its gallery: (M,), or the other queries."""
+    numbers, sizes = (groups if gallery_groups is None else gallery_groups).unique(return_counts=True)
+    place = torch.searchsorted(numbers, groups).clamp(max=len(numbers) - 1)
+    return torch.where(numbers[place] == groups, sizes[place], 0) - int(gallery_groups is None)

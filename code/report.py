@@ -59,7 +59,7 @@ WORDS = {
 class TestSet:
     """Embeddings (N, D), labels (N,) and the images, which give (uint8 (3, H, W), label), with .paths and .classes.
 
-    distance: of retrieval.DISTANCES, by which they were searched.
+    distance: of retrieval.DISTANCES, by which they were searched. The images may have .groups (N,), too.
     """
 
     embeddings: torch.Tensor
@@ -70,9 +70,17 @@ class TestSet:
     def __post_init__(self):
         self.embeddings = comparable(self.embeddings, self.distance)
         self.labels = self.labels.cpu()
+        groups = getattr(self.images, "groups", None)
+        self.groups = None if groups is None else torch.as_tensor(groups)
 
     def name(self, label) -> str:
         return str(self.images.classes[int(label)])
+
+
+def sides(queries: TestSet, gallery: TestSet | None) -> tuple[list, list, list]:
+    """The embeddings, the labels and the groups, of the queries and of the gallery each, None where there are none."""
+    parts = (queries, gallery)
+    return [s and s.embeddings for s in parts], [s and s.labels for s in parts], [s and s.groups for s in parts]
 
 
 def open_folder(folder: Path) -> None:
@@ -106,8 +114,9 @@ def write(
     size = queries.images[0][0].shape[-1]
     shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
     metric, value = next(iter(result.metrics.items()))
-    nearest = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings, queries.distance)
-    taken_for = targets.labels[nearest]
+    vectors, _, groups = sides(queries, gallery)
+    nearest = confusion.nearest_neighbour(*vectors, queries.distance, *groups)
+    taken_for = torch.where(nearest < 0, queries.labels, targets.labels[nearest])
     classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = Template(template).substitute(
@@ -226,7 +235,9 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
             nearness = similarities.nearness(targets.embeddings, queries.embeddings[query], queries.distance)
             if within:
                 nearness[query] = -torch.inf
-            values, found = nearness.topk(min(NEIGHBOURS, len(nearness) - within))
+            if queries.groups is not None:
+                nearness[(targets.groups == queries.groups[query]).to(nearness.device)] = -torch.inf
+            values, found = nearness.topk(min(NEIGHBOURS, int((nearness > -torch.inf).sum())))
             label = queries.labels[query]
             caption = (
                 f"<b>{html.escape(queries.name(label))}</b><br>MAP@R {100 * score[query]:.0f}%"
@@ -286,8 +297,8 @@ def confused_pairs(confused: Counter, pictures: Pictures) -> str:
 
 def similarity_chart(queries: TestSet, gallery: TestSet | None) -> str:
     """The distributions of similarities as SVG, which stretches to the page, and what a threshold achieves."""
-    pairs = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
-    same, other = similarities.sample(*pairs, distance=queries.distance)
+    vectors, labels, groups = sides(queries, gallery)
+    same, other = similarities.sample(vectors[0], labels[0], vectors[1], labels[1], queries.distance, *groups)
     shares = {kind: values for kind, values in (("wrong", other), ("right", same)) if len(values)}
     low = min([0, *(values.min() for values in shares.values())])
     high = 1 if queries.distance == "cosine" else 0

@@ -13,16 +13,20 @@ def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
 
 
 def sample(
-    embeddings, labels, gallery=None, gallery_labels=None, distance: str = "cosine"
+    embeddings, labels, gallery=None, gallery_labels=None, distance: str = "cosine", groups=None, gallery_groups=None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearness of random pairs of one class and of two, some pairs more than once in small sets.
 
     Of vectors (N, D), paired with each other or, with a gallery (M, D), with its. A pair of one class is a random
-    image that has another of its class, and one of those; a pair of two is a random one of all of them.
+    image that has another of its class, and one of those; a pair of two is a random one of all of them. Of images with
+    groups, numbers (N,) and (M,), pairs of one group are dropped.
     """
     within = gallery is None
     targets, target_labels = (embeddings, labels) if within else (gallery, gallery_labels)
+    target_groups = groups if within else gallery_groups
     labels, target_labels = labels.cpu().numpy(), target_labels.cpu().numpy()
+    if groups is not None:
+        groups, target_groups = groups.numpy(), target_groups.numpy()
     random = np.random.default_rng(0)
     pairs = min(PAIRS, 50 * len(labels))
 
@@ -37,10 +41,16 @@ def sample(
         own_place = np.empty_like(order)
         own_place[order] = np.arange(len(order))
         place += place >= own_place[first]
-    same = _nearness(embeddings, targets, first, order[place], distance)
+    second = order[place]
+    if groups is not None:
+        apart = groups[first] != target_groups[second]
+        first, second = first[apart], second[apart]
+    same = _nearness(embeddings, targets, first, second, distance)
 
     first, second = random.integers(0, len(labels), pairs), random.integers(0, len(target_labels), pairs)
     apart = labels[first] != target_labels[second]
+    if groups is not None:
+        apart &= groups[first] != target_groups[second]
     return same, _nearness(embeddings, targets, first[apart], second[apart], distance)
 
 

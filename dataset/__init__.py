@@ -22,6 +22,8 @@ Your own images, for which nothing is published, come from a module that gives K
     samples(root, split) -> [(path, class)]
                   as above; root is the data root itself, a folder or a file
 and may give
+    groups(root, split) -> {path: group} or None
+                  the names of groups of images that must not find each other, "" for an image alone; None: no groups
     remarks(root) -> [line]
                   what `python -m dataset check` should say of them
 """
@@ -153,13 +155,26 @@ def _load(name, root, wanted, transform, allow_partial=False, test_classes=None)
     label_space = [split for split in own if (split == "train") == ("train" in wanted)]
     samples = {split: source.samples(place, split, **choice) for split in label_space}
     classes = sorted({label for part in samples.values() for _, label in part})
+    numbers = _groups(source, place, label_space)
     found = []
     for split in wanted:
         part = _present(name, place, split, samples[split], allow_partial)
         paths = [path for path, _ in part]
         labels = np.searchsorted(classes, [label for _, label in part])
-        found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}"))
+        groups = None if numbers is None else np.array([numbers[path] for path in paths])
+        found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}", groups))
     return found
+
+
+def _groups(source, place, splits) -> dict[str, int] | None:
+    """{path: number of its group} of the images in these splits, which share groups; None where there are none."""
+    names = [source.groups(place, split) for split in splits] if hasattr(source, "groups") else [None]
+    if None in names:
+        return None
+    numbers: dict = {}
+    return {
+        path: numbers.setdefault(name or (path, "alone"), len(numbers)) for part in names for path, name in part.items()
+    }
 
 
 def _present(name, place, split, samples, allow_partial):

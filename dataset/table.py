@@ -1,22 +1,25 @@
 """Your own images, listed in a CSV file with the columns path, label and split (train, eval, query or gallery).
 
-Paths are relative to the file's folder, or absolute.
+Paths are relative to the file's folder, or absolute. A column group may name the burst, session or camera of an image:
+a query is not to find images of its own group. An image whose group is empty is a group of its own.
 """
 
 import csv
 import os
+from collections import Counter
 from pathlib import Path
 
 from dataset.files import BadFile, require
 
 KS = (1, 2, 4, 8, 16, 32)
 COLUMNS = ["path", "label", "split"]
+GROUP = "group"  # a further column
 SPLITS = ("train", "eval", "query", "gallery")
 
 
 def splits(root: Path) -> list[str]:
     """The splits in the file. Raises BadFile unless it tests with either eval, or query and gallery."""
-    present = {split for _, _, split in _read(root)}
+    present = {split for _, _, split, _ in _read(root)}
     if present - {"train"} not in ({"eval"}, {"query", "gallery"}):
         raise BadFile(
             f"{root} has the splits {', '.join(sorted(present))}: to test, it needs eval, or query and gallery"
@@ -26,11 +29,36 @@ def splits(root: Path) -> list[str]:
 
 def samples(root: Path, split: str) -> list[tuple[str, str]]:
     """(path, label) of each image of the split, in the order of the file."""
-    return [(path, label) for path, label, of in _read(root) if of == split]
+    return [(path, label) for path, label, of, _ in _read(root) if of == split]
+
+
+def groups(root: Path, split: str) -> dict[str, str] | None:
+    """{path: group} of the images of the split, "" where a cell is empty; None without a column of groups."""
+    found = {path: group for path, _, of, group in _read(root) if of == split}
+    return None if None in found.values() else found
+
+
+def remarks(root: Path) -> list[str]:
+    """A line on the groups of the test images, and on how many images are left out of their galleries."""
+    tests = [name for name in splits(root) if name != "train"]
+    found = [groups(root, split) for split in tests]
+    if None in found:
+        return []
+    queries, gallery = found[0], found[-1]
+    sizes = Counter(filter(None, gallery.values()))
+    left_out = sum(sizes[group] - (path in gallery) for path, group in queries.items() if group)
+    named = set(filter(None, [*queries.values(), *gallery.values()]))
+    alone = sum(not group for group in (queries | gallery).values())
+    return [
+        f"{len(named):,} groups of test images, and {alone:,} images alone: images of a query's own group are left "
+        f"out of its gallery, {left_out:,} in all"
+    ]
 
 
 def _read(path):
-    """(path, label, split) of each row. Raises BadFile with the line of a row that does not fit.
+    """(path, label, split, group) of each row, group None where the file has none.
+
+    Raises BadFile with the line of a row that does not fit.
 
     An image listed twice among the test images would find itself, so this is an error, as it is among the training
     images. An image may both train and test: the gallery may be the catalogue that the network was trained on.
@@ -41,11 +69,15 @@ def _read(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            if sorted(reader.fieldnames or []) != sorted(COLUMNS):
-                raise BadFile(f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}")
+            columns = sorted(reader.fieldnames or [])
+            if columns not in (sorted(COLUMNS), sorted([*COLUMNS, GROUP])):
+                raise BadFile(
+                    f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}; "
+                    f"{GROUP} may be a further one"
+                )
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
-                if None in row or not all(row.values()):
+                if None in row or not all(row[name] for name in COLUMNS) or row.get(GROUP, "") is None:
                     raise BadFile(f"{where}: expected a path, a label and a split, found {list(row.values())}")
                 if row["split"] not in SPLITS:
                     raise BadFile(f"{where}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
@@ -53,7 +85,7 @@ def _read(path):
                 use = "train" if row["split"] == "train" else "test"
                 if (first := lines.setdefault((image, use), reader.line_num)) != reader.line_num:
                     raise BadFile(f"{where}: {row['path']} is in line {first} already; list an image once to {use}")
-                rows.append((image, row["label"], row["split"]))
+                rows.append((image, row["label"], row["split"], row.get(GROUP)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not a CSV file: {error}") from error
     return rows

@@ -24,8 +24,8 @@ class Result:
     metrics: dict[str, float]
     ranks: torch.Tensor
     average_precisions: torch.Tensor
+    labels: torch.Tensor
     tied: int = 0
-    labels: torch.Tensor | None = None
     left_out: torch.Tensor | None = None
 
     def remark(self) -> str:
@@ -47,6 +47,13 @@ class Result:
                 f"{100 * (hits + self.tied) / total:.2f} instead of {100 * hits / total:.2f}.\n"
             )
         return lines
+
+    def by_class(self) -> list[dict[str, int]]:
+        """The number of each class of the queries, how many queries it has, and how many of them are hits at K = 1."""
+        numbers, place, queries = self.labels.unique(return_inverse=True, return_counts=True)
+        hits = torch.zeros_like(queries).index_add(0, place, (self.ranks == 0).long())
+        columns = (numbers.tolist(), queries.tolist(), hits.tolist())
+        return [dict(zip(("class", "queries", "hits"), row)) for row in zip(*columns)]
 
 
 def evaluate(
@@ -79,7 +86,7 @@ def measure(
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
     means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
     left_out = None if own is None else images_left_out(own, gallery)
-    return Result(recalls | means, ranks.cpu(), average_precisions, int(tied.sum()), embedded[1].cpu(), left_out)
+    return Result(recalls | means, ranks.cpu(), average_precisions, embedded[1].cpu(), int(tied.sum()), left_out)
 
 
 def images_left_out(groups: torch.Tensor, gallery_groups: torch.Tensor | None) -> torch.Tensor:

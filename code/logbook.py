@@ -72,7 +72,7 @@ def open_logbook(name: str, config: dict) -> "Logbook":
 class Logbook:
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
-    The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, config.json,
+    The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, classes.csv, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. folder: of the run; resumes: whether it continues from the last.pth
     that is there. As a context, it ends with the run.
     resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see tracking.start. Raises
@@ -116,7 +116,7 @@ class Logbook:
         """Say where the run continues, and bring metrics.csv there."""
         print(f"Resuming {self.folder} at epoch {progress['epoch']}, step {len(progress['losses'])}")
         if progress["rows"]:  # the file may have one more, of an epoch that was not saved
-            self._write_rows(progress["rows"])
+            self._write_rows("metrics.csv", progress["rows"])
 
     def log_epoch(self, rows: list[dict]) -> None:
         """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
@@ -126,10 +126,14 @@ class Logbook:
             f"epoch {row['epoch']:>2}  loss {row['loss']:.4f}  lr {row['lr']:g}  {row['seconds']:.0f} s  {shown}",
             flush=True,
         )
-        self._write_rows(rows)
+        self._write_rows("metrics.csv", rows)
         figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics_of(row), step=row["epoch"])
+
+    def save_classes(self, epoch: int, classes: list[dict]) -> None:
+        """What the best epoch so far finds of each class, see evaluation.Result.by_class."""
+        self._write_rows(runs.CLASSES, [{"epoch": epoch} | row for row in classes])
 
     def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
@@ -142,8 +146,8 @@ class Logbook:
         """Where the run is, to resume it from."""
         checkpoint.save_run(self.folder / runs.LAST, network, self.contract, parts, progress)
 
-    def _write_rows(self, rows):
-        with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
+    def _write_rows(self, name, rows):
+        with replacing(self.folder / name) as path, open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -166,6 +170,9 @@ class NullLogbook(Logbook):
         pass
 
     def log_epoch(self, rows):
+        pass
+
+    def save_classes(self, epoch, classes):
         pass
 
     def save_best(self, row, network):

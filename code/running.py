@@ -84,6 +84,8 @@ class Run:
         scheduler.step()
         self.progress |= {"epoch": epoch + 1, "losses": [], "seconds": 0.0}
         self.log.log_epoch(self.rows)
+        if self.best is self.rows[-1]:
+            self.log.save_classes(epoch, result.by_class())
         # In this order: from last.pth the best can be saved again, should the run be killed in between.
         self.log.save_last(self.network, self.parts, self.progress)
         if self.best is self.rows[-1]:

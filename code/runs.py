@@ -9,7 +9,7 @@ from pathlib import Path
 
 from proxy_anchor import checkpoint
 
-CONFIG, LAST, LOCK, RESULTS = "config.json", "last.pth", ".lock", "*_best_results.txt"
+CONFIG, CLASSES, LAST, LOCK, RESULTS = "config.json", "classes.csv", "last.pth", ".lock", "*_best_results.txt"
 # Entries of the configuration that are not part of the experiment.
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.

@@ -6,6 +6,9 @@ Runs of one experiment are pooled to mean and standard deviation. They may diffe
 change the experiment: the device, the number of processes, the versions, paths, the number of epochs. A setting that
 some runs do not record, because an older version wrote them, does not separate runs, unless the other runs of the
 experiment differ in it: then a run without it has a group of its own, named so. A folder counts once.
+
+Groups of at least two seeds are compared with the best of them: the difference of their best R@1, and whether it is
+more than the choice of the test classes explains.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import console, figures, runs
+from proxy_anchor import console, figures, runs, significance
 
 NOT_COMPARED = ("seed", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
@@ -123,6 +126,25 @@ def remarks(groups: list[Group]) -> list[str]:
     return found
 
 
+def differences(groups: list[Group]) -> list[str]:
+    """Whether groups of at least two seeds differ from the best of them, or why that is not said."""
+    if len(groups) == 1:
+        return []
+    best, *others = [g for g in groups if len({run.config.get("seed") for run in g.runs}) > 1] or [None]
+    lines = []
+    for other in others:
+        try:
+            mean, low, high = (100 * value for value in significance.difference(best.runs, other.runs))
+            verdict = "no difference is shown" if low <= 0 <= high else "they differ"
+            text = f"{mean:+.2f} points, 95% interval [{low:.2f}, {high:.2f}]: {verdict}"
+        except ValueError as error:
+            text = f"not compared: {error}"
+        lines.append(f"{best.name} - {other.name}: {text}")
+    if few := [group.name for group in groups if group is not best and group not in others]:
+        lines.append(f"Fewer than two seeds, so whether they differ is not said: {'; '.join(few)}")
+    return lines
+
+
 def spread(values: list[float], digits: int = 2) -> str:
     """Mean, and standard deviation where there is one."""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -206,7 +228,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with console.errors_in_one_line("compare.py", args.debug):
         groups = pool(read(args.runs))
-        print(in_encoding("\n".join([table(groups), *remarks(groups)]), sys.stdout.encoding or "utf-8"))
+        lines = [table(groups), *remarks(groups), *differences(groups)]
+        print(in_encoding("\n".join(lines), sys.stdout.encoding or "utf-8"))
         for path in args.save or ["comparison.png"]:
             draw(groups, Path(path))
             print(f"The chart is {path}")

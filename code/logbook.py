@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import platform
+import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,6 +55,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit() -> str | None:
+    """The git commit of this code, ending in -dirty where files differ from it; None where that is not known."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # maybe inside another project's
+        return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with suppress(FileNotFoundError):  # without git
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
 def open_logbook(name: str, config: dict) -> "Logbook":
     """The Logbook of the run to resume or of a new one in the first process, which alone writes; in others an idle one.
 
@@ -101,7 +113,10 @@ class Logbook:
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
         self.resumes = (self.folder / runs.LAST).exists()
-        config = config | {"versions": versions(), "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id")}
+        config = config | {
+            "versions": versions(), "commit": commit(),
+            "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id"),
+        }  # fmt: skip
         self._write(runs.CONFIG, json.dumps(config, indent=2) + "\n")
 
     def __enter__(self):

@@ -11,7 +11,7 @@ from proxy_anchor import checkpoint
 
 CONFIG, CLASSES, LAST, LOCK, RESULTS = "config.json", "classes.csv", "last.pth", ".lock", "*_best_results.txt"
 # Entries of the configuration that are not part of the experiment.
-SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
+SURROUNDINGS = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
 MAY_CHANGE = (
     "epochs", "workers", "gpu_id", "data_root", "source_ckpt", "LOG_DIR", "cache", "compile", "wandb", "resume",

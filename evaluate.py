@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, ours or a published one: Recall@K beside the published results."""
+"""Evaluate a checkpoint, ours or a published one: Recall@K beside the published results, and thresholds for pairs."""
 
 import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
@@ -12,7 +12,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import checkpoint, console, distributed, evaluation, hardware, logbook, published, report
+from proxy_anchor import checkpoint, console, decisions, distributed, evaluation, hardware, logbook, published, report
 from proxy_anchor.embedding import Embedder
 
 EXAMPLES = """examples:
@@ -20,6 +20,8 @@ EXAMPLES = """examples:
     python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
   a checkpoint of train.py, which records its network; with a report:
     python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --report report
+  choose the similarity from which two images show one thing, for 1% false accepts, and keep it in the checkpoint:
+    python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --calibrate --far 0.01
 """
 
 
@@ -41,12 +43,26 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
     )
+    group.add_argument(
+        "--calibrate", action="store_true",
+        help="choose a threshold for pairs of images on half of the classes, check it on the other half, and record it "
+        "in the checkpoint, for search.py",
+    )  # fmt: skip
+    group.add_argument(
+        "--far", type=float, metavar="RATE",
+        help="with --calibrate: the share of pairs of two classes that the threshold may accept (default: 0.01)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     with console.errors_in_one_line("evaluate.py", args.debug):
         contract = checkpoint.contract(args.resume)
     args = console.parse_with_contract(parser, argv, contract)
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
+    if args.far is not None and not args.calibrate:
+        parser.error("argument --far: it is for --calibrate")
+    args.far = 0.01 if args.far is None else args.far
+    if not 0 < args.far < 1:
+        parser.error(f"argument --far: {args.far} is not between 0 and 1")
     return args
 
 
@@ -68,6 +84,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         report.open_folder(Path(args.report))  # before the work is done
     embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
     result = evaluation.measure(embedded, dataset.ALL[args.dataset].KS, args.distance)
+    pairs = decisions.verify(*[*embedded, None, None][:4], args.distance, group=distributed.group())
 
     name = args.remark or "this checkpoint"
     rows = {name: result.metrics}
@@ -76,23 +93,27 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         authors = "published by the authors" if name == "published" else "published"
         rows[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(rows) + "\n" + result.remark() + dataset.remark(test_sets), end="")
+    print(pairs.text(), end="")
     if reference and (args.embedding_size, args.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
         print("With --allow-partial: results on a part of the dataset do not compare with others.")
 
+    if args.calibrate and distributed.rank() == 0:
+        calibrate(args, embedded, test_sets)
+
     if args.report and distributed.rank() == 0:
         environment = {
             "command": shlex.join(["python", *sys.argv]),
             "checkpoint": args.resume,
-            "sha256": checkpoint.identity(args.resume),
+            "weights": checkpoint.identity(args.resume),
             "device": hardware.describe(device),
             "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
         }
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
         page = report.write(
             Path(args.report), f"{args.model} on {args.dataset}", f"{args.resume}; {' searched in '.join(sizes)}",
-            rows, result, environment,
+            rows, result, pairs, checkpoint.threshold(args.resume), environment,
             *(
                 report.TestSet(*embedded[2 * i : 2 * i + 2], images, args.distance)
                 for i, images in enumerate(test_sets)
@@ -100,6 +121,15 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         )  # fmt: skip
         print(f"The report is {page}")
     return result.metrics
+
+
+def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets: list) -> None:
+    """Choose and check a threshold, and record it in the checkpoint."""
+    found = decisions.calibrate(embedded, args.far, args.distance)
+    splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
+    data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
+    checkpoint.save_threshold(args.resume, found.record() | data)
+    print(f"{found.text()}The threshold is recorded in {args.resume}")
 
 
 def main(argv=None):

@@ -97,7 +97,7 @@ def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
     made = {
         "checkpoint": os.path.abspath(args.resume),
-        "sha256": checkpoint.identity(args.resume),
+        "weights": checkpoint.identity(args.resume),
         "network": args.contract,
     }
     folder = Path(args.out)
@@ -187,7 +187,7 @@ def query(args: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
         )
-    index.check({"sha256": checkpoint.identity(path), "network": network, "checkpoint": path})
+    index.check({"weights": checkpoint.identity(path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
     found = index.search(embed(images, network, path, args), args.neighbours)
     name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity

@@ -1,6 +1,7 @@
 """Checkpoints in the published layout, {"model_state_dict": ...}, and those to resume a run from, which hold more."""
 
 import hashlib
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,6 +17,11 @@ SHOWN = 3  # differences in an error
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
 OPTIONAL = {"crop": float, "distance": str}  # see dataset/transforms.py; one of DISTANCES, cosine if it is not told
 FORMER_CROP = 0.875  # of our checkpoints and runs that do not tell it: there was no other
+# What a threshold for pairs of images is and comes from, see decisions.Calibration.record; beside it, its data.
+THRESHOLD = {
+    "distance": str, "threshold": float, "interval": list, "asked_far": float, "far": float, "far_interval": list,
+    "classes": list, "dataset": str, "data": dict,
+}  # fmt: skip
 PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
 
 
@@ -38,13 +44,46 @@ def contract(path: str | Path) -> dict:
 
     The keys are those of CONTRACT and OPTIONAL. Little more of the file is read than that.
     """
-    mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False
-    found = read(path, mmap=True).get("network", {}) if mappable else {}
+    found = record(path, "network")
     if found == {}:
         return {}
     if not is_contract(found):
         raise ValueError(f"{path} is damaged: its record of the network is {str(found)[:80]}")
     return {"crop": FORMER_CROP} | {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
+
+
+def record(path: str | Path, name: str):
+    """An entry of a checkpoint of ours, of which little more is read; {} without it. Raises as load does."""
+    mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False  # as all of ours
+    return read(path, mmap=True).get(name, {}) if mappable else {}
+
+
+def threshold(path: str | Path) -> dict:
+    """The threshold that was chosen for a checkpoint, see THRESHOLD; {} without one. Raises as load does."""
+    found = record(path, "threshold")
+    if found == {}:
+        return {}
+    if not is_threshold(found):
+        raise ValueError(
+            f"{path} is damaged: its record of the threshold is {str(found)[:80]}; evaluate.py --calibrate replaces it"
+        )
+    return found
+
+
+def save_threshold(path: str | Path, threshold: dict) -> None:
+    """Add the threshold to a checkpoint, ours or a published one, all else of which stays. Raises as load does."""
+    content = read(path)
+    with replacing(Path(path).resolve()) as file:  # a link stays one
+        torch.save(content | {"threshold": threshold}, file)
+
+
+def is_threshold(found) -> bool:
+    """Whether this is a threshold: all of THRESHOLD, with values of their types, and ends of intervals."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in THRESHOLD.items()):
+        return False
+    intervals = found["interval"], found["far_interval"]
+    ends = all(len(interval) == 2 and all(isinstance(end, float) for end in interval) for interval in intervals)
+    return ends and math.isfinite(found["threshold"]) and found["distance"] in DISTANCES
 
 
 def is_contract(found) -> bool:
@@ -95,10 +134,15 @@ def settings(part) -> dict:
 
 
 def identity(path: str | Path) -> str:
-    """What tells a checkpoint from all others: the sha256 of its file. Raises FileNotFoundError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """What tells a network from all others: the sha256 of its weights, whatever else is in the file.
+
+    Of their names without DataParallel's prefix, types, shapes and bytes, in their order. Raises as load does.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in weights(path, read(path)).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def progress(path: Path) -> dict:
@@ -154,16 +198,21 @@ def read(path: str | Path, mmap: bool = False):
     return content
 
 
-def load_weights(
-    path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size"
-) -> int:
-    """Load the weights of a checkpoint's content; path and flags are for messages. Raises and returns as load does."""
+def weights(path: str | Path, content: dict) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint's content, without DataParallel's prefix; path is for messages. Raises ValueError."""
     state = content.get("model_state_dict")
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ValueError(f"{path} is not a checkpoint: expected an entry 'model_state_dict' of tensors")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_weights(
+    path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size"
+) -> int:
+    """Load the weights of a checkpoint's content; path and flags are for messages. Raises and returns as load does."""
+    state = weights(path, content)
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     differing = [key for key in expected | found if expected.get(key) != found.get(key)]

@@ -31,12 +31,12 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
-    def text(self, form: str = "{:.4f}", factor: float = 1) -> str:
+    def text(self, form: str = "{:.4f}", unit: str = "", factor: float = 1) -> str:
         value, *ends = (form.format(factor * number) for number in self)
-        return value if np.isnan(self.low) else f"{value} [{', '.join(ends)}]"
+        return value + unit + ("" if np.isnan(self.low) else f" [{', '.join(ends)}]")
 
     def percent(self) -> str:
-        return self.text("{:.2f}", 100)
+        return self.text("{:.2f}", "%", 100)
 
     def measured(self, distance: str) -> "Estimate":
         """Of nearness: as a similarity or a distance, see pairs.signed."""
@@ -67,7 +67,7 @@ class Verification:
     at_threshold: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
 
     def table(self) -> list[tuple[str, str, str]]:
-        """(FAR, TAR in percent, threshold) of each rate that the pairs resolve, with intervals."""
+        """(FAR, TAR, threshold) of each rate that the pairs resolve, with intervals."""
         return [
             (f"{100 * far:g}%", tar.percent(), threshold.measured(self.distance).text())
             for far, (threshold, tar) in self.at_far.items()
@@ -94,9 +94,9 @@ class Verification:
         threshold, rate = self.equal_error
         kind = KINDS[self.distance]
         return (
-            f"{self.remark()}ROC AUC {self.auc.percent()}%, "
-            f"equal errors {rate.percent()}% at {kind} {threshold.measured(self.distance).text()}\n"
-            f"{'false accepts':15}{'true accepts, %':24}{kind} {BOUNDS[self.distance]}\n"
+            f"{self.remark()}ROC AUC {self.auc.percent()}, "
+            f"equal errors {rate.percent()} at {kind} {threshold.measured(self.distance).text()}\n"
+            f"{'false accepts':15}{'true accepts':24}{kind} {BOUNDS[self.distance]}\n"
             + "".join(f"{far:>13}  {tar:24}{threshold}\n" for far, tar, threshold in self.table())
         )
 
@@ -208,6 +208,7 @@ class Calibration:
     """A threshold with this FAR on the pairs of some classes, and what it achieves on those of others."""
 
     asked: float
+    seed: int
     chosen: Verification
     checked: Verification
 
@@ -226,10 +227,10 @@ class Calibration:
         _, tar = self.chosen.at_far[self.asked]
         ((_, checked_tar),) = self.checked.at_threshold.values()
         return (
-            f"Threshold for {asked} false accepts, chosen on {self.chosen.classes:,} of the classes: {kind} "
-            f"{self.threshold.text()}, with {tar.percent()}% true accepts\n"
-            f"Checked on the other {self.checked.classes:,}: {self.far.percent()}% false accepts, "
-            f"{checked_tar.percent()}% true accepts\n"
+            f"Threshold for {asked} false accepts, chosen on half of the classes ({self.chosen.classes:,}, the first "
+            f"of a shuffle with seed {self.seed}): {kind} {self.threshold.text()}, with {tar.percent()} true accepts\n"
+            f"Checked on the other half ({self.checked.classes:,}): {self.far.percent()} false accepts, "
+            f"{checked_tar.percent()} true accepts\n"
         )
 
     def record(self) -> dict:
@@ -260,7 +261,7 @@ def calibrate(embedded: list[torch.Tensor], far: float, distance: str = "cosine"
     checked = verify(*of_classes(embedded, second), distance, fars=[], thresholds=[chosen.at_far[far][0].value])
     if not checked.at_threshold:
         raise ValueError(f"The {len(second):,} classes to check the threshold on do not have pairs of both kinds")
-    return Calibration(far, chosen, checked)
+    return Calibration(far, seed, chosen, checked)
 
 
 def of_classes(embedded: list[torch.Tensor], classes: np.ndarray) -> list[Any]:

@@ -17,7 +17,7 @@ from proxy_anchor.files import replacing
 from proxy_anchor.retrieval import comparable
 
 IMAGES = "images.json"
-MADE = {"checkpoint": str, "sha256": str, "network": dict}
+MADE = {"checkpoint": str, "weights": str, "network": dict}
 LAYOUT = {"made": MADE, "factory": str, "number": int, "images": dict}  # of images.json
 EXACT = "Flat"
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
@@ -41,7 +41,7 @@ class Index:
     They are compared by the network's distance: unit vectors by their cosine similarity, embeddings as they are by
     their Euclidean distance; measure says which.
     stamp: the size of the file and its time of change in ns, which tell whether it has changed since.
-    made: "checkpoint", its path then; "sha256", its identity; "network", its contract (see checkpoint.CONTRACT).
+    made: "checkpoint", its path then; "weights", its identity; "network", its contract (see checkpoint.CONTRACT).
     """
 
     vectors: np.ndarray
@@ -96,7 +96,7 @@ class Index:
 
     def check(self, made: dict, factory: str | None = None) -> None:
         """Raise ValueError if this index was made with another checkpoint, or is of another kind."""
-        if made["sha256"] != self.made["sha256"] or made["network"] != self.made["network"]:
+        if made["weights"] != self.made["weights"] or made["network"] != self.made["network"]:
             raise ValueError(
                 f"{self.folder} was made with another checkpoint than {made['checkpoint']}: with the one that was at "
                 f"{self.made['checkpoint']}, with {self.made['network']}. Their embeddings do not compare"

@@ -21,6 +21,11 @@ def signed(value, distance: str):
     return value if distance == "cosine" else 0.0 - value  # which is never -0.0
 
 
+def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
+    """Of the vectors (..., D), as retrieval.comparable gives them."""
+    return (a * b).sum(dim=-1) if distance == "cosine" else -torch.linalg.vector_norm(a - b, dim=-1)
+
+
 @dataclass
 class Scale:
     """Equal bins of nearness; a threshold is the lower edge of one, and the last begins at the nearest possible."""

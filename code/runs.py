@@ -161,5 +161,8 @@ def differences(old: dict, new: dict) -> list[str]:
     old = {"crop": checkpoint.FORMER_CROP} | old
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
-    words = {"data": "other images or classes than the run had", "teacher": "another one"}  # instead of digests
+    words = {
+        "data": "other images or classes than the run had",
+        "teacher": "another one, or known by its file to an earlier version",
+    }  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

@@ -259,8 +259,8 @@ def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
     low, high = record["interval"]
     assert low < record["threshold"] < high and (low > 0 or distance == "cosine")
     kind = "similarity" if distance == "cosine" else "distance"
-    assert f"chosen on 20 of the classes: {kind} {record['threshold']:.4f} [" in found.text()
-    assert f"Checked on the other 20: {100 * record['far']:.2f} [" in found.text()
+    assert f"with seed 1): {kind} {record['threshold']:.4f} [" in found.text()
+    assert f"Checked on the other half (20): {100 * record['far']:.2f}% [" in found.text()
 
 
 def test_calibration_needs_pairs_enough():

@@ -311,7 +311,7 @@ def test_nprobe(weights, images, tmp_path, capsys):
 
 def test_recall_against_exact_search(tmp_path):
     """Exact search finds all, and a few of the cells not all of these random vectors; each finds itself first."""
-    made = {"checkpoint": "a.pth", "sha256": "0", "network": RECORD | {"embedding_size": 32}}
+    made = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_size": 32}}
     x = torch.nn.functional.normalize(torch.randn(2000, 32))
     recalls = []
     for factory in ("Flat", "IVF64,Flat", "PCA16,Flat", "IVF4,PQ8x4"):

@@ -17,14 +17,18 @@ import net
 from dataset import transforms
 from dataset.files import read_image
 from dataset.folder import images as images_in
-from proxy_anchor import checkpoint, console, figures, hardware
+from proxy_anchor import checkpoint, console, entries, figures, hardware
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
+from proxy_anchor.pairs import signed
 
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
   python search.py query --index photos.index new.jpg --save neighbours.png
+with several photos of each thing, in one folder per thing:
+  python search.py index --resume RUN/cub_bn_inception_best.pth --images things --by-folder --out things.index
+  python search.py query --index things.index --by-folder new
 """
 
 
@@ -51,6 +55,10 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to embed the images with")
     group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
     group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
+    group.add_argument(
+        "--by-folder", action="store_true",
+        help="one entry for each folder with images: the mean of the images that lie in it, of unit length again",
+    )  # fmt: skip
     group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
         "--index-factory", metavar="STRING",
@@ -71,6 +79,12 @@ def parse(argv=None) -> argparse.Namespace:
         "--nprobe", type=int, metavar="N",
         help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
     )  # fmt: skip
+    group.add_argument(
+        "--threshold", type=threshold, metavar="T",
+        help="list only neighbours with at least this similarity (at most this distance), or say 'no match'; 'none' "
+        "lists all (default: the threshold that evaluate.py --calibrate recorded in the checkpoint, if any)",
+    )  # fmt: skip
+    group.add_argument("--by-folder", action="store_true", help="one query for each folder with images: their mean")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
     group.add_argument(
@@ -93,12 +107,20 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
+def threshold(text: str) -> float | str:
+    """The value of --threshold. Raises ValueError for what is neither a finite number nor 'none'."""
+    if text == "none" or np.isfinite(float(text)):
+        return text if text == "none" else float(text)
+    raise ValueError
+
+
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
     made = {
         "checkpoint": os.path.abspath(args.resume),
         "weights": checkpoint.identity(args.resume),
         "network": args.contract,
+        "by_folder": args.by_folder,
     }
     folder = Path(args.out)
     with lock(folder):
@@ -107,21 +129,26 @@ def update_index(args: argparse.Namespace) -> None:
             index.check(made, args.index_factory)
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
-        new, changed, deleted = index.compare(paths_to_index(args))
+        there = entries.group(paths_to_index(args), args.by_folder)
+        found = {entry: entries.stamp(paths) for entry, paths in there.items()}
+        new, changed, deleted = index.compare(found, has_images)
+        kind = "folders" if args.by_folder else "images"
         print(
-            f"{len(index.images):,} images are in {folder}; "
+            f"{len(index.images):,} {kind} are in {folder}; "
             f"new: {len(new):,}, changed: {len(changed):,}, deleted: {len(deleted):,}"
         )
         stamps = new | changed  # from before the images are read: what changes meanwhile is found the next time
-        images = unlabelled(list(stamps), args.contract)
+        images = unlabelled([path for entry in stamps for path in there[entry]], args.contract)
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if not (len(images) or changed or deleted):
             return
         embeddings = torch.empty(0, args.embedding_size)
         if len(images):
             embeddings = embed(images, made["network"], args.resume, args)
-        index.update({*changed, *deleted}, {path: stamps[path] for path in images.paths}, embeddings)
-        print(f"Indexed {len(images):,} images")
+        wanted = {entry: there[entry] for entry in stamps}
+        added, embeddings = entries.embeddings_of(wanted, images.paths, embeddings, index.distance)
+        index.update({*changed, *deleted}, {entry: stamps[entry] for entry in added}, embeddings)
+        print(f"Indexed {len(added):,} {kind}")
         if index.factory != EXACT:
             print_recall(index)
 
@@ -143,6 +170,11 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
     else:
         paths = images_at(args.images)
     return [os.path.abspath(path) for path in paths]
+
+
+def has_images(entry: str) -> bool:
+    """Whether an entry's file exists, or an image in its folder."""
+    return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)), by_folder=True)
 
 
 def images_at(place: str) -> list[str]:
@@ -175,7 +207,7 @@ def embed(images: dataset.ImageDataset, contract: dict, path: str, args: argpars
 
 
 def query(args: argparse.Namespace) -> None:
-    """Print the neighbours of each image."""
+    """Print the neighbours of each image, or of each folder's mean."""
     index = Index.open(Path(args.index))
     if args.nprobe:
         index.set_nprobe(args.nprobe)
@@ -189,33 +221,75 @@ def query(args: argparse.Namespace) -> None:
         )
     index.check({"weights": checkpoint.identity(path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
-    found = index.search(embed(images, network, path, args), args.neighbours)
+    queries, embeddings = images.paths, embed(images, network, path, args)
+    if args.by_folder:
+        folders = entries.group(images.paths, by_folder=True)
+        queries, embeddings = entries.embeddings_of(folders, images.paths, embeddings, index.distance)
+    found = index.search(embeddings, args.neighbours)
+    limit = threshold_in_use(args, index, path)
+    matches = [
+        [(other, value) for other, value in neighbours if limit is None or is_match(value, limit, index.distance)]
+        for neighbours in found
+    ]
     name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity
     if args.json:
         print(json.dumps([
-            {"query": path, "neighbours": [{"path": other, index.measure: value} for other, value in neighbours]}
-            for path, neighbours in zip(images.paths, found)
+            {
+                "query": path, "threshold": limit, "match": None if limit is None else bool(neighbours),
+                "neighbours": [{"path": other, index.measure: value} for other, value in neighbours],
+            }
+            for path, neighbours in zip(queries, matches)
         ], indent=1))  # fmt: skip
     else:
-        for path, neighbours in zip(images.paths, found):
+        for path, neighbours, nearest in zip(queries, matches, found):
             print(path)
             for place, (other, value) in enumerate(neighbours, start=1):
                 print(f"{place:>4}  {name}{value:.4f}  {other}")
+            if limit is not None and not neighbours:
+                best = (
+                    f": the best {index.measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
+                )
+                print(f"  no match{best}")
     if args.save:
         rows = [
-            [(path, "query\n" + folder_of(path))] + [
+            [(path, ("query\n" if neighbours or limit is None else "no match\n") + folder_of(path))] + [
                 (other, f"{name}{value:.3f}\n{folder_of(other)}")
                 for other, value in neighbours if other != os.path.abspath(path)
             ]
-            for path, neighbours in zip(images.paths, found)
+            for path, neighbours in zip(queries, matches)
         ]  # fmt: skip
-        figures.draw_images(rows, read_image, Path(args.save))
+        figures.draw_images(rows, read_entry, Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
 
 
-def folder_of(path: str) -> str:
-    """The name of an image's folder, usually the name of its class."""
-    return Path(os.path.abspath(path)).parent.name
+def threshold_in_use(args: argparse.Namespace, index: Index, path: str) -> float | None:
+    """The threshold of the command line or, for a search of images by images, that of the checkpoint at this path."""
+    if args.threshold is not None:
+        return None if args.threshold == "none" else args.threshold
+    recorded = checkpoint.threshold(path)
+    if recorded and (args.by_folder or index.made["by_folder"]):
+        print(
+            f"The threshold in {path} is for pairs of images, not for folders: say one with --threshold",
+            file=sys.stderr,
+        )
+        return None
+    return recorded.get("threshold")
+
+
+def is_match(value: float, threshold: float, distance: str) -> bool:
+    """Whether a similarity or a distance is as near as the threshold."""
+    return signed(value, distance) >= signed(threshold, distance)
+
+
+def read_entry(entry: str) -> torch.Tensor:
+    """An image or, of a folder, the first one in it."""
+    return read_image(images_at(entry)[0] if os.path.isdir(entry) else entry)
+
+
+def folder_of(entry: str) -> str:
+    """The name of an image's folder, usually the name of its class, or of this folder."""
+    path = Path(os.path.abspath(entry))
+    return path.name if path.is_dir() else path.parent.name
 
 
 def main(argv=None):

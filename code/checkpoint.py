@@ -141,7 +141,7 @@ def identity(path: str | Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights(path, read(path)).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

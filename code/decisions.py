@@ -177,14 +177,16 @@ def verify(
     resampled = Curve.of(pairs.scale.edges[edges], *pairs.resampled(edges, drawn.T))
 
     found.auc = estimate(curve.auc(), resampled.auc())
-    found.equal_error = tuple(map(estimate, curve.equal_errors(), resampled.equal_errors()))
+    (threshold, rate), (thresholds_drawn, rates_drawn) = curve.equal_errors(), resampled.equal_errors()
+    found.equal_error = estimate(threshold, thresholds_drawn), estimate(rate, rates_drawn)
     for far, edge in chosen.items():
-        values = curve.thresholds[edge], curve.tar[edge, 0]
-        found.at_far[far] = tuple(map(estimate, values, resampled.at_far(far)))
-    for threshold, edge in given.items():
+        thresholds_drawn, rates_drawn = resampled.at_far(far)
+        found.at_far[far] = estimate(curve.thresholds[edge], thresholds_drawn), estimate(curve.tar[edge], rates_drawn)
+    for limit, edge in given.items():
         row = np.searchsorted(edges, edge)
-        values = (curve.far[edge, 0], resampled.far[row]), (curve.tar[edge, 0], resampled.tar[row])
-        found.at_threshold[threshold] = tuple(estimate(*value) for value in values)
+        found.at_threshold[limit] = (
+            estimate(curve.far[edge], resampled.far[row]), estimate(curve.tar[edge], resampled.tar[row]),
+        )  # fmt: skip
     return found
 
 
@@ -251,14 +253,16 @@ def calibrate(embedded: list[torch.Tensor], far: float, distance: str = "cosine"
     """
     classes = torch.unique(torch.cat([labels.cpu() for labels in embedded[1::2]])).numpy()
     first, second = np.array_split(np.random.default_rng(seed).permutation(classes), 2)
-    chosen = verify(*of_classes(embedded, first), distance, fars=[far])
+    arguments: list[Any] = [*of_classes(embedded, first), distance]
+    chosen = verify(*arguments, fars=[far])
     if far not in chosen.at_far:
         raise ValueError(
             f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} pairs of one class and "
             f"{chosen.other.sum():,} of two: too few for a threshold with {100 * far:g}% false accepts, which takes "
             f"{FEWEST} false accepts"
         )
-    checked = verify(*of_classes(embedded, second), distance, fars=[], thresholds=[chosen.at_far[far][0].value])
+    arguments = [*of_classes(embedded, second), distance]
+    checked = verify(*arguments, fars=[], thresholds=[chosen.at_far[far][0].value])
     if not checked.at_threshold:
         raise ValueError(f"The {len(second):,} classes to check the threshold on do not have pairs of both kinds")
     return Calibration(far, seed, chosen, checked)

@@ -35,9 +35,10 @@ class Scale:
 
     @classmethod
     def of(cls, queries: Points, targets: Points) -> "Scale":
-        if queries.halves is None or targets.halves is None:
+        halves = [points.halves for points in (queries, targets) if points.halves is not None]  # |x|^2 / 2
+        if not halves:
             return cls(-1, 2 / RESOLUTION)
-        farthest = sum(math.sqrt(2 * points.halves.max()) for points in (queries, targets))
+        farthest = sum(math.sqrt(2 * half.max()) for half in halves)
         span = 2.0 ** math.ceil(math.log2(farthest or 1))  # a power of two: other sets have many of these edges too
         return cls(-span, span / RESOLUTION)
 

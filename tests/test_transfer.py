@@ -127,7 +127,10 @@ def test_other_teacher_or_schedule_does_not_continue_a_run(teacher, cub_root, tm
     torch.manual_seed(6)
     checkpoint.save(other, net.create("resnet18", 12), CONTRACT)
     for flags, words in (
-        (["--source-ckpt", str(other)], "is another experiment (teacher: another one); start a new one"),
+        (
+            ["--source-ckpt", str(other)],
+            "is another experiment (teacher: another one, or known by its file to an earlier version); start",
+        ),
         (["--epochs", "3"], "(schedule: cosine over 2 epochs, now cosine over 3 epochs)"),
     ):
         fails(["--resume", str(config.parent), *flags], capsys, words)

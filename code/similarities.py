@@ -91,4 +91,5 @@ def rates_table(pairs: Verification) -> str:
     names = ["false accepts", "true accepts", f"{KINDS[pairs.distance]} {BOUNDS[pairs.distance]}"]
     head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in pairs.table())
+    body = body.replace(", ", ",&nbsp;")  # intervals stay in one line
     return f'<table class="rates">{head}{body}</table><p>{html.escape(pairs.remark())}</p>'

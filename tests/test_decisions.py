@@ -225,16 +225,21 @@ def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
 
 
 def test_processes_of_a_group_divide_the_tiles(tile, monkeypatch):
-    """Two of them, one after the other: together they count each pair once."""
+    """Two of them, one after the other: together they count each pair once, and so do their replicates."""
     alone = Pairs.of(*SETS["a gallery"])
-    parts = []
+    edges, weights = np.array([0, 40_000, pairs.RESOLUTION + 1]), np.arange(24).reshape(12, 2)
+    parts: list = []
+    monkeypatch.setattr(pairs.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(pairs.dist, "all_reduce", lambda counts, group: parts.append(counts))
     for rank in range(2):
         monkeypatch.setattr(pairs.dist, "get_rank", lambda group, rank=rank: rank)
-        monkeypatch.setattr(pairs.dist, "get_world_size", lambda group: 2)
-        monkeypatch.setattr(pairs.dist, "all_reduce", lambda counts, group: parts.append(counts))
-        Pairs.of(*SETS["a gallery"], group="both").histograms()
-    other, same = (parts[0] + parts[1])[:-1].view(2, -1).numpy()
+        shared = Pairs.of(*SETS["a gallery"], group="both")
+        shared.histograms()
+        shared.resampled(edges, weights)
+    other, same = (parts[0] + parts[2])[:-1].view(2, -1).numpy()
     assert (same == alone.histograms()[0]).all() and (other == alone.histograms()[1]).all()
+    other, same = (parts[1] + parts[3]).numpy()
+    assert (same == alone.resampled(edges, weights)[0]).all() and (other == alone.resampled(edges, weights)[1]).all()
 
 
 @pytest.mark.parametrize("distance", retrieval.DISTANCES)

@@ -80,6 +80,19 @@ def test_rates_at_given_thresholds_are_those_of_a_loop(distance):
     assert [list(map(float, rate)) for rate in found.at_threshold[50]] == [[0, 0, 0]] * 2
 
 
+@pytest.mark.parametrize("scale", [Scale(-1, 2 / pairs.RESOLUTION), Scale(-32, 32 / pairs.RESOLUTION)])
+def test_thresholds_are_rounded_up_to_an_edge(scale):
+    """Exactly those of the scale are themselves, and the bins begin at them; the last edge accepts nothing."""
+    for number in (0, 1, 777, 40_000, pairs.RESOLUTION, pairs.RESOLUTION + 1):
+        edge = scale.edges[number]
+        assert scale.edge_from(edge) == number
+        assert scale.edge_from(edge + 1e-9) == min(number + 1, pairs.RESOLUTION + 1)
+        around = torch.tensor([edge - 1e-9, edge, edge + 1e-9], dtype=torch.double)
+        expected = [max(0, min(n, pairs.RESOLUTION)) for n in (number - 1, number, number)]
+        assert scale.bins(around).tolist() == expected
+    assert scale.edges[-2] == (1 if scale.low == -1 else 0)
+
+
 @pytest.mark.parametrize("separation", [0.5, 2, 4])
 def test_gaussian_similarities_have_the_closed_forms(separation):
     """AUC = Phi(d'/sqrt 2), EER = Phi(-d'/2), and TAR = Phi(d' + Phi^-1(FAR)), from counts of Gaussians in bins."""

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, ours or a published one: Recall@K beside the published results."""
+"""Evaluate a checkpoint, or a backbone before training: Recall@K beside the published results, thresholds for pairs."""
 
 import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
@@ -13,7 +13,18 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import checkpoint, console, distributed, evaluation, hardware, logbook, published, report
+from proxy_anchor import (
+    checkpoint,
+    console,
+    decisions,
+    distributed,
+    evaluation,
+    hardware,
+    logbook,
+    published,
+    randomness,
+    report,
+)
 from proxy_anchor.embedding import Embedder
 
 EXAMPLES = """examples:
@@ -23,12 +34,16 @@ EXAMPLES = """examples:
     python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --report report
   the networks of four folds, one by one and together:
     python evaluate.py --dataset cub --resume A.pth B.pth C.pth D.pth
+  what a pretrained backbone can do before it is trained:
+    python evaluate.py --dataset cub --model resnet50 --backbone-only
+  choose the similarity from which two images show one thing, for 1% false accepts, and keep it in the checkpoint:
+    python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --calibrate --far 0.01
 """
 
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="evaluate.py --resume PATH [--flag value ...]",
+        usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
         allow_abbrev=False,
@@ -37,7 +52,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--resume", required=True, nargs="+", metavar="PATH",
+        "--resume", nargs="+", metavar="PATH", default=[],
         help="checkpoint to evaluate; those of train.py record --model, --embedding-size, --image-size and --l2-norm. "
         "Several of one kind, such as those of folds, are evaluated one by one and together",
     )  # fmt: skip
@@ -45,21 +60,40 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
     )
+    group.add_argument(
+        "--calibrate", action="store_true",
+        help="choose a threshold for pairs of images on half of the classes, check it on the other half, and record it "
+        "in the checkpoint, for search.py",
+    )  # fmt: skip
+    group.add_argument(
+        "--far", type=float, metavar="RATE",
+        help="with --calibrate: the share of pairs of two classes that the threshold may accept (default: 0.01)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    net.check_weights(parser, args)
     with console.errors_in_one_line("evaluate.py", args.debug):
-        contract, *others = map(checkpoint.contract, args.resume)
+        contract, *others = map(checkpoint.contract, args.resume) if args.resume else [{}]
     for path, other in zip(args.resume[1:], others):
         if different := [name for name in contract | other if contract.get(name) != other.get(name)]:
             listed = ", ".join(f"{name} {other.get(name)} instead of {contract.get(name)}" for name in different)
             parser.error(f"argument --resume: {path} is of another kind than {args.resume[0]} ({listed})")
     args = console.parse_with_contract(parser, argv, contract)
     console.check_ranges(parser, args)
-    net.check_arguments(parser, args)
+    net.check_arguments(parser, args, contract)
+    if args.calibrate and len(args.resume) != 1:
+        parser.error("argument --calibrate: the threshold is recorded in a checkpoint: give one with --resume")
+    if args.far is not None and not args.calibrate:
+        parser.error("argument --far: it is for --calibrate")
+    args.far = 0.01 if args.far is None else args.far
+    if not 0 < args.far < 1:
+        parser.error(f"argument --far: {args.far} is not between 0 and 1")
     return args
 
 
 def load(path: str, args: argparse.Namespace) -> torch.nn.Module:
-    network = net.create(args.model, args.embedding_size, pretrained=None, l2_norm=bool(args.l2_norm))
+    network = net.create(
+        args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
+    )
     matched = checkpoint.load(path, network)
     print(f"Loaded {path}: all {matched} tensors match.")
     return network
@@ -68,10 +102,22 @@ def load(path: str, args: argparse.Namespace) -> torch.nn.Module:
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
     """The metrics of each checkpoint and, of several, of their mean and of all together, by the names of their rows."""
     print(hardware.describe(device))
-    embedders = [Embedder(load(path, args), device, args.amp, args.compile) for path in args.resume]
+    if args.backbone_only:
+        randomness.seed(1)  # for --pretrained none: the same network each time, and in each process
+        with distributed.first_process_first():
+            network = net.create(args.model, None, args.pretrained, image_size=args.image_size)
+        source, identity = f"{args.model} alone, pretrained: {args.pretrained}", checkpoint.digest(network.state_dict())
+        print(f"{source}; {network.embedding_size} pooled features.")
+        networks = [network]
+    else:
+        networks = [load(path, args) for path in args.resume]
+        source, identity = ", ".join(args.resume), ", ".join(map(checkpoint.identity, args.resume))
+    embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
+
+    geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
     with distributed.first_process_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.crop, **choice)
+        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, geometry, **choice)
     console.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     share = distributed.rank(), distributed.count()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
@@ -79,42 +125,47 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         report.open_folder(Path(args.report))  # before the work is done
     ks, distance = dataset.ALL[args.dataset].KS, args.distance
     of_each = [[tensor for loader in loaders for tensor in embedder.embed(loader)] for embedder in embedders]
-    results = [evaluation.measure(embedded, ks, distance) for embedded in of_each]
+    groups = [images.groups for images in test_sets]
+    results = [evaluation.measure(embedded, ks, distance, groups) for embedded in of_each]
 
     rows = {}
-    name = args.remark or "this checkpoint"
+    name = args.remark or ("backbone alone" if args.backbone_only else "this checkpoint")
     embedded, result = of_each[0], results[0]
     if len(results) > 1:
         rows = {f"checkpoint {number}": result.metrics for number, result in enumerate(results, start=1)}
         rows["mean"] = {name: fmean(row[name] for row in rows.values()) for name in result.metrics}
         name = args.remark or "together"
         embedded, distance = evaluation.side_by_side(of_each), "cosine"
-        result = evaluation.measure(embedded, ks)
+        result = evaluation.measure(embedded, ks, groups=groups)
     rows[name] = result.metrics
     shown = dict(rows)
     if reference := published.RESULTS.get((args.dataset, args.model)):
         # Never the row above under the same name.
         authors = "published by the authors" if name == "published" else "published"
         shown[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
+    pairs = decisions.verify(**evaluation.arguments(embedded, distance, groups), group=distributed.group())
     print(logbook.table(shown) + "\n" + result.remark() + dataset.remark(test_sets), end="")
-    if reference and (args.embedding_size, args.image_size) != (512, 224):
+    print(pairs.text(), end="")
+    if reference and (networks[0].embedding_size, args.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
         print("With --allow-partial: results on a part of the dataset do not compare with others.")
 
+    if args.calibrate and distributed.rank() == 0:
+        calibrate(args, embedded, test_sets, groups)
+
     if args.report and distributed.rank() == 0:
         environment = {
             "command": shlex.join(["python", *sys.argv]),
-            "checkpoint": ", ".join(args.resume),
-            "sha256": ", ".join(map(checkpoint.identity, args.resume)),
+            "checkpoint": source,
+            "weights": identity,
             "device": hardware.describe(device),
             "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
         }
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
-        subtitle = f"{', '.join(args.resume)}; {' searched in '.join(sizes)}"
         page = report.write(
-            Path(args.report), f"{args.model} on {args.dataset}", subtitle,
-            shown, result, environment,
+            Path(args.report), f"{args.model} on {args.dataset}", f"{source}; {' searched in '.join(sizes)}",
+            shown, result, pairs, checkpoint.threshold(args.resume[0]) if len(args.resume) == 1 else {}, environment,
             *(
                 report.TestSet(*embedded[2 * i : 2 * i + 2], images, distance)
                 for i, images in enumerate(test_sets)
@@ -122,6 +173,15 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         )  # fmt: skip
         print(f"The report is {page}")
     return rows
+
+
+def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets: list, groups: list) -> None:
+    """Choose and check a threshold, and record it in the checkpoint."""
+    found = decisions.calibrate(embedded, args.far, args.distance, groups)
+    splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
+    data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
+    checkpoint.save_threshold(args.resume[0], found.record() | data)
+    print(f"{found.text()}The threshold is recorded in {args.resume[0]}")
 
 
 def main(argv=None):

@@ -66,6 +66,8 @@ def parse(argv=None) -> argparse.Namespace:
         if (name := flag.partition("=")[0]) in DECIDED:
             parser.error(f"{name} cannot come after --, because this protocol decides it: give {DECIDED[name]}")
     args.training = train.parse(args.flags)
+    if args.training.lr_schedule == "cosine":
+        parser.error("argument --lr-schedule: a cosine hangs on the number of epochs, which is chosen here")
     if args.training.epochs < 1:
         parser.error("argument --epochs: expected at least 1, found 0")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -94,7 +96,7 @@ class Training(NamedTuple):
 
     def rows(self) -> list[dict[str, float]]:
         """Those of its metrics.csv, one for each epoch. Raises ValueError for another number of them."""
-        rows = figures.read(self.folder() / "metrics.csv")
+        rows, _ = figures.read(self.folder() / "metrics.csv")
         if len(rows) != self.epochs:
             raise ValueError(
                 f"{self.folder()} has {len(rows)} epochs, expected {self.epochs}: choose another --remark or --epochs"

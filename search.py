@@ -1,4 +1,4 @@
-"""Search images by their content: build an index with a checkpoint, then find the neighbours of other images."""
+"""Search images by their content: build an index with a network, then find the neighbours of other images."""
 
 import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
@@ -17,14 +17,20 @@ import net
 from dataset import transforms
 from dataset.files import read_image
 from dataset.folder import images as images_in
-from proxy_anchor import checkpoint, console, figures, hardware
+from proxy_anchor import checkpoint, console, entries, figures, hardware, randomness
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
+from proxy_anchor.pairs import signed
 
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
   python search.py query --index photos.index new.jpg --save neighbours.png
+  before anything is trained, with a pretrained backbone:
+  python search.py index --backbone-only --model resnet50 --images photos --out photos.index
+with several photos of each thing, in one folder per thing:
+  python search.py index --resume RUN/cub_bn_inception_best.pth --images things --by-folder --out things.index
+  python search.py query --index things.index --by-folder new
 """
 
 
@@ -41,16 +47,21 @@ def parse(argv=None) -> argparse.Namespace:
 
     make = commands.add_parser(
         "index", help="embed images into an index",
-        usage="search.py index --resume PATH (--images DIR | --split NAME) --out INDEX [--flag value ...]",
+        usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
+        "[--flag value ...]",
         epilog=EXAMPLES,
-        description="Embed images with a checkpoint into an index. Run it again to embed those that are new or have "
-        "changed, and to drop those whose files are gone.",
+        description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
+        "those that are new or have changed, and to drop those whose files are gone.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
-    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to embed the images with")
+    group.add_argument("--resume", metavar="PATH", help="checkpoint to embed the images with")
     group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
     group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
+    group.add_argument(
+        "--by-folder", action="store_true",
+        help="one entry for each folder with images: the mean of the images that lie in it, of unit length again",
+    )  # fmt: skip
     group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
         "--index-factory", metavar="STRING",
@@ -65,12 +76,18 @@ def parse(argv=None) -> argparse.Namespace:
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
     group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
-    group.add_argument("--resume", metavar="PATH", help="the checkpoint of the index, if it has moved")
+    group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
     group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
     group.add_argument(
         "--nprobe", type=int, metavar="N",
         help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
     )  # fmt: skip
+    group.add_argument(
+        "--threshold", type=threshold, metavar="T",
+        help="list only neighbours with at least this similarity (at most this distance), or say 'no match'; 'none' "
+        "lists all (default: the threshold that evaluate.py --calibrate recorded in the checkpoint, if any)",
+    )  # fmt: skip
+    group.add_argument("--by-folder", action="store_true", help="one query for each folder with images: their mean")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
     group.add_argument(
@@ -82,24 +99,37 @@ def parse(argv=None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     if args.command == "index":
+        net.check_weights(make, args)
         with console.errors_in_one_line("search.py", args.debug):
-            contract = checkpoint.contract(args.resume)
+            contract = checkpoint.contract(args.resume) if args.resume else {}
         args = console.parse_with_contract(parser, argv, contract, at=1)
-        args.contract = {name: getattr(args, name) for name in checkpoint.CONTRACT} | contract
-        net.check_arguments(parser, args)
+        net.check_arguments(parser, args, contract)
+        told = {name: getattr(args, name) for name in (*checkpoint.CONTRACT, "distance")}
+        args.contract = net.expects(args.model) | told | contract
+        if args.backbone_only:
+            size = net.pooled_features(args.model, args.image_size)
+            args.contract |= {"backbone_only": True, "embedding_size": size}
         if bool(args.images) == bool(args.split):
             parser.error("what to index: --images DIR, or --dataset NAME --split SPLIT")
     console.check_ranges(parser, args)
     return args
 
 
+def threshold(text: str) -> float | str:
+    """The value of --threshold. Raises ValueError for what is neither a finite number nor 'none'."""
+    if text == "none" or np.isfinite(float(text)):
+        return text if text == "none" else float(text)
+    raise ValueError
+
+
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
+    source = args.resume or args.pretrained
+    path = source if args.backbone_only and source in net.NOT_FILES else os.path.abspath(source)
     made = {
-        "checkpoint": os.path.abspath(args.resume),
-        "sha256": checkpoint.identity(args.resume),
-        "network": args.contract,
-    }
+        "checkpoint": path, "weights": identity(args.contract, path), "network": args.contract,
+        "by_folder": args.by_folder,
+    }  # fmt: skip
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
@@ -107,21 +137,26 @@ def update_index(args: argparse.Namespace) -> None:
             index.check(made, args.index_factory)
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
-        new, changed, deleted = index.compare(paths_to_index(args))
+        there = entries.group(paths_to_index(args), args.by_folder)
+        found = {entry: entries.stamp(paths) for entry, paths in there.items()}
+        new, changed, deleted = index.compare(found, has_images)
+        kind = "folders" if args.by_folder else "images"
         print(
-            f"{len(index.images):,} images are in {folder}; "
+            f"{len(index.images):,} {kind} are in {folder}; "
             f"new: {len(new):,}, changed: {len(changed):,}, deleted: {len(deleted):,}"
         )
         stamps = new | changed  # from before the images are read: what changes meanwhile is found the next time
-        images = unlabelled(list(stamps), args.contract)
+        images = unlabelled([path for entry in stamps for path in there[entry]], args.contract)
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if not (len(images) or changed or deleted):
             return
-        embeddings = torch.empty(0, args.embedding_size)
+        embeddings = torch.empty(0, args.contract["embedding_size"])
         if len(images):
-            embeddings = embed(images, made["network"], args.resume, args)
-        index.update({*changed, *deleted}, {path: stamps[path] for path in images.paths}, embeddings)
-        print(f"Indexed {len(images):,} images")
+            embeddings = embed(images, args.contract, path, args)
+        wanted = {entry: there[entry] for entry in stamps}
+        added, embeddings = entries.embeddings_of(wanted, images.paths, embeddings, index.distance)
+        index.update({*changed, *deleted}, {entry: stamps[entry] for entry in added}, embeddings)
+        print(f"Indexed {len(added):,} {kind}")
         if index.factory != EXACT:
             print_recall(index)
 
@@ -145,6 +180,11 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
     return [os.path.abspath(path) for path in paths]
 
 
+def has_images(entry: str) -> bool:
+    """Whether an entry's file exists, or an image in its folder."""
+    return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)), by_folder=True)
+
+
 def images_at(place: str) -> list[str]:
     """The image files at a place: itself, or those in a folder. Raises FileNotFoundError if there are none."""
     if not os.path.exists(place):
@@ -161,61 +201,127 @@ def unlabelled(paths: list[str], contract: dict) -> dataset.ImageDataset:
 
 
 def geometry(contract: dict):
-    return transforms.evaluation(contract["image_size"], contract.get("crop", transforms.CROP))
+    told = {name: contract[name] for name in checkpoint.GEOMETRY if name in contract}
+    return transforms.evaluation(contract["image_size"], **told)
+
+
+def identity(contract: dict, path: str) -> str:
+    """What tells the weights at this path from all others; see create."""
+    if contract.get("backbone_only"):
+        return checkpoint.digest(create(contract, path).state_dict())
+    return checkpoint.identity(path)
+
+
+def create(contract: dict, path: str) -> torch.nn.Module:
+    """The network that a contract describes; path: of its checkpoint, or the pretrained weights of a backbone alone."""
+    alone = contract.get("backbone_only")
+    if alone:
+        randomness.seed(1)  # for --pretrained none: the same network each time
+    network = net.create(
+        contract["model"], None if alone else contract["embedding_size"], path if alone else None,
+        bool(contract["l2_norm"]), head=contract.get("head", "linear"), image_size=contract["image_size"],
+    )  # fmt: skip
+    if not alone:
+        checkpoint.load(path, network)
+    return network
 
 
 def embed(images: dataset.ImageDataset, contract: dict, path: str, args: argparse.Namespace) -> torch.Tensor:
-    """Embeddings (N, D) of the images by the checkpoint at this path, whose network the contract describes."""
-    name, size, l2_norm = contract["model"], contract["embedding_size"], bool(contract["l2_norm"])
-    network = net.create(name, size, pretrained=None, l2_norm=l2_norm)
-    checkpoint.load(path, network)
+    """Embeddings (N, D) of the images; see create."""
+    network = create(contract, path)
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp, args.compile)
     embeddings, _ = embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))
     return embeddings
 
 
 def query(args: argparse.Namespace) -> None:
-    """Print the neighbours of each image."""
+    """Print the neighbours of each image, or of each folder's mean."""
     index = Index.open(Path(args.index))
     if args.nprobe:
         index.set_nprobe(args.nprobe)
     network = index.made["network"]
-    if network["model"] not in net.BACKBONES or network["image_size"] < 1:
+    try:
+        net.check_record(network["model"], network)
+    except ValueError as error:
+        raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
+    if network["image_size"] < 1:
         raise ValueError(f"The index in {args.index} is damaged: its network is {network}")
     path = args.resume or index.made["checkpoint"]
-    if not args.resume and not os.path.exists(path):
+    if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
         raise FileNotFoundError(
             f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
         )
-    index.check({"sha256": checkpoint.identity(path), "network": network, "checkpoint": path})
+    index.check({"weights": identity(network, path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
-    found = index.search(embed(images, network, path, args), args.neighbours)
+    queries, embeddings = images.paths, embed(images, network, path, args)
+    if args.by_folder:
+        folders = entries.group(images.paths, by_folder=True)
+        queries, embeddings = entries.embeddings_of(folders, images.paths, embeddings, index.distance)
+    found = index.search(embeddings, args.neighbours)
+    limit = threshold_in_use(args, index, path)
+    matches = [
+        [(other, value) for other, value in neighbours if limit is None or is_match(value, limit, index.distance)]
+        for neighbours in found
+    ]
     name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity
     if args.json:
         print(json.dumps([
-            {"query": path, "neighbours": [{"path": other, index.measure: value} for other, value in neighbours]}
-            for path, neighbours in zip(images.paths, found)
+            {
+                "query": path, "threshold": limit, "match": None if limit is None else bool(neighbours),
+                "neighbours": [{"path": other, index.measure: value} for other, value in neighbours],
+            }
+            for path, neighbours in zip(queries, matches)
         ], indent=1))  # fmt: skip
     else:
-        for path, neighbours in zip(images.paths, found):
+        for path, neighbours, nearest in zip(queries, matches, found):
             print(path)
             for place, (other, value) in enumerate(neighbours, start=1):
                 print(f"{place:>4}  {name}{value:.4f}  {other}")
+            if limit is not None and not neighbours:
+                best = (
+                    f": the best {index.measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
+                )
+                print(f"  no match{best}")
     if args.save:
         rows = [
-            [(path, "query\n" + folder_of(path))] + [
+            [(path, ("query\n" if neighbours or limit is None else "no match\n") + folder_of(path))] + [
                 (other, f"{name}{value:.3f}\n{folder_of(other)}")
                 for other, value in neighbours if other != os.path.abspath(path)
             ]
-            for path, neighbours in zip(images.paths, found)
+            for path, neighbours in zip(queries, matches)
         ]  # fmt: skip
-        figures.draw_images(rows, read_image, Path(args.save))
+        figures.draw_images(rows, read_entry, Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
 
 
-def folder_of(path: str) -> str:
-    """The name of an image's folder, usually the name of its class."""
-    return Path(os.path.abspath(path)).parent.name
+def threshold_in_use(args: argparse.Namespace, index: Index, path: str) -> float | None:
+    """The threshold of the command line or, for a search of images by images, that of the checkpoint at this path."""
+    if args.threshold is not None:
+        return None if args.threshold == "none" else args.threshold
+    recorded = {} if index.made["network"].get("backbone_only") else checkpoint.threshold(path)
+    if recorded and (args.by_folder or index.made["by_folder"]):
+        print(
+            f"The threshold in {path} is for pairs of images, not for folders: say one with --threshold",
+            file=sys.stderr,
+        )
+        return None
+    return recorded.get("threshold")
+
+
+def is_match(value: float, threshold: float, distance: str) -> bool:
+    """Whether a similarity or a distance is as near as the threshold."""
+    return signed(value, distance) >= signed(threshold, distance)
+
+
+def read_entry(entry: str) -> torch.Tensor:
+    """An image or, of a folder, the first one in it."""
+    return read_image(images_at(entry)[0] if os.path.isdir(entry) else entry)
+
+
+def folder_of(entry: str) -> str:
+    """The name of an image's folder, usually the name of its class, or of this folder."""
+    path = Path(os.path.abspath(entry))
+    return path.name if path.is_dir() else path.parent.name
 
 
 def main(argv=None):

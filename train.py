@@ -38,6 +38,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = console.parse_with_recipe(parser, argv, dataset.recipe)
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
+    training.check_arguments(parser, args)
     dataset.validation.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
@@ -62,9 +63,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     share = distributed.rank(), distributed.count()
 
     # Data: zero-shot retrieval, so training and test classes are disjoint. With --fold, some training classes test.
+    expected = net.expects(args.model)
+    geometry = dataset.geometry_of(args.dataset, expected)
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, **choice)
+        splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, geometry, **choice)
     train_set, *test_sets = splits.values()
     console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
@@ -77,12 +80,20 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     # Network, loss, optimizer.
     with distributed.first_process_first():
-        network = net.create(args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze))
+        network = net.create(
+            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
+            args.image_size,
+        )  # fmt: skip
+    network.freeze(args.freeze)
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
     criterion = losses.create(args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha).to(device)
-    optimizer = training.create_optimizer(args.optimizer, network, criterion, args.lr, args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_gamma)
+    optimizer = training.create_optimizer(
+        args.optimizer, network, criterion, args.lr, args.weight_decay, args.embedding_lr, args.eps
+    )
+    scheduler = training.create_scheduler(
+        args.lr_schedule, optimizer, args.epochs, args.lr_decay_step, args.lr_decay_gamma
+    )
     clipped = [network, criterion] if criterion.clipped else [network]
 
     def loss_of(images, labels):
@@ -94,12 +105,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
         return
 
-    config = vars(args) | dataset.record(splits, args.data_root) | {
-        "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
+    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
+        "device": str(device), "processes": distributed.count(),
+        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
     }  # fmt: skip
 
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config), network, args.by, **parts) as run:
+        if args.pretrained != "none" and not args.skip_baseline:
+            alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
+            run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop, prefix=prefix))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(

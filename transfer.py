@@ -4,6 +4,7 @@ import proxy_anchor.startup  # noqa: F401 (before the slow imports)
 
 # isort: split
 import argparse
+import os
 
 import torch
 
@@ -30,29 +31,23 @@ EXAMPLES = """examples:
   a small network from a large one:
     python transfer.py --source-ckpt cub_resnet50_best.pth --dataset cub --model resnet18 --embedding-size 128
 """
-DEFAULTS = {"batch_size": 90, "IPC": 2, "epochs": 90, "warm": 0, "seed": 0, "bn_freeze": 0, "l2_norm": 0}  # published
+DEFAULTS = {  # published
+    "batch_size": 90, "IPC": 2, "epochs": 90, "warm": 0, "seed": 0, "bn_freeze": 0, "l2_norm": 0, "head": "orthogonal",
+    "lr_schedule": "cosine",
+}  # fmt: skip
 EPOCHS = {"SOP": 150}  # published
 SOURCE_FLAGS = "--source-model and --source-embedding-size"
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="transfer.py --source-ckpt PATH [--flag value ...]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-        formatter_class=console.HelpFormatter,
-        parents=[
-            dataset.options(training=True), net.options(training=True), distillation.options(),
-            training.options(decay=False), hardware.options(), logbook.options(), console.options(),
-        ],
-    )  # fmt: skip
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the transfer."""
+    parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("transfer")
     group.add_argument(
-        "--source-ckpt", metavar="PATH", help="checkpoint of the teacher, a published one or one of ours"
+        "--source-ckpt", metavar="PATH", help="checkpoint of the teacher, a published one or one of ours; required"
     )
     group.add_argument(
-        "--source-model", choices=net.BACKBONES,
+        "--source-model", metavar="NAME",
         help="a teacher's backbone, if its checkpoint does not say it (default: resnet50 for ResNets, or bn_inception)",
     )  # fmt: skip
     group.add_argument(
@@ -64,28 +59,49 @@ def parse(argv=None) -> argparse.Namespace:
         help="random crops of each image in a batch; more show more relations and take longer",
     )  # fmt: skip
     group.add_argument("--save", default=1, type=int, choices=(1,), help="as published; every run is saved here")
+    group.add_argument("--target-norm", dest="l2_norm", type=int, choices=(0, 1), help="as published: --l2-norm")
+    return parser
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="transfer.py --source-ckpt PATH [--flag value ...]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=console.HelpFormatter,
+        parents=[
+            options(), dataset.options(training=True), net.options(training=True), distillation.options(),
+            training.options(), hardware.options(), logbook.options(), console.options(),
+        ],
+    )  # fmt: skip
     parser.set_defaults(**DEFAULTS)
     args = console.parse_with_recipe(parser, argv, recipe)
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
+    training.check_arguments(parser, args)
     if args.batch_size % args.IPC:
         parser.error(
             f"argument --IPC: a batch of {args.batch_size} images does not consist of {args.IPC} of each class"
         )
+    if args.epochs == 0 and args.resume:
+        parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
     with console.errors_in_one_line("transfer.py", args.debug):
         describe_teacher(parser, args)
     return args
 
 
 def recipe(name: str) -> dict:
-    """The defaults of a dataset: those that it has for training, and the published number of epochs."""
-    return dataset.recipe(name) | ({"epochs": EPOCHS[name]} if name in EPOCHS else {})
+    """The defaults of a dataset: those that it has for training but the steps of decay, and the published epochs."""
+    kept = {argument: value for argument, value in dataset.recipe(name).items() if argument != "lr_decay_step"}
+    return kept | ({"epochs": EPOCHS[name]} if name in EPOCHS else {})
 
 
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Complete the teacher's arguments from its checkpoint, or as published; other words are a usage error."""
     if not args.source_ckpt:
         parser.error("argument --source-ckpt: whose checkpoint is the teacher?")
+    args.source_ckpt = os.path.abspath(args.source_ckpt)  # the run may be resumed from another folder
     contract = checkpoint.contract(args.source_ckpt)
     published = {"model": "resnet50" if args.model.startswith("resnet") else "bn_inception", "embedding_size": 512}
     for name in published:
@@ -94,9 +110,16 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
             parser.error(
                 f"argument --source-{name.replace('_', '-')}: the teacher was trained with {told}, not {given}"
             )
-        setattr(args, f"source_{name}", told or given or published[name])
+        setattr(args, f"source_{name}", next(value for value in (told, given, published[name]) if value is not None))
+    args.source_head = contract.get("head", "linear")
+    try:
+        net.check_record(args.source_model, contract)
+    except (ImportError, ValueError) as error:
+        parser.error(f"argument --source-{'ckpt' if contract else 'model'}: {error}")
     if (size := contract.get("image_size", args.image_size)) != args.image_size:
         parser.error(f"argument --image-size: the teacher was trained with {size}, and sees what the student sees")
+    if not net.accepts(args.source_model, args.image_size):
+        parser.error(f"argument --image-size: the teacher, {args.source_model}, cannot take {args.image_size} pixels")
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -107,14 +130,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(f"Defaults of {args.dataset}: {args.recipe}")
     share = distributed.rank(), distributed.count()
 
-    # Data: the teacher's training classes, of which the labels only balance the batches.
+    # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
+    expected = net.expects(args.model)
+    geometry = dataset.geometry_of(args.dataset, expected)
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, **choice)
+        splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry=geometry, **choice)
     train_set, *test_sets = splits.values()
     console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share, args.view)
+    # Without gradients, twice the images fit into the memory.
     test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
     ks = dataset.ALL[args.dataset].KS
     batch_size = train_loader.batch_sampler.images_per_batch
@@ -123,17 +149,25 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # Student, teacher, loss, optimizer.
     with distributed.first_process_first():
         network = net.create(
-            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), "orthogonal"
-        )
+            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
+            args.image_size,
+        )  # fmt: skip
+    network.freeze(args.freeze)
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
-    teacher = net.create(args.source_model, args.source_embedding_size).eval()
+    teacher = net.create(
+        args.source_model, args.source_embedding_size, head=args.source_head, image_size=args.image_size
+    ).eval()
     matched = checkpoint.load(args.source_ckpt, teacher, SOURCE_FLAGS)
     print(f"The teacher is {args.source_ckpt}: all {matched} tensors match.")
     teacher = Embedder(teacher, device, args.amp, args.compile)
     criterion = distillation.create(args.loss, args.sigma, args.delta)
-    optimizer = training.create_optimizer(args.optimizer, network, criterion, args.lr, args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    optimizer = training.create_optimizer(
+        args.optimizer, network, criterion, args.lr, args.weight_decay, args.embedding_lr, args.eps
+    )
+    scheduler = training.create_scheduler(
+        args.lr_schedule, optimizer, args.epochs, args.lr_decay_step, args.lr_decay_gamma
+    )
     distance = "cosine" if args.l2_norm else "euclidean"
 
     def loss_of(images, labels):
@@ -152,13 +186,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.model, args.loss, args.embedding_size, f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
         args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
     )  # fmt: skip
-    config = vars(args) | dataset.record(splits, args.data_root) | {
-        "crop": dataset.own_crop(args.dataset), "device": str(device), "processes": distributed.count(),
-        "distance": distance, "teacher": identity, "schedule": f"cosine over {args.epochs} epochs",
+    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
+        "device": str(device), "processes": distributed.count(), "distance": distance, "teacher": identity,
+        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
     }  # fmt: skip
 
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(name, config), network, **parts) as run:
+        if args.pretrained != "none" and not args.skip_baseline:
+            alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
+            run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(

@@ -1,6 +1,7 @@
 """Checkpoints in the published layout, {"model_state_dict": ...}, and those to resume a run from, which hold more."""
 
 import hashlib
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,8 +16,24 @@ from proxy_anchor.retrieval import DISTANCES
 SHOWN = 3  # differences in an error
 # How to use a network: the arguments that a checkpoint records, and those that it may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
-OPTIONAL = {"crop": float, "distance": str}  # see dataset/transforms.py; one of DISTANCES, cosine if it is not told
+# crop, crop_mode, interpolation: see dataset/transforms.py. mean, std: of the pixels. distance: or cosine.
+# head: see net; or linear. backbone_only: no embedding layer. Networks of ours have no crop_mode,
+# interpolation, mean and std.
+OPTIONAL = {
+    "crop": float, "crop_mode": str, "interpolation": str, "mean": list, "std": list, "distance": str, "head": str,
+    "backbone_only": bool,
+}  # fmt: skip
+WORDS = {
+    "crop_mode": ("center", "squash"), "interpolation": ("bilinear", "bicubic"), "distance": tuple(DISTANCES),
+    "head": ("linear", "orthogonal", "layernorm"),
+}  # fmt: skip
+GEOMETRY = ("crop", "crop_mode", "interpolation")  # how evaluation sees the images
 FORMER_CROP = 0.875  # of our checkpoints and runs that do not tell it: there was no other
+# What a threshold for pairs of images is and comes from, see decisions.Calibration.record; beside it, its data.
+THRESHOLD = {
+    "distance": str, "threshold": float, "interval": list, "asked_far": float, "far": float, "far_interval": list,
+    "classes": list, "dataset": str, "data": dict,
+}  # fmt: skip
 PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
 
 
@@ -39,8 +56,7 @@ def contract(path: str | Path) -> dict:
 
     The keys are those of CONTRACT and OPTIONAL. Little more of the file is read than that.
     """
-    mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False
-    found = read(path, mmap=True).get("network", {}) if mappable else {}
+    found = record(path, "network")
     if found == {}:
         return {}
     if not is_contract(found):
@@ -48,12 +64,49 @@ def contract(path: str | Path) -> dict:
     return {"crop": FORMER_CROP} | {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
 
 
+def record(path: str | Path, name: str):
+    """An entry of a checkpoint of ours, of which little more is read; {} without it. Raises as load does."""
+    mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False  # as all of ours
+    return read(path, mmap=True).get(name, {}) if mappable else {}
+
+
+def threshold(path: str | Path) -> dict:
+    """The threshold that was chosen for a checkpoint, see THRESHOLD; {} without one. Raises as load does."""
+    found = record(path, "threshold")
+    if found == {}:
+        return {}
+    if not is_threshold(found):
+        raise ValueError(
+            f"{path} is damaged: its record of the threshold is {str(found)[:80]}; evaluate.py --calibrate replaces it"
+        )
+    return found
+
+
+def save_threshold(path: str | Path, threshold: dict) -> None:
+    """Add the threshold to a checkpoint, ours or a published one, all else of which stays. Raises as load does."""
+    content = read(path)
+    with replacing(Path(path).resolve()) as file:  # a link stays one
+        torch.save(content | {"threshold": threshold}, file)
+
+
+def is_threshold(found) -> bool:
+    """Whether this is a threshold: all of THRESHOLD, with values of their types, and ends of intervals."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in THRESHOLD.items()):
+        return False
+    intervals = found["interval"], found["far_interval"]
+    ends = all(len(interval) == 2 and all(isinstance(end, float) for end in interval) for interval in intervals)
+    return ends and math.isfinite(found["threshold"]) and found["distance"] in DISTANCES
+
+
 def is_contract(found) -> bool:
     """Whether this says how to use a network: all of CONTRACT, what it has of OPTIONAL, with values of their types."""
     if not isinstance(found, dict) or not CONTRACT.keys() <= found.keys():
         return False
     right_types = all(isinstance(found[name], kind) for name, kind in (CONTRACT | OPTIONAL).items() if name in found)
-    return right_types and found.get("distance", "cosine") in DISTANCES
+    if not right_types or any(found.get(name, words[0]) not in words for name, words in WORDS.items()):
+        return False
+    channels = [found[name] for name in ("mean", "std") if name in found]
+    return all(len(values) == 3 and all(isinstance(value, float) for value in values) for values in channels)
 
 
 def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
@@ -96,10 +149,20 @@ def settings(part) -> dict:
 
 
 def identity(path: str | Path) -> str:
-    """What tells a checkpoint from all others: the sha256 of its file. Raises FileNotFoundError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """What tells a network from all others: the sha256 of its weights, whatever else is in the file.
+
+    Raises as load does.
+    """
+    return digest(weights(path, read(path)))
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """The sha256 of weights: of their names, types, shapes and bytes, in their order."""
+    found = hashlib.sha256()
+    for name, tensor in state.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def progress(path: Path) -> dict:
@@ -116,11 +179,16 @@ def progress_of(path: Path, content: dict) -> dict:
     if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in PROGRESS.items()):
         raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
     rows, losses = found["rows"], found["losses"]
-    if found["epoch"] < 0 or not all(isinstance(row, dict) and "R@1" in plain(row) for row in rows):
+    if found["epoch"] < 0 or not all(map(is_row, rows)):
         raise ValueError(f"{path} is damaged: its progress is epoch {found['epoch']} with the rows {str(rows)[:80]}")
     if not all(isinstance(loss, float) for loss in losses):
         raise ValueError(f"{path} is damaged: its progress has the losses {str(losses)[:80]}")
     return found
+
+
+def is_row(found) -> bool:
+    """Whether this has a name for each value, and the R@1 of an epoch."""
+    return isinstance(found, dict) and all(isinstance(name, str) for name in found) and "R@1" in plain(found)
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
@@ -155,16 +223,21 @@ def read(path: str | Path, mmap: bool = False):
     return content
 
 
-def load_weights(
-    path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size"
-) -> int:
-    """Load the weights of a checkpoint's content; path and flags are for messages. Raises and returns as load does."""
+def weights(path: str | Path, content: dict) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint's content, without DataParallel's prefix; path is for messages. Raises ValueError."""
     state = content.get("model_state_dict")
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ValueError(f"{path} is not a checkpoint: expected an entry 'model_state_dict' of tensors")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_weights(
+    path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size"
+) -> int:
+    """Load the weights of a checkpoint's content; path and flags are for messages. Raises and returns as load does."""
+    state = weights(path, content)
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     differing = [key for key in expected | found if expected.get(key) != found.get(key)]

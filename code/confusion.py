@@ -26,9 +26,16 @@ class ClassResult:
 
 
 def nearest_neighbour(
-    embeddings: torch.Tensor, gallery: torch.Tensor | None = None, distance: str = "cosine"
+    embeddings: torch.Tensor,
+    gallery: torch.Tensor | None = None,
+    distance: str = "cosine",
+    groups: torch.Tensor | None = None,
+    gallery_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The index of the nearest other image of each query, by a distance of retrieval.DISTANCES: (N,)."""
+    """The index of the nearest other image of each query, by a distance of retrieval.DISTANCES: (N,).
+
+    Of images with groups, numbers (N,) and (M,), the nearest of another group. -1 where there is none.
+    """
     origin = origin_of(embeddings if gallery is None else gallery, distance)
     queries = Points.of(embeddings, origin)
     targets = queries if gallery is None else Points.of(gallery, origin)
@@ -37,7 +44,12 @@ def nearest_neighbour(
         similarity = queries[start : start + BLOCK].similarities(targets)
         if gallery is None:
             similarity.diagonal(offset=start).fill_(-torch.inf)
-        nearest.append(similarity.argmax(dim=1))
+        if groups is not None:
+            same_group = groups[start : start + BLOCK, None] == (groups if gallery_groups is None else gallery_groups)
+            similarity.masked_fill_(same_group.to(similarity.device), -torch.inf)
+        found = similarity.argmax(dim=1)
+        found[similarity.amax(dim=1) == -torch.inf] = -1
+        nearest.append(found)
     return torch.cat(nearest).cpu()
 
 

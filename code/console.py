@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from proxy_anchor import distributed, runs
-from proxy_anchor.checkpoint import CONTRACT
+from proxy_anchor.checkpoint import CONTRACT, GEOMETRY
 from proxy_anchor.stopping import Interrupted
 
 POSITIVE = (
@@ -32,6 +32,8 @@ POSITIVE = (
     "view",
     "sigma",
     "delta",
+    "embedding_lr",
+    "eps",
 )
 PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
@@ -121,8 +123,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
 def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
     """Parse the command line; arguments not given are those of a checkpoint's contract, other values are a usage error.
 
-    at: where in argv flags may be inserted. Two arguments have no flag: crop is None if it is unknown, distance then
-    is cosine.
+    at: where in argv flags may be inserted. Two arguments have no flag: geometry, how evaluation sees the images,
+    which is None if it is unknown; and head, which then is linear.
     """
     argv = sys.argv[1:] if argv is None else argv
     told = {name: f"--{name.replace('_', '-')}" for name in CONTRACT if name in contract}
@@ -130,7 +132,12 @@ def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None,
     for name, flag in told.items():
         if (given := getattr(args, name)) != contract[name]:
             parser.error(f"argument {flag}: the checkpoint was trained with {contract[name]}, not {given}")
-    args.crop, args.distance = contract.get("crop"), contract.get("distance", "cosine")
+    args.geometry = {name: contract[name] for name in GEOMETRY if name in contract} or None
+    args.head = contract.get("head", "linear")
+    distance = contract.get("distance", "cosine") if contract else args.distance or "cosine"
+    if args.distance not in (None, distance):
+        parser.error(f"argument --distance: the checkpoint was trained for {distance}, not {args.distance}")
+    args.distance = distance
     return args
 
 

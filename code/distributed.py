@@ -83,12 +83,13 @@ def describe(batch_size: int) -> str:
     return f"{count()} processes: each takes {shares} of the {batch_size} images of a batch.\n"
 
 
-def with_common_statistics(network: torch.nn.Module, device: torch.device, bn_freeze: bool) -> torch.nn.Module:
+def with_common_statistics(network, device: torch.device, bn_freeze: bool):
     """The network; on CUDA, with the BatchNorm statistics of the whole batch, if they train. CPUs cannot do this."""
     if count() > 1 and not bn_freeze:
         if device.type == "cuda":
-            return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        print("On a CPU, BatchNorm statistics are those of each process's part of the batch.")
+            network.model.synchronize_norms()
+        else:
+            print("On a CPU, BatchNorm statistics are those of each process's part of the batch.")
     return network
 
 

@@ -30,8 +30,8 @@ class Scaler(torch.amp.GradScaler):
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    network: a net.EmbeddingNet. amp: "none", or "bf16" or "fp16" for the network's products, with a scaler for the
-    gradients of fp16 (else an idle one). compile: with torch.compile.
+    network: a net.EmbeddingNet or net.BackboneAlone. amp: "none", or "bf16" or "fp16" for the network's products, with
+    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile.
     """
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
@@ -65,7 +65,7 @@ class Embedder:
         bar = console.progress(loader, description)
         if stop:
             bar = stop.after_each(bar, everywhere=False)
-        embeddings = [torch.empty(0, self.network.model.embedding.out_features, device=self.device)]
+        embeddings = [torch.empty(0, self.network.embedding_size, device=self.device)]
         labels = [torch.empty(0, dtype=torch.long, device=self.device)]
         for images, batch_labels in self.batches(bar):
             embeddings.append(self(images))

@@ -46,21 +46,26 @@ def picture(path: Path, width: float, height: float, layout: Any = "constrained"
             figure.savefig(temporary, format=suffix, dpi=130, metadata=metadata)
 
 
-def read(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, one per epoch, with "elapsed": seconds since the start. Raises ValueError."""
+def read(path: Path) -> tuple[list[dict[str, float]], dict[str, float] | None]:
+    """The rows of a metrics.csv, one per epoch, and what it has of the backbone alone. Raises ValueError.
+
+    The rows get "elapsed": seconds since the start.
+    """
     try:
         with open(path, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        backbone = rows.pop(0) if rows and rows[0].get("epoch") == -1 else None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
     if not rows or not {*metrics.NOT_METRICS, "R@1"} <= set(metrics.plain(rows[0])):
         raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
-    for line, row in enumerate(rows, start=2):
-        if not all(map(math.isfinite, row.values())) or not 0 <= metrics.plain(row)["R@1"] <= 1:
+    for line, row in enumerate(rows, start=3 if backbone else 2):
+        usable = row.keys() == rows[0].keys() and all(map(math.isfinite, row.values()))
+        if not usable or not 0 <= metrics.plain(row)["R@1"] <= 1:
             raise ValueError(f"{path}, line {line}: expected finite numbers and R@1 from 0 to 1, found {row}")
     for row, elapsed in zip(rows, accumulate(row["seconds"] for row in rows)):
         row["elapsed"] = elapsed
-    return rows
+    return rows, backbone
 
 
 def epochs_done(row: dict[str, float]) -> int:
@@ -70,7 +75,7 @@ def epochs_done(row: dict[str, float]) -> int:
 
 def draw_run(table: Path, path: Path, title: str) -> None:
     """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv."""
-    rows = read(table)
+    rows, backbone = read(table)
     x = [epochs_done(row) for row in rows]
     first = metrics.prefix(rows[0]) + "R@1"
     recalls = [name for name in rows[0] if name.startswith(first[:-1])]
@@ -93,6 +98,14 @@ def draw_run(table: Path, path: Path, title: str) -> None:
             epochs_done(best), 100 * best[first], "o", color="white", markeredgecolor=STRONG[1], markeredgewidth=1.8,
             markersize=7, zorder=5,
         )  # fmt: skip
+
+        if backbone:
+            level = 100 * backbone[first]
+            recall_axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+            recall_axes.text(
+                0.01, level, f"backbone alone: {first} {level:.1f}", color=QUIET, va="bottom", fontsize=8.5,
+                transform=recall_axes.get_yaxis_transform(),
+            )  # fmt: skip
 
         rates = [row["lr"] for row in rows]
         lr_axes.set_title("learning rate")

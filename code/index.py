@@ -1,11 +1,10 @@
-"""An index of embedded images: their paths, their vectors, and the checkpoint that embedded them.
+"""An index of embedded images, or of their folders: paths, vectors, and the checkpoint that embedded them.
 
 images.json in its folder describes it; vectors-NUMBER.float32 has the vectors, and vectors-NUMBER.faiss FAISS's index
 of them, unless its kind is Flat. Each time the index is written, the number is new and images.json is replaced last.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from proxy_anchor.files import replacing
 from proxy_anchor.retrieval import comparable
 
 IMAGES = "images.json"
-MADE = {"checkpoint": str, "sha256": str, "network": dict}
+MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
 LAYOUT = {"made": MADE, "factory": str, "number": int, "images": dict}  # of images.json
 EXACT = "Flat"
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
@@ -40,8 +39,9 @@ class Index:
 
     They are compared by the network's distance: unit vectors by their cosine similarity, embeddings as they are by
     their Euclidean distance; measure says which.
-    stamp: the size of the file and its time of change in ns, which tell whether it has changed since.
-    made: "checkpoint", its path then; "sha256", its identity; "network", its contract (see checkpoint.CONTRACT).
+    stamp: of entries.stamp, which tells whether the files have changed since.
+    made: "checkpoint", its path then; "weights", its identity; "network", its contract (see checkpoint.CONTRACT);
+    "by_folder": whether each of the images stands for all images in a folder, whose path it has.
     """
 
     vectors: np.ndarray
@@ -95,22 +95,28 @@ class Index:
             raise ValueError(f"expected {expected} vectors in FAISS's index, found {found}")
 
     def check(self, made: dict, factory: str | None = None) -> None:
-        """Raise ValueError if this index was made with another checkpoint, or is of another kind."""
-        if made["sha256"] != self.made["sha256"] or made["network"] != self.made["network"]:
+        """Raise ValueError if this index was made with another checkpoint, or, where told, is of another kind."""
+        if made["weights"] != self.made["weights"] or made["network"] != self.made["network"]:
             raise ValueError(
                 f"{self.folder} was made with another checkpoint than {made['checkpoint']}: with the one that was at "
                 f"{self.made['checkpoint']}, with {self.made['network']}. Their embeddings do not compare"
             )
+        if made.get("by_folder", self.made["by_folder"]) != self.made["by_folder"]:
+            has, flag = ("folders", "with") if self.made["by_folder"] else ("images", "without")
+            raise ValueError(f"{self.folder} is an index of {has}: update it {flag} --by-folder, or make a new one")
         if factory not in (None, self.factory):
             raise ValueError(f"{self.folder} is an index {self.factory}, not {factory}; make a new one")
 
-    def compare(self, paths: list[str]) -> tuple[dict[str, list[int]], dict[str, list[int]], list[str]]:
-        """{path: stamp} of the new files, and of the changed ones; the paths of indexed files that are gone."""
-        stats = [os.stat(path) for path in paths]
-        stamps = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)}
+    def compare(
+        self, stamps: dict[str, list[int]], exists
+    ) -> tuple[dict[str, list[int]], dict[str, list[int]], list[str]]:
+        """Of what is there, {path: stamp}, that which is new and that which has changed; the paths of what is gone.
+
+        exists(path) says whether an indexed path that is not among them still has its images.
+        """
         new = {path: stamp for path, stamp in stamps.items() if path not in self.images}
         changed = {path: stamp for path, stamp in stamps.items() if stamp != self.images.get(path, stamp)}
-        return new, changed, [path for path in self.images if path not in stamps and not os.path.isfile(path)]
+        return new, changed, [path for path in self.images if path not in stamps and not exists(path)]
 
     def update(self, dropped: set[str], stamps: dict[str, list[int]], embeddings: torch.Tensor) -> None:
         """Drop images, add those of `stamps` with their embeddings (N, D), and write the index.

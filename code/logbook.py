@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import platform
+import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from proxy_anchor import checkpoint, distributed, figures, metrics, runs, tracking
 from proxy_anchor.files import replacing
 
+BACKBONE = "backbone alone"  # what it is called
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
 LOG_DIR = Path(__file__).resolve().parent.parent / "logs"
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
@@ -54,6 +56,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit() -> str | None:
+    """The git commit of this code, ending in -dirty where files differ from it; None where that is not known."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # maybe inside another project's
+        return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with suppress(FileNotFoundError):  # without git
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
 def open_logbook(name: str, config: dict) -> "Logbook":
     """The Logbook of the run to resume or of a new one in the first process, which alone writes; in others an idle one.
 
@@ -72,7 +85,7 @@ def open_logbook(name: str, config: dict) -> "Logbook":
 class Logbook:
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
-    The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, config.json,
+    The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, classes.csv, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. folder: of the run; resumes: whether it continues from the last.pth
     that is there. As a context, it ends with the run.
     resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see tracking.start. Raises
@@ -101,7 +114,10 @@ class Logbook:
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
         self.resumes = (self.folder / runs.LAST).exists()
-        config = config | {"versions": versions(), "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id")}
+        config = config | {
+            "versions": versions(), "commit": commit(),
+            "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id"),
+        }  # fmt: skip
         self._write(runs.CONFIG, json.dumps(config, indent=2) + "\n")
 
     def __enter__(self):
@@ -116,20 +132,33 @@ class Logbook:
         """Say where the run continues, and bring metrics.csv there."""
         print(f"Resuming {self.folder} at epoch {progress['epoch']}, step {len(progress['losses'])}")
         if progress["rows"]:  # the file may have one more, of an epoch that was not saved
-            self._write_rows(progress["rows"])
+            self._write_rows("metrics.csv", with_backbone(progress["rows"], progress.get("backbone")))
 
-    def log_epoch(self, rows: list[dict]) -> None:
-        """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
+    def log_backbone(self, row: dict) -> None:
+        """Print the metrics of the backbone alone, shortened, and keep them for wandb; they are in 0..1."""
+        print(f"{BACKBONE}  {shortened(row)}", flush=True)
+        if self.wandb:
+            self.wandb.summary.update({f"{BACKBONE}/{name}": value for name, value in row.items()})
+
+    def log_epoch(self, rows: list[dict], backbone: dict | None) -> None:
+        """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1.
+
+        backbone: the metrics of the backbone alone, the row of epoch -1.
+        """
         row = rows[-1]
-        shown = "  ".join(f"{name} {100 * value:.2f}" for name, value in list(metrics.of(row).items())[:SHOWN])
         print(
-            f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  {shown}",
+            f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  "
+            f"{shortened(metrics.of(row))}",
             flush=True,
         )
-        self._write_rows(rows)
+        self._write_rows("metrics.csv", with_backbone(rows, backbone))
         figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
+
+    def save_classes(self, epoch: int, classes: list[dict]) -> None:
+        """What the best epoch so far finds of each class, see evaluation.Result.by_class."""
+        self._write_rows(runs.CLASSES, [{"epoch": epoch} | row for row in classes])
 
     def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
@@ -146,9 +175,9 @@ class Logbook:
         """Where the run is, to resume it from."""
         checkpoint.save_run(self.folder / runs.LAST, network, self.contract, parts, progress)
 
-    def _write_rows(self, rows):
-        with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+    def _write_rows(self, name, rows):
+        with replacing(self.folder / name) as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[-1])
             writer.writeheader()
             writer.writerows(rows)
 
@@ -169,7 +198,13 @@ class NullLogbook(Logbook):
     def resume(self, progress):
         pass
 
-    def log_epoch(self, rows):
+    def log_backbone(self, row):
+        pass
+
+    def log_epoch(self, rows, backbone):
+        pass
+
+    def save_classes(self, epoch, classes):
         pass
 
     def save_best(self, row, network):
@@ -177,6 +212,16 @@ class NullLogbook(Logbook):
 
     def save_last(self, network, parts, progress):
         pass
+
+
+def with_backbone(rows: list[dict], backbone: dict | None) -> list[dict]:
+    """The rows of epochs after that of the backbone alone, if it was measured."""
+    return [{"epoch": -1} | backbone, *rows] if backbone else rows
+
+
+def shortened(row: dict[str, float]) -> str:
+    """The first of the metrics, in percent."""
+    return "  ".join(f"{name} {100 * value:.2f}" for name, value in list(row.items())[:SHOWN])
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

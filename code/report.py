@@ -21,15 +21,16 @@ from PIL import Image
 
 from proxy_anchor import confusion, layout, similarities
 from proxy_anchor.confusion import ClassResult
+from proxy_anchor.decisions import Verification
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import replacing
+from proxy_anchor.pairs import nearness, signed
 from proxy_anchor.retrieval import comparable
 
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query
 PAIRS = 12  # of confused classes
 HARDEST = 30  # classes
-BINS = 80  # of similarities
 MAPPED = 1_500  # images on the map, at most
 MAP_IMAGE = 48  # pixels, at most
 MAP_FILLED = 0.6  # the share of the map's cells that have an image
@@ -42,24 +43,13 @@ EXPLANATIONS = {
     "images of its class to find.",
     "R-precision": "of the R nearest are of the query's class, in any order.",
 }
-# How a page speaks of nearness, see similarities.nearness; a distance is minus the nearness.
-WORDS = {
-    "cosine": {
-        "measure": "cosine similarity", "measures": "Cosine similarities", "heading": "Similarities",
-        "nearer": "more similar", "farther": "below it", "not_farther": "at or above it",
-    },
-    "euclidean": {
-        "measure": "Euclidean distance", "measures": "Euclidean distances", "heading": "Distances",
-        "nearer": "nearer", "farther": "above it", "not_farther": "at or below it",
-    },
-}  # fmt: skip
 
 
 @dataclass
 class TestSet:
     """Embeddings (N, D), labels (N,) and the images, which give (uint8 (3, H, W), label), with .paths and .classes.
 
-    distance: of retrieval.DISTANCES, by which they were searched.
+    distance: of retrieval.DISTANCES, by which they were searched. The images may have .groups (N,), too.
     """
 
     embeddings: torch.Tensor
@@ -70,9 +60,17 @@ class TestSet:
     def __post_init__(self):
         self.embeddings = comparable(self.embeddings, self.distance)
         self.labels = self.labels.cpu()
+        groups = getattr(self.images, "groups", None)
+        self.groups = None if groups is None else torch.as_tensor(groups)
 
     def name(self, label) -> str:
         return str(self.images.classes[int(label)])
+
+
+def sides(queries: TestSet, gallery: TestSet | None) -> tuple[list, list, list]:
+    """The embeddings, the labels and the groups, of the queries and of the gallery each, None where there are none."""
+    parts = (queries, gallery)
+    return [s and s.embeddings for s in parts], [s and s.labels for s in parts], [s and s.groups for s in parts]
 
 
 def open_folder(folder: Path) -> None:
@@ -92,12 +90,13 @@ def open_folder(folder: Path) -> None:
 
 
 def write(
-    folder: Path, name: str, subtitle: str, rows: dict[str, dict[str, float]], result: Result, environment: dict,
-    queries: TestSet, gallery: TestSet | None = None,
+    folder: Path, name: str, subtitle: str, rows: dict[str, dict[str, float]], result: Result, pairs: Verification,
+    threshold: dict, environment: dict, queries: TestSet, gallery: TestSet | None = None,
 ) -> Path:  # fmt: skip
     """Write the report on the search of the queries in the gallery, or within themselves, into the folder.
 
-    name: of what was evaluated; rows: the metrics of each line of the table, in 0..1. Returns the path of the page.
+    name: of what was evaluated; rows: the metrics of each line of the table, in 0..1; threshold: the checkpoint's own,
+    see checkpoint.threshold. Returns the path of the page.
     """
     targets = gallery or queries
     new = folder / f"images-{secrets.token_hex(4)}"
@@ -106,15 +105,16 @@ def write(
     size = queries.images[0][0].shape[-1]
     shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
     metric, value = next(iter(result.metrics.items()))
-    nearest = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings, queries.distance)
-    taken_for = targets.labels[nearest]
+    vectors, _, groups = sides(queries, gallery)
+    nearest = confusion.nearest_neighbour(*vectors, queries.distance, *groups)
+    taken_for = torch.where(nearest < 0, queries.labels, targets.labels[nearest])
     classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = Template(template).substitute(
         generator=GENERATOR,
         title=html.escape(f"{metric} {100 * value:.1f}% · {name}"),
         subtitle=html.escape(subtitle),
-        **WORDS[queries.distance],
+        **similarities.WORDS[queries.distance],
         shown=shown,
         rendering="pixelated" if shown > size else "auto",
         metrics=metrics_table(rows),
@@ -124,7 +124,8 @@ def write(
         count=f"{len(classes):,}",
         hardest=hardest_classes(classes, pictures),
         pairs=confused_pairs(confused, pictures),
-        similarities=similarity_chart(queries, gallery),
+        similarities=similarities.chart(pairs, threshold),
+        rates=similarities.rates_table(pairs),
         map=draw_map(new / "map.webp", queries),
         environment="".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in environment.items()
@@ -223,10 +224,12 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
     for kind, key in kinds.items():
         parts.append(f'<h3 id="{kind.split(":")[0].lower()}">{kind}</h3>')
         for query in select(sorted(answerable, key=key), queries.labels, QUERIES):
-            nearness = similarities.nearness(targets.embeddings, queries.embeddings[query], queries.distance)
+            near = nearness(targets.embeddings, queries.embeddings[query], queries.distance)
             if within:
-                nearness[query] = -torch.inf
-            values, found = nearness.topk(min(NEIGHBOURS, len(nearness) - within))
+                near[query] = -torch.inf
+            if queries.groups is not None:
+                near[(targets.groups == queries.groups[query]).to(near.device)] = -torch.inf
+            values, found = near.topk(min(NEIGHBOURS, int((near > -torch.inf).sum())))
             label = queries.labels[query]
             caption = (
                 f"<b>{html.escape(queries.name(label))}</b><br>MAP@R {100 * score[query]:.0f}%"
@@ -236,18 +239,13 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
             for value, index in zip(values.tolist(), found.tolist()):
                 right = targets.labels[index] == label
                 name = html.escape(targets.name(targets.labels[index]))
-                text = f"{'✓' if right else '✗'} {measured(value, queries):.2f} {name}"
+                text = f"{'✓' if right else '✗'} {signed(value, queries.distance):.2f} {name}"
                 neighbours.append(pictures.figure(targets.images, index, text, "right" if right else "wrong"))
             parts.append(
                 f'<div class="row">{pictures.figure(queries.images, query, caption)}'
                 f'<div class="neighbours">{"".join(neighbours)}</div></div>'
             )
     return "\n".join(parts)
-
-
-def measured(nearness: float, queries: TestSet) -> float:
-    """The similarity or the distance."""
-    return nearness if queries.distance == "cosine" else abs(nearness)
 
 
 def recall_bars(classes: list[ClassResult]) -> str:
@@ -282,53 +280,6 @@ def confused_pairs(confused: Counter, pictures: Pictures) -> str:
         for (a, b), _ in both.most_common(PAIRS)
     ]
     return "".join(parts) or "<p>No query's nearest neighbour is of another class.</p>"
-
-
-def similarity_chart(queries: TestSet, gallery: TestSet | None) -> str:
-    """The distributions of similarities as SVG, which stretches to the page, and what a threshold achieves."""
-    pairs = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
-    same, other = similarities.sample(*pairs, distance=queries.distance)
-    shares = {kind: values for kind, values in (("wrong", other), ("right", same)) if len(values)}
-    low = min([0, *(values.min() for values in shares.values())])
-    high = 1 if queries.distance == "cosine" else 0
-    span = high - low or 1
-    for kind, values in shares.items():
-        shares[kind] = np.histogram(values.clip(low, high), BINS, (high - span, high))[0] / len(values)
-    highest = max((values.max() for values in shares.values()), default=1)
-    drawn = "".join(
-        f'<path class="{kind}" d="M0 100'
-        + "".join(f"V{100 - 98 * share / highest:.1f}H{i + 1}" for i, share in enumerate(values))
-        + 'V100Z"/>'
-        for kind, values in shares.items()
-    )
-    legend = "".join(
-        f'<li class="{kind}">{text}: mean {measured(values.mean(), queries):.2f}, {len(values):,} pairs'
-        for kind, text, values in (("right", "one class", same), ("wrong", "two classes", other)) if len(values)
-    )  # fmt: skip
-    text = "<p>There are no pairs of both kinds, so there is no AUC and no threshold.</p>"
-    if len(shares) == 2:
-        threshold, missed, mistaken = similarities.equal_error_threshold(same, other)
-        words = WORDS[queries.distance]
-        at = BINS * (1 + (min(threshold, high) - high) / span)
-        drawn += f'<path class="threshold" d="M{at:.2f} 0V100"/>'
-        legend += f'<li class="threshold">threshold {measured(threshold, queries):.2f}'
-        text = (
-            f"<p>AUC {100 * similarities.area_under_curve(same, other):.2f}%: how often a pair of one class is "
-            f"{words['nearer']} than a pair of two classes; by chance, 50%.</p>"
-            f"<p>At the threshold {measured(threshold, queries):.3f} the two error rates are equal, or as near as they "
-            f"get: {100 * missed:.2f}% of the pairs of one class are {words['farther']}, and {100 * mistaken:.2f}% of "
-            f"the pairs of two classes {words['not_farther']}.</p>"
-        )
-    quarters = np.arange(math.ceil(4 * low) / 4, 1.01, 0.25)
-    ticks = "".join(
-        f'<span style="left:{100 * (1 + (value - high) / span):.2f}%">{measured(value, queries):.3g}</span>'
-        for value in (quarters if queries.distance == "cosine" else np.linspace(low, 0, 5))
-    )
-    return (
-        f'<ul class="legend">{legend}</ul><div class="chart"><svg viewBox="0 0 {BINS} 100" preserveAspectRatio="none" '
-        f'role="img" aria-label="Distributions of similarities">{drawn}</svg><div class="ticks">{ticks}</div></div>'
-        + text
-    )
 
 
 def draw_map(path: Path, queries: TestSet) -> str:

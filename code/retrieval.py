@@ -25,6 +25,8 @@ def best_positive_rank(
     gallery_labels: torch.Tensor | None = None,
     distance: str = "cosine",
     *,
+    groups: torch.Tensor | None = None,
+    gallery_groups: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Number of negatives that rank above each query's nearest positive: (N,), from 0; -1 where there is no positive.
@@ -32,15 +34,18 @@ def best_positive_rank(
     embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D) each query is compared with all others;
     it is left out of its own ranking by its index, so duplicate images count. distance: "cosine", or "euclidean", of
     the embeddings as they are. A negative exactly as near as the nearest positive ranks above it: a network that maps
-    all images to one point finds nothing. Raises ValueError for embeddings that are not finite, for no embeddings,
-    for shapes that do not agree, and for another distance.
+    all images to one point finds nothing. groups (N,) and gallery_groups (M,), numbers: images of the query's own group
+    (taken in one burst, say) are left out of its gallery. Raises ValueError for embeddings that are not finite, for no
+    embeddings, for shapes that do not agree, and for another distance.
 
     Nothing is sorted: the best positive of each query is found, then the negatives above it are counted, tile by tile
     of the matrix of similarities. Within one set the matrix is symmetric and half of its tiles are computed. The
     processes of a torch.distributed group, which all pass the same, divide the tiles: the ranks are the same for any
     number of them.
     """
-    return ranks_and_ties(embeddings, labels, gallery, gallery_labels, distance, group=group)[0]
+    return ranks_and_ties(
+        embeddings, labels, gallery, gallery_labels, distance, groups=groups, gallery_groups=gallery_groups, group=group
+    )[0]
 
 
 @torch.no_grad()
@@ -51,6 +56,8 @@ def ranks_and_ties(
     gallery_labels: torch.Tensor | None = None,
     distance: str = "cosine",
     *,
+    groups: torch.Tensor | None = None,
+    gallery_groups: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """best_positive_rank, and whether each query's best positive ties for the first place with negatives: (N,), bool.
@@ -60,9 +67,10 @@ def ranks_and_ties(
     """
     within = gallery is None
     gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
+    gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
     origin = origin_of(gallery, distance)
-    queries = Tiled.of(Points.of(embeddings, origin), labels)
-    targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels)
+    queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
+    targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
     tiles = [(i, j) for i in range(len(queries)) for j in range(i if within else 0, len(targets))]
     if group:
         tiles = tiles[dist.get_rank(group) :: dist.get_world_size(group)]
@@ -77,8 +85,16 @@ def ranks_and_ties(
         queries.tile(i).similarities(targets.tile(j), out=buffer[0])
         return buffer[0, : queries.length(i), : targets.length(j)]
 
+    def same_label(i, j):
+        return queries.labels[queries.slice(i), None] == targets.labels[targets.slice(j)]
+
+    def same_group(i, j):
+        return queries.groups[queries.slice(i), None] == targets.groups[targets.slice(j)]
+
     def positives(i, j):
-        positive = queries.labels[queries.slice(i), None] == targets.labels[targets.slice(j)]
+        positive = same_label(i, j)
+        if groups is not None:
+            positive &= ~same_group(i, j)
         return positive.fill_diagonal_(False) if within and i == j else positive
 
     best = torch.full((len(labels),), -torch.inf, dtype=buffer.dtype, device=buffer.device)
@@ -96,8 +112,9 @@ def ranks_and_ties(
     for i, j in tiles:
         similarity = similarities(i, j)
         if (i, j) in with_positives:  # a query is not below itself or its positives
-            same_label = queries.labels[queries.slice(i), None] == targets.labels[targets.slice(j)]
-            similarity.masked_fill_(same_label, -torch.inf)
+            similarity.masked_fill_(same_label(i, j), -torch.inf)
+        if groups is not None:  # which may have images of any labels
+            similarity.masked_fill_(same_group(i, j), -torch.inf)
         rows, columns = queries.slice(i), targets.slice(j)
         is_above = buffer[1, : similarity.shape[0], : similarity.shape[1]]  # 0 or 1; floats are added faster than bools
         above[rows] += torch.ge(similarity, best[rows, None], out=is_above).sum(dim=1).long()
@@ -178,15 +195,17 @@ class Tiled:
     order: torch.Tensor  # (N,): the index of each before sorting
     size: int
     ranges: list[tuple[int, int]]  # first and last label of each tile
+    groups: torch.Tensor | None = None  # (N,)
 
     @classmethod
-    def of(cls, points: Points, labels: torch.Tensor) -> "Tiled":
+    def of(cls, points: Points, labels: torch.Tensor, groups: torch.Tensor | None = None) -> "Tiled":
         device = points.vectors.device
         size = TILE[device.type]
         labels, order = torch.sort(labels.to(device), stable=True)
         ends = [(start, min(start + size, len(labels)) - 1) for start in range(0, len(labels), size)]
         ranges = labels[torch.tensor(ends, device=device)].tolist()
-        return cls(points[order].filled_up(size), labels, order, size, ranges)
+        groups = None if groups is None else groups.to(device)[order]
+        return cls(points[order].filled_up(size), labels, order, size, ranges, groups)
 
     def __len__(self):
         return len(self.ranges)
@@ -213,13 +232,19 @@ def recall_at_k(
     gallery: torch.Tensor | None = None,
     gallery_labels: torch.Tensor | None = None,
     distance: str = "cosine",
+    *,
+    groups: torch.Tensor | None = None,
+    gallery_groups: torch.Tensor | None = None,
 ) -> dict[int, float]:
     """Recall@K for each K, in 0..1: the share of queries whose nearest positive has fewer than K negatives above it.
 
     Arguments and errors as for best_positive_rank, and ValueError for a K that is not 1, 2, ... A query without a
     positive is a miss.
     """
-    return recall_of_ranks(best_positive_rank(embeddings, labels, gallery, gallery_labels, distance), ks)
+    ranks = best_positive_rank(
+        embeddings, labels, gallery, gallery_labels, distance, groups=groups, gallery_groups=gallery_groups
+    )
+    return recall_of_ranks(ranks, ks)
 
 
 def recall_of_ranks(ranks: torch.Tensor, ks: Sequence[int]) -> dict[int, float]:
@@ -237,22 +262,27 @@ def map_at_r(
     gallery_labels: torch.Tensor | None = None,
     distance: str = "cosine",
     *,
+    groups: torch.Tensor | None = None,
+    gallery_groups: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """MAP@R and R-precision of each query, (2, N) in 0..1, as in "A Metric Learning Reality Check" (2020).
 
     R is the query's number of positives. R-precision is the share of positives among its R nearest neighbours; MAP@R
     the mean over these places of the precision up to the place where it holds a positive, and 0 otherwise. Arguments,
-    ties and errors as for best_positive_rank; a query without a positive scores 0. The processes of a group divide
-    the queries.
+    ties and errors as for best_positive_rank; a query without a positive scores 0, and an image left out of its gallery
+    is no positive. The processes of a group divide the queries.
     """
     within = gallery is None
     gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
+    gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
     origin = origin_of(gallery, distance)
     queries = Points.of(embeddings, origin)
     targets = queries if within else Points.of(gallery, origin)
     device = queries.vectors.device
     labels, target_labels = labels.to(device), gallery_labels.to(device)
+    if groups is not None and gallery_groups is not None:
+        groups, gallery_groups = groups.to(device), gallery_groups.to(device)
     most = int(torch.unique(target_labels, return_counts=True)[1].max())  # positives of a query, at most
     targets = targets.filled_up(ALIGNMENT)
     step = ALIGNMENT * max(1, BLOCK_ELEMENTS // (ALIGNMENT * len(targets.vectors)))
@@ -262,14 +292,18 @@ def map_at_r(
         own_labels = labels[start : start + step]
         block = queries[start : start + step].filled_up(step)
         similarity = block.similarities(targets)[: len(own_labels), : len(target_labels)]  # (b, M)
-        same_label = own_labels[:, None] == target_labels
-        positive = same_label.clone()
+        not_negative = own_labels[:, None] == target_labels
+        positive = not_negative.clone()
+        if groups is not None:
+            same_group = groups[start : start + step, None] == gallery_groups
+            positive &= ~same_group
+            not_negative |= same_group
         if within:
             positive.diagonal(offset=start).fill_(False)
         count = positive.sum(dim=1, keepdim=True).cpu()  # (b, 1): R
         # The rank of every positive: how many negatives are above the j-th best, and j.
         best = similarity.masked_fill(~positive, -torch.inf).topk(most, dim=1).values.flip(1)  # (b, most), ascending
-        negative = similarity.masked_fill(same_label, -torch.inf)
+        negative = similarity.masked_fill(not_negative, -torch.inf)
         passed = torch.searchsorted(best, negative, right=True)  # (b, M): positives that the negative is not below
         negatives = torch.zeros(len(best), most + 1, dtype=torch.long, device=best.device)
         negatives.scatter_add_(1, passed, torch.ones_like(passed))
@@ -308,6 +342,27 @@ def searched(
         if not len(x):
             raise ValueError(f"There is nothing to search: {name} {tuple(x.shape)}")
     return gallery.to(embeddings.device), gallery_labels
+
+
+def groups_searched(
+    groups: torch.Tensor | None,
+    gallery_groups: torch.Tensor | None,
+    labels: torch.Tensor,
+    gallery_labels: torch.Tensor,
+    within: bool,
+) -> torch.Tensor | None:
+    """The groups of the gallery, if there are any: those of the queries where these are searched within themselves.
+
+    Raises ValueError where only one side has groups, and for shapes that do not agree.
+    """
+    if within and gallery_groups is None:
+        gallery_groups = groups
+    if (groups is None) != (gallery_groups is None) or (within and gallery_groups is not groups):
+        raise ValueError("The groups of queries and gallery come together: pass gallery_groups only with a gallery")
+    for name, found, y in (("groups", groups, labels), ("gallery_groups", gallery_groups, gallery_labels)):
+        if found is not None and found.shape != y.shape:
+            raise ValueError(f"Expected {name} {tuple(y.shape)}, a number for each image, found {tuple(found.shape)}")
+    return gallery_groups
 
 
 def finite(embeddings: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Run:
         self.log, self.network, self.by, self.parts = log, network, by, parts
         self.stop = Stop()
         self.remark = ""  # on the last evaluation
+        self.start = time.perf_counter()
         self.progress: dict = {"epoch": 0, "losses": [], "seconds": 0.0, "rows": []}  # of metrics.csv, one per epoch
 
     def __enter__(self):
@@ -60,6 +61,18 @@ class Run:
     def best(self) -> dict:
         return metrics.best(self.rows, self.by)
 
+    @property
+    def backbone(self) -> dict | None:
+        """The metrics of the backbone alone, if they were measured."""
+        return self.progress.get("backbone")
+
+    def measure_backbone(self, evaluate) -> None:
+        """Before the first step, what the backbone can do alone; evaluate() -> Result."""
+        if self.progress["epoch"] == 0 and not self.losses and not self.backbone:
+            found = evaluate().metrics
+            self.progress["backbone"] = found
+            self.log.log_backbone(found)
+
     def epochs(self, count: int):
         """The epochs of `count` that are still to do."""
         for epoch in range(self.progress["epoch"], count):
@@ -84,15 +97,22 @@ class Run:
         self.remark = result.remark()
         scheduler.step()
         self.progress |= {"epoch": epoch + 1, "losses": [], "seconds": 0.0}
-        self.log.log_epoch(self.rows)
+        self.log.log_epoch(self.rows, self.backbone)
+        if self.best is self.rows[-1]:
+            self.log.save_classes(epoch, result.by_class())
         # In this order: from last.pth the best can be saved again, should the run be killed in between.
         self.log.save_last(self.network, self.parts, self.progress)
         if self.best is self.rows[-1]:
             self.log.save_best(self.best, self.network)
 
     def summary(self) -> str:
-        """A table of the best epoch and the last one, and where the best network is."""
+        """A table of the backbone alone, the best epoch and the last one, and where the best network is."""
         best, last = self.best, self.rows[-1]
         ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({last['epoch']})": last}
-        table = logbook.table({name: metrics.of(row) for name, row in ends.items()})
-        return f"{table}\n{self.remark}The best network is in {self.log.folder}"
+        rows = {name: metrics.of(row) for name, row in ends.items()}
+        remark = self.remark
+        if self.backbone:
+            rows = {logbook.BACKBONE: self.backbone} | rows
+            if metrics.plain(last)["R@1"] < metrics.plain(self.backbone)["R@1"]:
+                remark += "The last epoch is below the backbone alone: training has taken more than it gave.\n"
+        return f"{logbook.table(rows)}\n{remark}The best network is in {self.log.folder}"

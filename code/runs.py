@@ -9,14 +9,16 @@ from pathlib import Path
 
 from proxy_anchor import checkpoint, metrics
 
-CONFIG, LAST, LOCK, RESULTS = "config.json", "last.pth", ".lock", "*_best_results.txt"
+CONFIG, CLASSES, LAST, LOCK, RESULTS = "config.json", "classes.csv", "last.pth", ".lock", "*_best_results.txt"
 # Entries of the configuration that are not part of the experiment.
-SURROUNDINGS = ("device", "processes", "recipe", "versions", "wandb_id")
+SURROUNDINGS = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
 MAY_CHANGE = (
     "epochs", "workers", "gpu_id", "data_root", "source_ckpt", "LOG_DIR", "cache", "compile", "wandb", "resume",
-    "debug",
+    "debug", "skip_baseline",
 )  # fmt: skip
+# What was so in runs that do not tell it.
+FORMER = {"crop": checkpoint.FORMER_CROP, "fold": None, "by": "R@1"}
 
 
 class Locked(RuntimeError):
@@ -130,7 +132,7 @@ def is_finished(folder: Path, epochs: int) -> bool:
     progress = checkpoint.progress(folder / LAST)
     if progress["epoch"] < epochs:
         return False
-    epoch = metrics.best(progress["rows"], read_config(folder).get("by", "R@1"))["epoch"]
+    epoch = metrics.best(progress["rows"], (FORMER | read_config(folder))["by"])["epoch"]
     return any(text.read_text().startswith(f"Best Epoch: {epoch}\n") for text in folder.glob(RESULTS))
 
 
@@ -155,8 +157,11 @@ def read_config(folder: Path) -> dict:
 
 def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
-    old = {"crop": checkpoint.FORMER_CROP} | old
+    old = FORMER | old
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
-    words = {"data": "other images or classes than the run had", "teacher": "another one"}  # instead of digests
+    words = {
+        "data": "other images or classes than the run had",
+        "teacher": "another one, or known by its file to an earlier version",
+    }  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

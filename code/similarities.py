@@ -1,69 +1,95 @@
-"""How near images of one class are, and of two: samples of pairs, and how well a threshold tells them apart."""
+"""How near images of one class are, and of two, and the thresholds between them: a part of the report."""
+
+import html
+import math
 
 import numpy as np
-import torch
 
-PAIRS = 200_000  # of each kind, at most
-BLOCK = 1 << 14  # pairs at a time
+from proxy_anchor.decisions import BOUNDS, KINDS, Estimate, Verification
+from proxy_anchor.pairs import signed
 
-
-def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
-    """Of the vectors (..., D): the cosine similarity of unit vectors or, of any, minus the Euclidean distance."""
-    return (a * b).sum(dim=-1) if distance == "cosine" else -torch.linalg.vector_norm(a - b, dim=-1)
-
-
-def sample(
-    embeddings, labels, gallery=None, gallery_labels=None, distance: str = "cosine"
-) -> tuple[np.ndarray, np.ndarray]:
-    """The nearness of random pairs of one class and of two, some pairs more than once in small sets.
-
-    Of vectors (N, D), paired with each other or, with a gallery (M, D), with its. A pair of one class is a random
-    image that has another of its class, and one of those; a pair of two is a random one of all of them.
-    """
-    within = gallery is None
-    targets, target_labels = (embeddings, labels) if within else (gallery, gallery_labels)
-    labels, target_labels = labels.cpu().numpy(), target_labels.cpu().numpy()
-    random = np.random.default_rng(0)
-    pairs = min(PAIRS, 50 * len(labels))
-
-    # The images of a query's class have the places start ... start + count - 1 in the order of the labels.
-    order = np.argsort(target_labels, kind="stable")
-    start, end = (np.searchsorted(target_labels[order], labels, side) for side in ("left", "right"))
-    count = end - start - within
-    answerable = np.flatnonzero(count)
-    first = random.choice(answerable, pairs) if len(answerable) else answerable
-    place = start[first] + random.integers(0, count[first])
-    if within:
-        own_place = np.empty_like(order)
-        own_place[order] = np.arange(len(order))
-        place += place >= own_place[first]
-    same = _nearness(embeddings, targets, first, order[place], distance)
-
-    first, second = random.integers(0, len(labels), pairs), random.integers(0, len(target_labels), pairs)
-    apart = labels[first] != target_labels[second]
-    return same, _nearness(embeddings, targets, first[apart], second[apart], distance)
+BINS = 80  # of the drawing
+# How a page speaks of nearness, see pairs.signed.
+WORDS = {
+    "cosine": {
+        "measure": "cosine similarity", "measures": "Cosine similarities", "heading": "Similarities",
+        "nearer": "more similar", "farther": "below it", "not_farther": "at or above it",
+    },
+    "euclidean": {
+        "measure": "Euclidean distance", "measures": "Euclidean distances", "heading": "Distances",
+        "nearer": "nearer", "farther": "above it", "not_farther": "at or below it",
+    },
+}  # fmt: skip
 
 
-def _nearness(embeddings, targets, first, second, distance) -> np.ndarray:
-    first, second = (torch.from_numpy(side).to(embeddings.device).split(BLOCK) for side in (first, second))
-    return torch.cat([nearness(embeddings[a], targets[b], distance) for a, b in zip(first, second)]).cpu().numpy()
+def chart(pairs: Verification, threshold: dict) -> str:
+    """The distributions of similarities as SVG, which stretches to the page, and the thresholds between them."""
+    distance, words = pairs.distance, WORDS[pairs.distance]
+    counts = {kind: counts for kind, counts in (("wrong", pairs.other), ("right", pairs.same)) if counts.any()}
+    edges = pairs.scale.edges[:-1]
+    high = 1 if distance == "cosine" else 0
+    low = min([0, *edges[sum(counts.values(), np.zeros(len(edges))) > 0][:1]])
+    span = high - low or 1
+    nearness = (edges + pairs.scale.width / 2).clip(low, high)  # of the pairs in each bin
+    shares = {
+        kind: np.histogram(nearness, BINS, (high - span, high), weights=numbers)[0] / numbers.sum()
+        for kind, numbers in counts.items()
+    }
+    highest = max((values.max() for values in shares.values()), default=1)
+    drawn = "".join(
+        f'<path class="{kind}" d="M0 100'
+        + "".join(f"V{100 - 98 * share / highest:.1f}H{i + 1}" for i, share in enumerate(values))
+        + 'V100Z"/>'
+        for kind, values in shares.items()
+    )
+    legend = "".join(
+        f'<li class="{kind}">{text}: mean {signed(np.average(nearness, weights=counts[kind]), distance):.2f}, '
+        f"{counts[kind].sum():,} pairs"
+        for kind, text in (("right", "one class"), ("wrong", "two classes")) if kind in counts
+    )  # fmt: skip
+    lines = {}
+    text = "<p>There are no pairs of both kinds, so there is no AUC and no threshold.</p>"
+    if pairs.auc and pairs.equal_error:
+        at, rate = pairs.equal_error
+        at = at.measured(distance)
+        lines["threshold"] = f"equal errors at {at.value:.2f}", at.value
+        text = (
+            f"<p>AUC {pairs.auc.percent()}: how often a pair of one class is "
+            f"{words['nearer']} than a pair of two classes; by chance, 50%.</p>"
+            f"<p>At the threshold {at.text('{:.3f}')} the two error rates are equal: {rate.percent()} of the pairs of "
+            f"one class are {words['farther']}, and as many of the pairs of two classes {words['not_farther']}.</p>"
+        )
+    if threshold:
+        value, asked = threshold["threshold"], f"{100 * threshold['asked_far']:g}%"
+        lines["recorded"] = f"threshold of the checkpoint {value:.2f}, for {asked} false accepts", value
+        far = Estimate(threshold["far"], *threshold["far_interval"])
+        text += (
+            f"<p>The checkpoint has the threshold {Estimate(value, *threshold['interval']).text('{:.3f}')}, chosen for "
+            f"{asked} false accepts on half of the test classes of {html.escape(threshold['dataset'])}; on those of "
+            f"the other half it had {far.percent()}.</p>"
+        )
+    for kind, (words_of_it, value) in lines.items():
+        at = BINS * (1 + (min(signed(value, distance), high) - high) / span)
+        drawn += f'<path class="{kind}" d="M{at:.2f} 0V100"/>'
+        legend += f'<li class="{kind}">{words_of_it}'
+    quarters = np.arange(math.ceil(4 * low) / 4, 1.01, 0.25)
+    ticks = "".join(
+        f'<span style="left:{100 * (1 + (value - high) / span):.2f}%">{signed(value, distance):.3g}</span>'
+        for value in (quarters if distance == "cosine" else np.linspace(low, 0, 5))
+    )
+    return (
+        f'<ul class="legend">{legend}</ul><div class="chart"><svg viewBox="0 0 {BINS} 100" preserveAspectRatio="none" '
+        f'role="img" aria-label="Distributions of similarities">{drawn}</svg><div class="ticks">{ticks}</div></div>'
+        + text
+    )
 
 
-def area_under_curve(same: np.ndarray, other: np.ndarray) -> float:
-    """The ROC's AUC: how often a pair of one class is nearer than a pair of two; of equals, one half."""
-    other = np.sort(other)
-    below, not_above = (np.searchsorted(other, same, side).mean() for side in ("left", "right"))
-    return float(below + not_above) / 2 / len(other)
-
-
-def equal_error_threshold(same: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """The threshold with the most equal errors: the shares of one class below it, and of two at or above it.
-
-    Returns (threshold, missed, mistaken); the thresholds are the values that occur.
-    """
-    same, other = np.sort(same), np.sort(other)
-    thresholds = np.union1d(same, other)
-    missed = np.searchsorted(same, thresholds) / len(same)
-    mistaken = 1 - np.searchsorted(other, thresholds) / len(other)
-    best = np.abs(missed - mistaken).argmin()
-    return float(thresholds[best]), float(missed[best]), float(mistaken[best])
+def rates_table(pairs: Verification) -> str:
+    """The true accepts at rates of false accepts, with the thresholds, as HTML."""
+    if not pairs.at_far:
+        return f"<p>{html.escape(pairs.remark())}</p>"
+    names = ["false accepts", "true accepts", f"{KINDS[pairs.distance]} {BOUNDS[pairs.distance]}"]
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in pairs.table())
+    body = body.replace(", ", ",&nbsp;")  # intervals stay in one line
+    return f'<table class="rates">{head}{body}</table><p>{html.escape(pairs.remark())}</p>'

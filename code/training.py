@@ -1,4 +1,4 @@
-"""One training step, and what the published recipe does around it: parameter groups, optimizers, warm-up, BN-freeze."""
+"""One training step, and what the recipes do around it: parameter groups, optimizers, schedules, warm-up."""
 
 import argparse
 import math
@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
 from proxy_anchor import distributed
 
@@ -20,8 +21,11 @@ OPTIMIZERS = {  # fused: one pass over all parameters, where torch has it
 }
 
 
-def options(decay: bool = True) -> argparse.ArgumentParser:
-    """Command-line flags of the recipe; decay: with those of a learning rate that decays in steps."""
+SCHEDULES = ("step", "cosine", "constant")
+
+
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the recipe."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -35,42 +39,70 @@ def options(decay: bool = True) -> argparse.ArgumentParser:
         "--optimizer",
         default="adamw",
         choices=OPTIMIZERS,
-        help="optimizer of the network and the proxies; the published results used adamw",
+        help="optimizer; the published results used adamw",
     )
     group.add_argument(
         "--lr",
         default=1e-4,
         type=float,
-        help="learning rate; Proxy-Anchor's proxies have 100 times as much; lower it if the loss diverges",
+        help="learning rate of the network; lower it if the loss diverges",
+    )
+    group.add_argument(
+        "--embedding-lr",
+        default=1,
+        type=float,
+        metavar="X",
+        help="the embedding layer's learning rate is X times --lr",
     )
     group.add_argument(
         "--weight-decay",
         default=1e-4,
         type=float,
         metavar="W",
-        help="weight decay of all parameters, including the proxies; raise it against overfitting",
+        help="weight decay of all parameters that train; raise it against overfitting",
     )
-    if decay:
-        group.add_argument(
-            "--lr-decay-step",
-            default=10,
-            type=int,
-            metavar="N",
-            help="lower the learning rate every N epochs; scale it with --epochs",
-        )
-        group.add_argument(
-            "--lr-decay-gamma",
-            default=0.5,
-            type=float,
-            metavar="G",
-            help="factor that the learning rate is multiplied by each time",
-        )
+    group.add_argument(
+        "--eps",
+        type=float,
+        help="the optimizer's addend to a denominator; recipes of transformers use 1e-4 (default: the optimizer's own)",
+    )
+    group.add_argument(
+        "--lr-schedule",
+        default="step",
+        choices=SCHEDULES,
+        help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
+    )
+    group.add_argument(
+        "--lr-decay-step",
+        default=10,
+        type=int,
+        metavar="N",
+        help="with step: lower the learning rate every N epochs; scale it with --epochs",
+    )
+    group.add_argument(
+        "--lr-decay-gamma",
+        default=0.5,
+        type=float,
+        metavar="G",
+        help="with step: factor that the learning rate is multiplied by each time",
+    )
     group.add_argument(
         "--warm",
         default=1,
         type=int,
         metavar="N",
-        help="train only the embedding layer and the proxies in the first N epochs; 0 from scratch",
+        help="train only the embedding layer, and the proxies, in the first N epochs; 0 from scratch",
+    )
+    group.add_argument(
+        "--freeze",
+        default="",
+        metavar="NAME[,NAME ...]",
+        help="layers of the backbone that never train, e.g. patch_embed of a transformer, or patch_embed,blocks.0",
+    )
+    group.add_argument(
+        "--skip-baseline",
+        action="store_true",
+        help="do not evaluate the pretrained backbone alone before training",
     )
     group.add_argument(
         "--seed",
@@ -82,32 +114,65 @@ def options(decay: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def create_optimizer(
-    name: str, network: nn.Module, criterion: nn.Module, lr: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Optimizer of the backbone and the embedding layer at lr, and of the loss's proxies; all are decayed.
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error for a setting that the optimizer does not have."""
+    if args.eps is not None and args.optimizer == "sgd":
+        parser.error("argument --eps: sgd has no such setting; adamw, adam and rmsprop do")
 
-    The proxies' learning rate is criterion.proxy_lr times lr.
+
+def create_optimizer(
+    name: str,
+    network: nn.Module,
+    criterion: nn.Module,
+    lr: float,
+    weight_decay: float,
+    embedding_lr: float = 1,
+    eps: float | None = None,
+) -> torch.optim.Optimizer:
+    """Optimizer of the backbone at lr, the embedding layer at embedding_lr times lr, and the loss's proxies.
+
+    The proxies' learning rate is criterion.proxy_lr times lr. All that trains is decayed. eps: None for the optimizer's
+    own.
     """
     embedding = list(network.model.embedding.parameters())
     backbone = [p for key, p in network.named_parameters() if not key.startswith("model.embedding.")]
-    groups = [{"params": backbone}, {"params": embedding}]
+    groups = [{"params": backbone}, {"params": embedding, "lr": lr * embedding_lr}]
     if proxies := list(criterion.parameters()):
         groups.append({"params": proxies, "lr": lr * criterion.proxy_lr})
-    return OPTIMIZERS[name](groups, lr=lr, weight_decay=weight_decay)
+    settings = {"weight_decay": weight_decay} | ({} if eps is None else {"eps": eps})
+    return OPTIMIZERS[name](groups, lr=lr, **settings)
+
+
+def create_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, epochs: int, step: int = 10, gamma: float = 0.5
+) -> LRScheduler:
+    """The schedule of the learning rate, stepped after each epoch.
+
+    "step", as published: times gamma every `step` epochs. "cosine": lr (1 + cos(pi e / epochs)) / 2. "constant".
+    """
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, epochs)
+    return StepLR(optimizer, step, gamma if name == "step" else 1.0)
+
+
+def describe_schedule(name: str, epochs: int) -> str:
+    """The schedule with what it hangs on beside its own settings, so that a run is not continued by another."""
+    return f"cosine over {epochs} epochs" if name == "cosine" else name
 
 
 def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
     """Warm-up: before epoch `warm` (from 0) only the embedding layer and the proxies train, from then on everything.
 
     Everything means the weights and biases of frozen BatchNorm layers too: `--bn-freeze 1` with `--warm 0` never trains
-    them, with `--warm 1` it does after the warm-up. The published results depend on it.
+    them, with `--warm 1` it does after the warm-up. The published results depend on it. What --freeze names never does.
     """
     if epoch < warm:
         network.requires_grad_(False)
         network.model.embedding.requires_grad_(True)
     elif warm > 0:
         network.requires_grad_(True)
+    for parameter in network.frozen_parameters():
+        parameter.requires_grad_(False)
 
 
 def train_one_epoch(

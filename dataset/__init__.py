@@ -12,7 +12,7 @@ A benchmark is a module that gives
                   checked here
 and may give
     AUGMENTATION  arguments of transforms.RandomCrop
-    CROP          of transforms.evaluation
+    CROP          of transforms.evaluation, whatever the network's is
     RECIPE        {argument of train.py: its default for this dataset}
     check_images(paths)
                   raises BadFile for images that are not the benchmark's
@@ -24,6 +24,8 @@ Your own images, for which nothing is published, come from a module that gives K
 and may give
     validation_classes(root) -> [class]
                   those of the training classes that --fold val holds out
+    groups(root, split) -> {path: group} or None
+                  the names of groups of images that must not find each other, "" for an image alone; None: no groups
     remarks(root) -> [line]
                   what `python -m dataset check` should say of them
 """
@@ -40,7 +42,7 @@ from dataset.loading import eval_loader, train_loader
 
 __all__ = [
     "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "describe", "eval_loader", "eval_sets", "eval_splits",
-    "fingerprint", "load", "open", "options", "own_crop", "recipe", "record", "remark", "size", "splits",
+    "fingerprint", "geometry_of", "load", "open", "options", "recipe", "record", "remark", "size", "splits",
     "train_loader", "train_set",
 ]  # fmt: skip
 
@@ -48,6 +50,7 @@ DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
 OWN = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | OWN
+GEOMETRY = ("crop", "crop_mode", "interpolation")  # of transforms.evaluation
 
 
 def options(training: bool) -> argparse.ArgumentParser:
@@ -88,10 +91,10 @@ def options(training: bool) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--image-size",
-        default=224,
         type=int,
         metavar="PIXELS",
-        help="side of the square image that the network sees; larger images show more and take longer",
+        help="side of the square image that the network sees; larger images show more and take longer (default: 224, "
+        "or what a network of timm was made for)",
     )
     group.add_argument(
         "--batch-size", default=150, type=int, metavar="N", help="images per step; lower it when memory runs out"
@@ -155,13 +158,26 @@ def _load(name, root, wanted, transform, allow_partial=False, test_classes=None)
     label_space = [split for split in own if (split == "train") == ("train" in wanted)]
     samples = {split: source.samples(place, split, **choice) for split in label_space}
     classes = sorted({label for part in samples.values() for _, label in part})
+    numbers = _groups(source, place, label_space)
     found = []
     for split in wanted:
         part = _present(name, place, split, samples[split], allow_partial)
         paths = [path for path, _ in part]
         labels = np.searchsorted(classes, [label for _, label in part])
-        found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}"))
+        groups = None if numbers is None else np.array([numbers[path] for path in paths])
+        found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}", groups))
     return found
+
+
+def _groups(source, place, splits) -> dict[str, int] | None:
+    """{path: number of its group} of the images in these splits, which share groups; None where there are none."""
+    names = [source.groups(place, split) for split in splits] if hasattr(source, "groups") else [None]
+    if None in names:
+        return None
+    numbers: dict = {}
+    return {
+        path: numbers.setdefault(name or (path, "alone"), len(numbers)) for part in names for path, name in part.items()
+    }
 
 
 def _present(name, place, split, samples, allow_partial):
@@ -190,24 +206,31 @@ def _present(name, place, split, samples, allow_partial):
     return samples
 
 
-def train_set(name: str, root: str | Path, image_size: int, **choice) -> ImageDataset:
+def train_set(name: str, root: str | Path, image_size: int, interpolation: str | None = None, **choice) -> ImageDataset:
     """The training images with their random transform; choice: allow_partial and test_classes as in load."""
-    augmentation = getattr(ALL[name], "AUGMENTATION", {})
+    augmentation = getattr(ALL[name], "AUGMENTATION", {}) | {"interpolation": interpolation}
     return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
 
 
-def eval_sets(name: str, root: str | Path, image_size: int, crop: float | None = None, **choice) -> list[ImageDataset]:
+def eval_sets(
+    name: str, root: str | Path, image_size: int, geometry: dict | None = None, **choice
+) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load.
 
-    crop: see transforms.evaluation; by default, the dataset's own.
+    geometry: see geometry_of; by default, that of the published networks.
     """
-    transform = transforms.evaluation(image_size, own_crop(name) if crop is None else crop)
+    transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
 
-def own_crop(name: str) -> float:
-    """The share of the resized image that evaluation keeps, see transforms.evaluation."""
-    return getattr(ALL[name], "CROP", transforms.CROP)
+def geometry_of(name: str, expected: dict | None = None) -> dict:
+    """How evaluation sees the images of a dataset: the arguments of transforms.evaluation beside the size.
+
+    expected: what a network's weights expect, see net.expects. A dataset that names its own crop keeps it.
+    """
+    found = {key: value for key, value in (expected or {}).items() if key in GEOMETRY}
+    own = {"crop": ALL[name].CROP} if hasattr(ALL[name], "CROP") else {}
+    return {"crop": transforms.CROP} | found | own
 
 
 def recipe(name: str) -> dict:
@@ -215,15 +238,18 @@ def recipe(name: str) -> dict:
     return getattr(ALL[name], "RECIPE", {})
 
 
-def open(name: str, root: str | Path, image_size: int, fold: str | None = None, **choice) -> dict[str, ImageDataset]:
-    """{split: images}, those to train on first; choice: allow_partial and test_classes as in load.
+def open(
+    name: str, root: str | Path, image_size: int, fold: str | None = None, geometry: dict | None = None, **choice
+) -> dict[str, ImageDataset]:
+    """{split: images}, those to train on first; geometry: see geometry_of; choice: as in load.
 
     With a fold, see dataset/validation.py, the images of its classes are the other split, val, and those of the test
     set are not looked at. They are seen as test images are.
     """
-    images = train_set(name, root, image_size, **choice)
+    images = train_set(name, root, image_size, (geometry or {}).get("interpolation"), **choice)
     if fold is None:
-        test_sets = eval_sets(name, root, image_size, **choice)
+        test_sets = eval_sets(name, root, image_size, geometry, **choice)
         return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
     own = validation.own_classes(name, ALL[name], Path(root)) if fold == validation.OWN else None
-    return validation.hold_out(images, fold, transforms.evaluation(image_size, own_crop(name)), own)
+    transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
+    return validation.hold_out(images, fold, transform, own)

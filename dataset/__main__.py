@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import dataset
-from dataset import files, prepare
-from dataset.check import duplicates, inspect
+from dataset import duplicates, files, prepare
+from dataset.check import Image, in_several, inspect
 from proxy_anchor import console
 
 SHOWN = 10  # of a kind of problem
@@ -62,12 +62,13 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     """Print what the dataset holds; returns the number of its problems."""
     published = dataset.BENCHMARKS[name].SIZES if name in dataset.BENCHMARKS else {}
     problems = []
-    parts = {"train": []}
+    parts: dict[str, list[Image]] = {"train": []}
+    sets = {}
     test_sets = []
     for split in dataset.splits(name, root):
         images = dataset.load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
-        found = list(console.progress(inspect(images.paths, workers), split))
-        parts[split] = found
+        found = list(console.progress(inspect(images.paths, workers, duplicates.available()), split))
+        parts[split], sets[split] = found, images
         if split != "train":
             test_sets.append(images)
         unreadable = [image.problem for image in found if image.problem]
@@ -92,13 +93,26 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
         print(remark)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
-    twice = duplicates({"train": parts["train"], "test": tests})
+    twice = in_several({"train": parts["train"], "test": tests})
     print(f"{len(twice)} images are in both training and test" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))
+    for line in duplicate_lines(parts, sets):
+        print(line)
     for problem in problems[:SHOWN]:
         print(f"  {problem}")
     if len(problems) > SHOWN:
         print(f"  ... and {len(problems) - SHOWN:,} more problems")
     return len(problems)
+
+
+def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.ImageDataset]) -> list[str]:
+    """What to say of duplicates among the images of the splits that can be read."""
+    rows = [
+        (image, split != "train", data.classes[data.labels[i]], -1 if data.groups is None else data.groups[i])
+        for split, data in sets.items()
+        for i, image in enumerate(parts[split])
+        if not image.problem
+    ]
+    return duplicates.describe(*map(list, zip(*rows))) if rows else []
 
 
 def main(argv=None):

@@ -3,39 +3,47 @@
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 
+from dataset.duplicates import perceptual_hash
 from dataset.files import BadFile, read_image
 from dataset.loading import parallel
 
 
 @dataclass
 class Image:
-    """What an image file holds: the digest of its bytes and its size, or why it cannot be read."""
+    """What an image file holds: the digest of its bytes, its size and perceptual hash, or why it cannot be read.
+
+    There is no perceptual hash of nearly uniform images, and none that was not asked for.
+    """
 
     path: str
     digest: str = ""
     width: int = 0
     height: int = 0
     problem: str = ""
+    perceptual: int | None = None
 
 
-def inspect(paths: list[str], workers: int) -> DataLoader:
-    """An Image for each path, in their order; each file is decoded whole."""
-    return parallel(_inspect, paths, workers)
+def inspect(paths: list[str], workers: int, perceptual: bool = False) -> DataLoader:
+    """An Image for each path, in their order; each file is decoded whole. perceptual: with perceptual hashes."""
+    return parallel(partial(_inspect, perceptual=perceptual), paths, workers)
 
 
-def _inspect(path):
+def _inspect(path, perceptual):
     try:
-        _, height, width = read_image(path).shape
-        return Image(path, hashlib.sha256(Path(path).read_bytes()).hexdigest(), width, height)
+        pixels = read_image(path)
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        hashed = perceptual_hash(pixels.permute(1, 2, 0).numpy()) if perceptual else None
+        return Image(path, digest, pixels.shape[2], pixels.shape[1], perceptual=hashed)
     except BadFile as error:
         return Image(path, problem=str(error))
 
 
-def duplicates(parts: dict[str, list[Image]]) -> list[list[str]]:
+def in_several(parts: dict[str, list[Image]]) -> list[list[str]]:
     """The paths of images of the same bytes that are in more than one of the parts, a list for each such image."""
     where = defaultdict(dict)  # digest -> {part: first path}
     for part, images in parts.items():

@@ -19,12 +19,19 @@ class ImageDataset(Dataset):
 
     The key of an item is its index or, if the transform is random, (seed, epoch, index) or (seed, epoch, view, index);
     what the transform draws depends on nothing else.
+
+    groups: the number of each image's group (one burst, one camera), None where the dataset has none. A query is not
+    to find images of its own group.
     """
 
-    def __init__(self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images"):
+    def __init__(
+        self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images",
+        groups: np.ndarray | None = None,
+    ):  # fmt: skip
         self.name = name
         self.paths = paths
         self.labels = labels
+        self.groups = groups
         self.classes = classes
         self.transform = transform
         self.cache = None
@@ -80,6 +87,8 @@ class ImageDataset(Dataset):
         """Leave out all images but these, kept (N,)."""
         self.paths = [path for path, keep in zip(self.paths, kept) if keep]
         self.labels, self.numbers = self.labels[kept], self.numbers[kept]
+        if self.groups is not None:
+            self.groups = self.groups[kept]
 
 
 def size(images: ImageDataset) -> tuple[int, int]:
@@ -88,11 +97,13 @@ def size(images: ImageDataset) -> tuple[int, int]:
 
 
 def fingerprint(images: ImageDataset, root: str | Path) -> str:
-    """A digest of the images, by their paths below the root, and of their classes."""
+    """A digest of the images, by their paths below the root, and of their classes and groups."""
     base = root if os.path.isdir(root) else os.path.dirname(root) or "."
     digest = hashlib.sha256()
     for path, label in zip(images.paths, images.labels):
         digest.update(os.fsencode(f"{os.path.relpath(path, base)}\n{images.classes[label]}\n"))
+    if images.groups is not None:
+        digest.update(np.asarray(images.groups, dtype="<i8").tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,23 +1,27 @@
 """Your own images, listed in a CSV file with the columns path, label and split (train, eval, query, gallery or val).
 
-Paths are relative to the file's folder, or absolute. The images of val train too, unless --fold val holds them out.
+Paths are relative to the file's folder, or absolute. The images of val train too, unless --fold val holds them out. A
+column group may name the burst, session or camera of an image: a query is not to find images of its own group. An image
+whose group is empty is a group of its own.
 """
 
 import csv
 import os
+from collections import Counter
 from pathlib import Path
 
 from dataset.files import BadFile, require
 
 KS = (1, 2, 4, 8, 16, 32)
 COLUMNS = ["path", "label", "split"]
+GROUP = "group"  # a further column
 TRAINING = ("train", "val")
 SPLITS = ("train", "eval", "query", "gallery", "val")
 
 
 def splits(root: Path) -> list[str]:
     """The splits in the file. Raises BadFile unless it tests with either eval, or query and gallery."""
-    present = {"train" if split in TRAINING else split for _, _, split in _read(root)}
+    present = {"train" if split in TRAINING else split for _, _, split, _ in _read(root)}
     if present - {"train"} not in ({"eval"}, {"query", "gallery"}):
         raise BadFile(
             f"{root} has the splits {', '.join(sorted(present))}: to test, it needs eval, or query and gallery"
@@ -27,13 +31,12 @@ def splits(root: Path) -> list[str]:
 
 def samples(root: Path, split: str) -> list[tuple[str, str]]:
     """(path, label) of each image of the split, in the order of the file."""
-    wanted = TRAINING if split == "train" else (split,)
-    return [(path, label) for path, label, of in _read(root) if of in wanted]
+    return [(path, label) for path, label, of, _ in _read(root) if of in _parts(split)]
 
 
 def validation_classes(root: Path) -> list[str]:
     """The labels of val. Raises BadFile if there are none, or if train has one of them."""
-    labels = {split: {label for _, label, of in _read(root) if of == split} for split in TRAINING}
+    labels = {split: {label for _, label, of, _ in _read(root) if of == split} for split in TRAINING}
     if not labels["val"]:
         raise BadFile(f"{root} has no split 'val', which --fold val holds out")
     if shared := sorted(labels["val"] & labels["train"]):
@@ -44,8 +47,38 @@ def validation_classes(root: Path) -> list[str]:
     return sorted(labels["val"])
 
 
+def groups(root: Path, split: str) -> dict[str, str] | None:
+    """{path: group} of the images of the split, "" where a cell is empty; None without a column of groups."""
+    found = {path: group for path, _, of, group in _read(root) if of in _parts(split)}
+    return None if None in found.values() else found
+
+
+def _parts(split):
+    """What the column says of the images of a split."""
+    return TRAINING if split == "train" else (split,)
+
+
+def remarks(root: Path) -> list[str]:
+    """A line on the groups of the test images, and on how many images are left out of their galleries."""
+    tests = [name for name in splits(root) if name != "train"]
+    found = [groups(root, split) for split in tests]
+    if None in found:
+        return []
+    queries, gallery = found[0], found[-1]
+    sizes = Counter(filter(None, gallery.values()))
+    left_out = sum(sizes[group] - (path in gallery) for path, group in queries.items() if group)
+    named = set(filter(None, [*queries.values(), *gallery.values()]))
+    alone = sum(not group for group in (queries | gallery).values())
+    return [
+        f"{len(named):,} groups of test images, and {alone:,} images alone: images of a query's own group are left "
+        f"out of its gallery, {left_out:,} in all"
+    ]
+
+
 def _read(path):
-    """(path, label, split) of each row. Raises BadFile with the line of a row that does not fit.
+    """(path, label, split, group) of each row, group None where the file has none.
+
+    Raises BadFile with the line of a row that does not fit.
 
     An image listed twice among the test images would find itself, so this is an error, as it is among the training
     images. An image may both train and test: the gallery may be the catalogue that the network was trained on.
@@ -56,11 +89,15 @@ def _read(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            if sorted(reader.fieldnames or []) != sorted(COLUMNS):
-                raise BadFile(f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}")
+            columns = sorted(reader.fieldnames or [])
+            if columns not in (sorted(COLUMNS), sorted([*COLUMNS, GROUP])):
+                raise BadFile(
+                    f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}; "
+                    f"{GROUP} may be a further one"
+                )
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
-                if None in row or not all(row.values()):
+                if None in row or not all(row[name] for name in COLUMNS) or row.get(GROUP, "") is None:
                     raise BadFile(f"{where}: expected a path, a label and a split, found {list(row.values())}")
                 if row["split"] not in SPLITS:
                     raise BadFile(f"{where}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
@@ -68,7 +105,7 @@ def _read(path):
                 use = "train" if row["split"] in TRAINING else "test"
                 if (first := lines.setdefault((image, use), reader.line_num)) != reader.line_num:
                     raise BadFile(f"{where}: {row['path']} is in line {first} already; list an image once to {use}")
-                rows.append((image, row["label"], row["split"]))
+                rows.append((image, row["label"], row["split"], row.get(GROUP)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not a CSV file: {error}") from error
     return rows

@@ -17,27 +17,51 @@ class RandomCrop:
 
     What v2.RandomResizedCrop and v2.RandomHorizontalFlip do, in two thirds of their time: the resize is fast on images
     in channels_last, which a crop is only once it is copied. The same to the last bit, where torch is recent; torch 2.6
-    rounds some pixels otherwise.
+    rounds some pixels otherwise. interpolation: see evaluation.
     """
 
-    def __init__(self, image_size: int, scale: tuple[float, float] = (0.08, 1.0), flip: bool = True):
+    def __init__(
+        self, image_size: int, scale: tuple[float, float] = (0.08, 1.0), flip: bool = True,
+        interpolation: str | None = None,
+    ):  # fmt: skip
         self.crop = v2.RandomResizedCrop(image_size, scale=scale)
         self.flip = flip
+        self.pillow = _through_pillow(v2.Resize(self.crop.size, _mode(interpolation))) if interpolation else None
 
     def __call__(self, image):
         box = self.crop.make_params([image])
         rows = slice(box["top"], box["top"] + box["height"])
         columns = slice(box["left"], box["left"] + box["width"])
-        cropped = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
-        resized = F.interpolate(cropped, self.crop.size, mode="bilinear", antialias=True)[0]
+        if self.pillow:
+            resized = self.pillow(image[:, rows, columns])
+        else:
+            cropped = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
+            resized = F.interpolate(cropped, self.crop.size, mode="bilinear", antialias=True)[0]
         return resized.flip(-1) if self.flip and torch.rand(1) < 0.5 else resized
 
 
-def evaluation(image_size: int, crop: float = CROP) -> v2.Transform:
+def evaluation(
+    image_size: int, crop: float = CROP, crop_mode: str = "center", interpolation: str | None = None
+) -> v2.Transform:
     """uint8 (3, H, W) -> resized, then the central crop: (3, image_size, image_size).
 
-    crop: the share of the shorter side that is kept; 1 loses nothing of a square image.
+    crop: the share of the shorter side that is kept; 1 loses nothing of a square image. crop_mode: "squash" makes the
+    image square instead of cutting off its longer side. interpolation: of Pillow, "bilinear" or "bicubic", to the pixel
+    as timm's networks saw their images; None resizes as the published networks did, by the sizes of the paper.
     """
-    resized = RESIZED.get(image_size, int(image_size / CROP)) if crop == CROP else int(image_size / crop)
-    resize = v2.Resize(resized, interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(image_size)])
+    if interpolation is None:
+        resized = RESIZED.get(image_size, int(image_size / CROP)) if crop == CROP else int(image_size / crop)
+        resize = v2.Resize(resized, interpolation=InterpolationMode.BILINEAR, antialias=True)
+        return v2.Compose([resize, v2.CenterCrop(image_size)])
+    resized = int(image_size / crop)
+    resize = v2.Resize((resized, resized) if crop_mode == "squash" else resized, _mode(interpolation))
+    return _through_pillow(resize, v2.CenterCrop(image_size))
+
+
+def _through_pillow(*transforms):
+    """Tensors' resize rounds up to 2% of the pixels otherwise than Pillow's, by 1 or 2 of 255."""
+    return v2.Compose([v2.ToPILImage(), *transforms, v2.PILToTensor()])
+
+
+def _mode(interpolation):
+    return InterpolationMode(interpolation)

@@ -6,6 +6,9 @@ Runs of one experiment are pooled to mean and standard deviation. They may diffe
 change the experiment: the device, the number of processes, the versions, paths, the number of epochs. A setting that
 some runs do not record, because an older version wrote them, does not separate runs, unless the other runs of the
 experiment differ in it: then a run without it has a group of its own, named so. A folder counts once.
+
+Groups of at least two seeds are compared with the best of them: the difference of their best R@1, and whether it is
+more than the choice of the test classes explains.
 """
 
 import argparse
@@ -18,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import console, figures, metrics, runs
+from proxy_anchor import console, figures, logbook, metrics, runs, significance
 
-NOT_COMPARED = ("seed", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
+NOT_COMPARED = ("seed", "by", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {
@@ -33,13 +36,14 @@ SETTINGS = {
     "fold": "fold {} held out",
 }  # fmt: skip
 # What nearly always follows from other settings: shown only where nothing else tells runs apart.
-FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule")
+FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule", "head")
 
 
 class Run(NamedTuple):
     folder: Path
     config: dict
     rows: list[dict]  # of metrics.csv
+    backbone: dict | None = None  # the metrics of the backbone alone
 
     @property
     def best(self) -> float:
@@ -60,8 +64,11 @@ def read(folders: list[str]) -> list[Run]:
         config = runs.read_config(folder)
         if not isinstance(config.get("loss"), str):
             raise ValueError(f'{folder / runs.CONFIG} names no "loss"; expected what train.py writes')
-        rows = figures.read(folder / "metrics.csv")
-        found.setdefault(folder.resolve(), Run(folder, config, [metrics.plain(row) for row in rows]))
+        if config.get("lr_schedule", "step") != "step":  # recorded, but without effect
+            config = {name: value for name, value in config.items() if not name.startswith("lr_decay_")}
+        rows, backbone = figures.read(folder / "metrics.csv")
+        plain = [metrics.plain(row) for row in rows]
+        found.setdefault(folder.resolve(), Run(folder, config, plain, backbone and metrics.plain(backbone)))
     return list(found.values())
 
 
@@ -126,6 +133,28 @@ def remarks(groups: list[Group]) -> list[str]:
     return found
 
 
+def differences(groups: list[Group]) -> list[str]:
+    """Whether groups of at least two seeds differ from the best of them, or why that is not said."""
+    if len(groups) == 1:
+        return []
+    best, *others = [g for g in groups if len({run.config.get("seed") for run in g.runs}) > 1] or [None]
+    lines = []
+    for other in others:
+        try:
+            mean, low, high = (
+                100 * value
+                for value in significance.difference(*([run[:3] for run in group.runs] for group in (best, other)))
+            )
+            verdict = "no difference is shown" if low <= 0 <= high else "they differ"
+            text = f"{mean:+.2f} points, 95% interval [{low:.2f}, {high:.2f}]: {verdict}"
+        except ValueError as error:
+            text = f"not compared: {error}"
+        lines.append(f"{best.name} - {other.name}: {text}")
+    if few := [group.name for group in groups if group is not best and group not in others]:
+        lines.append(f"Fewer than two seeds, so whether they differ is not said: {'; '.join(few)}")
+    return lines
+
+
 def spread(values: list[float], digits: int = 2) -> str:
     """Mean, and standard deviation where there is one."""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -147,6 +176,10 @@ def summary(members: list[Run]) -> list[str]:
 def table(groups: list[Group]) -> str:
     lines = [["", "n", "best R@1", "last R@1", "epochs to 95% of best", "seconds to it"]]
     lines += [[name, *summary(members)] for name, members in groups]
+    alone = [[100 * run.backbone["R@1"] for run in members if run.backbone] for _, members in groups]
+    if any(alone):
+        columns = [logbook.BACKBONE, *(spread(values) if values else "-" for values in alone)]
+        lines = [[name, n, cell, *rest] for (name, n, *rest), cell in zip(lines, columns)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     first, *rest = widths
     return "\n".join(
@@ -209,7 +242,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with console.errors_in_one_line("compare.py", args.debug):
         groups = pool(read(args.runs))
-        print(in_encoding("\n".join([table(groups), *remarks(groups)]), sys.stdout.encoding or "utf-8"))
+        lines = [table(groups), *remarks(groups), *differences(groups)]
+        print(in_encoding("\n".join(lines), sys.stdout.encoding or "utf-8"))
         for path in args.save or ["comparison.png"]:
             draw(groups, Path(path))
             print(f"The chart is {path}")

@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from net.backbone import Normalize
+from net import timm_backbones
+from net.backbone import Backbone, Normalize
 from net.bn_inception import BNInception
 from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
@@ -15,49 +17,98 @@ from net.resnet import LAYERS, ResNet
 
 BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
     name: lambda name=name: ResNet(name) for name in LAYERS
-}
-
-
-STARTS = {"kaiming": partial(nn.init.kaiming_normal_, mode="fan_out"), "orthogonal": nn.init.orthogonal_}
+}  # any other name is timm's
+IMAGE_SIZE = 224  # of these
+CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # what images of a wrong size raise
+NOT_FILES = ("imagenet", "none")  # what `pretrained` may be beside a path
+# The start of the embedding layer's weights. "layernorm" normalizes the features before it, without parameters.
+HEADS = {
+    "linear": partial(nn.init.kaiming_normal_, mode="fan_out"), "orthogonal": nn.init.orthogonal_,
+    "layernorm": nn.init.orthogonal_,
+}  # fmt: skip
 
 
 class EmbeddingNet(nn.Module):
     """Images (B, 3, H, W) -> embeddings (B, D), through the published head.
 
     The backbone is `model` and the embedding layer `model.embedding`, so that keys agree with published checkpoints.
-    forward takes images normalized as the backbone's weights expect; `normalize` does this to uint8 RGB. start: of the
-    embedding layer's weights, one of STARTS.
+    forward takes images normalized as the backbone's weights expect; `normalize` does this to uint8 RGB. head: one of
+    HEADS.
     """
 
     def __init__(
-        self, backbone: nn.Module, embedding_size: int, l2_norm: bool = True, bn_freeze: bool = True,
-        start: str = "kaiming",
+        self, backbone: Backbone, embedding_size: int, l2_norm: bool = True, bn_freeze: bool = True,
+        head: str = "linear",
     ):  # fmt: skip
         super().__init__()
         self.model = backbone
+        self.embedding_size = embedding_size
         self.model.embedding = nn.Linear(backbone.num_features, embedding_size)
-        STARTS[start](self.model.embedding.weight)
+        HEADS[head](self.model.embedding.weight)
         nn.init.zeros_(self.model.embedding.bias)
+        self.head = head
         self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)
         self.l2_norm = l2_norm
         self.bn_freeze = bn_freeze
+        self.frozen: tuple[str, ...] = ()
         if bn_freeze:
             for norm in backbone.norms():
                 norm.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        embeddings = self.model.embedding(self.model.pooled(images))  # (B, C) -> (B, D)
+        features = self.model.pooled(images)  # (B, C)
+        if self.head == "layernorm":
+            features = F.layer_norm(features, features.shape[1:])
+        embeddings = self.model.embedding(features)  # (B, D)
         if self.l2_norm:
             embeddings = embeddings / torch.sqrt(embeddings.square().sum(dim=1, keepdim=True) + self.model.epsilon)
         return embeddings
 
     def train(self, mode: bool = True):
-        """As for every module, but with bn_freeze BatchNorm layers stay in eval mode and keep their statistics."""
+        """As for every module, but frozen layers, and with bn_freeze BatchNorm, stay in eval mode."""
         super().train(mode)
-        if self.bn_freeze:
-            for norm in self.model.norms():
-                norm.eval()
+        for module in [*self._frozen(self.model.named_modules()), *(self.model.norms() if self.bn_freeze else ())]:
+            module.eval()
         return self
+
+    def freeze(self, names: str) -> None:
+        """Keep layers of the backbone as they are from now on, statistics included.
+
+        names: of layers, with all in them, or of parameters, separated by commas. Raises ValueError for unknown ones.
+        """
+        self.frozen = tuple(filter(None, names.split(",")))
+        known = [name for name, _ in self.model.named_parameters() if not name.startswith("embedding.")]
+        for name in self.frozen:
+            if not any(within(key, name) for key in known):
+                first = ", ".join(dict.fromkeys(key.split(".")[0] for key in known))
+                raise ValueError(f"The backbone has no layer '{name}' to freeze; it has {first}, and layers in these")
+        for parameter in self.frozen_parameters():
+            parameter.requires_grad_(False)
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Those of the layers that `freeze` named."""
+        return self._frozen(self.model.named_parameters())
+
+    def _frozen(self, named):
+        return [part for key, part in named if any(within(key, name) for name in self.frozen)]
+
+
+class BackboneAlone(nn.Module):
+    """Images (B, 3, H, W) -> the pooled features (B, C) of a backbone, which may be part of an EmbeddingNet."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.model = backbone
+        self.embedding_size = backbone.num_features
+        self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.pooled(images)
+
+
+def within(key: str, name: str) -> bool:
+    """Whether this key of a state dict is in the layer, or is the parameter, of this name."""
+    return f"{key}.".startswith(f"{name}.")
 
 
 def options(training: bool) -> argparse.ArgumentParser:
@@ -67,8 +118,9 @@ def options(training: bool) -> argparse.ArgumentParser:
     group.add_argument(
         "--model",
         default="bn_inception",
-        choices=BACKBONES,
-        help="backbone; bn_inception and resnet50 have published results, resnet18 is the quickest",
+        metavar="NAME",
+        help=f"backbone: {', '.join(BACKBONES)}, or any of timm, e.g. vit_small_patch16_224.dino; bn_inception and "
+        "resnet50 have published results, resnet18 is the quickest",
     )
     group.add_argument(
         "--embedding-size",
@@ -78,7 +130,7 @@ def options(training: bool) -> argparse.ArgumentParser:
         help="dimensions of an embedding; fewer make search faster and recall lower",
     )
     group.add_argument(
-        "--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length, as published"
+        "--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length; 0: of any length"
     )
     if training:
         group.add_argument(
@@ -89,44 +141,115 @@ def options(training: bool) -> argparse.ArgumentParser:
             help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch",
         )
         group.add_argument(
-            "--pretrained",
-            default="imagenet",
-            metavar="imagenet|none|PATH",
-            help="weights that the backbone starts from: ImageNet's, none (from scratch) or those of a file",
+            "--head",
+            default="linear",
+            choices=HEADS,
+            help="embedding layer: linear as published, linear with an orthogonal start, or that after a LayerNorm",
         )
+    else:
+        group.add_argument(
+            "--backbone-only",
+            action="store_true",
+            help="without a checkpoint: the pooled features of the pretrained backbone, as it was before any training",
+        )
+        group.add_argument(
+            "--distance",
+            choices=("cosine", "euclidean"),
+            help="how embeddings are compared, if the checkpoint does not say it (default: cosine)",
+        )
+    group.add_argument(
+        "--pretrained",
+        default="imagenet",
+        metavar="imagenet|none|PATH",
+        help="weights that the backbone starts from: ImageNet's (of a timm network: its own), none (from scratch) or "
+        "those of a file" + ("" if training else "; with --backbone-only"),
+    )
     return parser
 
 
-def create(
-    name: str, embedding_size: int, pretrained: str | Path | None = None, l2_norm: bool = True, bn_freeze: bool = True,
-    start: str = "kaiming",
-) -> EmbeddingNet:  # fmt: skip
-    """Build an embedding network.
+def expects(name: str) -> dict:
+    """How a network's pretrained weights expect their images: image_size; for timm's, all that a checkpoint records.
 
-    pretrained: "imagenet" (downloaded once into torch's cache), "none" or None, or the path of a backbone weights file.
-    bn_freeze: BatchNorm keeps its statistics; its weights and biases start with requires_grad False, as published.
-    start: of the embedding layer, "kaiming", or "orthogonal" with rows of length 1.
-    Raises OSError or ValueError if the weights cannot be loaded.
+    That is mean, std, interpolation, crop and crop_mode; ours see their images as published, see dataset/transforms.py.
     """
-    backbone = BACKBONES[name]()
-    if pretrained not in ("none", None):
-        load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained))
-    return EmbeddingNet(backbone, embedding_size, l2_norm, bn_freeze, start)
+    return {"image_size": IMAGE_SIZE} if name in BACKBONES else timm_backbones.expects(name)
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error if the network cannot take images of this size."""
+def create(
+    name: str, embedding_size: int | None, pretrained: str | Path | None = None, l2_norm: bool = True,
+    bn_freeze: bool = True, head: str = "linear", image_size: int | None = None,
+) -> nn.Module:  # fmt: skip
+    """Build an embedding network or, with embedding_size None, one that gives its backbone's pooled features.
+
+    pretrained: "imagenet" (for timm's networks their own weights; downloaded once into a cache), "none" or None, or the
+    path of a backbone weights file. image_size: of its images, which some networks of timm are made for.
+    bn_freeze: BatchNorm keeps its statistics; its weights and biases start with requires_grad False, as published.
+    head: "linear", "orthogonal" (a start with rows of length 1) or "layernorm" (before an orthogonal start).
+    Raises OSError or ValueError if the weights cannot be loaded, ImportError where timm is missing.
+    """
+    if name in BACKBONES:
+        backbone: Backbone = BACKBONES[name]()
+        if pretrained not in ("none", None):
+            load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained))
+    else:
+        backbone = timm_backbones.create(name, image_size, pretrained)
+    if embedding_size is None:
+        return BackboneAlone(backbone)
+    return EmbeddingNet(backbone, embedding_size, l2_norm, bn_freeze, head)
+
+
+def check_record(name: str, record: dict) -> None:
+    """Raise ValueError for an unknown network, or one whose mean or std is not that of a checkpoint's record.
+
+    Raises ImportError where timm is missing.
+    """
+    if name not in BACKBONES:
+        timm_backbones.check_name(name, BACKBONES)
+    expected = expects(name)
+    for key in ("mean", "std"):
+        if (told := record.get(key, expected.get(key))) != expected.get(key):
+            raise ValueError(f"it was trained with images of {key} {told}, but {name} here has {expected.get(key)}")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, contract: dict | None = None) -> None:
+    """Complete the image size; end with a usage error if there is no such network, or it cannot take such images.
+
+    contract: the record of the checkpoint, if any, which the network here has to agree with.
+    """
+    try:
+        check_record(args.model, contract or {})
+    except (ImportError, ValueError) as error:
+        parser.error(f"argument --{'resume' if contract else 'model'}: {error}")
+    own = expects(args.model)["image_size"]
+    if args.image_size is None:
+        args.image_size = own
     if not accepts(args.model, args.image_size):
-        parser.error(
-            f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; multiples of 32 work"
-        )
+        advice = "multiples of 32 work" if args.model in BACKBONES else f"its own size is {own}"
+        parser.error(f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; {advice}")
+
+
+def check_weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error unless the arguments say one network: a checkpoint, or a pretrained backbone alone."""
+    if bool(args.resume) == args.backbone_only:
+        parser.error("which network: --resume PATH for a checkpoint, or --backbone-only for a backbone before training")
+    for name in ("pretrained",) if args.resume else ("embedding_size",):
+        if getattr(args, name) != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            why = "a checkpoint has its own weights" if args.resume else "a backbone alone has no embedding layer"
+            parser.error(f"argument {flag}: {why}")
+
+
+def pooled_features(name: str, image_size: int) -> int:
+    """How many numbers the backbone pools an image into."""
+    with torch.device("meta"):
+        return create(name, None, image_size=image_size).embedding_size
 
 
 def accepts(name: str, image_size: int) -> bool:
     """Whether the network runs on square images of this size (BN-Inception's pools and strides disagree at many)."""
     with torch.device("meta"):  # shapes only, no arithmetic
         try:
-            EmbeddingNet(BACKBONES[name](), 1).eval()(torch.empty(1, 3, image_size, image_size))
-        except RuntimeError:
+            create(name, 1, image_size=image_size).eval()(torch.empty(1, 3, image_size, image_size))
+        except CANNOT_TAKE:
             return False
     return True

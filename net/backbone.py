@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Backbone:
@@ -22,8 +23,12 @@ class Backbone:
         return (F.adaptive_avg_pool2d(features, 1) + F.adaptive_max_pool2d(features, 1)).flatten(1)
 
     def norms(self) -> list[nn.Module]:
-        """The layers that --bn-freeze holds still."""
-        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        """The layers that --bn-freeze holds still: BatchNorm of every kind; networks without it have none."""
+        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+
+    def synchronize_norms(self) -> None:
+        """Let its BatchNorm layers take their statistics over all processes."""
+        nn.SyncBatchNorm.convert_sync_batchnorm(self)
 
 
 class Normalize(nn.Module):

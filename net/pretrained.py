@@ -1,8 +1,11 @@
-"""ImageNet weights of the backbones: where they are published, and how a file of them is loaded."""
+"""Pretrained weights of the backbones: where they are published, and how a file of them is loaded."""
 
 import hashlib
 import socket
+import urllib.error
+import urllib.request
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ URLS = {
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
 TIMEOUT = 60  # seconds without a byte
+HUB_TIMEOUT = 10  # seconds until timm's hub answers
 
 
 def imagenet_file(name: str) -> Path:
@@ -44,6 +48,30 @@ def imagenet_file(name: str) -> Path:
     return path
 
 
+def hub_file(name: str, repository: str | None) -> Path:
+    """The weights of a timm network in its hub's cache, downloaded if necessary: safetensors, which cannot hold code.
+
+    Raises OSError, saying which file to fetch by hand, if there are none or the download fails.
+    """
+    if not repository:
+        raise OSError(f"timm's hub has no weights of {name}: --pretrained takes the path of a file, or none")
+    import huggingface_hub as hub  # comes with timm
+
+    file = {"repo_id": repository, "filename": "model.safetensors"}
+    with suppress(OSError):
+        return Path(hub.hf_hub_download(**file, local_files_only=True))
+    try:
+        with suppress(urllib.error.HTTPError):  # an answer too; offline, hub would try again for a minute
+            urllib.request.urlopen(hub.constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
+        return Path(hub.hf_hub_download(**file))
+    except OSError as error:
+        url = f"https://huggingface.co/{repository}/resolve/main/{file['filename']}"
+        raise OSError(
+            f"The weights of {name} could not be downloaded: {error}. Fetch {url} by hand, and say where it is with "
+            "--pretrained PATH"
+        ) from error
+
+
 def _sha256(path):
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -52,30 +80,44 @@ def _sha256(path):
     return digest.hexdigest()
 
 
-def load_weights(backbone: torch.nn.Module, path: Path) -> None:
-    """Load a file of backbone weights (keys as in torchvision, or BN-Inception's Caffe names), strictly.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file of weights, .pth or .safetensors; it cannot run code.
 
-    Raises FileNotFoundError, or ValueError if the file is not such a state dict.
+    Raises FileNotFoundError, or ValueError if the file is not a state dict.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no weights file {path}")
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # comes with timm
+
+            return load_file(path)
         if zipfile.is_zipfile(path):  # torch does not look at the checksums
             with zipfile.ZipFile(path) as file:
                 if part := file.testzip():
                     raise ValueError(f"the checksum of its part {part} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ImportError(f"{path} is read with safetensors, which is missing: pip install safetensors") from error
     except Exception as error:  # torch.load raises nearly anything on damaged files, with advice that is not ours
         raise ValueError(
             f"{path} cannot be read as a weights file: it is damaged, or holds more than tensors"
         ) from error
-    expected = backbone.state_dict()
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ValueError(
             f"{path} is not a state dict of backbone weights; --pretrained takes those, --resume takes checkpoints"
         )
+    return state
+
+
+def load_weights(backbone: torch.nn.Module, path: Path) -> None:
+    """Load a file of backbone weights (keys as in torchvision, or BN-Inception's Caffe names), strictly.
+
+    Raises as read_weights, and ValueError if they are another network's.
+    """
+    state, expected = read_weights(path), backbone.state_dict()
     # Older copies of the BN-Inception file store BatchNorm tensors as [1, C].
     state = {
         key: value.squeeze(0) if key in expected and value.ndim == 2 and expected[key].ndim == 1 else value

@@ -81,7 +81,7 @@ def outcome(logs: Path) -> dict:
     (text,) = folder.glob("*_best_results.txt")
     return {
         "rows": rows, "text": text.read_text(), "last": last, "best": torch.load(best, weights_only=True),
-        "files": sorted(path.name for path in folder.iterdir()),
+        "files": sorted(path.name for path in folder.iterdir()), "classes": (folder / "classes.csv").read_text(),
     }  # fmt: skip
 
 

@@ -125,8 +125,7 @@ class Pixels(torch.nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.model = torch.nn.Module()
-        self.model.embedding = torch.nn.Linear(size, size)
+        self.embedding_size = size
         self.normalize = torch.nn.Identity()
 
     def forward(self, images):

@@ -40,7 +40,7 @@ def colours(path):
 
 def test_rows_have_the_time_since_the_start(tmp_path):
     write_run(tmp_path / "a", [0.1, 0.2, 0.3])
-    rows = figures.read(tmp_path / "a" / "metrics.csv")
+    rows, _ = figures.read(tmp_path / "a" / "metrics.csv")
     assert [row["elapsed"] for row in rows] == [10, 20, 30] and rows[2]["R@2"] == pytest.approx(0.31)
 
 
@@ -242,6 +242,7 @@ def test_what_pooled_numbers_hide_is_said(tmp_path, capsys):
     assert lines[:-1] == [
         f"Proxy-Anchor: 2 runs have seed 1 ({a}, {b}); they are not independent",
         "Proxy-Anchor: the runs have 1 or 2 epochs; the chart shows those that all have",
+        "Fewer than two seeds, so whether they differ is not said: Proxy-Anchor; Multi-Similarity",
     ]
 
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -70,7 +72,7 @@ def test_orthogonal_start():
     torch.manual_seed(0)
     published = net.create("resnet18", 16)
     torch.manual_seed(0)
-    network = net.create("resnet18", 16, start="orthogonal")
+    network = net.create("resnet18", 16, head="orthogonal")
     weight = network.model.embedding.weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(16))
     assert not network.model.embedding.bias.any()
@@ -223,3 +225,15 @@ def test_damaged_file_in_the_cache_is_refused(server):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(OSError, match="damaged"):
         net.create("resnet18", 8, "imagenet")
+
+
+def test_our_networks_do_without_timm():
+    """Not even imported, by a script either: it takes seconds."""
+    program = (
+        "import sys, train, net\n"
+        "for name in net.BACKBONES:\n"
+        "    train.parse(['--model', name]), net.create(name, 4)\n"
+        "sys.exit('timm' in sys.modules or 'huggingface_hub' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=FACTS.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -212,7 +212,7 @@ def test_stopped_killed_and_started_again(root, finished, tmp_path):
     """A signal reaches the training, which saves and ends; killed, it takes the training along; the end is the same."""
     argv = ["--seeds", "1", "--", *flags(root, tmp_path)]
     command = [sys.executable, str(REPOSITORY / "protocol.py"), *argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
     def start_until(words):
         process = subprocess.Popen(

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import trees
+from sklearn.metrics import roc_auc_score
 from test_scripts import arguments
 
 import evaluate
 import net
-from proxy_anchor import checkpoint, confusion, layout, report, similarities
+from proxy_anchor import checkpoint, confusion, decisions, layout, report, similarities
 from proxy_anchor.evaluation import measure
 from proxy_anchor.retrieval import best_positive_rank
 
@@ -42,12 +43,22 @@ def random_set(count, classes, seed=0, distance="cosine"):
     return report.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images, distance)
 
 
-def write(folder, queries, gallery=None, name="a network", **rows):
+def write(folder, queries, gallery=None, name="a network", threshold=None, **rows):
     embedded = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
     result = measure(embedded, [1, 2], queries.distance)
+    pairs = decisions.verify(*[*embedded, None, None][:4], queries.distance)
     report.open_folder(folder)
     return report.write(
-        folder, name, "", {"ours": result.metrics, **rows}, result, {"device": "a <CPU>"}, queries, gallery
+        folder,
+        name,
+        "",
+        {"ours": result.metrics, **rows},
+        result,
+        pairs,
+        threshold or {},
+        {"device": "a <CPU>"},
+        queries,
+        gallery,
     )
 
 
@@ -158,20 +169,15 @@ def test_page_of_a_euclidean_network(tmp_path, gallery):
     if gallery is None:
         same.fill_diagonal_(False)
     means = [float(value) for value in re.findall(r"class(?:es)?: mean ([\d.]+),", text)]
-    pairs = distances.isfinite()
-    weights = same / same.sum(dim=1, keepdim=True)  # each query as often as any other
-    expected = [distances[pairs & (targets.labels != queries.labels[:, None])].mean(),
-                (weights * distances.nan_to_num(posinf=0)).sum() / len(same)]  # fmt: skip
-    assert sorted(means) == pytest.approx(sorted(map(float, expected)), rel=0.02)
+    of_one = distances[same & distances.isfinite()]
+    of_two = distances[targets.labels != queries.labels[:, None]]
+    assert sorted(means) == pytest.approx(sorted([float(of_one.mean()), float(of_two.mean())]), abs=0.006)
     threshold = float(re.search(r"At the threshold ([\d.]+) ", text)[1])
-    missed, mistaken = map(
-        float, re.search(r"([\d.]+)% of the pairs of one class are above it, and ([\d.]+)%", text).groups()
-    )
-    assert missed / 100 == pytest.approx(float((weights * (distances > threshold)).sum() / len(same)), abs=0.02)
-    assert mistaken == pytest.approx(missed, abs=1)
-    (at,) = re.findall(r'class="threshold" d="M([\d.]+) 0V100"', text)
+    rate = float(re.search(r"are equal: ([\d.]+)% \[[^]]*\] of the pairs of one class are above it", text)[1])
+    assert rate / 100 == pytest.approx(float((of_one > threshold).double().mean()), abs=0.01)
+    assert rate / 100 == pytest.approx(float((of_two <= threshold).double().mean()), abs=0.01)
     farthest = max(float(value) for value in re.findall(r"%\">([\d.]+)</span>", text))
-    assert 1 - float(at) / report.BINS == pytest.approx(threshold / farthest, abs=0.01)
+    assert 1 - drawn_at("threshold", text) == pytest.approx(threshold / farthest, abs=0.01)
 
 
 def test_page_escapes_names_and_frames_neighbours(tmp_path):
@@ -200,7 +206,8 @@ def test_title_is_the_result_and_each_metric_is_explained(tmp_path):
     recall = 100 * (best_positive_rank(queries.embeddings, queries.labels) == 0).float().mean()
     title = f"R@1 {recall:.1f}% · &lt;a&gt; network"
     assert f"<title>{title}</title>" in text and f"<h1>{title}</h1>" in text and "<a> network" not in text
-    lines = re.findall(r"<tr><td>(.*?)</td><td>(.*?)%</td><td>(.*?)</td></tr>", text)
+    table = text[: text.index('id="queries"')]
+    lines = re.findall(r"<tr><td>(.*?)</td><td>(.*?)%</td><td>(.*?)</td></tr>", table)
     assert [name for name, _, _ in lines] == ["R@1", "R@2", "MAP@R", "R-precision"]
     assert lines[0][1] == f"{recall:.2f}" and "among the 2 nearest" in lines[1][2]
     assert all(words.endswith(".") for _, _, words in lines) and "igures" not in text
@@ -221,15 +228,53 @@ def test_bars_count_all_classes_and_the_hardest_are_shown(tmp_path):
 def test_similarities_say_how_many_pairs_they_are_of_and_the_threshold_is_drawn(tmp_path):
     queries, gallery = random_set(200, 12), random_set(300, 12, seed=1)
     text = write(tmp_path, queries, gallery).read_text()
-    same, other = similarities.sample(queries.embeddings, queries.labels, gallery.embeddings, gallery.labels)
-    threshold, missed, mistaken = similarities.equal_error_threshold(same, other)
-    assert f"AUC {100 * similarities.area_under_curve(same, other):.2f}%" in text
+    similarity = (queries.embeddings @ gallery.embeddings.T).double().numpy()
+    alike = queries.labels[:, None].numpy() == gallery.labels.numpy()
+    same, other = similarity[alike], similarity[~alike]
+    assert f"AUC {100 * roc_auc_score(alike.ravel(), similarity.ravel()):.2f}% [" in text
     assert f"one class: mean {same.mean():.2f}, {len(same):,} pairs" in text
     assert f"two classes: mean {other.mean():.2f}, {len(other):,} pairs" in text
-    assert f"{100 * missed:.2f}% of the pairs of one" in text and f"{100 * mistaken:.2f}% of the pairs of two" in text
-    (at,) = re.findall(r'class="threshold" d="M([\d.]+) 0V100"', text)
+    threshold, rate = map(float, re.search(r"At the threshold ([\d.]+) .*? are equal: ([\d.]+)%", text).groups())
+    assert rate == pytest.approx(100 * (same < threshold).mean(), abs=0.3)
+    assert rate == pytest.approx(100 * (other >= threshold).mean(), abs=0.1)
     low = min(0, same.min(), other.min())
-    assert float(at) / report.BINS == pytest.approx((threshold - low) / (1 - low), abs=1e-3)
+    assert (at := drawn_at("threshold", text)) == pytest.approx((threshold - low) / (1 - low), abs=2e-3)
+    assert "recorded" not in text[text.index("</style>") :]
+    rows = re.findall(r"<tr><td>([\d.]+)%</td><td>([\d.]+)% \[.*?\]</td><td>([-\d.]+) \[.*?\]</td></tr>", text)
+    assert [far for far, _, _ in rows] == ["10", "1", "0.1"]  # of some 50,000 pairs
+    for far, tar, threshold in rows:
+        assert float(tar) == pytest.approx(100 * (same >= float(threshold)).mean(), abs=0.2)
+        assert float(far) == pytest.approx(100 * (other >= float(threshold)).mean(), abs=0.02)
+    assert "too few for thresholds with 0.01% false accepts" in text and 0 < at < 1
+    for kind, height in (("right", same), ("wrong", other)):  # the drawing is their histogram
+        drawn = re.search(rf'<path class="{kind}" d="M0 100(.*?)V100Z', text)[1]
+        heights = [100 - float(y) for y in re.findall(r"V([\d.]+)H", drawn)]
+        counts = np.histogram(height, similarities.BINS, (low, 1))[0]
+        assert np.corrcoef(heights, counts)[0, 1] > 0.99
+
+
+def drawn_at(kind, text):
+    """Where the line of a threshold stands, from 0 to 1."""
+    (at,) = re.findall(rf'class="{kind}" d="M([\d.]+) 0V100"', text)
+    return float(at) / similarities.BINS
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_threshold_of_the_checkpoint_is_drawn(tmp_path, distance):
+    queries = random_set(200, 12, distance=distance)
+    record = {"distance": distance, "threshold": 0.6, "interval": [0.5, 0.7], "asked_far": 0.01, "far": 0.02,
+              "far_interval": [0.01, 0.03], "classes": [6, 6], "dataset": "<mine>", "data": {}}  # fmt: skip
+    text = write(tmp_path, queries, threshold=record).read_text()
+    assert "threshold of the checkpoint 0.60, for 1% false accepts" in text and "&lt;mine&gt;" in text
+    assert "0.600 [0.500, 0.700]" in text and "it had 2.00% [1.00, 3.00]" in text
+    equal = float(re.search(r"At the threshold ([\d.]+) ", text)[1])
+    if distance == "cosine":
+        least = min(0, float((queries.embeddings @ queries.embeddings.T).min()))
+        assert drawn_at("recorded", text) == pytest.approx((0.6 - least) / (1 - least), abs=0.01)
+    else:
+        farthest = float(torch.pdist(queries.embeddings).max())
+        assert drawn_at("recorded", text) == pytest.approx(1 - 0.6 / farthest, abs=0.01)
+    assert (drawn_at("recorded", text) > drawn_at("threshold", text)) == ((equal < 0.6) == (distance == "cosine"))
 
 
 @pytest.mark.parametrize("kind", ["spread", "heaps", "one heap"])

@@ -311,7 +311,7 @@ def test_nprobe(weights, images, tmp_path, capsys):
 
 def test_recall_against_exact_search(tmp_path):
     """Exact search finds all, and a few of the cells not all of these random vectors; each finds itself first."""
-    made = {"checkpoint": "a.pth", "sha256": "0", "network": RECORD | {"embedding_size": 32}}
+    made = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_size": 32}, "by_folder": False}
     x = torch.nn.functional.normalize(torch.randn(2000, 32))
     recalls = []
     for factory in ("Flat", "IVF64,Flat", "PCA16,Flat", "IVF4,PQ8x4"):
@@ -355,6 +355,9 @@ def test_vectors_that_are_missing_or_damaged(factory, weights, images, tmp_path,
 
 DAMAGES = {
     "not an object": lambda content: [],
+    "of a version that knew files": lambda content: content
+    | {"made": {"checkpoint": "a.pth", "sha256": "0", "network": content["made"]["network"]}},
+    "by_folder text": lambda content: content | {"made": content["made"] | {"by_folder": "no"}},
     "empty": lambda content: {},
     "made empty": lambda content: content | {"made": {}},
     "made null": lambda content: content | {"made": None},
@@ -423,3 +426,198 @@ def test_bad_images_are_left_out(weights, images, tmp_path, capsys):
     fails(lambda: make(weights, images, tmp_path / "index"), capsys, "2.jpg cannot be read")
     make(weights, images, tmp_path / "index", "--skip-bad-images")
     assert "Indexed 17 images" in capsys.readouterr().out
+
+
+# Thresholds
+
+
+def asked(index, capsys, *more):
+    """What the table says of each query: {path: lines}."""
+    capsys.readouterr()
+    search.main(["query", "--index", str(index), *map(str, more)])
+    blocks: dict = {}
+    for line in capsys.readouterr().out.splitlines():
+        if not line.startswith(" "):
+            blocks[line] = own = []
+        else:
+            own.append(line)
+    return blocks
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_unknown_images_have_no_match(distance, weights, euclidean, images, tmp_path, capsys):
+    """Those nearer than the threshold are listed, all of brute force and no other; with none of them, 'no match'."""
+    weights = {"cosine": weights, "euclidean": euclidean}[distance]
+    make(weights, images, tmp_path / "index")
+    unknown = tmp_path / "unknown"
+    for number in range(12):
+        trees.write_image(unknown / f"{number}.jpg", 5000 + number)
+    everything = found(tmp_path / "index", capsys, unknown, "-k", 18)
+    measure = {"cosine": "similarity", "euclidean": "distance"}[distance]
+    assert all(result["threshold"] is None and result["match"] is None for result in everything)
+    best = sorted(result["neighbours"][0][measure] for result in everything)
+    limit = best[6]  # is a match itself
+    near = (lambda value: value >= limit) if distance == "cosine" else (lambda value: value <= limit)
+    results = found(tmp_path / "index", capsys, unknown, "-k", 18, "--threshold", limit)
+    for before, after in zip(everything, results, strict=True):
+        expected = [n for n in before["neighbours"] if near(n[measure])]
+        assert after["neighbours"] == expected and after["threshold"] == limit and after["match"] == bool(expected)
+    assert sum(result["match"] for result in results) == (6 if distance == "cosine" else 7)
+    tables = asked(tmp_path / "index", capsys, unknown, "-k", 18, "--threshold", limit)
+    for result, before in zip(results, everything):
+        lines = tables[result["query"]]
+        words = f"  no match: the best {measure} is {before['neighbours'][0][measure]:.4f}, the threshold {limit:.4f}"
+        assert len(lines) == len(result["neighbours"]) or lines == [words]
+
+
+def calibrated(weights, folder, **changed):
+    """A checkpoint with a threshold."""
+    path = shutil.copy(weights / "a.pth", folder / "a.pth")
+    record = {"distance": "cosine", "threshold": 0.999, "interval": [0.9, 1.0], "asked_far": 0.01, "far": 0.01,
+              "far_interval": [0.0, 0.1], "classes": [2, 2], "dataset": "folder", "data": {}}  # fmt: skip
+    checkpoint.save_threshold(path, record | changed)
+    return folder
+
+
+def test_threshold_of_the_checkpoint_is_used_unless_another_is_given(weights, images, tmp_path, capsys):
+    """Also by an index from before the calibration, which leaves the network as it was."""
+    (tmp_path / "own").mkdir()
+    shutil.copy(weights / "a.pth", tmp_path / "own" / "a.pth")
+    make(tmp_path / "own", images, tmp_path / "index")
+    calibrated(weights, tmp_path / "own")
+    (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg")
+    assert result["threshold"] == 0.999 and result["match"] and len(result["neighbours"]) < 10
+    assert all(n["similarity"] >= 0.999 for n in result["neighbours"])
+    (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "--threshold", "none")
+    assert result["threshold"] is result["match"] is None and len(result["neighbours"]) == 10
+    (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "--threshold", "1.1")
+    assert result == {"query": result["query"], "threshold": 1.1, "match": False, "neighbours": []}
+    query = ["query", "--index", str(tmp_path / "index"), str(images), "--threshold"]
+    for text in ("high", "nan", "inf"):
+        fails(lambda text=text: search.main([*query, text]), capsys, f"invalid threshold value: '{text}'", code=2)
+    torch.save(checkpoint.read(tmp_path / "own" / "a.pth") | {"threshold": 3}, tmp_path / "own" / "a.pth")
+    fails(lambda: search.main(query[:-1]), capsys, "a.pth is damaged: its record of the threshold is 3")
+    make(tmp_path / "own", images, tmp_path / "index")  # does not ask for it
+
+
+def test_picture_says_no_match(weights, images, tmp_path, monkeypatch):
+    make(weights, images, tmp_path / "index")
+    drawn = []
+    monkeypatch.setattr(search.figures, "draw_images", lambda rows, read, path: drawn.extend(rows))
+    one, query = str(images / "bee" / "3.jpg"), ["query", "--index", str(tmp_path / "index"), "--save", "a.png"]
+    search.main([*query, one, "--threshold", "2"])
+    search.main([*query, one, "--threshold", "0.9999999"])  # finds itself, which is not shown
+    search.main([*query, one])
+    assert drawn[:2] == [[(one, "no match\nbee")], [(one, "query\nbee")]] and len(drawn[2]) == 10
+
+
+# Folders
+
+
+def means(weights, folders, distance="cosine"):
+    """Of the images that lie in each folder, by their vectors straight from the network."""
+    rows = []
+    for folder in folders:
+        files = sorted(str(path) for path in folder.glob("[!.]*.jpg"))
+        rows.append(embeddings(weights, files, l2_norm=distance == "cosine").mean(dim=0))
+    rows = torch.stack(rows)
+    return rows / rows.norm(dim=1, keepdim=True) if distance == "cosine" else rows
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_folders_are_the_means_of_their_images(distance, weights, euclidean, images, tmp_path, capsys):
+    """Of those that lie in it, not in folders below; of a query's images too."""
+    weights = {"cosine": weights, "euclidean": euclidean}[distance]
+    make(weights, images, tmp_path / "index", "--by-folder")
+    out = capsys.readouterr().out
+    assert "0 folders are in" in out and "Indexed 6 folders" in out
+    folders = [images / name / more for name in ("ant", "bee", "cat") for more in ("", "more")]
+    assert sorted(described(tmp_path / "index")["images"]) == sorted(map(str, folders))
+    mine = trees.folder(tmp_path / "mine", classes=("ant", "dog"))
+    results = found(tmp_path / "index", capsys, mine, "--by-folder", "-k", 6)
+    asked_for = [mine / name / more for name in ("ant", "dog") for more in ("", "more")]
+    assert sorted(result["query"] for result in results) == sorted(map(str, asked_for))
+    x, y = means(weights, asked_for, distance), means(weights, folders, distance)
+    expected = x @ y.T if distance == "cosine" else torch.cdist(x, y)
+    measure = {"cosine": "similarity", "euclidean": "distance"}[distance]
+    for result in results:
+        row = expected[asked_for.index(type(mine)(result["query"]))]
+        assert len(result["neighbours"]) == 6
+        for neighbour in result["neighbours"]:
+            value = row[folders.index(type(mine)(neighbour["path"]))]
+            assert neighbour[measure] == pytest.approx(float(value), rel=1e-5, abs=1e-5)
+    single = found(tmp_path / "index", capsys, mine / "ant" / "1.jpg", "-k", 6)  # images are found in folders too
+    assert len(single) == 1 and single[0]["query"].endswith("1.jpg") and len(single[0]["neighbours"]) == 6
+
+
+def test_folder_is_embedded_again_when_any_of_its_files_changes(weights, images, tmp_path, capsys, monkeypatch):
+    index = tmp_path / "index"
+    make(weights, images, index, "--by-folder")
+    embedded = []
+    embed = Embedder.embed
+    monkeypatch.setattr(Embedder, "embed", lambda self, data: embedded.append(len(data.dataset)) or embed(self, data))
+
+    def updated(words):
+        capsys.readouterr()
+        make(weights, images, index, "--by-folder")
+        assert words in (out := capsys.readouterr().out), out
+        as_new = tmp_path / f"new-{len(list(tmp_path.iterdir()))}"
+        count = len(embedded)
+        make(weights, images, as_new, "--by-folder")
+        del embedded[count:]
+        for one, other in zip(*(found(where, capsys, images, "-k", 1) for where in (index, as_new)), strict=True):
+            a, b = one["neighbours"][0], other["neighbours"][0]
+            assert a["path"] == b["path"] and a["similarity"] == pytest.approx(b["similarity"], abs=1e-5)
+        del embedded[count:]
+        assert sorted(described(index)["images"]) == sorted(described(as_new)["images"])
+
+    updated("new: 0, changed: 0, deleted: 0")
+    trees.write_image(images / "ant" / "1.jpg", 1000)  # changed
+    (images / "bee" / "2.jpg").unlink()  # vanished
+    trees.write_image(images / "cat" / "new.jpg", 1001)  # appeared
+    updated("new: 0, changed: 3, deleted: 0")
+    assert embedded == [5 + 4 + 6]
+    (images / "ant" / "more" / "0.jpg").unlink()  # the only one in its folder, which stays
+    trees.write_image(images / "dog" / "1.jpg", 1002)
+    updated("new: 1, changed: 0, deleted: 1")
+    shutil.rmtree(images / "bee")
+    updated("new: 0, changed: 0, deleted: 2")
+    assert embedded == [15, 1]
+
+
+def test_folder_with_bad_images(weights, images, tmp_path, capsys):
+    """The mean of the others; a folder without others is left out."""
+    (images / "bee" / "2.jpg").write_bytes(b"no image")
+    (images / "cat" / "more" / "0.jpg").write_bytes(b"no image")
+    make(weights, images, tmp_path / "index", "--by-folder", "--skip-bad-images")
+    assert "Indexed 5 folders" in capsys.readouterr().out
+    (images / "bee" / "2.jpg").unlink()
+    (result,) = found(tmp_path / "index", capsys, images / "bee" / "1.jpg", "-k", 1)
+    assert result["neighbours"][0]["path"] == str(images / "bee")
+    value = means(weights, [images / "bee"]) @ embeddings(weights, [str(images / "bee" / "1.jpg")]).T
+    assert result["neighbours"][0]["similarity"] == pytest.approx(float(value), abs=1e-5)
+
+
+def test_index_of_folders_is_not_one_of_images(weights, images, tmp_path, capsys):
+    make(weights, images, tmp_path / "folders", "--by-folder")
+    make(weights, images, tmp_path / "images")
+    fails(lambda: make(weights, images, tmp_path / "folders"), capsys, "is an index of folders: update it with --by-")
+    words = "is an index of images: update it without --by-folder, or make a new one"
+    fails(lambda: make(weights, images, tmp_path / "images", "--by-folder"), capsys, words)
+
+
+def test_threshold_of_pairs_of_images_is_not_used_for_folders(weights, images, tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    calibrated(weights, tmp_path / "own")
+    make(tmp_path / "own", images, tmp_path / "index", "--by-folder")
+    capsys.readouterr()
+    picture = ["--save", str(tmp_path / "folders.png")]
+    search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images), "--by-folder", *picture])
+    out, err = capsys.readouterr()
+    assert "is for pairs of images, not for folders: say one with --threshold" in err
+    results = json.loads(out)
+    assert len(results) == 6 and all(r["match"] is None and len(r["neighbours"]) == 6 for r in results)
+    assert all(r["neighbours"][0]["path"] == r["query"] for r in results)
+    assert (tmp_path / "folders.png").stat().st_size > 10_000
+    results = found(tmp_path / "index", capsys, images, "--by-folder", "--threshold", 0.99999)
+    assert all(r["match"] and [n["path"] for n in r["neighbours"]] == [r["query"]] for r in results)

@@ -57,10 +57,11 @@ def test_defaults_are_the_published():
         "loss": "Relaxed_Contra", "batch_size": 90, "IPC": 2, "view": 2, "sigma": 1, "delta": 1, "lr": 1e-4,
         "optimizer": "adamw", "weight_decay": 1e-4, "warm": 0, "bn_freeze": 0, "l2_norm": 0, "epochs": 90, "seed": 0,
         "source_model": "bn_inception", "source_embedding_size": 512, "model": "bn_inception", "image_size": 224,
+        "lr_schedule": "cosine", "head": "orthogonal",
     }  # fmt: skip
     assert published.items() <= vars(transfer.parse(["--source-ckpt", "t.pth"])).items()
     args = transfer.parse(["--source-ckpt", "t.pth", "--dataset", "SOP", "--model", "resnet18", "--save", "1"])
-    assert (args.epochs, args.source_model) == (150, "resnet50") and not hasattr(args, "lr_decay_step")
+    assert (args.epochs, args.source_model) == (150, "resnet50")
     args = transfer.parse(["--source-ckpt", "t.pth", "--dataset", "glyphs"])
     assert (args.model, args.image_size, args.bn_freeze, args.recipe.count("decay")) == ("resnet18", 32, 0, 0)
 
@@ -74,6 +75,7 @@ def test_folder_and_schedule(logs, teacher):
     rows = read_metrics(logs)
     assert [row["lr"] for row in rows] == pytest.approx([1e-4 * (1 + math.cos(math.pi * e / 2)) / 2 for e in (0, 1)])
     expected = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 0, "crop": 0.875}
+    expected["head"] = "orthogonal"
     assert checkpoint.contract(folder / "cub_resnet18_best.pth") == expected | {"distance": "euclidean"}
     assert (folder / "curves.png").exists()
 
@@ -127,7 +129,10 @@ def test_other_teacher_or_schedule_does_not_continue_a_run(teacher, cub_root, tm
     torch.manual_seed(6)
     checkpoint.save(other, net.create("resnet18", 12), CONTRACT)
     for flags, words in (
-        (["--source-ckpt", str(other)], "is another experiment (teacher: another one); start a new one"),
+        (
+            ["--source-ckpt", str(other)],
+            "is another experiment (teacher: another one, or known by its file to an earlier version); start",
+        ),
         (["--epochs", "3"], "(schedule: cosine over 2 epochs, now cosine over 3 epochs)"),
     ):
         fails(["--resume", str(config.parent), *flags], capsys, words)
@@ -246,3 +251,38 @@ def test_bad_teachers(teacher, cub_root, tmp_path, capsys):
     ):
         fails(arguments(path, cub_root, tmp_path / "logs", **more), capsys, words)
     assert not (tmp_path / "logs").exists()
+
+
+def test_recipe_around_the_loss_is_the_published_one(teacher, cub_root, tmp_path, monkeypatch):
+    """Nothing is clipped, and the embedding layer starts with orthonormal rows and no bias."""
+    seen = {}
+
+    def train_one_epoch(network, *_, clipped=(), **__):
+        layer = network.model.embedding
+        seen.update(clipped=list(clipped), weight=layer.weight.detach().clone(), bias=layer.bias.detach().clone())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(transfer.training, "train_one_epoch", train_one_epoch)
+    with pytest.raises(SystemExit, match="1"):
+        transfer.main(arguments(teacher, cub_root, tmp_path))
+    assert seen["clipped"] == [] and not seen["bias"].any()
+    torch.testing.assert_close(seen["weight"] @ seen["weight"].T, torch.eye(len(seen["weight"])), atol=1e-5, rtol=0)
+
+
+def test_published_spelling_of_the_length():
+    assert transfer.parse(["--source-ckpt", "t.pth", "--target-norm", "1"]).l2_norm == 1
+
+
+def test_student_of_the_published_code_is_compared_as_it_was_trained(logs, cub_root, tmp_path, capsys):
+    """Its checkpoint has no record: two flags say what ours says itself."""
+    best = run_folder(logs) / "cub_resnet18_best.pth"
+    bare = tmp_path / "bare.pth"
+    torch.save({"model_state_dict": torch.load(best)["model_state_dict"]}, bare)
+    line = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume"]
+    flags = ["--model", "resnet18", "--embedding-size", "8", "--image-size", "32", "--l2-norm", "0"]
+    recorded = evaluate.main([*line, str(best)])
+    assert evaluate.main([*line, str(bare), *flags, "--distance", "euclidean"]) == recorded
+    assert evaluate.main([*line, str(bare), *flags])["MAP@R"] != recorded["MAP@R"]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([*line, str(best), "--distance", "cosine"])
+    assert "argument --distance: the checkpoint was trained for euclidean, not cosine" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_run_on_a_fold(on_fold, capsys):
     assert lines[:2] == [f"Best Epoch: {best}", f"Best val/Recall@1: {100 * float(rows[best]['val/R@1']):.4f}"]
     assert runs.is_finished(on_fold, 3)
     assert checkpoint.progress(on_fold / "last.pth")["rows"][1]["val/R@1"] == float(rows[1]["val/R@1"])
-    assert metrics.plain(figures.read(on_fold / "metrics.csv")[2])["R@1"] == float(rows[2]["val/R@1"])
+    assert metrics.plain(figures.read(on_fold / "metrics.csv")[0][2])["R@1"] == float(rows[2]["val/R@1"])
     assert (on_fold / "curves.png").exists()
 
 

@@ -1,0 +1,286 @@
+"""One thing or two: what a threshold on the nearness of two images achieves over all pairs, and how certain that is.
+
+A pair is accepted if its images are at least as near as the threshold. Of the pairs of one class, the share accepted is
+the true-accept rate (TAR); of the pairs of two classes, it is the false-accept rate (FAR).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from proxy_anchor.pairs import Pairs, Scale, signed
+
+FARS = (1e-1, 1e-2, 1e-3, 1e-4)
+FEWEST = 10  # pairs of two classes that a threshold must accept: the rate of fewer is little more than chance
+REPLICATES = 500  # of the bootstrap
+LEVEL = 0.95  # of the intervals
+FAR_STEPS, TAR_STEPS = 40, 24  # thresholds of the bootstrap's curves, chosen by either
+SEED = 0  # of the bootstrap, and of the halves of calibrate
+KINDS = {"cosine": "similarity", "euclidean": "distance"}
+BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of a pair that is accepted
+
+
+class Estimate(NamedTuple):
+    """A value and the ends of its interval, which are NaN where there are too few classes for one."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, form: str = "{:.4f}", unit: str = "", factor: float = 1) -> str:
+        value, *ends = (form.format(factor * number) for number in self)
+        return value + unit + ("" if np.isnan(self.low) else f" [{', '.join(ends)}]")
+
+    def percent(self) -> str:
+        return self.text("{:.2f}", "%", 100)
+
+    def measured(self, distance: str) -> "Estimate":
+        """Of nearness: as a similarity or a distance, see pairs.signed."""
+        value, *ends = (signed(number, distance) for number in self)
+        return Estimate(value, *sorted(ends))
+
+
+@dataclass
+class Verification:
+    """What thresholds achieve on the pairs of some classes, with intervals by a bootstrap over these classes.
+
+    same, other: the numbers of pairs of one class and of two in each bin of the scale.
+    auc: the ROC's area. equal_error: the rate where FAR = 1 - TAR, at its threshold.
+    at_far: {FAR: (threshold, TAR)}; the threshold is the lowest edge of the scale that accepts no more than this share
+    of the pairs of two classes. too_rare: the FARs that these pairs are too few for. at_threshold: {threshold:
+    (FAR, TAR)}. All thresholds are of nearness, see pairs.signed. Without pairs of both kinds there are no estimates.
+    """
+
+    distance: str
+    classes: int
+    scale: Scale
+    same: np.ndarray
+    other: np.ndarray
+    auc: Estimate | None = None
+    equal_error: tuple[Estimate, Estimate] | None = None
+    at_far: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
+    too_rare: list[float] = field(default_factory=list)
+    at_threshold: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """(FAR, TAR, threshold) of each rate that the pairs resolve, with intervals."""
+        return [
+            (f"{100 * far:g}%", tar.percent(), threshold.measured(self.distance).text())
+            for far, (threshold, tar) in self.at_far.items()
+        ]
+
+    def remark(self) -> str:
+        """A line on the pairs, and one on rates that they are too few for."""
+        same, other = (f"{counts.sum():,}" for counts in (self.same, self.other))
+        if self.auc is None:
+            return f"Pairs of images: {same} of one class, {other} of two; thresholds need pairs of both kinds.\n"
+        lines = (
+            f"Pairs of images: {same} of one class, {other} of two. In brackets: {100 * LEVEL:g}% intervals, by a "
+            f"bootstrap over the {self.classes:,} classes.\n"
+        )
+        if self.too_rare:
+            rates = ", ".join(f"{100 * far:g}%" for far in self.too_rare)
+            lines += f"The pairs of two classes are too few for thresholds with {rates} false accepts.\n"
+        return lines
+
+    def text(self) -> str:
+        """All of it, as lines for a terminal."""
+        if self.auc is None or self.equal_error is None:
+            return self.remark()
+        threshold, rate = self.equal_error
+        kind = KINDS[self.distance]
+        return (
+            f"{self.remark()}ROC AUC {self.auc.percent()}, "
+            f"equal errors {rate.percent()} at {kind} {threshold.measured(self.distance).text()}\n"
+            f"{'false accepts':15}{'true accepts':24}{kind} {BOUNDS[self.distance]}\n"
+            + "".join(f"{far:>13}  {tar:24}{threshold}\n" for far, tar, threshold in self.table())
+        )
+
+
+@dataclass
+class Curve:
+    """FAR and TAR (K, R) at ascending thresholds (K,), from all pairs accepted to none, for each of R sets of pairs."""
+
+    thresholds: np.ndarray
+    far: np.ndarray
+    tar: np.ndarray
+
+    @classmethod
+    def of(cls, thresholds: np.ndarray, same: np.ndarray, other: np.ndarray) -> "Curve":
+        """From the numbers of pairs (K - 1, R) between the thresholds, of one class and of two."""
+        accepted = [np.pad(counts[::-1].cumsum(axis=0)[::-1], ((0, 1), (0, 0))) for counts in (other, same)]
+        with np.errstate(invalid="ignore"):  # NaN for sets that lack pairs of a kind
+            return cls(thresholds, *(counts / counts[0] for counts in accepted))
+
+    def auc(self) -> np.ndarray:
+        """The ROC's area: how often a pair of one class is nearer than a pair of two; of equals, one half."""
+        return ((self.tar[1:] + self.tar[:-1]) * (self.far[:-1] - self.far[1:])).sum(axis=0) / 2
+
+    def equal_errors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(threshold, rate) where FAR = 1 - TAR, on straight lines between the thresholds."""
+        threshold, rate, _ = self._where(self.far + self.tar - 1, 0)
+        return threshold, rate
+
+    def at_far(self, far: float) -> tuple[np.ndarray, np.ndarray]:
+        """(threshold, TAR) where FAR falls to this, on straight lines between the thresholds."""
+        threshold, _, tar = self._where(self.far, far)
+        return threshold, tar
+
+    def _where(self, falling, level):
+        after = (falling <= level).argmax(axis=0)[None]
+        before = np.maximum(after - 1, 0)
+        high, low = (np.take_along_axis(falling, at, axis=0) for at in (before, after))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = (high - level) / (high - low)
+        columns = self.thresholds[:, None].repeat(falling.shape[1], axis=1), self.far, self.tar
+        ends = [[np.take_along_axis(column, at, axis=0) for at in (before, after)] for column in columns]
+        return [(start + share * (end - start))[0] for start, end in ends]
+
+
+@torch.no_grad()
+def verify(
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    gallery: torch.Tensor | None = None,
+    gallery_labels: torch.Tensor | None = None,
+    distance: str = "cosine",
+    groups: torch.Tensor | None = None,
+    gallery_groups: torch.Tensor | None = None,
+    *,
+    fars: Sequence[float] = FARS,
+    thresholds: Sequence[float] = (),
+    replicates: int = REPLICATES,
+    group: dist.ProcessGroup | None = None,
+) -> Verification:
+    """Tell pairs of one class from pairs of two by their nearness, at these rates and thresholds.
+
+    Arguments and errors as for retrieval.best_positive_rank; the pairs are each query with each image of the gallery
+    or, without one, all pairs of two queries, but for those of one group. The rates are exact at the edges of the
+    scale, to one of which the thresholds are rounded up. The intervals are those of classes drawn with replacement,
+    since pairs that share a class vary together. Memory grows with the images and classes, not with the pairs; the
+    processes of a group divide these.
+    """
+    pairs = Pairs.of(embeddings, labels, gallery, gallery_labels, distance, groups, gallery_groups, group)
+    same, other = pairs.histograms()
+    found = Verification(distance, len(pairs.classes), pairs.scale, same, other)
+    if not (same.any() and other.any()):
+        return found
+    curve = Curve.of(pairs.scale.edges, same[:, None], other[:, None])
+    found.too_rare = [far for far in fars if far * other.sum() < FEWEST]
+    chosen = {far: int((curve.far <= far).argmax()) for far in fars if far not in found.too_rare}
+    given = {threshold: pairs.scale.edge_from(threshold) for threshold in thresholds}
+    edges = edges_of_interest(curve, [*chosen.values(), *given.values()], other.sum())
+    drawn = np.random.default_rng(SEED).multinomial(
+        found.classes, np.full(found.classes, 1 / found.classes), replicates
+    )
+    resampled = Curve.of(pairs.scale.edges[edges], *pairs.resampled(edges, drawn.T))
+
+    found.auc = estimate(curve.auc(), resampled.auc())
+    (threshold, rate), (thresholds_drawn, rates_drawn) = curve.equal_errors(), resampled.equal_errors()
+    found.equal_error = estimate(threshold, thresholds_drawn), estimate(rate, rates_drawn)
+    for far, edge in chosen.items():
+        thresholds_drawn, rates_drawn = resampled.at_far(far)
+        found.at_far[far] = estimate(curve.thresholds[edge], thresholds_drawn), estimate(curve.tar[edge], rates_drawn)
+    for limit, edge in given.items():
+        row = np.searchsorted(edges, edge)
+        found.at_threshold[limit] = (
+            estimate(curve.far[edge], resampled.far[row]), estimate(curve.tar[edge], resampled.tar[row]),
+        )  # fmt: skip
+    return found
+
+
+def edges_of_interest(curve: Curve, wanted: list[int], pairs: int) -> np.ndarray:
+    """The numbers of the edges between which the bootstrap counts: those wanted, and enough to draw a curve."""
+    far, tar = curve.far[:, 0], curve.tar[:, 0]
+    levels = np.geomspace(1 / pairs, 1, FAR_STEPS), np.linspace(0, 1, TAR_STEPS)
+    steps = [len(rate) - np.searchsorted(rate[::-1], level, side="right") for rate, level in zip((far, tar), levels)]
+    return np.unique([0, len(far) - 1, *np.concatenate(steps).clip(0, len(far) - 1), *wanted])
+
+
+def estimate(value, replicates: np.ndarray) -> Estimate:
+    """The value, with the interval of the replicates that have one."""
+    known = replicates[~np.isnan(replicates)]
+    ends = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(known) else [np.nan] * 2
+    return Estimate(*map(float, (np.squeeze(value), *ends)))
+
+
+@dataclass
+class Calibration:
+    """A threshold with this FAR on the pairs of some classes, and what it achieves on those of others."""
+
+    asked: float
+    seed: int
+    chosen: Verification
+    checked: Verification
+
+    @property
+    def threshold(self) -> Estimate:
+        return self.chosen.at_far[self.asked][0].measured(self.chosen.distance)
+
+    @property
+    def far(self) -> Estimate:
+        """Of the checking classes."""
+        return next(iter(self.checked.at_threshold.values()))[0]
+
+    def text(self) -> str:
+        """Lines for a terminal."""
+        asked, kind = f"{100 * self.asked:g}%", KINDS[self.chosen.distance]
+        _, tar = self.chosen.at_far[self.asked]
+        ((_, checked_tar),) = self.checked.at_threshold.values()
+        return (
+            f"Threshold for {asked} false accepts, chosen on half of the classes ({self.chosen.classes:,}, the first "
+            f"of a shuffle with seed {self.seed}): {kind} {self.threshold.text()}, with {tar.percent()} true accepts\n"
+            f"Checked on the other half ({self.checked.classes:,}): {self.far.percent()} false accepts, "
+            f"{checked_tar.percent()} true accepts\n"
+        )
+
+    def record(self) -> dict:
+        """What a checkpoint keeps of it, see checkpoint.THRESHOLD; the threshold is a similarity or a distance."""
+        value, *interval = self.threshold
+        far, *far_interval = self.far
+        return {
+            "distance": self.chosen.distance, "threshold": value, "interval": interval, "asked_far": self.asked,
+            "far": far, "far_interval": far_interval, "classes": [self.chosen.classes, self.checked.classes],
+        }  # fmt: skip
+
+
+def calibrate(
+    embedded: list[torch.Tensor], far: float, distance: str = "cosine", groups: Sequence | None = None, seed: int = SEED
+) -> Calibration:
+    """Choose the threshold with this FAR on one half of the classes, and check it on the other.
+
+    embedded, groups: as for evaluation.measure. The first half of a shuffle of the classes with this seed chooses.
+    Raises ValueError where a half has too few classes or pairs.
+    """
+    classes = torch.unique(torch.cat([labels.cpu() for labels in embedded[1::2]])).numpy()
+    first, second = np.array_split(np.random.default_rng(seed).permutation(classes), 2)
+    chosen = verify(*of_classes(embedded, first, distance, groups), fars=[far])
+    if far not in chosen.at_far:
+        raise ValueError(
+            f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} pairs of one class and "
+            f"{chosen.other.sum():,} of two: too few for a threshold with {100 * far:g}% false accepts, which takes "
+            f"{FEWEST} false accepts"
+        )
+    limit = chosen.at_far[far][0].value
+    checked = verify(*of_classes(embedded, second, distance, groups), fars=[], thresholds=[limit])
+    if not checked.at_threshold:
+        raise ValueError(f"The {len(second):,} classes to check the threshold on do not have pairs of both kinds")
+    return Calibration(far, seed, chosen, checked)
+
+
+def of_classes(
+    embedded: list[torch.Tensor], classes: np.ndarray, distance: str, groups: Sequence | None = None
+) -> list[Any]:
+    """The arguments of verify for the images of these classes."""
+    found: list[Any] = []
+    kept_groups: list[Any] = []
+    for embeddings, labels, own in zip(embedded[::2], embedded[1::2], groups or (None, None)):
+        kept = np.isin(labels.cpu().numpy(), classes)
+        rows = torch.from_numpy(kept).to(labels.device)
+        found += [embeddings[rows], labels[rows]]
+        kept_groups.append(None if own is None else torch.as_tensor(own)[kept])
+    return [*[*found, None, None][:4], distance, *[*kept_groups, None][:2]]

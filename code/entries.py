@@ -1,0 +1,35 @@
+"""What the entries of an index are: images or, by folder, the mean of the images that lie in one."""
+
+import os
+
+import torch
+
+from proxy_anchor.retrieval import comparable
+
+
+def group(paths: list[str], by_folder: bool) -> dict[str, list[str]]:
+    """{entry: its images}: each image by itself, or those that lie in the same folder, by its path."""
+    entries: dict[str, list[str]] = {}
+    for path in paths:
+        entries.setdefault((os.path.dirname(path) or ".") if by_folder else path, []).append(path)
+    return entries
+
+
+def stamp(paths: list[str]) -> list[int]:
+    """What tells whether one of these files has changed, or is another: their sizes and times of change in ns."""
+    stats = sorted((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths))
+    return [number for size_and_time in stats for number in size_and_time]
+
+
+def embeddings_of(entries: dict[str, list[str]], paths: list[str], embeddings: torch.Tensor, distance: str):
+    """(entries, (E, D)) from the embeddings (N, D) of images at these paths; the entries without an image are left out.
+
+    The mean of several images is of unit vectors, or of embeddings as they are; it has no unit length yet.
+    """
+    place = {path: i for i, path in enumerate(paths)}
+    rows = {entry: [place[path] for path in images if path in place] for entry, images in entries.items()}
+    rows = {entry: own for entry, own in rows.items() if own}
+    if all(len(own) == 1 for own in rows.values()):
+        return list(rows), embeddings[[own[0] for own in rows.values()]]
+    vectors = comparable(embeddings, distance)
+    return list(rows), torch.stack([vectors[own].double().mean(dim=0) for own in rows.values()])

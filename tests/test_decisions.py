@@ -1,0 +1,288 @@
+"""Thresholds: rates over all pairs, their intervals, calibration; beside scikit-learn, closed forms and brute force."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from proxy_anchor import pairs, retrieval
+from proxy_anchor.decisions import Curve, calibrate, verify
+from proxy_anchor.pairs import Pairs, Scale
+
+
+def random_set(count, classes, seed, dimensions=8):
+    """Embeddings and labels, which are neither consecutive nor sorted."""
+    random = np.random.default_rng(seed)
+    numbers = random.integers(0, classes, count)
+    centres = np.random.default_rng(99).normal(size=(classes, dimensions))
+    embeddings = centres[numbers] + random.normal(size=(count, dimensions))
+    return torch.from_numpy(embeddings).float(), torch.from_numpy(numbers * 7 - 20)
+
+
+def all_pairs(queries, labels, gallery=None, gallery_labels=None, distance="cosine"):
+    """(nearness, of one class, the two classes) of each pair, from all differences or products in float64."""
+    targets, target_labels = (queries, labels) if gallery is None else (gallery, gallery_labels)
+    x, y = (t.double().numpy() for t in (queries, targets))
+    if distance == "cosine":
+        nearness = (x[:, None] * y).sum(axis=2) / np.sqrt((x**2).sum(axis=1)[:, None] * (y**2).sum(axis=1))
+    else:
+        nearness = -np.sqrt(((x[:, None] - y) ** 2).sum(axis=2))
+    pair = np.triu(np.ones_like(nearness, dtype=bool), k=1 if gallery is None else -len(x))
+    first, second = np.broadcast_arrays(labels.numpy()[:, None], target_labels.numpy())
+    return nearness[pair], (first == second)[pair], first[pair], second[pair]
+
+
+SETS = {
+    "themselves": random_set(130, 12, 0),
+    "a gallery": (*random_set(70, 12, 1), *random_set(90, 12, 2)),
+    "a gallery that lacks classes": (*random_set(70, 12, 1), *random_set(90, 7, 2)),
+}
+
+
+@pytest.fixture(params=[960, 33])
+def tile(request, monkeypatch):
+    """Of the product: all at once, and many of them, whose edges cut classes in two."""
+    monkeypatch.setitem(retrieval.TILE, "cpu", request.param)
+
+
+@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("searched", SETS)
+def test_rates_are_those_of_sklearn(searched, distance, tile):
+    nearness, alike, _, _ = all_pairs(*SETS[searched], distance=distance)
+    far, tar, thresholds = roc_curve(alike, nearness, drop_intermediate=False)
+    fars = (0.5, 0.1, 0.03, 0.01)
+    found = verify(*[*SETS[searched], None, None][:4], distance, fars=fars, replicates=20)
+    assert (found.same.sum(), found.other.sum()) == (alike.sum(), (~alike).sum())
+    width, least = found.scale.width, 1 / min(alike.sum(), (~alike).sum())
+    assert found.auc.value == pytest.approx(roc_auc_score(alike, nearness), abs=1e-4)
+    assert found.equal_error[1].value == pytest.approx(far[np.abs(far + tar - 1).argmin()], abs=2 * least)
+    assert list(found.at_far) == list(fars) and not found.too_rare
+    for rate, (threshold, share) in found.at_far.items():
+        last = np.flatnonzero(far <= rate)[-1]
+        below = thresholds[last + 1]  # would accept too many
+        assert below - 1e-6 < threshold.value < below + width + 1e-6 or share.value == pytest.approx(tar[last])
+        assert (nearness[~alike] >= threshold.value).mean() <= rate
+        assert share.value == pytest.approx((nearness[alike] >= threshold.value).mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+def test_rates_at_given_thresholds_are_those_of_a_loop(distance):
+    nearness, alike, _, _ = all_pairs(*SETS["themselves"], distance=distance)
+    given = [-50, 0.25, 50] if distance == "cosine" else [-50, -4.5, 50]
+    found = verify(*SETS["themselves"], distance=distance, thresholds=given, replicates=20)
+    for threshold, (far, tar) in found.at_threshold.items():
+        assert far.value == pytest.approx((nearness[~alike] >= threshold).mean(), abs=2e-4)
+        assert tar.value == pytest.approx((nearness[alike] >= threshold).mean(), abs=2e-4)
+    assert [list(map(float, rate)) for rate in found.at_threshold[-50]] == [[1, 1, 1]] * 2
+    assert [list(map(float, rate)) for rate in found.at_threshold[50]] == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("scale", [Scale(-1, 2 / pairs.RESOLUTION), Scale(-32, 32 / pairs.RESOLUTION)])
+def test_thresholds_are_rounded_up_to_an_edge(scale):
+    """Exactly those of the scale are themselves, and the bins begin at them; the last edge accepts nothing."""
+    for number in (0, 1, 777, 40_000, pairs.RESOLUTION, pairs.RESOLUTION + 1):
+        edge = scale.edges[number]
+        assert scale.edge_from(edge) == number
+        assert scale.edge_from(edge + 1e-9) == min(number + 1, pairs.RESOLUTION + 1)
+        around = torch.tensor([edge - 1e-9, edge, edge + 1e-9], dtype=torch.double)
+        expected = [max(0, min(n, pairs.RESOLUTION)) for n in (number - 1, number, number)]
+        assert scale.bins(around).tolist() == expected
+    assert scale.edges[-2] == (1 if scale.low == -1 else 0)
+
+
+@pytest.mark.parametrize("separation", [0.5, 2, 4])
+def test_gaussian_similarities_have_the_closed_forms(separation):
+    """AUC = Phi(d'/sqrt 2), EER = Phi(-d'/2), and TAR = Phi(d' + Phi^-1(FAR)), from counts of Gaussians in bins."""
+    normal, sigma = NormalDist(), 0.1
+    scale = Scale(-1, 2 / pairs.RESOLUTION)
+    shares = [np.array([NormalDist(mean, sigma).cdf(edge) for edge in scale.edges])
+              for mean in (0.2 - separation * sigma / 2, 0.2 + separation * sigma / 2)]  # fmt: skip
+    other, same = (np.diff(share)[:, None] for share in shares)
+    curve = Curve.of(scale.edges, same, other)
+    assert curve.auc()[0] == pytest.approx(normal.cdf(separation / math.sqrt(2)), abs=1e-6)
+    threshold, rate = (value[0] for value in curve.equal_errors())
+    assert (threshold, rate) == pytest.approx((0.2, normal.cdf(-separation / 2)), abs=1e-5)
+    for far in (0.1, 0.001):
+        threshold, tar = (value[0] for value in curve.at_far(far))
+        assert tar == pytest.approx(normal.cdf(separation + normal.inv_cdf(far)), abs=1e-5)
+        assert threshold == pytest.approx(0.2 - separation * sigma / 2 - sigma * normal.inv_cdf(far), abs=1e-5)
+
+
+def test_gaussian_embeddings_have_the_closed_forms():
+    """Of one dimension: the square of the distance of a pair is a chi-square with one degree of freedom, scaled."""
+    random = np.random.default_rng(0)
+    centres = random.normal(0, 5, 2000)
+    x = torch.from_numpy(np.repeat(centres, 2) + random.normal(0, 1, 4000))[:, None]
+    found = verify(x, torch.arange(4000) // 2, distance="euclidean", replicates=20)
+    near, far = (lambda d, s=s: 2 * NormalDist(0, s).cdf(d) - 1 for s in (math.sqrt(2), math.sqrt(52)))
+    threshold, rate = (estimate.value for estimate in found.equal_error)
+    assert 1 - near(-threshold) == pytest.approx(far(-threshold), abs=0.02)
+    assert rate == pytest.approx(far(-threshold), abs=0.01)
+    assert found.auc.value == pytest.approx(1 - 2 / math.pi * math.atan(math.sqrt(2 / 52)), abs=0.01)
+
+
+@pytest.mark.parametrize("searched", SETS)
+def test_bootstrap_counts_are_those_of_sets_made_of_the_classes_drawn(searched, tile, monkeypatch):
+    """Each replicate by brute force: a list of classes, the pairs of each, and of each two that are not the same."""
+    monkeypatch.setattr(pairs, "CELLS", 2000)  # several parts per tile
+    nearness, alike, first, second = all_pairs(*SETS[searched])
+    found = Pairs.of(*SETS[searched])
+    classes = found.classes.tolist()
+    assert classes == sorted({*first, *second})
+    edges = np.array([0, 25_000, 32_768, 40_000, 50_000, pairs.RESOLUTION + 1])
+    weights = np.random.default_rng(0).multinomial(len(classes), np.full(len(classes), 1 / len(classes)), 6).T
+    same, other = found.resampled(edges, weights)
+    assert same.shape == other.shape == (5, 6)
+    for replicate in range(6):
+        drawn = np.repeat(classes, weights[:, replicate])
+        one, two = [], []
+        for a in range(len(drawn)):
+            one += nearness[alike & (first == drawn[a])].tolist()
+            for b in range(len(drawn)):
+                if drawn[a] != drawn[b]:
+                    two += nearness[(first == drawn[a]) & (second == drawn[b])].tolist()
+        for counts, values in ((same, one), (other, two)):
+            assert counts[:, replicate].tolist() == np.histogram(values, found.scale.edges[edges])[0].tolist()
+
+
+def test_intervals_are_the_quantiles_of_the_replicates():
+    """Those of brute force, on all thresholds instead of some."""
+    found = verify(*SETS["themselves"], fars=[0.05], thresholds=[0.3], replicates=100)
+    every = Pairs.of(*SETS["themselves"])
+    weights = np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), 100).T
+    fine = np.unique([*range(0, pairs.RESOLUTION, 64), pairs.RESOLUTION + 1])
+    curve = Curve.of(every.scale.edges[fine], *every.resampled(fine, weights))
+    threshold, tar = curve.at_far(0.05)
+    expected = [
+        (found.auc, curve.auc()), (found.equal_error[1], curve.equal_errors()[1]),
+        (found.at_far[0.05][0], threshold), (found.at_far[0.05][1], tar),
+        (found.at_threshold[0.3][0], curve.far[np.searchsorted(curve.thresholds, 0.3)]),
+    ]  # fmt: skip
+    for estimate, replicates in expected:
+        assert estimate[1:] == pytest.approx(np.quantile(replicates, [0.025, 0.975]), abs=0.01)
+        assert estimate.low < estimate.value < estimate.high
+
+
+def test_intervals_hold_the_true_rate():
+    """Of 60 samples of 20 classes, 95% should; binomial chance makes it 51 or more. Pairs alone would hold fewer."""
+    truth = verify(*random_classes(600, 0), thresholds=[0.5], replicates=2).at_threshold[0.5]
+    held = np.zeros(2)
+    for seed in range(1, 61):
+        rates = verify(*random_classes(20, seed), fars=[], thresholds=[0.5], replicates=100).at_threshold[0.5]
+        held += [rate.low <= true.value <= rate.high for rate, true in zip(rates, truth)]
+    assert (held >= 51).all()
+
+
+def random_classes(count, seed):
+    random = np.random.default_rng(seed)
+    spread = random.gamma(4, 0.25, size=count).repeat(5)[:, None]
+    x = random.normal(size=(count, 4)).repeat(5, axis=0) + 0.7 * spread * random.normal(size=(5 * count, 4))
+    return torch.from_numpy(x), torch.arange(count).repeat_interleave(5)
+
+
+def test_rates_that_the_pairs_are_too_few_for():
+    found = verify(*SETS["themselves"], fars=[0.1, 1e-3, 1e-6])
+    assert found.too_rare == [1e-3, 1e-6] and list(found.at_far) == [0.1]
+    assert "too few for thresholds with 0.1%, 0.0001% false accepts" in found.text()
+
+
+FEW = {
+    "one image": ([[1.0, 0]], [0]),
+    "one class": ([[1.0, 0], [0, 1], [1, 1]], [5, 5, 5]),
+    "no two of one class": ([[1.0, 0], [0, 1], [1, 1]], [1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_pairs_of_one_kind_have_no_threshold(kind):
+    embeddings, labels = map(torch.tensor, FEW[kind])
+    found = verify(embeddings, labels)
+    assert found.auc is None and not found.at_far and "thresholds need pairs of both kinds" in found.text()
+
+
+@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+def test_network_that_maps_all_images_to_one_point(distance):
+    found = verify(torch.ones(40, 3), torch.arange(40) % 4, distance=distance)
+    assert found.auc[:] == (0.5, 0.5, 0.5) and found.equal_error[1].value == 0.5
+    threshold, tar = found.at_far[0.1]
+    assert tar.value == 0 and threshold.value > (1 if distance == "cosine" else 0)
+
+
+def test_two_classes_have_intervals_of_the_replicates_with_both():
+    found = verify(torch.randn(40, 3), torch.arange(40) % 2, fars=[0.1])
+    assert not math.isnan(found.auc.low) and found.auc.low <= found.auc.value + 0.01
+
+
+@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
+    """The largest tensor that any operation makes is the same for all numbers of pairs: that of the two histograms."""
+    monkeypatch.setitem(retrieval.TILE, "cpu", 48)
+    monkeypatch.setattr(pairs, "CELLS", 1 << 14)
+    largest = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest[-1] = max(largest[-1], result.numel())
+            return result
+
+    for count in (600, 1200):
+        largest.append(0)
+        with Watch():
+            verify(*random_set(count, 10, 0, dimensions=2), distance=distance, replicates=20)
+    assert largest == [2 * (pairs.RESOLUTION + 1) + 1] * 2 and largest[0] < 600 * 599 / 2
+
+
+def test_processes_of_a_group_divide_the_tiles(tile, monkeypatch):
+    """Two of them, one after the other: together they count each pair once, and so do their replicates."""
+    alone = Pairs.of(*SETS["a gallery"])
+    edges, weights = np.array([0, 40_000, pairs.RESOLUTION + 1]), np.arange(24).reshape(12, 2)
+    parts: list = []
+    monkeypatch.setattr(pairs.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(pairs.dist, "all_reduce", lambda counts, group: parts.append(counts))
+    for rank in range(2):
+        monkeypatch.setattr(pairs.dist, "get_rank", lambda group, rank=rank: rank)
+        shared = Pairs.of(*SETS["a gallery"], group="both")
+        shared.histograms()
+        shared.resampled(edges, weights)
+    other, same = (parts[0] + parts[2])[:-1].view(2, -1).numpy()
+    assert (same == alone.histograms()[0]).all() and (other == alone.histograms()[1]).all()
+    other, same = (parts[1] + parts[3]).numpy()
+    assert (same == alone.resampled(edges, weights)[0]).all() and (other == alone.resampled(edges, weights)[1]).all()
+
+
+@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("searched", ["themselves", "a gallery"])
+def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
+    embedded = (
+        [*random_set(600, 40, 3)] if searched == "themselves" else [*random_set(300, 40, 3), *random_set(300, 40, 4)]
+    )
+    found = calibrate(embedded, 0.05, distance, seed=1)
+    classes = np.unique(torch.cat(embedded[1::2]).numpy())
+    halves = np.split(np.random.default_rng(1).permutation(classes), 2)
+    sign = 1 if distance == "cosine" else -1
+    rates = []
+    for half in halves:
+        part = [t[torch.from_numpy(np.isin(embedded[i // 2 * 2 + 1].numpy(), half))] for i, t in enumerate(embedded)]
+        nearness, alike, _, _ = all_pairs(*part, distance=distance)
+        rates.append((nearness[~alike] >= sign * found.threshold.value).mean())
+    assert 0.049 < rates[0] <= 0.05
+    assert found.far.value == pytest.approx(rates[1], abs=2e-4)
+    record = found.record()
+    assert record["threshold"] == found.threshold.value and record["classes"] == [20, 20]
+    low, high = record["interval"]
+    assert low < record["threshold"] < high and (low > 0 or distance == "cosine")
+    kind = "similarity" if distance == "cosine" else "distance"
+    assert f"with seed 1): {kind} {record['threshold']:.4f} [" in found.text()
+    assert f"Checked on the other half (20): {100 * record['far']:.2f}% [" in found.text()
+
+
+def test_calibration_needs_pairs_enough():
+    with pytest.raises(ValueError, match="too few for a threshold with 0.1% false accepts"):
+        calibrate([*SETS["themselves"]], 0.001)
+    with pytest.raises(ValueError, match="have 0 pairs of one class"):
+        calibrate([torch.randn(100, 2), torch.arange(100)], 0.1)

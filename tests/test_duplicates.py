@@ -1,0 +1,115 @@
+"""`python -m dataset check` finds images that are there twice: the same files, and near duplicates."""
+
+import shutil
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image
+from test_own import write_csv
+
+from dataset import duplicates
+from dataset.__main__ import main as dataset_main
+
+
+def smooth(seed, path):
+    """A picture of large areas, as photos have."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).resize((120, 90), Image.Resampling.BICUBIC).save(path, quality=95)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """40 pictures of 4 classes, two of which train, with planted duplicates."""
+    rows = []
+    for number in range(40):
+        split, label = ("train" if number < 20 else "eval"), number // 10
+        smooth(number, tmp_path / f"{number}.jpg")
+        rows.append((f"{number}.jpg", label, split, ""))
+
+    def add(name, label, split, group=""):
+        rows.append((name, label, split, group))
+        return tmp_path / name
+
+    shutil.copy(tmp_path / "0.jpg", add("copy of 0.jpg", 0, "train"))
+    shutil.copy(tmp_path / "1.jpg", add("copy of 1.jpg", 2, "eval"))
+    with Image.open(tmp_path / "25.jpg") as image:
+        image.resize((80, 60)).save(add("small 25.jpg", 3, "eval"), quality=50)
+        rows[25] = ("25.jpg", 2, "eval", "")
+    with Image.open(tmp_path / "30.jpg") as image:  # of one burst: known
+        image.save(add("again 30.jpg", 3, "eval", "burst"), quality=80)
+        rows[30] = ("30.jpg", 3, "eval", "burst")
+    for name, grey in (("white.png", 255), ("black.png", 0), ("black again.png", 0)):
+        Image.new("RGB", (50, 50), 3 * (grey,)).save(add(name, 3, "eval"))
+    return write_csv(tmp_path / "images.csv", rows, ("path", "label", "split", "group"))
+
+
+def check(table, capsys):
+    dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])
+    lines = capsys.readouterr().out.replace(f"{table.parent}/", "").splitlines()
+    return lines[next(i for i, line in enumerate(lines) if "both training and test" in line) :]
+
+
+def test_duplicates_are_found_and_the_worst_listed(table, capsys):
+    first, listed, flat, head, same, near, worst, *rows, end = check(table, capsys)
+    assert first == "1 images are in both training and test" and listed == "  1.jpg = copy of 1.jpg"
+    assert flat == "3 images are nearly uniform: among them, only the same files were looked for"
+    assert head.split() == ["pairs", "of", "images", "train", "test", "both", "of", "two", "classes"]
+    assert same.split()[-4:] == ["1", "1", "1", "1"] and near.split()[-4:] == ["0", "1", "0", "1"]
+    assert worst == "The worst, each image once:" and end == "Nothing is wrong."
+    assert [" ".join(row.split()) for row in rows[:3]] == [
+        "same file both 1.jpg = copy of 1.jpg (0 and 2)",
+        "same file train 0.jpg = copy of 0.jpg (both 0)",
+        "same file test black.png = black again.png (both 3)",
+    ]
+    with Image.open(table.parent / "25.jpg") as a, Image.open(table.parent / "small 25.jpg") as b:
+        bits = imagehash.phash(a) - imagehash.phash(b)
+    assert [" ".join(row.split()) for row in rows[3:]] == [f"{bits} bits test 25.jpg = small 25.jpg (2 and 3)"]
+
+
+def test_without_the_library_it_is_said(table, capsys, monkeypatch):
+    monkeypatch.setattr(duplicates, "find_spec", lambda name: None)
+    lines = check(table, capsys)
+    assert lines[2] == "Near duplicates were not looked for, only the same files: pip install imagehash"
+    assert lines[4].split()[-4:] == ["1", "1", "1", "1"] and lines[5].split()[-4:] == ["0", "0", "0", "0"]
+    assert lines[-1] == "Nothing is wrong."
+
+
+def test_no_duplicates_is_one_line(tmp_path, capsys):
+    for number in range(4):
+        smooth(number, tmp_path / f"{number}.jpg")
+    table = write_csv(tmp_path / "a.csv", [(f"{i}.jpg", i % 2, "eval") for i in range(4)])
+    assert check(table, capsys)[1:] == ["No image is there twice, nor within 4 of 64 bits", "Nothing is wrong."]
+
+
+@pytest.mark.parametrize("block", [1, 5000, 1 << 17])
+def test_near_pairs_are_all_pairs(block, monkeypatch):
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 1 << 64, 150, dtype=np.uint64)
+    for i in range(100, 150):  # near others, by up to 6 bits
+        flipped = sum(1 << int(bit) for bit in random.choice(64, random.integers(0, 7), replace=False))
+        hashes[i] = int(hashes[random.integers(0, 40)]) ^ flipped
+    found = [pair for block in duplicates.near_pairs(hashes, 4) for pair in zip(*(part.tolist() for part in block))]
+    numbers = hashes.tolist()
+    pairs = [(i, j, bin(numbers[i] ^ numbers[j]).count("1")) for i in range(150) for j in range(i + 1, 150)]
+    assert sorted(found) == [pair for pair in pairs if pair[2] <= 4] and len(found) > 30
+
+
+def test_hash_is_that_of_the_library(table):
+    for number in range(10):
+        with Image.open(table.parent / f"{number}.jpg") as image:
+            found, theirs = duplicates.perceptual_hash(np.asarray(image)), imagehash.phash(image)
+        assert f"{found:016x}" == str(theirs)
+    noise = np.random.default_rng(0).integers(100, 104, (90, 120, 3), dtype=np.uint8)
+    assert duplicates.perceptual_hash(noise) is None
+
+
+def test_many_equal_images_make_a_short_list():
+    """Every pair is counted, and each image listed once."""
+    count = 3000
+    zeros = np.zeros(count, dtype=int)
+    found = duplicates.find(zeros.astype(np.uint64), np.arange(count), zeros > 0, zeros, zeros - 1)
+    assert found.near.tolist() == [count * (count - 1) // 2, 0, 0] and found.in_two_classes == (0, 0)
+    assert found.worst and len({image for pair in found.worst for image in pair[:2]}) == 2 * len(found.worst)

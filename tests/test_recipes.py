@@ -1,0 +1,239 @@
+"""The settings of recipes of transformers, and the backbone alone: what trains, at which rate, and what is shown."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from test_figures import compare
+from test_resume import stop_at
+from test_scripts import arguments, read_metrics, run_train
+
+import dataset
+import evaluate
+import net
+import train
+from proxy_anchor import checkpoint, figures, losses, training
+from proxy_anchor.evaluation import Result
+
+PEAK, STEPS, EPOCHS = 1e-3, 2, 4
+HALF_CIRCLE = [(1 + math.cos(math.pi * epoch / EPOCHS)) / 2 for epoch in range(EPOCHS)]
+# Factors of the learning rate, epoch by epoch, with --lr-decay-step 2 --lr-decay-gamma 0.1.
+SCHEDULES = {"step": [1, 1, 0.1, 0.1], "cosine": HALF_CIRCLE, "constant": [1, 1, 1, 1]}
+
+
+def loss_of_random_images(network, criterion):
+    return criterion(network(torch.randn(4, 3, 32, 32)), torch.arange(4))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rates_and_what_moves_at_every_step(schedule):
+    """Warm-up for 2 epochs, the embedding layer at 5 times the rate, proxies at 100 times, two layers frozen."""
+    network = net.create("resnet18", 8, bn_freeze=False)
+    network.freeze("bn1,layer1.0")
+    criterion = losses.create("Proxy_Anchor", 4, 8)
+    optimizer = training.create_optimizer("adamw", network, criterion, PEAK, 1e-4, embedding_lr=5)
+    scheduler = training.create_scheduler(schedule, optimizer, EPOCHS, step=2, gamma=0.1)
+    rates = []
+
+    def loss_of(images, labels):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return criterion(network(images), labels)
+
+    def moving(name):
+        frozen = name.startswith(("model.bn1.", "model.layer1.0."))
+        unused = name.startswith("model.fc.")
+        counted = not name.endswith("num_batches_tracked")
+        return counted and not frozen and not unused
+
+    for epoch in range(EPOCHS):
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        training.set_trainable(network, epoch, warm=2)
+        batches = [(torch.randn(4, 3, 32, 32), torch.arange(4)) for _ in range(STEPS)]
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        training.train_one_epoch(network, loss_of, batches, optimizer, scaler, epoch)
+        scheduler.step()
+        moved = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+        statistics = {name for name in before if name.endswith(("running_mean", "running_var"))}
+        expected = {name for name in before if moving(name)}
+        if epoch < 2:
+            expected &= {"model.embedding.weight", "model.embedding.bias"} | statistics
+        assert {name for name in moved if not name.endswith("num_batches_tracked")} == expected
+    by_hand = [[PEAK * f, 5 * PEAK * f, 100 * PEAK * f] for f in SCHEDULES[schedule] for _ in range(STEPS)]
+    assert torch.tensor(rates, dtype=torch.double).allclose(torch.tensor(by_hand, dtype=torch.double), rtol=1e-9)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-4])
+def test_eps_is_that_of_the_first_step_by_hand(eps):
+    network, criterion = net.create("resnet18", 8), losses.create("Proxy_Anchor", 4, 8)
+    optimizer = training.create_optimizer("adamw", network, criterion, PEAK, 0.01, eps=eps)
+    loss_of_random_images(network, criterion).backward()
+    weight = network.model.embedding.weight
+    weight.grad.mul_(1e-4 / weight.grad.abs().max())  # of the size of eps
+    before, gradient = weight.detach().double(), weight.grad.double()
+    optimizer.step()
+    by_hand = before * (1 - PEAK * 0.01) - PEAK * gradient / (gradient.abs() + (eps or 1e-8))
+    assert torch.allclose(weight.double(), by_hand, rtol=0, atol=1e-6)  # float32; eps moves it by up to 1e-3
+
+
+@pytest.mark.parametrize("names", ["", "patch_embed", "patch_embed,blocks.1"])
+def test_frozen_layers_are_whole_words(names):
+    """blocks.1 is not blocks.10; what is frozen stays in eval mode."""
+    backbone = torch.nn.Module()
+    backbone.patch_embed = torch.nn.Linear(2, 2)
+    backbone.blocks = torch.nn.ModuleList([torch.nn.BatchNorm1d(2) for _ in range(11)])
+    backbone.num_features, backbone.mean, backbone.std, backbone.bgr = 2, (0, 0, 0), (1, 1, 1), False
+    network = net.EmbeddingNet(backbone, 3, bn_freeze=False)
+    network.freeze(names)
+    training.set_trainable(network.train(), epoch=1, warm=1)
+    still = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    assert {name.rpartition(".")[0] for name in still} == set(filter(None, names.split(",")))
+    assert backbone.blocks[10].training and backbone.blocks[1].training == ("blocks.1" not in names)
+
+
+def test_unknown_layers_are_refused():
+    network = net.create("resnet18", 8)
+    for name in ("patch_embed", "layer", "embedding", "layer1.0.conv"):
+        with pytest.raises(ValueError, match=f"no layer '{name}' to freeze; it has conv1, bn1, layer1,"):
+            network.freeze(name)
+
+
+def test_layernorm_head():
+    """The equation of LayerNorm without an affine map, in float64; the state dict has the published keys."""
+    network = net.create("resnet18", 8, head="layernorm").eval()
+    images = torch.randn(3, 3, 32, 32)
+    features = network.model.pooled(images).double()
+    centred = features - features.mean(dim=1, keepdim=True)
+    normal = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+    embeddings = normal @ network.model.embedding.weight.double().T
+    embeddings = embeddings / embeddings.norm(dim=1, keepdim=True)
+    assert torch.allclose(network(images).double(), embeddings, atol=1e-6)
+    assert torch.allclose(network.model.embedding.weight @ network.model.embedding.weight.T, torch.eye(8), atol=1e-6)
+    assert network.state_dict().keys() == net.create("resnet18", 8).state_dict().keys()
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--eps 1e-4 --optimizer sgd", "argument --eps: sgd has no such setting"),
+    ("--eps 0", "argument --eps: 0.0 is not positive"),
+    ("--embedding-lr -1", "argument --embedding-lr: -1.0 is not positive"),
+    ("--lr-schedule linear", "argument --lr-schedule: invalid choice: 'linear'"),
+    ("--head mlp", "argument --head: invalid choice: 'mlp'"),
+])  # fmt: skip
+def test_settings_that_do_not_exist(line, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(line.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of backbone weights."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(7)
+    state = net.create("resnet18", 8).model.state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if not name.startswith("embedding.")}, path)
+    return path
+
+
+SETTINGS = {"epochs": 2, "head": "layernorm", "lr-schedule": "cosine", "freeze": "conv1,layer1", "warm": 1}
+
+
+def run_folder(logs):
+    (folder,) = (logs / "logs_cub").iterdir()
+    return folder
+
+
+def of_epochs(folder):
+    """The rows of the epochs in metrics.csv, but for their time."""
+    return [row | {"seconds": None} for row in read_metrics(folder) if row["epoch"] != "-1"]
+
+
+@pytest.fixture(scope="module")
+def logs(cub_root, weights, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    run_train(cub_root, logs, pretrained=weights, **SETTINGS)
+    return logs
+
+
+def test_backbone_alone_is_a_row_before_the_first_epoch(logs, weights, cub_root):
+    before, *rows = read_metrics(run_folder(logs))
+    assert [row["epoch"] for row in (before, *rows)] == ["-1", "0", "1"]
+    assert (before["loss"], before["lr"], before["seconds"]) == ("", "", "")
+    network = net.create("resnet18", 8, weights).eval()
+    (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
+    with torch.no_grad():
+        features = network.model.pooled(network.normalize(torch.stack([image for image, _ in images])))
+    labels = torch.tensor(images.labels)
+    similarity = F.cosine_similarity(features[:, None].double(), features[None].double(), dim=2).fill_diagonal_(-2)
+    assert float(before["R@1"]) == (labels[similarity.argmax(dim=1)] == labels).double().mean()
+
+
+def test_without_the_baseline_training_is_the_same(logs, weights, cub_root, tmp_path):
+    train.main([*arguments(cub_root, pretrained=weights, LOG_DIR=tmp_path, **SETTINGS), "--skip-baseline"])
+    assert [row["epoch"] for row in read_metrics(run_folder(tmp_path))] == ["0", "1"]
+    assert of_epochs(run_folder(tmp_path)) == of_epochs(run_folder(logs))
+    with_it, without = (torch.load(run_folder(place) / "last.pth") for place in (logs, tmp_path))
+    for name, tensor in with_it["model_state_dict"].items():
+        assert torch.equal(tensor, without["model_state_dict"][name])
+
+
+def test_frozen_layers_did_not_move(logs, weights):
+    trained = torch.load(run_folder(logs) / "last.pth")["model_state_dict"]
+    for name, tensor in torch.load(weights).items():
+        if "conv" in name and name.endswith("weight"):
+            assert torch.equal(tensor, trained[f"model.{name}"]) == name.startswith(("conv1.", "layer1."))
+
+
+def test_stopped_run_keeps_its_baseline(weights, cub_root, tmp_path, monkeypatch, capsys):
+    """A signal in the first epoch: the backbone is not measured again, and the table at the end shows it."""
+    stop_at(monkeypatch, 5)  # of 3 batches that measure the backbone and 3 of the first epoch
+    line = arguments(cub_root, pretrained=weights, LOG_DIR=tmp_path, epochs=1)
+    with pytest.raises(SystemExit, match="143"):
+        train.main(line)
+    monkeypatch.undo()
+    assert capsys.readouterr().out.count("backbone alone  R@1") == 1
+    train.main([*line, "--resume", "auto"])
+    shown = capsys.readouterr().out
+    assert "Resuming" in shown and "backbone alone  R@1" not in shown
+    assert re.search(r"^backbone alone +\d+\.\d\d", shown, re.M)
+    assert [row["epoch"] for row in read_metrics(run_folder(tmp_path))] == ["-1", "0"]
+
+
+def test_ending_below_the_backbone_is_said(weights, cub_root, tmp_path, monkeypatch, capsys):
+    results = iter([0.9, 0.5, 0.4])
+
+    def evaluate(*_, **__):
+        return Result({"R@1": next(results)}, torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+
+    monkeypatch.setattr(train.evaluation, "evaluate", evaluate)
+    run_train(cub_root, tmp_path, pretrained=weights)
+    assert "The last epoch is below the backbone alone" in capsys.readouterr().out
+
+
+def test_other_epochs_do_not_continue_a_cosine(logs, weights, cub_root, capsys):
+    line = arguments(cub_root, pretrained=weights, LOG_DIR=logs, **SETTINGS | {"epochs": 3})
+    with pytest.raises(SystemExit, match="1"):
+        train.main([*line, "--resume", str(run_folder(logs))])
+    assert "schedule: cosine over 2 epochs, now cosine over 3 epochs" in capsys.readouterr().err
+
+
+def test_head_is_in_the_record_and_obeyed(logs, cub_root):
+    best = run_folder(logs) / "cub_resnet18_best.pth"
+    assert checkpoint.contract(best)["head"] == "layernorm"
+    line = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(best)]
+    metrics = evaluate.main(line)
+    row = max(of_epochs(run_folder(logs)), key=lambda row: float(row["R@1"]))
+    assert metrics["MAP@R"] == pytest.approx(float(row["MAP@R"]), abs=1e-9)
+
+
+def test_figures_show_the_backbone_alone(logs, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **more: drawn.append(figure) or path.touch())
+    figures.draw_run(run_folder(logs) / "metrics.csv", tmp_path / "curves.png", "title")
+    recall = 100 * float(read_metrics(run_folder(logs))[0]["R@1"])
+    assert f"backbone alone: R@1 {recall:.1f}" in [text.get_text() for text in drawn[0].axes[1].texts]
+    compare.main([str(run_folder(logs)), "--save", str(tmp_path / "comparison.png")])
+    head, line = capsys.readouterr().out.splitlines()[:2]
+    assert "backbone alone" in head and f"{recall:.2f}" in line.split()

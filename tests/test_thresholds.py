@@ -1,0 +1,146 @@
+"""evaluate.py --calibrate: the threshold in the checkpoint, what stays as it was, and what is refused."""
+
+import os
+import re
+
+import pytest
+import torch
+import trees
+from test_report import RECORD
+from test_scripts import arguments
+
+import evaluate
+import net
+from proxy_anchor import checkpoint
+from proxy_anchor.pairs import signed
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return trees.folder(tmp_path_factory.mktemp("photos"), classes=[f"{c:02d}" for c in range(20)] + ["ant"], images=5)
+
+
+def new_checkpoint(path, **changed):
+    torch.manual_seed(0)
+    network = net.create("resnet18", 8, l2_norm=bool(changed.get("l2_norm", 1)))
+    checkpoint.save(path, network, RECORD | changed)
+    return path
+
+
+def flags(photos, path, *more):
+    return [*arguments(photos, dataset="folder", resume=path), *map(str, more)]
+
+
+@pytest.fixture(scope="module", params=["cosine", "euclidean"])
+def calibrated(request, photos, tmp_path_factory):
+    """(distance, path, identity and content before)"""
+    path = tmp_path_factory.mktemp("calibrated") / "a.pth"
+    new_checkpoint(path, distance=request.param, l2_norm=int(request.param == "cosine"))
+    before = checkpoint.identity(path), checkpoint.read(path)
+    evaluate.main(flags(photos, path, "--calibrate", "--far", 0.1))
+    return request.param, path, *before
+
+
+def test_checkpoint_gets_the_threshold_and_stays_the_same_network(calibrated, photos):
+    distance, path, identity, content = calibrated
+    found = checkpoint.threshold(path)
+    assert found["distance"] == distance and found["asked_far"] == 0.1 and found["dataset"] == "folder"
+    assert found["classes"] == [6, 5] and list(found["data"]) == ["eval"] and len(found["data"]["eval"]) == 16
+    assert found["interval"][0] <= found["threshold"] <= found["interval"][1] and 0 <= found["far"] <= 1
+    now = checkpoint.read(path)
+    assert now.keys() == content.keys() | {"threshold"} and now["network"] == content["network"]
+    assert list(now["model_state_dict"]) == list(content["model_state_dict"])
+    assert all(torch.equal(now["model_state_dict"][k], v) for k, v in content["model_state_dict"].items())
+    assert checkpoint.identity(path) == identity and checkpoint.contract(path)["distance"] == distance
+    assert [file.name for file in path.parent.iterdir()] == ["a.pth"]
+
+
+def test_both_halves_are_printed_and_another_threshold_replaces_the_first(calibrated, photos, capsys, tmp_path):
+    distance, path, _, _ = calibrated
+    copy = tmp_path / "b.pth"
+    copy.write_bytes(path.read_bytes())
+    (tmp_path / "link.pth").symlink_to("b.pth")
+    evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", "--far", 0.3))
+    found, first = checkpoint.threshold(copy), checkpoint.threshold(path)
+    assert (tmp_path / "link.pth").is_symlink() and found["asked_far"] == 0.3
+    assert signed(found["threshold"], distance) < signed(first["threshold"], distance)
+    out = capsys.readouterr().out
+    kind = {"cosine": "similarity", "euclidean": "distance"}[distance]
+    chosen = re.search(rf"for 30% false accepts, chosen on half of the classes \(6, .*\): {kind} ([\d.]+) \[", out)
+    assert float(chosen[1]) == pytest.approx(found["threshold"], abs=1e-4)
+    checked = re.search(r"Checked on the other half \(5\): ([\d.]+)% \[", out)
+    assert float(checked[1]) == pytest.approx(100 * found["far"], abs=0.01)
+    assert f"{kind} at " in out and "ROC AUC" in out and f"recorded in {tmp_path / 'link.pth'}" in out
+
+
+def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
+    """In the old format, from several GPUs, without a record of its network."""
+    state = {f"module.{key}": value for key, value in net.create("resnet18", 8).state_dict().items()}
+    torch.save({"model_state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    identity = checkpoint.identity(tmp_path / "old.pth")
+    assert checkpoint.threshold(tmp_path / "old.pth") == {}
+    evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", "--far", 0.1))
+    assert checkpoint.threshold(tmp_path / "old.pth")["distance"] == "cosine"
+    assert checkpoint.identity(tmp_path / "old.pth") == identity
+    assert checkpoint.contract(tmp_path / "old.pth") == {}
+    assert checkpoint.read(tmp_path / "old.pth")["model_state_dict"].keys() == state.keys()
+
+
+def test_identity_is_that_of_the_weights(tmp_path):
+    network = net.create("resnet18", 8)
+    state = network.state_dict()
+    path = tmp_path / "a.pth"
+
+    def identity(state, **more):
+        torch.save({"model_state_dict": state} | more, path)
+        return checkpoint.identity(path)
+
+    same = identity(state)
+    assert same == identity({f"module.{k}": v for k, v in state.items()}) == identity(state, network=RECORD)
+    name = "model.embedding.weight"
+    others = [
+        state | {name: state[name] + 1e-6}, state | {name: state[name].double()}, state | {name: state[name].T},
+        {k.replace("embedding", "other"): v for k, v in state.items()}, dict(list(state.items())[:-1]),
+    ]  # fmt: skip
+    assert len({same, *map(identity, others)}) == 6
+
+
+DAMAGES = {
+    "text": lambda found: "0.5", "list": lambda found: [], "no number": lambda found: found | {"threshold": "0.5"},
+    "not finite": lambda found: found | {"threshold": float("nan")}, "half": lambda found: {"threshold": 0.5},
+    "interval of one": lambda found: found | {"interval": [0.5]}, "distance": lambda found: found | {"distance": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_record_is_one_line(calibrated, damage, tmp_path):
+    content = checkpoint.read(calibrated[1])
+    torch.save(content | {"threshold": DAMAGES[damage](content["threshold"])}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth is damaged: its record of the threshold is .*--calibrate replaces"):
+        checkpoint.threshold(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "more, words, code",
+    [
+        (["--far", "0.1"], "argument --far: it is for --calibrate", 2),
+        (["--calibrate", "--far", "1"], "argument --far: 1.0 is not between 0 and 1", 2),
+        (["--calibrate", "--far", "nan"], "argument --far: nan is not between 0 and 1", 2),
+        (["--calibrate", "--far", "0.0001"], "too few for a threshold with 0.01% false accepts", 1),
+    ],
+)
+def test_what_is_refused_leaves_the_checkpoint(photos, tmp_path, capsys, more, words, code):
+    path = new_checkpoint(tmp_path / "a.pth")
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as error:
+        evaluate.main(flags(photos, path, *more))
+    assert error.value.code == code and words in capsys.readouterr().err and path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_checkpoint_that_cannot_be_written(photos, tmp_path, capsys):
+    path = new_checkpoint(tmp_path / "a.pth")
+    tmp_path.chmod(0o500)
+    with pytest.raises(SystemExit):
+        evaluate.main(flags(photos, path, "--calibrate", "--far", "0.1"))
+    assert f"{path} cannot be written" in capsys.readouterr().err

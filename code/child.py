@@ -26,7 +26,7 @@ def run(command: list[str]) -> int:
 
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-    def end_with_parent():  # also where that is killed; elsewhere the lock of the run tells of one that goes on
+    def end_with_parent():  # also where that is killed; elsewhere the lock of the run tells of one that continues
         if libc:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

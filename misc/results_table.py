@@ -58,7 +58,7 @@ def honest(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None:
         wanted = vars(args) | {"by": settings["by"]}  # what chose the epoch
         if not runs.differences(settings, wanted) and settings["epochs"] == args.epochs:
             recalls = [100 * result["honest"]["R@1"] for result in content["seeds"]]
-            return f"{spread(recalls)} ({len(recalls)} seeds)", path.parent
+            return f"{spread(recalls)} ({len(recalls)} seed{'s' * (len(recalls) > 1)})", path.parent
     return None
 
 

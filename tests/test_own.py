@@ -1,4 +1,4 @@
-"""One's own images: --dataset folder and --dataset csv."""
+"""Your own images: --dataset folder and --dataset csv."""
 
 import csv
 import shutil

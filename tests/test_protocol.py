@@ -43,7 +43,7 @@ def flags(root, logs):
 
 
 class InThisProcess:
-    """In place of child.run: trains in this process, the test set poisoned while there is a fold."""
+    """Instead of child.run: trains in this process, the test set poisoned while there is a fold."""
 
     def __init__(self, root):
         splits = dataset.open("cub", root, 32, allow_partial=True)

@@ -105,7 +105,9 @@ def parse(argv=None) -> argparse.Namespace:
         args = console.parse_with_contract(parser, argv, contract, at=1)
         net.check_arguments(parser, args, contract)
         told = {name: getattr(args, name) for name in (*checkpoint.CONTRACT, "distance")}
-        args.contract = net.expects(args.model) | told | contract
+        expected = net.expects(args.model)
+        geometry = dataset.geometry_of(args.dataset, expected) if args.split else {}
+        args.contract = expected | told | geometry | contract
         if args.backbone_only:
             size = net.pooled_features(args.model, args.image_size)
             args.contract |= {"backbone_only": True, "embedding_size": size}

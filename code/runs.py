@@ -18,7 +18,11 @@ MAY_CHANGE = (
     "debug", "skip_baseline",
 )  # fmt: skip
 # What was so in runs that do not tell it.
-FORMER = {"crop": checkpoint.FORMER_CROP, "fold": None, "by": "R@1"}
+FORMER = {
+    "crop": checkpoint.FORMER_CROP, "fold": None, "by": "R@1", "freeze": "", "embedding_lr": 1.0, "eps": None,
+    "head": "linear", "lr_schedule": "step",
+}  # fmt: skip
+FORMER_TRANSFER = {"head": "orthogonal", "lr_schedule": "cosine"}
 
 
 class Locked(RuntimeError):
@@ -157,7 +161,7 @@ def read_config(folder: Path) -> dict:
 
 def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
-    old = FORMER | old
+    old = FORMER | (FORMER_TRANSFER if "teacher" in old else {}) | old
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
     words = {

@@ -49,7 +49,7 @@ def options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--embedding-lr",
-        default=1,
+        default=1.0,
         type=float,
         metavar="X",
         help="the embedding layer's learning rate is X times --lr",

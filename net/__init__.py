@@ -76,7 +76,7 @@ class EmbeddingNet(nn.Module):
 
         names: of layers, with all in them, or of parameters, separated by commas. Raises ValueError for unknown ones.
         """
-        self.frozen = tuple(filter(None, names.split(",")))
+        self.frozen = tuple(name.strip() for name in names.split(",")) if names else ()
         known = [name for name, _ in self.model.named_parameters() if not name.startswith("embedding.")]
         for name in self.frozen:
             if not any(within(key, name) for key in known):

@@ -27,8 +27,9 @@ def check_name(name: str, ours) -> None:
     if name not in {*timm.list_models(), *(pretrained := timm.list_models(pretrained=True))}:
         near = get_close_matches(name, [*ours, *pretrained], cutoff=0.3)
         raise ValueError(f"there is no network '{name}' here or in timm; similar names: {', '.join(near) or 'none'}")
-    if expects(name)["crop_mode"] == "border":  # six networks of 1,826
-        raise ValueError(f"the weights of {name} expect images with added borders, which are not supported")
+    *_, height, width = _config(name).input_size
+    if height != width or expects(name)["crop_mode"] == "border":  # eleven networks of 1,826
+        raise ValueError(f"the weights of {name} expect oblong images or added borders, which are not supported")
 
 
 @cache

@@ -1,5 +1,6 @@
 """The settings of recipes of transformers, and the backbone alone: what trains, at which rate, and what is shown."""
 
+import json
 import math
 import re
 
@@ -15,7 +16,7 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint, figures, losses, training
+from proxy_anchor import checkpoint, figures, losses, runs, training
 from proxy_anchor.evaluation import Result
 
 PEAK, STEPS, EPOCHS = 1e-3, 2, 4
@@ -95,9 +96,10 @@ def test_frozen_layers_are_whole_words(names):
 
 def test_unknown_layers_are_refused():
     network = net.create("resnet18", 8)
-    for name in ("patch_embed", "layer", "embedding", "layer1.0.conv"):
+    network.freeze("conv1, layer1.0")  # with a blank, as people write lists
+    for name in ("patch_embed", "layer", "embedding", "layer1.0.conv", ""):
         with pytest.raises(ValueError, match=f"no layer '{name}' to freeze; it has conv1, bn1, layer1,"):
-            network.freeze(name)
+            network.freeze(name or ",")
 
 
 def test_layernorm_head():
@@ -217,6 +219,23 @@ def test_other_epochs_do_not_continue_a_cosine(logs, weights, cub_root, capsys):
     with pytest.raises(SystemExit, match="1"):
         train.main([*line, "--resume", str(run_folder(logs))])
     assert "schedule: cosine over 2 epochs, now cosine over 3 epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"head": "orthogonal"}, {"freeze": "conv1"}, {"lr_schedule": "constant"}])
+@pytest.mark.parametrize("script", [{}, {"teacher": "of transfer.py", "head": "orthogonal", "lr_schedule": "cosine"}])
+def test_run_of_an_earlier_version_is_not_continued_as_another_experiment(script, change):
+    """It does not tell these settings, which had one value then; transfer.py had its own."""
+    then = vars(train.parse([])) | script
+    earlier = {name: value for name, value in then.items() if name not in ("head", "freeze", "lr_schedule", "eps")}
+    assert runs.differences(earlier, then) == []
+    if change != {name: then[name] for name in change}:
+        assert [line.split(":")[0] for line in runs.differences(earlier, then | change)] == list(change)
+
+
+def test_given_defaults_are_recorded_as_defaults_are():
+    """Runs that were resumed, or given a default by hand, are the same experiment to compare.py."""
+    given = train.parse(["--embedding-lr", "1", "--alpha", "32", "--mrg", "0.1"])
+    assert json.dumps(vars(given)) == json.dumps(vars(train.parse([])))
 
 
 def test_head_is_in_the_record_and_obeyed(logs, cub_root):

@@ -197,6 +197,7 @@ def test_unknown_names_and_wrong_sizes_are_usage_errors(script, capsys):
     fails(lambda: run("--model", "rsnet18"), capsys, "similar names: resnet18")
     fails(lambda: run("--model", "vit_small_patch16_224.no_such_weights"), capsys, "there is no network")
     fails(lambda: run("--model", "deepseek_vit_412m.deepseek_v4_1_flash"), capsys, "added borders")
+    fails(lambda: run("--model", "vit_base_patch16_sapiens2.fb"), capsys, "expect oblong images")
     words = "argument --image-size: vit_small_patch16_224.dino cannot take images of 100 pixels; its own size is 224"
     fails(lambda: run("--model", "vit_small_patch16_224.dino", "--image-size", "100"), capsys, words)
 
@@ -206,6 +207,14 @@ def test_image_size_is_the_networks_own_unless_it_is_given_or_in_a_recipe():
     assert size() == 224 and size("--model", "test_vit") == 160
     assert size("--model", "test_vit", "--image-size", "96") == 96
     assert size("--dataset", "glyphs", "--model", "test_vit") == 32
+
+
+def test_index_of_a_dataset_sees_its_images_as_evaluation_does():
+    """Glyphs are not cropped, whatever the weights of the network expect; your images are as the weights expect."""
+    flags = ["index", "--backbone-only", "--model", "test_vit", "--out", "index"]
+    made = lambda *of: search.parse([*flags, *of]).contract  # noqa: E731
+    assert made("--dataset", "glyphs", "--split", "eval")["crop"] == dataset.geometry_of("glyphs")["crop"] == 1
+    assert made("--images", "photos")["crop"] == net.expects("test_vit")["crop"] < 1
 
 
 def test_timm_that_is_missing_is_said(monkeypatch, capsys):

@@ -9,7 +9,18 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import console, distributed, evaluation, hardware, logbook, losses, randomness, runs, training
+from proxy_anchor import (
+    console,
+    distributed,
+    evaluation,
+    hardware,
+    logbook,
+    losses,
+    randomness,
+    runs,
+    sharded,
+    training,
+)
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.running import Run
 
@@ -38,6 +49,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = console.parse_with_recipe(parser, argv, dataset.recipe)
     console.check_ranges(parser, args)
     net.check_arguments(parser, args)
+    losses.check_arguments(parser, args)
     training.check_arguments(parser, args)
     dataset.validation.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
@@ -87,7 +99,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     network.freeze(args.freeze)
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
-    criterion = losses.create(args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha).to(device)
+    criterion = sharded.create(
+        args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha, args.sample_proxies, args.seed
+    ).to(device)
     optimizer = training.create_optimizer(
         args.optimizer, network, criterion, args.lr, args.weight_decay, args.embedding_lr, args.eps
     )

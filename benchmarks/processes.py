@@ -1,13 +1,17 @@
 """A training step and a search in one process and in several that share the work, on CPUs (gloo) or GPUs (nccl).
 
 python benchmarks/processes.py [--processes 2] [--model resnet18] [--image-size 64] [--batch-size 64] [--images 10000]
+python benchmarks/processes.py --classes 1000000 [--processes 1 2 4] [--size 128] [--batch-size 180]
+    [--sample-proxies 1]
 
-On a CPU each process has one thread, also the single one: the ratio says what sharing costs, not what threads do.
+With --classes it measures the Proxy-Anchor loss with so many classes divided over the processes, and counts what they
+send. On a CPU each process has one thread, also the single one: the ratio says what sharing costs, not what threads do.
 """
 
 import argparse
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,24 +22,117 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
-from benchmarks.timing import interleaved, print_row
-from proxy_anchor import distributed, losses, retrieval, training
+from benchmarks.timing import interleaved, print_row, synchronize
+from proxy_anchor import distributed, retrieval, sharded, training
 from proxy_anchor.embedding import Embedder
 
 CLASSES, SIZE = 1000, 512
+STEPS = 3  # of the loss
 
 
-def work(rank: int, count: int, model: str, image_size: int, batch_size: int, images: int, rounds: int, results):
-    """Median seconds of a training step and of a search, on this process's share of the work."""
+def join(rank: int, count: int) -> torch.device:
+    """Become one of the processes; returns its device."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(1)
     if count > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count)
+    return device
+
+
+class Traffic:
+    """Counts collectives, and the bytes of their results, by their name."""
+
+    def __init__(self, *names: str):
+        self.calls = {}
+        for name in names:
+            setattr(dist, name, partial(self.call, name, getattr(dist, name)))
+
+    def call(self, name, collective, result, *arguments, **keywords):
+        number, size = self.calls.get(name, (0, 0))
+        own = sum(part.nbytes for part in result) if isinstance(result, list) else result.nbytes
+        self.calls[name] = number + 1, size + own
+        return collective(result, *arguments, **keywords)
+
+    def describe(self) -> str:
+        parts = [f"{number // STEPS} {name} of {size // STEPS:,} B" for name, (number, size) in self.calls.items()]
+        return ", ".join(parts) or "nothing"
+
+
+def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int, share: float, results):
+    """Memory, loss, traffic and seconds of a step of the loss and AdamW with this process's classes."""
+    device = join(rank, count)
+    before = held(device)
+    torch.manual_seed(0)
+    criterion = sharded.create("Proxy_Anchor", classes, size, 0.1, 32.0, share, seed=0).to(device)
+    network = torch.nn.Module()
+    network.model = torch.nn.Module()
+    network.model.embedding = torch.nn.Linear(1, 1)
+    optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
+    own = distributed.sizes(batch_size)
+    mine = slice(sum(own[:rank]), sum(own[: rank + 1]))
+    traffic = Traffic("all_gather", "all_reduce")
+    seconds, found = [], []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        x = torch.randn(batch_size, size)[mine].to(device).requires_grad_()
+        labels = torch.randint(classes, (batch_size,))[mine].to(device)
+        synchronize()
+        start = time.perf_counter()
+        loss = criterion(distributed.gather(x, batch_size), distributed.gather(labels, batch_size))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    results[rank] = held(device) - before, peak(device) - before, found[-1], traffic.describe(), min(seconds)
+    if count > 1:
+        dist.destroy_process_group()
+
+
+def held(device: torch.device) -> int:
+    """Bytes that the process has: on its GPU, or resident."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else status("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
+
+
+def status(name: str) -> int:
+    """Bytes of an entry of Linux's /proc/self/status."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def print_loss(args: argparse.Namespace) -> None:
+    print(f"{args.classes:,} classes, {args.size} dimensions, batch {args.batch_size}, share {args.sample_proxies:g}")
+    for count in args.processes or (1, 2, 4):
+        with mp.Manager() as manager:
+            results = manager.dict()
+            settings = (args.classes, args.size, args.batch_size, args.sample_proxies)
+            mp.spawn(measure_loss, (count, *settings, results), nprocs=count)
+            per_process = [results[rank] for rank in range(count)]
+        memory, most = (max(values) / 1e6 for values in list(zip(*per_process))[:2])
+        _, _, loss, sent, seconds = per_process[0]
+        formula = 16 * args.classes * args.size / count / 1e6
+        print_row(
+            f"processes: {count}, memory of each", f"{memory:,.0f} MB", f"16 C D / N: {formula:,.0f}, peak {most:,.0f}"
+        )
+        print_row(f"processes: {count}, loss", f"{loss:.6f}")
+        print_row(
+            f"processes: {count}, images/s", f"{args.batch_size / seconds:,.0f}", f"{1e3 * seconds:,.0f} ms per step"
+        )
+        print(f"  sent in a step: {sent}")
+
+
+def work(rank: int, count: int, model: str, image_size: int, batch_size: int, images: int, rounds: int, results):
+    """Median seconds of a training step and of a search, on this process's share of the work."""
+    device = join(rank, count)
     torch.manual_seed(0)
     network = net.create(model, SIZE)
     embedder = Embedder(network, device)
-    criterion = losses.ProxyAnchor(CLASSES, SIZE).to(device)
+    criterion = sharded.create("Proxy_Anchor", CLASSES, SIZE, 0.1, 32.0).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     share = distributed.sizes(batch_size)[rank]
     pixels = torch.randint(256, (share, 3, image_size, image_size), dtype=torch.uint8, device=device)
@@ -60,16 +157,23 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
+    parser.add_argument("--processes", type=int, nargs="+")
     parser.add_argument("--model", default="resnet18", choices=net.BACKBONES)
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--classes", type=int)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--sample-proxies", type=float, default=1)
     args = parser.parse_args()
+    args.batch_size = args.batch_size or (180 if args.classes else 64)
+    if args.classes:
+        return print_loss(args)
     settings = (args.model, args.image_size, args.batch_size, args.images, args.rounds)
     medians = []
-    for count in (1, args.processes):
+    (processes,) = args.processes or [torch.cuda.device_count() or 2]
+    for count in (1, processes):
         results = mp.get_context("spawn").SimpleQueue()
         mp.spawn(work, (count, *settings, results), nprocs=count)
         medians.append(results.get())
@@ -77,7 +181,7 @@ def main():
     for name, seconds in medians[0].items():
         shared = medians[1][name]
         print_row(f"{name}, 1 process", f"{1e3 * seconds:.1f} ms")
-        print_row(f"{name}, {args.processes} processes", f"{1e3 * shared:.1f} ms", f"this / 1: {shared / seconds:.2f}")
+        print_row(f"{name}, {processes} processes", f"{1e3 * shared:.1f} ms", f"this / 1: {shared / seconds:.2f}")
 
 
 if __name__ == "__main__":

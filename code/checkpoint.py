@@ -1,4 +1,4 @@
-"""Checkpoints in the published layout, {"model_state_dict": ...}, and those to resume a run from, which hold more."""
+"""Checkpoints in the published layout, {"model_state_dict": ...}, with a record of how to use their network."""
 
 import hashlib
 import math
@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 
-from proxy_anchor import randomness
 from proxy_anchor.files import replacing
-from proxy_anchor.metrics import plain
 from proxy_anchor.retrieval import DISTANCES
 
 SHOWN = 3  # differences in an error
@@ -34,21 +32,12 @@ THRESHOLD = {
     "distance": str, "threshold": float, "interval": list, "asked_far": float, "far": float, "far_interval": list,
     "classes": list, "dataset": str, "data": dict,
 }  # fmt: skip
-PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
     """Write the network's weights as a checkpoint that the published code loads too, with its contract."""
     with replacing(path) as file:
         torch.save({"model_state_dict": network.state_dict(), "network": contract}, file)
-
-
-def save_run(path: Path, network: torch.nn.Module, contract: dict, parts: dict, progress: dict) -> None:
-    """Write a checkpoint to resume from: that of save, the parts (which have state_dict), progress, random states."""
-    content = {"model_state_dict": network.state_dict(), "network": contract}
-    content |= {name: part.state_dict() for name, part in parts.items()}
-    with replacing(path) as file:
-        torch.save(content | {"progress": progress, "random": randomness.state()}, file)
 
 
 def contract(path: str | Path) -> dict:
@@ -109,45 +98,6 @@ def is_contract(found) -> bool:
     return all(len(values) == 3 and all(isinstance(value, float) for value in values) for values in channels)
 
 
-def load_run(path: Path, network: torch.nn.Module, parts: dict) -> dict:
-    """Bring the network, the parts and the random states to what save_run wrote; returns its progress.
-
-    Raises FileNotFoundError or ValueError if it cannot be read or is of another network, optimizer ..., or if a part
-    had other settings then.
-    """
-    content = read(path)
-    missing = [name for name in (*parts, "progress", "random") if name not in content]
-    if missing:
-        raise ValueError(f"{path} is no checkpoint to resume from: it has no {', '.join(missing)}")
-    progress = progress_of(path, content)
-    load_weights(path, content, network)
-    try:
-        for name, part in parts.items():
-            if not isinstance(content[name], dict) or bool(content[name]) != bool(part.state_dict()):
-                raise ValueError(f"its {name} is {str(content[name])[:80]}")
-            now = settings(part)
-            part.load_state_dict(content[name])
-            then = settings(part)
-            if different := sorted(key for key in now.keys() & then if now[key] != then[key]):
-                listed = ", ".join(f"{key} {then[key]}, now {now[key]}" for key in different[:SHOWN])
-                raise ValueError(f"its {name} has other settings: {listed}")
-        randomness.restore(content["random"])
-    except Exception as error:  # of many kinds, one for each part
-        raise ValueError(f"{path} does not fit this run: {str(error) or type(error).__name__}") from error
-    return progress
-
-
-def settings(part) -> dict:
-    """The settings that an optimizer or a scheduler was made with, without its state; {} for other parts."""
-    if isinstance(part, torch.optim.Optimizer):
-        groups = enumerate(part.param_groups)
-        return {f"{name} of group {i}": group[name] for i, group in groups for name in group.keys() - {"params", "lr"}}
-    if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
-        state = part.state_dict()
-        return {name: state[name] for name in state if not name.startswith("_") and name != "last_epoch"}
-    return {}
-
-
 def identity(path: str | Path) -> str:
     """What tells a network from all others: the sha256 of its weights, whatever else is in the file.
 
@@ -163,32 +113,6 @@ def digest(state: dict[str, torch.Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def progress(path: Path) -> dict:
-    """The progress in a file of save_run; little more of it is read.
-
-    Raises as load does, also if the file is another kind of checkpoint.
-    """
-    return progress_of(path, read(path, mmap=True))
-
-
-def progress_of(path: Path, content: dict) -> dict:
-    """The progress of a run in a checkpoint's content; path is for messages. Raises ValueError if there is none."""
-    found = content.get("progress")
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in PROGRESS.items()):
-        raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
-    rows, losses = found["rows"], found["losses"]
-    if found["epoch"] < 0 or not all(map(is_row, rows)):
-        raise ValueError(f"{path} is damaged: its progress is epoch {found['epoch']} with the rows {str(rows)[:80]}")
-    if not all(isinstance(loss, float) for loss in losses):
-        raise ValueError(f"{path} is damaged: its progress has the losses {str(losses)[:80]}")
-    return found
-
-
-def is_row(found) -> bool:
-    """Whether this has a name for each value, and the R@1 of an epoch."""
-    return isinstance(found, dict) and all(isinstance(name, str) for name in found) and "R@1" in plain(found)
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:

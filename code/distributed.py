@@ -8,11 +8,13 @@ process contributes the part through its own images, are summed.
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager, redirect_stdout
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from proxy_anchor import hardware
 
@@ -119,15 +121,32 @@ class Gather(torch.autograd.Function):
         return gradient.split(ctx.sizes)[rank()], None
 
 
-def sum_gradients(parameters) -> None:
-    """Add up the processes' gradients; layers that are frozen or never run have none."""
-    if count() == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(total.view_as(gradient))
+class Replica:
+    """Calls a network, whose gradients are summed over the processes while the backward pass goes on."""
+
+    def __init__(self, network: torch.nn.Module):
+        self.network = network
+        self.parallel, self.trains = network, None
+
+    def __call__(self, *inputs):
+        if count() == 1 or not torch.is_grad_enabled():
+            return self.network(*inputs)
+        trains = [parameter.requires_grad for parameter in self.network.parameters()]
+        if trains != self.trains:  # DistributedDataParallel only sees the parameters that train when it is made
+            self.trains = trains
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames a setting
+                # In a graph that it knows to be the same in each step, some layers may never run.
+                self.parallel = DistributedDataParallel(
+                    self.network, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+                )
+            self.parallel.register_comm_hook(None, sum_of_bucket)
+        return self.parallel(*inputs)
+
+
+def sum_of_bucket(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The sum, not the mean: the loss is that of the whole batch."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
 def from_first(make):

@@ -41,12 +41,13 @@ class Embedder:
         self.scaler = Scaler(device, enabled=amp == "fp16")
         if compile:
             network.compile()
+        self.replica = distributed.Replica(network)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         images = self.network.normalize(images)
         images = images.contiguous(memory_format=hardware.memory_format(self.device, images.shape[-1]))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            embeddings = self.network(images)
+            embeddings = self.replica(images)
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
     def batches(self, loader):

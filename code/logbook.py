@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from proxy_anchor import checkpoint, distributed, figures, metrics, runs, tracking
+from proxy_anchor import checkpoint, distributed, figures, metrics, resuming, runs, tracking
 from proxy_anchor.files import replacing
 
 BACKBONE = "backbone alone"  # what it is called
@@ -172,8 +172,8 @@ class Logbook:
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
-        """Where the run is, to resume it from."""
-        checkpoint.save_run(self.folder / runs.LAST, network, self.contract, parts, progress)
+        """Where the run is, to resume it from; each process writes its part."""
+        resuming.save(self.folder / runs.LAST, network, self.contract, parts, progress)
 
     def _write_rows(self, name, rows):
         with replacing(self.folder / name) as path, open(path, "w", newline="") as file:
@@ -187,10 +187,11 @@ class Logbook:
 
 
 class NullLogbook(Logbook):
-    """A Logbook that writes nothing, for all processes but the first."""
+    """A Logbook that writes no more than the process's part of last.pth, for all processes but the first."""
 
     def __init__(self):
         self.folder = self.resumes = None
+        self.contract = {}  # the first process writes it
 
     def __exit__(self, *error):
         pass
@@ -208,9 +209,6 @@ class NullLogbook(Logbook):
         pass
 
     def save_best(self, row, network):
-        pass
-
-    def save_last(self, network, parts, progress):
         pass
 
 

@@ -31,27 +31,38 @@ class ProxyAnchor(nn.Module):
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
         super().__init__()
+        self.num_classes = num_classes
         self.margin = margin
         self.alpha = alpha
-        self.proxies = nn.Parameter(torch.empty(num_classes, embedding_size))  # (C, D)
-        nn.init.kaiming_normal_(self.proxies, mode="fan_out")
+        self.proxies = nn.Parameter(self.initial_proxies(embedding_size))  # (C, D)
+
+    def initial_proxies(self, embedding_size: int) -> torch.Tensor:
+        return nn.init.kaiming_normal_(torch.empty(self.num_classes, embedding_size), mode="fan_out")
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels."""
-        num_classes, embedding_size = self.proxies.shape
+        embedding_size = self.proxies.shape[1]
         if embeddings.ndim != 2 or embeddings.shape[1] != embedding_size or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 f"Expected embeddings (B, {embedding_size}) and labels (B,), "
                 f"found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
         # On a GPU a look at the labels would make the host wait.
-        if labels.device.type == "cpu" and not ((labels >= 0) & (labels < num_classes)).all():
-            raise ValueError(f"Expected labels from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")
+        if labels.device.type == "cpu" and not ((labels >= 0) & (labels < self.num_classes)).all():
+            found = f"{labels.min()} to {labels.max()}"
+            raise ValueError(f"Expected labels from 0 to {self.num_classes - 1}, found {found}")
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, self.proxies.dtype))
             embeddings = embeddings.to(dtype)
-            embeddings = embeddings / norms(embeddings)
-            return ProxyAnchorFunction.apply(embeddings, self.proxies.to(dtype), labels, self.margin, self.alpha)
+            return self.of_unit_vectors(embeddings / norms(embeddings), labels)
+
+    def of_unit_vectors(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.of_rows(x, labels, rows=labels, weights=x.new_ones(len(self.proxies), 1))
+
+    def of_rows(self, x: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The terms of the classes whose proxies are here, see ProxyAnchorFunction: those of all, or a part of them."""
+        proxies = self.proxies.to(x.dtype)
+        return ProxyAnchorFunction.apply(x, proxies, labels, rows, weights, self.num_classes, self.margin, self.alpha)
 
 
 class ProxyAnchorFunction(torch.autograd.Function):
@@ -62,43 +73,49 @@ class ProxyAnchorFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, proxies, labels, margin, alpha):
-        """x (B, D) of unit length, proxies (C, D) of any length, labels (B,)."""
-        batch, num_classes = len(x), len(proxies)
-        rows = torch.arange(batch, device=x.device)
+    def forward(ctx, x, proxies, labels, rows, weights, num_classes, margin, alpha):
+        """x (B, D) of unit length, proxies (c, D) of any length, labels (B,).
+
+        rows (B,): where the proxies have that of each embedding's class; outside of 0 ... c - 1 if it is not among
+        them. weights (c, 1): how many of the num_classes classes each proxy's negative term stands for.
+        """
+        batch = len(x)
+        columns = torch.arange(batch, device=x.device)
+        here = (rows >= 0) & (rows < len(proxies))
         same = labels[:, None] == labels  # (B, B)
         with_positive = (1 / same.sum(dim=1).to(x.dtype)).sum()  # |P+|: a class of n embeddings counts n times 1/n
 
         # Positives: one similarity for each embedding, that with the proxy of its class. log(1 + sum exp(z)) and its
         # derivatives exp(z) / (1 + sum exp(z)), without overflow, from log_softmax over z with a 0 in front.
-        p = proxies[labels]  # (B, D)
+        p = proxies[rows.clamp(0, len(proxies) - 1)]  # (B, D)
         p_norms = norms(p)
         s = (x * p).sum(dim=1) / p_norms[:, 0]  # (B,)
         z = torch.where(same, -alpha * (s - margin), -torch.inf)  # (B, B): row i holds all positives of i's class
         log_shares = F.log_softmax(F.pad(z, (1, 0)), dim=1)  # (B, 1 + B)
         # A class is in as many rows as it has embeddings.
-        loss = -(log_shares[:, 0] / same.sum(dim=1)).sum() / with_positive
-        positive_slopes = -alpha / with_positive * log_shares[rows, 1 + rows].exp()  # (B,): dL/ds
+        loss = -torch.where(here, log_shares[:, 0] / same.sum(dim=1), 0).sum() / with_positive
+        positive_slopes = -alpha / with_positive * log_shares[columns, 1 + columns].exp()  # (B,): dL/ds
 
         grad_x = torch.zeros_like(x) if any(ctx.needs_input_grad) else None
         grad_proxies = torch.empty_like(proxies) if any(ctx.needs_input_grad) else None
         step = max(1, BLOCK_ELEMENTS // (1 + batch))
-        for start in range(0, num_classes, step):
+        for start in range(0, len(proxies), step):
             p = proxies[start : start + step]  # (c, D)
             p_norms = norms(p)  # (c, 1)
             s = p @ x.T / p_norms  # (c, B)
             # Negatives: all but each embedding's own class. The positives are overwritten by index, both in and out
             # of the block, for a search would make a GPU's host wait.
-            own = (labels - start).clamp(0, len(p) - 1)  # (B,)
-            in_block = (labels >= start) & (labels < start + len(p))
+            own = (rows - start).clamp(0, len(p) - 1)  # (B,)
+            in_block = (rows >= start) & (rows < start + len(p))
             z = F.pad(alpha * (s + margin), (1, 0))  # (c, 1 + B)
-            z[own, 1 + rows] = torch.where(in_block, -torch.inf, z[own, 1 + rows])
+            z[own, 1 + columns] = torch.where(in_block, -torch.inf, z[own, 1 + columns])
             log_shares = F.log_softmax(z, dim=1)
-            loss -= log_shares[:, 0].sum() / num_classes
+            stand_for = weights[start : start + step]
+            loss -= log_shares[:, 0].mul_(stand_for[:, 0]).sum() / num_classes
             if grad_x is None:
                 continue
-            slopes = log_shares[:, 1:].exp_().mul_(alpha / num_classes)  # (c, B): dL/ds
-            slopes[own, rows] += torch.where(in_block, positive_slopes, 0)
+            slopes = log_shares[:, 1:].exp_().mul_(stand_for * (alpha / num_classes))  # (c, B): dL/ds
+            slopes[own, columns] += torch.where(in_block, positive_slopes, 0)
             slopes /= p_norms  # from here the slopes by p . x
             grad_x.addmm_(slopes.T, p)
             grad_p = torch.mm(slopes, x, out=grad_proxies[start : start + step])
@@ -111,7 +128,7 @@ class ProxyAnchorFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         grad_x, grad_proxies = ctx.saved_tensors
-        return grad_x * grad_loss, grad_proxies * grad_loss, None, None, None
+        return grad_x * grad_loss, grad_proxies * grad_loss, None, None, None, None, None, None
 
 
 class MinedLoss(nn.Module):
@@ -151,7 +168,22 @@ def options() -> argparse.ArgumentParser:
         metavar="M",
         help="margin of Proxy-Anchor, in cosine similarity; a larger one pulls and pushes further",
     )
+    group.add_argument(
+        "--sample-proxies",
+        default=1.0,
+        type=float,
+        metavar="SHARE",
+        help="Proxy-Anchor's share of the classes outside the batch in each step, for millions of classes; 1 is exact",
+    )
     return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error for a sample that the loss cannot take."""
+    if not 0 < args.sample_proxies <= 1:
+        parser.error(f"argument --sample-proxies: {args.sample_proxies} is not a share, above 0 and at most 1")
+    if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
+        parser.error(f"argument --sample-proxies: {args.loss} takes all proxies or none; Proxy_Anchor samples them")
 
 
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")

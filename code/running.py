@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import torch
 
-from proxy_anchor import checkpoint, console, logbook, metrics, runs
+from proxy_anchor import console, logbook, metrics, resuming, runs
 from proxy_anchor.evaluation import Result
 from proxy_anchor.logbook import Logbook
 from proxy_anchor.stopping import Interrupted, Stop
@@ -32,7 +32,7 @@ class Run:
             contexts.enter_context(self.stop)
             contexts.push(self._save_if_interrupted)
             if self.log.resumes:
-                self.progress = checkpoint.load_run(self.log.folder / runs.LAST, self.network, self.parts)
+                self.progress = resuming.load(self.log.folder / runs.LAST, self.network, self.parts)
                 self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
                 self.log.resume(self.progress)
                 if self.rows and not self.losses and self.best is self.rows[-1]:  # maybe killed before it was saved

@@ -7,7 +7,7 @@ import re
 import socket
 from pathlib import Path
 
-from proxy_anchor import checkpoint, metrics
+from proxy_anchor import checkpoint, metrics, resuming
 
 CONFIG, CLASSES, LAST, LOCK, RESULTS = "config.json", "classes.csv", "last.pth", ".lock", "*_best_results.txt"
 # Entries of the configuration that are not part of the experiment.
@@ -20,7 +20,7 @@ MAY_CHANGE = (
 # What was so in runs that do not tell it.
 FORMER = {
     "crop": checkpoint.FORMER_CROP, "fold": None, "by": "R@1", "freeze": "", "embedding_lr": 1.0, "eps": None,
-    "head": "linear", "lr_schedule": "step",
+    "head": "linear", "lr_schedule": "step", "sample_proxies": 1.0,
 }  # fmt: skip
 FORMER_TRANSFER = {"head": "orthogonal", "lr_schedule": "cosine"}
 
@@ -133,7 +133,7 @@ def is_finished(folder: Path, epochs: int) -> bool:
                 f"{folder} has {saved[0].name}, but no {LAST} to continue from; to train again, leave out --resume"
             )
         return False
-    progress = checkpoint.progress(folder / LAST)
+    progress = resuming.progress(folder / LAST)
     if progress["epoch"] < epochs:
         return False
     epoch = metrics.best(progress["rows"], (FORMER | read_config(folder))["by"])["epoch"]

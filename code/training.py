@@ -140,7 +140,10 @@ def create_optimizer(
     if proxies := list(criterion.parameters()):
         groups.append({"params": proxies, "lr": lr * criterion.proxy_lr})
     settings = {"weight_decay": weight_decay} | ({} if eps is None else {"eps": eps})
-    return OPTIMIZERS[name](groups, lr=lr, **settings)
+    optimizer = OPTIMIZERS[name](groups, lr=lr, **settings)
+    if hasattr(criterion, "follow"):
+        criterion.follow(optimizer)
+    return optimizer
 
 
 def create_scheduler(
@@ -212,7 +215,6 @@ def train_one_epoch(
         loss = loss_of(images, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        distributed.sum_gradients(network.parameters())
         scaler.unscale_(optimizer)
         for module in clipped:
             nn.utils.clip_grad_value_(module.parameters(), CLIP_VALUE)

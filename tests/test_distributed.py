@@ -18,7 +18,7 @@ import dataset
 import net
 import train as script
 from dataset.loading import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, distributed, evaluation, losses, training
+from proxy_anchor import checkpoint, distributed, evaluation, losses, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 
@@ -58,13 +58,14 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
         BalancedBatches(labels, BATCH, per_class, 1, share) if per_class else RandomBatches(labels, BATCH, 1, share)
     )
     network = net.create("resnet18", 8, bn_freeze=bn_freeze).to(dtype)
-    criterion = losses.create(loss, CLASSES, 8).to(dtype)
+    criterion = sharded.create(loss, CLASSES, 8, 0.1, 32.0).to(dtype)
     optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     clipped = [network, criterion] if criterion.clipped else [network]
+    replica = distributed.Replica(network)
 
     def loss_of(images, labels):
-        embeddings, labels = (distributed.gather(x, sampler.images_per_batch) for x in (network(images), labels))
+        embeddings, labels = (distributed.gather(x, sampler.images_per_batch) for x in (replica(images), labels))
         return criterion(embeddings, labels)
 
     for epoch in range(epochs):
@@ -73,11 +74,17 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
         batches = [([key[-1] for key in keys]) for keys in sampler]
         batches = [(pixels[indices], torch.from_numpy(labels[indices])) for indices in batches[:3]]
         training.train_one_epoch(network, loss_of, batches, optimizer, scaler, epoch, clipped)
-    named = {f"network.{k}": p for k, p in network.named_parameters()} | {
-        f"loss.{k}": p for k, p in criterion.named_parameters()
-    }
+    named = dict(network.named_parameters())
     gradients = {f"gradient of {k}": p.grad for k, p in named.items() if p.grad is not None}
+    if loss == "Proxy_Anchor":
+        of_all = {"proxies": criterion.proxies.detach(), "gradient of proxies": criterion.proxies.grad}
+        gradients |= {k: distributed.gather(rows, CLASSES) for k, rows in of_all.items()}
     return {k: p.detach() for k, p in named.items()} | gradients
+
+
+def trainings(*settings):
+    """Several, in processes that are started once."""
+    return {f"{each}: {k}": tensor for each in settings for k, tensor in train(*each).items()}
 
 
 def assert_close(ours, expected, tolerance):
@@ -87,23 +94,20 @@ def assert_close(ours, expected, tolerance):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("per_class", [None, 2])
-def test_sgd_in_float32(processes, per_class):
+def test_sgd_in_float32(processes):
     """Warm-up and its end, BN-freeze, both samplers: parameters and gradients after some steps."""
-    settings = ("sgd", torch.float32, 1, True, per_class)
-    assert_close(in_processes(processes, train, *settings), train(*settings), 1e-5)
+    settings = [("sgd", torch.float32, 1, True, per_class) for per_class in (None, 2)]
+    assert_close(in_processes(processes, trainings, *settings), trainings(*settings), 1e-5)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_adamw_in_float64(processes):
-    """AdamW divides by the gradient's size, which amplifies rounding: close agreement needs float64."""
-    settings = ("adamw", torch.float64, 1, True, 2)
-    assert_close(in_processes(processes, train, *settings), train(*settings), 1e-9)
+def test_float64(processes):
+    """AdamW divides by the gradient's size, which amplifies rounding: close agreement needs float64.
 
-
-def test_rivals_see_the_whole_batch_too():
-    settings = ("sgd", torch.float64, 0, True, 4, 1, "MS")
-    assert_close(in_processes(2, train, *settings), train(*settings), 1e-9)
+    The rivals see the whole batch too.
+    """
+    settings = [("adamw", torch.float64, 1, True, 2), ("sgd", torch.float64, 0, True, 4, 1, "MS")]
+    assert_close(in_processes(processes, trainings, *settings), trainings(*settings), 1e-9)
 
 
 def averaged_gradient(parts):

@@ -13,7 +13,7 @@ import dataset
 import net
 from dataset.files import read_image
 from net import pretrained
-from proxy_anchor import checkpoint, console
+from proxy_anchor import checkpoint, console, resuming
 
 SHOWN_IN_ONE_LINE = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)  # as in console
 
@@ -86,14 +86,12 @@ def test_damaged_run_checkpoints(tmp_path):
     path = tmp_path / "last.pth"
     network = Tiny(1.5)
     optimizer = torch.optim.AdamW(network.parameters())
-    checkpoint.save_run(
-        path, network, {}, {"optimizer": optimizer}, {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []}
-    )
+    resuming.save(path, network, {}, {"optimizer": optimizer}, {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []})
     for data in mutations(path.read_bytes(), 70, seed=1):
         path.write_bytes(data)
         other = Tiny(0.0)
         parts = {"optimizer": torch.optim.AdamW(other.parameters())}
-        progress = outcome(lambda other=other, parts=parts: checkpoint.load_run(path, other, parts))
+        progress = outcome(lambda other=other, parts=parts: resuming.load(path, other, parts))
         if isinstance(progress, Exception):
             assert not other.weight.any()
         else:
@@ -110,13 +108,13 @@ def test_damaged_run_checkpoints(tmp_path):
 def test_edited_run_checkpoints(tmp_path, change):
     path, network = tmp_path / "last.pth", Tiny(1.5)
     parts = {"optimizer": torch.optim.AdamW(network.parameters()), "idle": torch.amp.GradScaler("cpu", enabled=False)}
-    checkpoint.save_run(path, network, {}, parts, {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []})
-    assert checkpoint.load_run(path, network, parts)["epoch"] == 3
+    resuming.save(path, network, {}, parts, {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []})
+    assert resuming.load(path, network, parts)["epoch"] == 3
     content = checkpoint.read(path)
     progress = content["progress"] | change.get("progress", {})
     torch.save(content | change | {"progress": progress}, path)
     with pytest.raises(ValueError, match=str(path)):
-        checkpoint.load_run(path, network, parts)
+        resuming.load(path, network, parts)
 
 
 def test_damaged_weights_files(tmp_path):

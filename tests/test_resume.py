@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train
-from proxy_anchor import checkpoint, files, randomness, runs, stopping
+from proxy_anchor import checkpoint, files, randomness, resuming, runs, stopping
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.logbook import Logbook
 from proxy_anchor.running import Run
@@ -414,7 +414,7 @@ def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
     assert failed.value.code == 1 and ".pth cannot be written" in error and "MB free" in error
-    assert checkpoint.progress(folder / "last.pth")["epoch"] == 1
+    assert resuming.progress(folder / "last.pth")["epoch"] == 1
     train.main(["--resume", str(folder), "--epochs", "3"])
     rows = (folder / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["0", "1", "2"]

@@ -1,0 +1,160 @@
+"""The checkpoint to resume a run from: the network, and all else that its next step depends on.
+
+It is one file. Where the classes of the loss are divided over processes, each process writes their rows, the proxies
+and their moments, to a file of its own, whose name says when it was written; the one file names these, and takes its
+place after them. So the last complete checkpoint is there at any moment, and any number of processes can read it.
+(torch.distributed.checkpoint does the same, but its table of contents is a pickle, which could run code.)
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from proxy_anchor import distributed, randomness
+from proxy_anchor.checkpoint import SHOWN, load_weights, read
+from proxy_anchor.files import replacing
+from proxy_anchor.losses import ProxyAnchor
+from proxy_anchor.metrics import plain
+from proxy_anchor.sharded import DividedProxyAnchor
+
+PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
+DIVIDED = {"files": list, "classes": list}  # of the processes: their files, and how many classes each has
+
+
+def save(path: Path, network: torch.nn.Module, contract: dict, parts: dict, progress: dict) -> None:
+    """Write a checkpoint to resume from: that of checkpoint.save, the parts (which have state_dict), progress, and
+
+    random states; each process its own rows of classes, and the first one the rest.
+    """
+    content = {"model_state_dict": network.state_dict(), "network": contract}
+    content |= {name: part.state_dict() for name, part in parts.items()}
+    content |= {"progress": progress, "random": randomness.state()}
+    files = []
+    if distributed.count() > 1 and isinstance(parts.get("criterion"), DividedProxyAnchor):
+        moment = f"{path.stem}-{progress['epoch']}.{len(progress['losses'])}"
+        files = [f"{moment}-{number}of{distributed.count()}.pth" for number in range(1, distributed.count() + 1)]
+        content["divided"] = {"files": files, "classes": distributed.sizes(parts["criterion"].num_classes)}
+        with replacing(path.with_name(files[distributed.rank()])) as file:
+            torch.save(take_rows(content), file)
+        dist.barrier()
+    if distributed.rank() == 0:
+        with replacing(path) as file:
+            torch.save(content, file)
+        for old in path.parent.glob(f"{path.stem}-*.pth"):
+            if old.name not in files:
+                old.unlink()
+
+
+def load(path: Path, network: torch.nn.Module, parts: dict) -> dict:
+    """Bring the network, the parts and the random states to what save wrote; returns its progress.
+
+    Raises FileNotFoundError or ValueError if it cannot be read or is of another network, optimizer ..., or if a part
+    had other settings then.
+    """
+    content = read(path)
+    missing = [name for name in (*parts, "progress", "random") if name not in content]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint to resume from: it has no {', '.join(missing)}")
+    progress = progress_of(path, content)
+    load_weights(path, content, network)
+    try:
+        criterion = parts.get("criterion")
+        if isinstance(criterion, DividedProxyAnchor):
+            put_rows(path, content, criterion.num_classes, criterion.classes)
+        elif isinstance(criterion, ProxyAnchor) and "divided" in content:
+            put_rows(path, content, criterion.num_classes, range(criterion.num_classes))
+        for name, part in parts.items():
+            if not isinstance(content[name], dict) or bool(content[name]) != bool(part.state_dict()):
+                raise ValueError(f"its {name} is {str(content[name])[:80]}")
+            now = settings(part)
+            part.load_state_dict(content[name])
+            then = settings(part)
+            if different := sorted(key for key in now.keys() & then if now[key] != then[key]):
+                listed = ", ".join(f"{key} {then[key]}, now {now[key]}" for key in different[:SHOWN])
+                raise ValueError(f"its {name} has other settings: {listed}")
+        randomness.restore(content["random"])
+    except Exception as error:  # of many kinds, one for each part
+        raise ValueError(f"{path} does not fit this run: {str(error) or type(error).__name__}") from error
+    return progress
+
+
+def with_rows(content: dict) -> dict[str, dict]:
+    """The entries of a checkpoint's content that have a row for each class: the proxies, and the optimizer's moments.
+
+    They are replaced by copies, since those of an optimizer are its own.
+    """
+    number = content["optimizer"]["param_groups"][-1]["params"][0]  # the proxies: the last group has no others
+    state = content["optimizer"]["state"]
+    content["criterion"], state[number] = dict(content["criterion"]), dict(state.get(number, {}))
+    return {"criterion": content["criterion"], "optimizer": state[number]}
+
+
+def take_rows(content: dict) -> dict[str, torch.Tensor]:
+    """Take the rows of classes out of the content."""
+    return {
+        f"{name} {key}": entry.pop(key)
+        for name, entry in with_rows(content).items()
+        for key in list(entry) if isinstance(entry[key], torch.Tensor) and entry[key].ndim == 2
+    }  # fmt: skip
+
+
+def put_rows(path: Path, content: dict, num_classes: int, classes: range) -> None:
+    """Put the rows of these classes into the content, wherever they are.
+
+    Raises ValueError or FileNotFoundError where they are not.
+    """
+    rows = take_rows(content)
+    divided = content.get("divided", {"files": [None], "classes": [num_classes]})
+    if sum(divided["classes"]) != num_classes:
+        raise ValueError(f"its loss has {sum(divided['classes'])} classes, now {num_classes}")
+    found, start = [], 0  # start: of the classes in a file
+    for name, size in zip(divided["files"], divided["classes"], strict=True):
+        begin, end = max(start, classes.start), min(start + size, classes.stop)
+        if begin < end or not (classes or found):
+            there = rows if name is None else read(path.with_name(name))
+            if wrong := [key for key, value in there.items() if len(value) != size]:
+                raise ValueError(f"{name or path} has {len(there[wrong[0]])} rows of {wrong[0]}, expected {size}")
+            found.append({key: value[begin - start : end - start].clone() for key, value in there.items()})
+        start += size
+    entries = with_rows(content)
+    for place in found[0]:
+        name, key = place.split(" ")
+        entries[name][key] = torch.cat([part[place] for part in found])
+
+
+def settings(part) -> dict:
+    """The settings that an optimizer or a scheduler was made with, without its state; {} for other parts."""
+    if isinstance(part, torch.optim.Optimizer):
+        groups = enumerate(part.param_groups)
+        return {f"{name} of group {i}": group[name] for i, group in groups for name in group.keys() - {"params", "lr"}}
+    if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+        state = part.state_dict()
+        return {name: state[name] for name in state if not name.startswith("_") and name != "last_epoch"}
+    return {}
+
+
+def progress(path: Path) -> dict:
+    """The progress in a file of save; little more of it is read.
+
+    Raises as checkpoint.load does, also if the file is another kind of checkpoint.
+    """
+    return progress_of(path, read(path, mmap=True))
+
+
+def progress_of(path: Path, content: dict) -> dict:
+    """The progress of a run in a checkpoint's content; path is for messages. Raises ValueError if there is none."""
+    found = content.get("progress")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in PROGRESS.items()):
+        raise ValueError(f"{path} is no checkpoint to resume from: it has no progress of a run")
+    rows, losses = found["rows"], found["losses"]
+    if found["epoch"] < 0 or not all(map(is_row, rows)):
+        raise ValueError(f"{path} is damaged: its progress is epoch {found['epoch']} with the rows {str(rows)[:80]}")
+    if not all(isinstance(loss, float) for loss in losses):
+        raise ValueError(f"{path} is damaged: its progress has the losses {str(losses)[:80]}")
+    return found
+
+
+def is_row(found) -> bool:
+    """Whether this has a name for each value, and the R@1 of an epoch."""
+    return isinstance(found, dict) and all(isinstance(name, str) for name in found) and "R@1" in plain(found)

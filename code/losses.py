@@ -57,11 +57,11 @@ class ProxyAnchor(nn.Module):
             return self.of_unit_vectors(embeddings / norms(embeddings), labels)
 
     def of_unit_vectors(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.of_rows(x, labels, rows=labels, weights=x.new_ones(len(self.proxies), 1))
+        return self.of_proxies(self.proxies, x, labels, rows=labels, weights=x.new_ones(len(self.proxies), 1))
 
-    def of_rows(self, x: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The terms of the classes whose proxies are here, see ProxyAnchorFunction: those of all, or a part of them."""
-        proxies = self.proxies.to(x.dtype)
+    def of_proxies(self, proxies, x, labels, rows, weights) -> torch.Tensor:
+        """The terms of the classes of these proxies, all or a part of them; see ProxyAnchorFunction."""
+        proxies = proxies.to(x.dtype)
         return ProxyAnchorFunction.apply(x, proxies, labels, rows, weights, self.num_classes, self.margin, self.alpha)
 
 

@@ -62,7 +62,8 @@ class DividedProxyAnchor(losses.ProxyAnchor):
     def of_own_classes(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if not len(self.proxies):  # more processes than classes
             return 0 * (x.sum() + self.proxies.sum())
-        return self.of_rows(x, labels, labels - self.classes.start, x.new_ones(len(self.proxies), 1))
+        weights = x.new_ones(len(self.proxies), 1)
+        return self.of_proxies(self.proxies, x, labels, labels - self.classes.start, weights)
 
 
 class SampledProxyAnchor(DividedProxyAnchor):
@@ -90,7 +91,10 @@ class SampledProxyAnchor(DividedProxyAnchor):
             return super().of_own_classes(x, labels)
         rows = torch.where(torch.isin(places, self.places), torch.searchsorted(self.places, places), -1)
         weights = torch.where(torch.isin(self.places, places), 1, 1 / self.share).to(x.dtype)[:, None]  # (m, 1)
-        return self.of_rows(x, labels, rows, weights)
+        # Autograd remembers the shape of a parameter, which changes with the step.
+        proxies = self.proxies.detach().requires_grad_()
+        proxies.register_post_accumulate_grad_hook(self._take_gradient)
+        return self.of_proxies(proxies, x, labels, rows, weights)
 
     def draw(self, places: torch.Tensor) -> None:
         """Take the proxies of the next step: a sample, and those of the batch, at these places where they are here.
@@ -108,6 +112,9 @@ class SampledProxyAnchor(DividedProxyAnchor):
         self.proxies.grad = None
         self.proxies.data = self.rows["proxies"][self.places]
         self.step += 1
+
+    def _take_gradient(self, proxies):
+        self.proxies.grad = proxies.grad
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer's steps, of any kind, read and write the rows."""

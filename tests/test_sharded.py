@@ -13,7 +13,7 @@ from torch import nn
 import train
 from proxy_anchor import distributed, losses, resuming, sharded, training
 
-SIZE, STEPS = 8, 5
+SIZE, EPOCHS = 8, 5
 # Classes, images in a batch, share of the classes: neither is divided by 2, 3 or 4; fewer classes than processes.
 CASES = {"all": (7, 9, 1), "few": (3, 10, 1), "sampled": (23, 6, 0.4), "few, sampled": (2, 4, 0.5)}
 
@@ -35,7 +35,7 @@ class Tiny(nn.Module):
 
 
 class Training:
-    """Steps of a whole batch, to which each process contributes its images."""
+    """Epochs of two steps of a whole batch, to which each process contributes its images."""
 
     def __init__(self, num_classes, batch_size, share, optimizer="adamw"):
         torch.manual_seed(0)
@@ -52,18 +52,18 @@ class Training:
             distributed.gather(self.replica(images), self.batch_size), distributed.gather(labels, self.batch_size)
         )
 
-    def steps(self, first, last):
+    def epochs(self, first, last):
         """With warm-up in the first: its end unfreezes parameters."""
         start = sum(distributed.sizes(self.batch_size)[: distributed.rank()])
         own = slice(start, start + distributed.sizes(self.batch_size)[distributed.rank()])
         for step in range(first, last):
             random = np.random.default_rng(step)
-            images = torch.from_numpy(random.standard_normal((self.batch_size, 5)))
+            images = torch.from_numpy(random.standard_normal((2, self.batch_size, 5)))
             # Only the first classes, so that the last process has no positive.
-            labels = torch.from_numpy(random.integers(max(1, self.num_classes // 2), size=self.batch_size))
+            labels = torch.from_numpy(random.integers(max(1, self.num_classes // 2), size=(2, self.batch_size)))
             training.set_trainable(self.network, step, warm=1)
             training.train_one_epoch(
-                self.network, self.loss_of, [(images[own], labels[own])], self.optimizer, self.scaler, step,
+                self.network, self.loss_of, zip(images[:, own], labels[:, own]), self.optimizer, self.scaler, step,
                 [self.network, self.criterion], self.losses,
             )  # fmt: skip
         return self
@@ -87,18 +87,18 @@ def cases(folder: Path):
     """All cases, and what four processes have saved, continued by this number of them."""
     results = {}
     for name, (num_classes, batch_size, share) in CASES.items():
-        trained = Training(num_classes, batch_size, share).steps(0, STEPS).result()
+        trained = Training(num_classes, batch_size, share).epochs(0, EPOCHS).result()
         results |= {f"{name}: {key}": value for key, value in trained.items()}
         last = folder / f"{name}.pth"
         if distributed.count() == 4:
-            half = Training(num_classes, batch_size, share).steps(0, 3)
+            half = Training(num_classes, batch_size, share).epochs(0, 3)
             progress = {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []}
             resuming.save(last, half.network, {}, half.parts, progress)
             dist.barrier()
         resumed = Training(num_classes, batch_size, share)
         assert resuming.load(last, resumed.network, resumed.parts)["epoch"] == 3
         resumed.optimizer.step()  # as a run does, without gradients
-        continued = resumed.steps(3, STEPS).result()
+        continued = resumed.epochs(3, EPOCHS).result()
         results |= {f"{name}, resumed: {key}": value for key, value in continued.items()}
     return results
 
@@ -120,7 +120,7 @@ def test_resumed_by_another_number_of_processes(by_processes, name):
     """What four have saved, against steps never interrupted."""
     for results in by_processes.values():
         losses = results[f"{name}: losses"]
-        np.testing.assert_allclose(results[f"{name}, resumed: losses"], losses[3:], rtol=1e-6)
+        np.testing.assert_allclose(results[f"{name}, resumed: losses"], losses[6:], rtol=1e-6)
         for key in (key for key in results if key.startswith(f"{name}: ") and not key.endswith("losses")):
             resumed = results[key.replace(": ", ", resumed: ", 1)]
             np.testing.assert_allclose(resumed, results[key], rtol=1e-6, atol=1e-9, err_msg=key)
@@ -151,8 +151,10 @@ def test_sample_is_an_unbiased_estimate():
     x, labels = torch.randn(6, SIZE, dtype=torch.double, requires_grad=True), torch.tensor([0, 0, 3, 17, 39, 39])
 
     def measured(criterion):
+        x.grad = criterion.proxies.grad = None
         loss = criterion(x, labels)
-        by_x, by_proxies = torch.autograd.grad(loss, (x, criterion.proxies))
+        loss.backward()
+        by_x, by_proxies = x.grad, criterion.proxies.grad
         if criterion is sampled:
             by_proxies = torch.zeros_like(whole.proxies).index_add(0, sampled.places, by_proxies)
         return torch.cat([loss[None], by_x.flatten(), by_proxies.flatten()]).detach()
@@ -166,10 +168,11 @@ def test_sample_is_an_unbiased_estimate():
 
 
 def test_proxies_that_were_not_drawn_rest():
-    trained = Training(23, 6, 0.4).steps(0, 3)
-    before = copy.deepcopy(trained.criterion.rows)
-    trained.steps(3, 4)
-    drawn = torch.zeros(23, dtype=torch.bool).index_fill(0, trained.criterion.places, True)
+    trained = Training(23, 6, 0.4).epochs(0, 3)
+    before, drawn = copy.deepcopy(trained.criterion.rows), torch.zeros(23, dtype=torch.bool)
+    draw = trained.criterion.draw
+    trained.criterion.draw = lambda places: (draw(places), drawn.index_fill_(0, trained.criterion.places, True))
+    trained.epochs(3, 4)
     assert 0 < drawn.sum() < 23 and set(before) == {"proxies", "exp_avg", "exp_avg_sq"}
     for name, rows in trained.criterion.rows.items():
         assert torch.equal(rows[~drawn], before[name][~drawn])
@@ -179,11 +182,11 @@ def test_proxies_that_were_not_drawn_rest():
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_sample_of_all_is_exact(optimizer, monkeypatch):
     """With any optimizer: its state follows the proxies."""
-    expected = Training(5, 6, 1, optimizer).steps(0, 4)
+    expected = Training(5, 6, 1, optimizer).epochs(0, 4)
     monkeypatch.setattr(
         sharded, "create", lambda name, *settings, seed: sharded.SampledProxyAnchor(*settings, seed=seed)
     )
-    found = Training(5, 6, 1, optimizer).steps(0, 4)
+    found = Training(5, 6, 1, optimizer).epochs(0, 4)
     assert found.losses == pytest.approx(expected.losses, rel=1e-12)
     torch.testing.assert_close(found.criterion.rows["proxies"], expected.criterion.proxies.data, rtol=1e-12, atol=0)
 

@@ -151,6 +151,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     if args.allow_partial:
         print("With --allow-partial: results on a part of the dataset do not compare with others.")
 
+    if args.calibrate or args.report:
+        embedded = evaluation.whole(embedded)
     if args.calibrate and distributed.rank() == 0:
         calibrate(args, embedded, test_sets, groups)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from proxy_anchor.files import replacing
-from proxy_anchor.retrieval import DISTANCES
+from proxy_anchor.tiles import DISTANCES
 
 SHOWN = 3  # differences in an error
 # How to use a network: the arguments that a checkpoint records, and those that it may lack.

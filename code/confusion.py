@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from proxy_anchor.retrieval import Points, origin_of
+from proxy_anchor.tiles import Points, origin_of
 
 BLOCK = 1024  # queries at a time
 

@@ -100,6 +100,12 @@ def sizes(total: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(total), count())]
 
 
+def own(total: int) -> slice:
+    """Which of `total` items are this process's."""
+    first = sum(sizes(total)[: rank()])
+    return slice(first, first + sizes(total)[rank()])
+
+
 def gather(share: torch.Tensor, total: int) -> torch.Tensor:
     """The processes' shares (n, ...) of `total` rows, in their order, as (total, ...); the gradient flows back."""
     return Gather.apply(share, total) if count() > 1 else share

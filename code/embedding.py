@@ -59,8 +59,8 @@ class Embedder:
     def embed(self, loader, description: str = "embedding", stop=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (N, D) and labels (N,) of all images of a loader's dataset, in eval mode, with a progress bar.
 
-        Where several processes share the work, the loader has this one's part of the images. stop: a Stop, which may
-        end it early; check it before the embeddings are used.
+        Where several processes share the work, they are of this one's part of the images, which the loader has. stop: a
+        Stop, which may end it early; check it before the embeddings are used.
         """
         self.network.eval()
         bar = console.progress(loader, description)
@@ -71,5 +71,4 @@ class Embedder:
         for images, batch_labels in self.batches(bar):
             embeddings.append(self(images))
             labels.append(batch_labels)
-        total = len(loader.dataset)
-        return distributed.gather(torch.cat(embeddings), total), distributed.gather(torch.cat(labels), total)
+        return torch.cat(embeddings), torch.cat(labels)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from proxy_anchor.retrieval import comparable
+from proxy_anchor.tiles import comparable
 
 
 def group(paths: list[str], by_folder: bool) -> dict[str, list[str]]:

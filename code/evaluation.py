@@ -8,8 +8,10 @@ import torch
 
 from proxy_anchor import distributed
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.retrieval import map_at_r, ranks_and_ties, recall_of_ranks, unit_vectors
+from proxy_anchor.parts import Parts
+from proxy_anchor.retrieval import recall_of_ranks, search
 from proxy_anchor.stopping import Stop
+from proxy_anchor.tiles import unit_vectors
 
 
 @dataclass
@@ -87,27 +89,34 @@ def measure(
     """Search the images of one test set within it or, given two, those of the first in the second; see Embedder.embed.
 
     Recall@K for each of ks, by a distance of retrieval.DISTANCES. groups: for each test set the numbers (N,) of its
-    images' groups, or None: images of a query's own group are left out of its gallery. Raises ValueError as
+    images' groups, or None: images of a query's own group are left out of its gallery. Of several processes each passes
+    what it has embedded, and the groups of all images; the Result is that of all. Raises ValueError as
     best_positive_rank does.
     """
-    search = arguments(embedded, distance, groups)
-    ranks, tied = ranks_and_ties(**search, group=distributed.group())
-    average_precisions, r_precisions = map_at_r(**search, group=distributed.group())
-    recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(ranks, ks).items()}
-    means = {"MAP@R": average_precisions.mean().item(), "R-precision": r_precisions.mean().item()}
-    own = search["groups"]
-    left_out = None if own is None else images_left_out(own, search["gallery_groups"])
-    return Result(recalls | means, ranks.cpu(), average_precisions, embedded[1].cpu(), int(tied.sum()), left_out)
+    found = search(**arguments(embedded, distance, groups), group=distributed.group())
+    recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(found.ranks, ks).items()}
+    means = {"MAP@R": found.average_precisions.mean().item(), "R-precision": found.r_precisions.mean().item()}
+    (labels,) = whole(embedded[1:2])
+    left_out = images_left_out(*map(torch.as_tensor, groups)) if groups and groups[0] is not None else None
+    return Result(
+        recalls | means, found.ranks.cpu(), found.average_precisions, labels.cpu(), int(found.tied.sum()), left_out
+    )
 
 
 def arguments(embedded: list[torch.Tensor], distance: str, groups: Sequence | None = None) -> dict[str, Any]:
-    """Those of a search, see retrieval.best_positive_rank, by their names."""
-    numbers = [None if part is None else torch.as_tensor(part) for part in [*(groups or ()), None, None][:2]]
+    """Those of a search, see retrieval.best_positive_rank, by their names; of groups, this process's part."""
+    of_each = [*(groups or ()), None, None][:2]
+    numbers = [None if part is None else torch.as_tensor(part)[distributed.own(len(part))] for part in of_each]
     names = ("embeddings", "labels", "gallery", "gallery_labels", "groups", "gallery_groups")
     return dict(zip(names, [*[*embedded, None, None][:4], *numbers])) | {"distance": distance}
 
 
-def images_left_out(groups: torch.Tensor, gallery_groups: torch.Tensor | None) -> torch.Tensor:
+def whole(embedded: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What all processes have embedded, in each of them."""
+    return [torch.cat(Parts(distributed.group()).each(part)) for part in embedded]
+
+
+def images_left_out(groups: torch.Tensor, gallery_groups: torch.Tensor | None = None) -> torch.Tensor:
     """How many images of its own group each query (N,) has in its gallery: (M,), or the other queries."""
     numbers, sizes = (groups if gallery_groups is None else gallery_groups).unique(return_counts=True)
     place = torch.searchsorted(numbers, groups).clamp(max=len(numbers) - 1)

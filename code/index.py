@@ -13,7 +13,7 @@ import torch
 
 from proxy_anchor import checkpoint, runs
 from proxy_anchor.files import replacing
-from proxy_anchor.retrieval import comparable
+from proxy_anchor.tiles import comparable
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from proxy_anchor.retrieval import Points, Tiled, groups_searched, origin_of, searched
+from proxy_anchor.parts import Parts
+from proxy_anchor.retrieval import groups_searched, searched
+from proxy_anchor.tiles import Points, Tiled, origin_of
 
 RESOLUTION = 1 << 16  # bins in the range of the nearness
 CELLS = 1 << 23  # numbers at a time in the bootstrap
@@ -34,11 +35,11 @@ class Scale:
     width: float
 
     @classmethod
-    def of(cls, queries: Points, targets: Points) -> "Scale":
-        halves = [points.halves for points in (queries, targets) if points.halves is not None]  # |x|^2 / 2
+    def of(cls, queries: Points, targets: Points, parts: Parts) -> "Scale":
+        halves = [parts.largest(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
         if not halves:
             return cls(-1, 2 / RESOLUTION)
-        farthest = sum(math.sqrt(2 * half.max()) for half in halves)
+        farthest = sum(math.sqrt(2 * half) for half in halves)
         span = 2.0 ** math.ceil(math.log2(farthest or 1))  # a power of two: other sets have many of these edges too
         return cls(-span, span / RESOLUTION)
 
@@ -60,8 +61,8 @@ class Scale:
 class Pairs:
     """The pairs of queries and targets, in tiles of the matrix of their nearness; each pair once, no image with itself.
 
-    Of images with groups, two of one group are no pair. Only a tile is in memory at a time. The processes of a group
-    divide the tiles.
+    Of images with groups, two of one group are no pair. Only a tile is in memory at a time. Of several processes each
+    has a part of the queries and of the targets, and the queries travel, as in retrieval.search.
     """
 
     queries: Tiled
@@ -69,7 +70,7 @@ class Pairs:
     within: bool
     scale: Scale
     classes: torch.Tensor  # (C,), ascending
-    group: dist.ProcessGroup | None
+    parts: Parts
 
     # Of a tile: the bins of pairs of two classes come first, then those of one class, then one for what is no pair.
     ONE_CLASS, NO_PAIR = RESOLUTION + 1, 2 * (RESOLUTION + 1)
@@ -80,44 +81,46 @@ class Pairs:
         groups=None, gallery_groups=None, group=None,
     ) -> "Pairs":  # fmt: skip
         within = gallery is None
-        gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels)
+        parts = Parts(group)
+        gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
         gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
-        origin = origin_of(gallery, distance)
+        origin = origin_of(gallery, distance, parts)
         queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
         targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
-        classes = torch.unique(torch.cat([queries.labels, targets.labels]))
-        return cls(queries, targets, within, Scale.of(queries.points, targets.points), classes, group)
+        classes = torch.unique(torch.cat([*parts.each(queries.labels), *parts.each(targets.labels)]))
+        return cls(queries, targets, within, Scale.of(queries.points, targets.points, parts), classes, parts)
 
     def tiles(self):
-        """(i, j, bins (rows of i, columns of j)) of each tile."""
-        tiles = [(i, j) for i in range(len(self.queries)) for j in range(i if self.within else 0, len(self.targets))]
-        if self.group:
-            tiles = tiles[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
-        for i, j in tiles:
-            nearness = self.queries.tile(i).similarities(self.targets.tile(j))
-            nearness = nearness[: self.queries.length(i), : self.targets.length(j)]
-            if self.queries.points.halves is not None:  # these are -d^2 / 2
-                nearness = nearness.clamp_(max=0).mul_(-2).sqrt_().neg_()
-            bins = self.scale.bins(nearness)
-            if self.shares_labels(i, j):
-                one_class = (
-                    self.queries.labels[self.queries.slice(i), None] == self.targets.labels[self.targets.slice(j)]
-                )
-                bins += one_class * self.ONE_CLASS
-            if self.queries.groups is not None and self.targets.groups is not None:
-                rows, columns = self.queries.slice(i), self.targets.slice(j)
-                bins.masked_fill_(self.queries.groups[rows, None] == self.targets.groups[columns], self.NO_PAIR)
-            if self.within and i == j:
-                bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), self.NO_PAIR)
-            yield i, j, bins
+        """Of each tile: the labels of its rows and columns, whether it has more than pairs of two classes, its bins."""
+        targets = self.targets
+        for owner, queries in enumerate(self.queries.of_each(self.parts)):
+            selves = self.within and owner == self.parts.rank
+            for i in range(len(queries)):
+                block, rows = queries.sent(i, owner, self.parts), queries.slice(i)
+                for j in range(i if selves else 0, len(targets)) if self.compares(owner) else ():
+                    columns = targets.slice(j)
+                    nearness = block.similarities(targets.tile(j))[: queries.length(i), : targets.length(j)]
+                    if block.halves is not None:  # these are -d^2 / 2
+                        nearness = nearness.clamp_(max=0).mul_(-2).sqrt_().neg_()
+                    bins = self.scale.bins(nearness)
+                    if others := queries.shares_labels(i, targets, j):
+                        bins += (queries.labels[rows, None] == targets.labels[columns]) * self.ONE_CLASS
+                    if queries.groups is not None and targets.groups is not None:
+                        bins.masked_fill_(queries.groups[rows, None] == targets.groups[columns], self.NO_PAIR)
+                        others = True
+                    if selves and i == j:
+                        bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), self.NO_PAIR)
+                    yield queries.labels[rows], targets.labels[columns], others, bins
 
-    def shares_labels(self, i, j) -> bool:
-        return self.queries.shares_labels(i, self.targets, j)
+    def compares(self, owner: int) -> bool:
+        """Whether this process compares the owner's queries with its targets: within one set, one of two does."""
+        ahead, count = (self.parts.rank - owner) % self.parts.count, self.parts.count
+        return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.parts.rank)
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of pairs of one class and of two in each bin: (RESOLUTION + 1,) each."""
         total = torch.zeros(self.NO_PAIR + 1, dtype=torch.long)
-        for _, _, bins in self.tiles():
+        for *_, bins in self.tiles():
             total += torch.bincount(bins.flatten(), minlength=len(total)).cpu()
         other, same = self._over_all_processes(total)[: self.NO_PAIR].view(2, -1).numpy()
         return same, other
@@ -134,11 +137,10 @@ class Pairs:
         of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(RESOLUTION + 1), side="right") - 1)
         cell_of = torch.cat([of_bin, of_bin + cells, torch.tensor([2 * cells])]).to(device)
         drawn = torch.from_numpy(weights).float().to(device)  # (C, R)
-        rows, columns = (torch.searchsorted(self.classes, s.labels.contiguous()) for s in (self.queries, self.targets))
         total = torch.zeros(2, cells, drawn.shape[1], dtype=torch.double)  # of two classes, of one
-        for i, j, bins in self.tiles():
-            kinds = 2 * cells + 1 if self.shares_labels(i, j) else cells
-            row, column = rows[self.queries.slice(i)], columns[self.targets.slice(j)]  # numbers of classes, ascending
+        for *labels, others, bins in self.tiles():
+            kinds = 2 * cells + 1 if others else cells
+            row, column = (torch.searchsorted(self.classes, of) for of in labels)  # numbers of classes, ascending
             first, left, width = int(row[0]), int(column[0]), int(column[-1] - column[0]) + 1
             step = max(1, CELLS // (kinds * max(width, drawn.shape[1])))
             for start in range(first, int(row[-1]) + 1, step):  # some classes, together with all of the columns'
@@ -151,8 +153,8 @@ class Pairs:
                 counts = torch.bincount(place.flatten(), minlength=height * kinds * width).float()
                 counts = counts.view(height, kinds, width)
                 own = drawn[start : start + height]
-                others = counts[:, :cells].reshape(-1, width) @ drawn[left : left + width]
-                total[0] += (others.view(height, cells, -1) * own[:, None]).sum(dim=0).cpu()
+                met = counts[:, :cells].reshape(-1, width) @ drawn[left : left + width]
+                total[0] += (met.view(height, cells, -1) * own[:, None]).sum(dim=0).cpu()
                 if kinds > cells:
                     ones = counts[:, cells : 2 * cells].sum(dim=2)  # (height, cells)
                     total[1] += (ones.T @ own).cpu()
@@ -160,7 +162,4 @@ class Pairs:
         return same, other
 
     def _over_all_processes(self, counts: torch.Tensor) -> torch.Tensor:
-        if self.group:
-            counts = counts.to(self.queries.labels.device)
-            dist.all_reduce(counts, group=self.group)
-        return counts.cpu()
+        return self.parts.sum(counts.to(self.queries.labels.device)).cpu()

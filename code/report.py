@@ -25,7 +25,7 @@ from proxy_anchor.decisions import Verification
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import replacing
 from proxy_anchor.pairs import nearness, signed
-from proxy_anchor.retrieval import comparable
+from proxy_anchor.tiles import comparable
 
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query

@@ -41,9 +41,7 @@ class DividedProxyAnchor(losses.ProxyAnchor):
 
     def initial_proxies(self, embedding_size: int) -> torch.Tensor:
         """Those of ProxyAnchor, which do not depend on the number of processes, without ever holding all of them."""
-        sizes = distributed.sizes(self.num_classes)
-        first = sum(sizes[: distributed.rank()])
-        self.classes = range(first, first + sizes[distributed.rank()])
+        self.classes = range(self.num_classes)[distributed.own(self.num_classes)]
         own = torch.empty(len(self.classes), embedding_size)
         std = math.sqrt(2) / math.sqrt(self.num_classes)  # as kaiming_normal_ has it
         # torch draws 16 numbers at a time, so the last block is not a small one.
@@ -51,9 +49,9 @@ class DividedProxyAnchor(losses.ProxyAnchor):
         for start in starts:
             size = self.num_classes - start if start == starts[-1] else BLOCK
             drawn = torch.empty(size, embedding_size).normal_(0, std)
-            begin, end = max(start, first), min(start + size, self.classes.stop)
+            begin, end = max(start, self.classes.start), min(start + size, self.classes.stop)
             if begin < end:
-                own[begin - first : end - first] = drawn[begin - start : end - start]
+                own[begin - self.classes.start : end - self.classes.start] = drawn[begin - start : end - start]
         return own
 
     def of_unit_vectors(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

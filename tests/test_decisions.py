@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from proxy_anchor import pairs, retrieval
+from proxy_anchor import pairs, tiles
 from proxy_anchor.decisions import Curve, calibrate, verify
 from proxy_anchor.pairs import Pairs, Scale
 
@@ -45,10 +45,10 @@ SETS = {
 @pytest.fixture(params=[960, 33])
 def tile(request, monkeypatch):
     """Of the product: all at once, and many of them, whose edges cut classes in two."""
-    monkeypatch.setitem(retrieval.TILE, "cpu", request.param)
+    monkeypatch.setitem(tiles.TILE, "cpu", request.param)
 
 
-@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
 @pytest.mark.parametrize("searched", SETS)
 def test_rates_are_those_of_sklearn(searched, distance, tile):
     nearness, alike, _, _ = all_pairs(*SETS[searched], distance=distance)
@@ -68,7 +68,7 @@ def test_rates_are_those_of_sklearn(searched, distance, tile):
         assert share.value == pytest.approx((nearness[alike] >= threshold.value).mean(), abs=1e-9)
 
 
-@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
 def test_rates_at_given_thresholds_are_those_of_a_loop(distance):
     nearness, alike, _, _ = all_pairs(*SETS["themselves"], distance=distance)
     given = [-50, 0.25, 50] if distance == "cosine" else [-50, -4.5, 50]
@@ -203,7 +203,7 @@ def test_pairs_of_one_kind_have_no_threshold(kind):
     assert found.auc is None and not found.at_far and "thresholds need pairs of both kinds" in found.text()
 
 
-@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
 def test_network_that_maps_all_images_to_one_point(distance):
     found = verify(torch.ones(40, 3), torch.arange(40) % 4, distance=distance)
     assert found.auc[:] == (0.5, 0.5, 0.5) and found.equal_error[1].value == 0.5
@@ -216,10 +216,10 @@ def test_two_classes_have_intervals_of_the_replicates_with_both():
     assert not math.isnan(found.auc.low) and found.auc.low <= found.auc.value + 0.01
 
 
-@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
 def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     """The largest tensor that any operation makes is the same for all numbers of pairs: that of the two histograms."""
-    monkeypatch.setitem(retrieval.TILE, "cpu", 48)
+    monkeypatch.setitem(tiles.TILE, "cpu", 48)
     monkeypatch.setattr(pairs, "CELLS", 1 << 14)
     largest = []
 
@@ -237,25 +237,7 @@ def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     assert largest == [2 * (pairs.RESOLUTION + 1) + 1] * 2 and largest[0] < 600 * 599 / 2
 
 
-def test_processes_of_a_group_divide_the_tiles(tile, monkeypatch):
-    """Two of them, one after the other: together they count each pair once, and so do their replicates."""
-    alone = Pairs.of(*SETS["a gallery"])
-    edges, weights = np.array([0, 40_000, pairs.RESOLUTION + 1]), np.arange(24).reshape(12, 2)
-    parts: list = []
-    monkeypatch.setattr(pairs.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(pairs.dist, "all_reduce", lambda counts, group: parts.append(counts))
-    for rank in range(2):
-        monkeypatch.setattr(pairs.dist, "get_rank", lambda group, rank=rank: rank)
-        shared = Pairs.of(*SETS["a gallery"], group="both")
-        shared.histograms()
-        shared.resampled(edges, weights)
-    other, same = (parts[0] + parts[2])[:-1].view(2, -1).numpy()
-    assert (same == alone.histograms()[0]).all() and (other == alone.histograms()[1]).all()
-    other, same = (parts[1] + parts[3]).numpy()
-    assert (same == alone.resampled(edges, weights)[0]).all() and (other == alone.resampled(edges, weights)[1]).all()
-
-
-@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
 @pytest.mark.parametrize("searched", ["themselves", "a gallery"])
 def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
     embedded = (

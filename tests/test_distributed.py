@@ -149,16 +149,21 @@ def figures(total, gallery_total):
     result = evaluation.measure(embedded, [1, 4])
     group = distributed.group()
     return {
-        "embeddings": embedded[0], "labels": embedded[1], "ranks": best_positive_rank(*embedded, group=group),
-        "map": map_at_r(*embedded, group=group), "metrics": torch.tensor(list(result.metrics.values())),
-    }  # fmt: skip
+        "ranks": best_positive_rank(*embedded, group=group), "map": map_at_r(*embedded, group=group),
+        "metrics": torch.tensor(list(result.metrics.values())), "labels": result.labels,
+        "average precisions": result.average_precisions,
+    } | {f"embedded {number}": part for number, part in enumerate(evaluation.whole(embedded))}  # fmt: skip
 
 
-@pytest.mark.parametrize("total, gallery", [(50, None), (23, 31), (2, 40)])
-def test_evaluation_is_the_same(total, gallery, monkeypatch):
+def evaluations(*sizes):
+    return {f"{each}: {name}": value for each in sizes for name, value in figures(*each).items()}
+
+
+def test_evaluation_is_the_same():
     """No image lost or counted twice, also where 3 processes do not divide them, or one of them has none."""
-    alone = figures(total, gallery)
-    for name, array in in_processes(3, figures, total, gallery).items():
+    sizes = [(50, None), (23, 31), (2, 40)]
+    alone = evaluations(*sizes)
+    for name, array in in_processes(3, evaluations, *sizes).items():
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
 
 

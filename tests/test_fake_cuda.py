@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import net
-from proxy_anchor import losses, retrieval, training
+from proxy_anchor import losses, retrieval, tiles, training
 from proxy_anchor.embedding import Embedder
 
 GPU = torch.device("cuda", 0)
@@ -166,8 +166,8 @@ def test_optimizers(fake_cuda, name, amp):
 @pytest.mark.parametrize("search", [retrieval.best_positive_rank, retrieval.map_at_r])
 def test_search(on_fake_cuda, search, within, monkeypatch):
     """In several tiles, or blocks of rows."""
-    monkeypatch.setattr(retrieval, "TILE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 64 * 320)
+    monkeypatch.setattr(tiles, "TILE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(retrieval, "PANEL", 64 * 320)
     queries = torch.randn(300, 8), torch.arange(300) // 5
     gallery = () if within else (torch.randn(200, 8), torch.arange(200) // 4)
     found = on_fake_cuda(search, *queries, *gallery)

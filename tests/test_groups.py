@@ -18,8 +18,8 @@ import evaluate
 import net
 import train
 from dataset.__main__ import main as dataset_main
-from proxy_anchor import checkpoint, confusion, decisions, distributed, evaluation, report, retrieval
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, ranks_and_ties, recall_at_k
+from proxy_anchor import checkpoint, confusion, decisions, distributed, evaluation, report, retrieval, tiles
+from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 
 
 def by_sorting(queries, labels, groups, gallery, gallery_labels, gallery_groups, within, distance):
@@ -44,8 +44,8 @@ def by_sorting(queries, labels, groups, gallery, gallery_labels, gallery_groups,
 
 @pytest.mark.parametrize("distance, kind", [("cosine", "random"), ("cosine", "ties"), ("euclidean", "ties")])
 def test_metrics_are_brute_force(kind, distance, monkeypatch):
-    monkeypatch.setitem(retrieval.TILE, "cpu", 192)
-    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 5000)
+    monkeypatch.setitem(tiles.TILE, "cpu", 192)
+    monkeypatch.setattr(retrieval, "PANEL", 5000)
     random = np.random.default_rng(0)
     x, labels = examples(kind, distance, random), random.integers(0, 12, size=200)
     groups = random.integers(0, 40, size=200)  # of images of several classes
@@ -60,7 +60,8 @@ def test_metrics_are_brute_force(kind, distance, monkeypatch):
         arguments = [*map(torch.from_numpy, queries[:2]), *searched, distance]
         keywords = {"groups": torch.from_numpy(queries[2])}
         keywords |= {} if within else {"gallery_groups": torch.from_numpy(gallery[2])}
-        assert [part.tolist() for part in ranks_and_ties(*arguments, **keywords)] == [ranks, tied]
+        both = search(*arguments, **keywords)
+        assert [both.ranks.tolist(), both.tied.tolist()] == [ranks, tied]
         assert best_positive_rank(*arguments, **keywords).tolist() == ranks
         hits = recall_at_k(*arguments[:2], [1, 5], *arguments[2:], **keywords)
         assert hits == {k: np.mean([0 <= rank < k for rank in ranks]) for k in (1, 5)}
@@ -75,9 +76,9 @@ def test_an_image_alone_is_a_group_of_its_own():
         ((x, y), {"groups": torch.randperm(300)}),
         ((x[:90], y[:90], x[90:], y[90:]), {"groups": torch.arange(90), "gallery_groups": torch.arange(90, 300)}),
     ):
-        for function in ranks_and_ties, map_at_r:
-            for alone, without in zip(function(*arguments, **groups), function(*arguments)):
-                assert torch.equal(alone, without)
+        alone, without = search(*arguments, **groups), search(*arguments)
+        for key, value in vars(alone).items():
+            assert torch.equal(value, vars(without)[key])
 
 
 def test_planted_duplicates_are_found_without_groups_and_not_with_them():
@@ -125,7 +126,7 @@ class Numbers(Squares):
 
 def evaluated():
     """Ranks and average precisions of images with groups, embedded by all processes, each its part."""
-    retrieval.TILE["cpu"] = 192
+    tiles.TILE["cpu"] = 192
     random = np.random.default_rng(0)
     parts = [Numbers(random.integers(0, 8, n), random.integers(0, 30, n)) for n in (101, 150)]
     share = distributed.rank(), distributed.count()
@@ -136,7 +137,7 @@ def evaluated():
 
         def embed(self, loader, *_):
             batches = [(vectors[images[:, 0, 0, 0].long()], labels) for images, labels in loader]
-            return [distributed.gather(torch.cat(side), len(loader.dataset)) for side in zip(*batches)]
+            return [torch.cat(side) for side in zip(*batches)]
 
     results = {}
     for sets in parts[1:], parts:
@@ -151,7 +152,7 @@ def evaluated():
 
 
 def test_groups_stay_with_their_images_in_several_processes(monkeypatch):
-    monkeypatch.setitem(retrieval.TILE, "cpu", 192)
+    monkeypatch.setitem(tiles.TILE, "cpu", 192)
     alone = evaluated()
     for name, array in in_processes(2, evaluated).items():
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)

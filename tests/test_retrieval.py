@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from test_distributed import in_processes
 
 import evaluate
 import net
-from proxy_anchor import checkpoint, distributed, evaluation, published, retrieval
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, ranks_and_ties, recall_at_k
+from proxy_anchor import checkpoint, evaluation, published, retrieval, tiles
+from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 
 
 def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="cosine"):
@@ -50,7 +49,7 @@ def examples(kind, distance, random):
 )
 @pytest.mark.parametrize("tile", [192, 960])
 def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
-    monkeypatch.setitem(retrieval.TILE, "cpu", tile)
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
     random = np.random.default_rng(0)
     x = examples(kind, distance, random)
     labels = random.integers(0, 12, size=200)
@@ -62,14 +61,14 @@ def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
         arguments = [*queries, *(gallery if len(arrays) == 4 else (None, None)), distance]
         ranks, tied = brute_force(*arrays, distance=distance)
         assert any(tied)
-        assert [part.tolist() for part in ranks_and_ties(*arguments)] == [ranks, tied]
+        assert (found := search(*arguments)) and [found.ranks.tolist(), found.tied.tolist()] == [ranks, tied]
         assert best_positive_rank(*arguments).tolist() == ranks
         assert recall_at_k(*arguments[:2], [1, 5], *arguments[2:])[5] == np.mean([0 <= rank < 5 for rank in ranks])
 
 
 def test_measure_takes_the_distance():
     x, y = torch.randn(60, 8) + 3, torch.arange(60) % 20
-    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in retrieval.DISTANCES}
+    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in tiles.DISTANCES}
     for distance, result in results.items():
         assert torch.equal(result.ranks, best_positive_rank(x, y, distance=distance))
         assert torch.equal(result.average_precisions, map_at_r(x, y, distance=distance)[0])
@@ -120,7 +119,7 @@ def test_equal_pairs_are_equal_anywhere():
         x, y = torch.randn(1, 100, dtype=torch.double).repeat(count, 1), torch.arange(count) % 2
         others = torch.randn(40, 100, dtype=torch.double)
         for distinct in x, others:
-            for distance in retrieval.DISTANCES:
+            for distance in tiles.DISTANCES:
                 arguments = x, y, distance
                 assert recall_at_k(distinct, torch.arange(len(distinct)) % 2, [1], *arguments) == {1: 0.0}
                 _, r_precision = map_at_r(distinct, torch.arange(len(distinct)) % 2, *arguments)
@@ -189,30 +188,6 @@ def test_k_is_a_whole_number_from_1(k):
     assert recall_at_k(X, Y, np.array([1, 2])) == recall_at_k(X, Y, range(1, 3)) == {1: 1.0, 2: 1.0}
 
 
-def planted(all_keywords):
-    """Ranks and ties of embeddings with duplicates of other classes in several tiles, within them and in a gallery."""
-    retrieval.TILE["cpu"] = 192
-    torch.manual_seed(0)
-    x, y = torch.randn(300, 16), torch.arange(300) % 40
-    x[100:150] = x[:50]
-    x[250:300] = x[:50]
-    results = {}
-    for keywords in all_keywords:
-        for arguments in (x, y), (x[:130], y[:130], x[130:], y[130:]):
-            ranks, tied = ranks_and_ties(*arguments, **keywords, group=distributed.group())
-            results |= {f"ranks {len(results)}": ranks, f"tied {len(results)}": tied}
-    return results
-
-
-def test_processes_agree(monkeypatch):
-    monkeypatch.setitem(retrieval.TILE, "cpu", 192)
-    keywords = [{}, {"distance": "euclidean"}]
-    alone = planted(keywords)
-    for name, array in in_processes(2, planted, keywords).items():
-        np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
-        assert array.any()
-
-
 # MAP@R and R-precision
 
 
@@ -228,13 +203,13 @@ def test_map_at_r_by_hand():
 
 @pytest.mark.parametrize("block", [1, 5000, 1 << 23])
 @pytest.mark.parametrize("gallery", [False, True])
-@pytest.mark.parametrize("distance", retrieval.DISTANCES)
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
 def test_agrees_with_pytorch_metric_learning(gallery, distance, block, monkeypatch):
     from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
 
-    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(retrieval, "PANEL", block)
     x, y = torch.randn(400, 16, dtype=torch.double), torch.arange(400) % 37
     x += torch.randn(37, 16, dtype=torch.double)[y]  # so that there is something to find
     arguments = (x[:150], y[:150], x[150:], y[150:]) if gallery else (x, y)

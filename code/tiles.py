@@ -1,0 +1,209 @@
+"""Embeddings ready to compare, and their similarities in tiles of one size."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from proxy_anchor.losses import norms
+from proxy_anchor.parts import Parts
+
+# Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
+# the kernels' width: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
+TILE = {"cpu": 960, "cuda": 4096, "mps": 4096}
+CLUSTER = 32  # columns of a tile that are looked into together; a power of two that divides all tiles
+DISTANCES = ("cosine", "euclidean")
+
+
+@dataclass
+class Points:
+    """Embeddings ready to compare: by their product, minus half of their squared lengths if the distance is Euclidean.
+
+    x.y - (|x|^2 + |y|^2) / 2 = -|x - y|^2 / 2. To the last bit, it is the same for (x, y) and (y, x).
+    """
+
+    vectors: torch.Tensor  # (N, D)
+    halves: torch.Tensor | None = None  # (N,)
+
+    @classmethod
+    def of(cls, embeddings: torch.Tensor, origin: torch.Tensor | None) -> "Points":
+        """Embeddings (N, D) seen from the origin (D,), or, without one, their directions."""
+        if origin is None:
+            return cls(unit_vectors(embeddings))
+        vectors = finite(embeddings).to(origin.device).double() - origin
+        halves = vectors.square().sum(dim=1) / 2
+        if not halves.isfinite().all():
+            raise ValueError("The embeddings are too large to square: divide them by a constant")
+        return cls(vectors, halves)
+
+    def __getitem__(self, rows) -> "Points":
+        return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
+
+    def sent(self, parts: Parts, owner: int) -> "Points":
+        """The owner's, for all processes; those of the others are overwritten."""
+        halves = None if self.halves is None else parts.sent(self.halves, owner)
+        return Points(parts.sent(self.vectors, owner), halves)
+
+    def filled_up(self, multiple: int) -> "Points":
+        """With zeros to a multiple of rows, at least one."""
+        fill = -len(self.vectors) % multiple if len(self.vectors) else multiple
+        halves = None if self.halves is None else F.pad(self.halves, (0, fill))
+        return Points(F.pad(self.vectors, (0, 0, 0, fill)), halves)
+
+    def similarities(self, others: "Points", out: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, M): larger is nearer. Equal pairs are equal only in products of one shape."""
+        products = torch.mm(self.vectors, others.vectors.T, out=out)
+        if self.halves is None or others.halves is None:
+            return products
+        return products.sub_(self.halves[:, None] + others.halves)
+
+
+def origin_of(gallery: torch.Tensor, distance: str, parts: Parts | None = None) -> torch.Tensor | None:
+    """The point (D,) from which to measure Euclidean distances, None for the cosine; the same for all parts.
+
+    Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
+    has digits enough for those of float32. Rounded to a few digits, it costs the embeddings none: on a grid, say, equal
+    distances stay exactly equal. Raises ValueError for another distance.
+    """
+    parts = parts or Parts()
+    if distance not in DISTANCES:
+        raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")
+    if distance == "cosine":
+        return None
+    if gallery.device.type == "mps":
+        gallery = gallery.cpu()  # MPS has no float64
+    largest = finite(gallery).abs().max().double() if len(gallery) else gallery.new_zeros((), dtype=torch.double)
+    largest = float(parts.largest(largest))
+    # Whole numbers, whose sum is exact: it is the same for any number of parts.
+    unit = 2.0 ** (math.ceil(math.log2(largest or 1)) - 20)
+    total = parts.sum((gallery.double() / unit).round().sum(dim=0))
+    count = parts.sum(torch.tensor(len(gallery), device=total.device))
+    return (total * unit / count).bfloat16().double()
+
+
+@dataclass
+class Tiled:
+    """Points in the order of their labels, in tiles of equal size; zeros fill up the last tile."""
+
+    points: Points  # tiles x size
+    labels: torch.Tensor  # (N,), ascending
+    order: torch.Tensor  # (N,): the index of each before sorting
+    size: int
+    groups: torch.Tensor | None = None  # (N,)
+
+    def __post_init__(self):
+        last = torch.arange(self.size, len(self.labels) + self.size, self.size).clamp(max=len(self.labels)) - 1
+        ends = torch.stack([self.labels[:: self.size], self.labels[last.to(self.labels.device)]], dim=1)
+        self.ranges = ends.tolist()  # the first and the last label of each tile
+
+    @classmethod
+    def of(cls, points: Points, labels: torch.Tensor, groups: torch.Tensor | None = None) -> "Tiled":
+        device = points.vectors.device
+        size = TILE[device.type]
+        labels, order = torch.sort(labels.to(device), stable=True)
+        groups = None if groups is None else groups.to(device)[order]
+        return cls(points[order].filled_up(size), labels, order, size, groups)
+
+    def __len__(self):
+        return len(self.ranges)
+
+    def tile(self, tile) -> Points:
+        return self.points[tile * self.size : (tile + 1) * self.size]
+
+    def slice(self, tile):
+        return slice(tile * self.size, min((tile + 1) * self.size, len(self.labels)))
+
+    def length(self, tile):
+        return min(self.size, len(self.labels) - tile * self.size)
+
+    def of_each(self, parts: Parts) -> list["Tiled"]:
+        """Those of each process; instead of the others' points, there is room for a tile of them."""
+        labels, orders = parts.each(self.labels), parts.each(self.order)
+        groups = [None] * parts.count if self.groups is None else parts.each(self.groups)
+        room = self.points[:0].filled_up(self.size)
+        return [
+            self if owner == parts.rank else Tiled(room, labels[owner], orders[owner], self.size, groups[owner])
+            for owner in range(parts.count)
+        ]
+
+    def sent(self, tile, owner: int, parts: Parts) -> Points:
+        """A tile of the owner's, for all processes."""
+        return self.tile(tile if owner == parts.rank else 0).sent(parts, owner)
+
+    def shares_labels(self, tile, other, other_tile):
+        first, last = self.ranges[tile]
+        other_first, other_last = other.ranges[other_tile]
+        return first <= other_last and other_first <= last
+
+
+class Panel:
+    """The similarities of a tile of queries to some tiles of targets, side by side in slots; -inf where none counts."""
+
+    def __init__(self, targets: Tiled, slots: int):
+        self.targets, self.size, self.slots = targets, targets.size, slots
+        vectors = targets.points.vectors
+        self.values = vectors.new_empty(self.size, slots * self.size)
+        self.maxima = vectors.new_empty(self.size, slots * self.size // CLUSTER)
+        self.room = vectors.new_empty(self.size, self.size)
+
+    def fill(self, slot: int, tile: int, queries: Points, groups: torch.Tensor | None) -> None:
+        """Compare a tile of queries, of these groups (b,), with a tile of the targets."""
+        values, length = self.values[:, slot * self.size : (slot + 1) * self.size], self.targets.length(tile)
+        queries.similarities(self.targets.tile(tile), out=values)
+        values[:, length:] = -torch.inf
+        if groups is not None and self.targets.groups is not None:
+            same = groups[:, None] == self.targets.groups[self.targets.slice(tile)]
+            values[: len(groups), :length].masked_fill_(same, -torch.inf)
+
+    def above(self, slot: int, limits: torch.Tensor) -> torch.Tensor:
+        """How many of a slot's values are not below their row's limit (b,): (b,). It notes the clusters' maxima."""
+        values = self.values[: len(limits), slot * self.size : (slot + 1) * self.size]
+        step = self.size // CLUSTER
+        maxima = self.maxima[: len(limits), slot * step : (slot + 1) * step]
+        halves = values
+        while halves.shape[1] > step:  # faster than amax over columns that are apart
+            halves = torch.maximum(*halves.chunk(2, dim=1))
+        maxima.copy_(halves)
+        # 0 or 1 as floats, which are added faster than bools.
+        return torch.ge(values, limits[:, None], out=self.room[: len(limits)]).sum(dim=1).long()
+
+    def nearest(self, slots: int, rows: int, count: int) -> torch.Tensor:
+        """Values among which are the `count` largest of each row in the first slots, after `above` of these.
+
+        They are in the clusters whose maxima are the largest: no row is sorted.
+        """
+        values, step = self.values[:rows, : slots * self.size], self.size // CLUSTER
+        if count * CLUSTER >= values.shape[1]:
+            return values
+        clusters = self.maxima[:rows, : slots * step].topk(count, sorted=False).indices
+        first = clusters // step * self.size + clusters % step  # a cluster has every step-th column of its tile
+        columns = first[:, :, None] + step * torch.arange(CLUSTER, device=values.device)
+        return values.gather(1, columns.flatten(1))
+
+
+def finite(embeddings: torch.Tensor) -> torch.Tensor:
+    """The embeddings (N, D). Raises ValueError if any is not finite."""
+    finite_rows = torch.isfinite(embeddings).all(dim=1)
+    if not finite_rows.all():
+        rows = torch.nonzero(~finite_rows)
+        raise ValueError(
+            f"{len(rows)} of {len(embeddings)} embeddings are not finite; the first is number {int(rows[0])}"
+        )
+    return embeddings
+
+
+def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
+    """Rows (N, D) as a distance of DISTANCES sees them, in float32 or better: of unit length, or as they are.
+
+    Raises ValueError if any is not finite.
+    """
+    if distance == "cosine":
+        return unit_vectors(embeddings)
+    return finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
+def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
+    """Rows (N, D) divided by their length, in float32 or better. Raises ValueError if any is not finite."""
+    embeddings = finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
+    return embeddings / norms(embeddings)

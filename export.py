@@ -64,6 +64,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error(f"argument --resume: {args.resume} is exported already; give its checkpoint")
     if not exported.is_exported(args.out):
         parser.error(f"argument --out: {args.out} ends in none of {', '.join(exported.ENDINGS)}")
+    if not Path(args.out).parent.is_dir():
+        parser.error(f"argument --out: there is no folder {Path(args.out).parent}")
     if args.fp16 and args.check:
         parser.error("argument --fp16: what it costs is measured on --dataset, without --check")
     args.geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,38 +77,47 @@ def save(path: Path, ending: str, served: Served, image_size: int, record: dict)
     metadata = {RECORD: json.dumps(record)}
     if ending == ".safetensors":
         _require("safetensors")
-        from safetensors.torch import save as safetensors
+        from safetensors.torch import save as to_bytes
 
         state = {name: tensor.contiguous() for name, tensor in served.network.state_dict().items()}
-        path.write_bytes(safetensors(state, metadata))
+        path.write_bytes(to_bytes(state, metadata))
     elif ending == ".onnx":
         _require("onnx", "onnxscript", "onnxruntime")
         if sum(weight.nbytes for weight in served.state_dict().values()) > LARGEST:
-            raise ValueError("ONNX files hold at most 2 GB, and the weights are larger: choose .safetensors")
-        onnx = torch.onnx.export(
-            _traced(served, image_size), dynamo=True, input_names=["images"], output_names=["embeddings"],
-            verbose=False,
-        )  # fmt: skip
+            raise ValueError("An ONNX file holds at most 2 GB, and the weights are larger: choose .safetensors")
+        program = _traced(served, image_size)
+        with _refusal_in_one_line():
+            onnx = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["embeddings"])
         for end in (*onnx.model.graph.inputs, *onnx.model.graph.outputs):
             end.shape[0] = "N"  # instead of a name of torch's
         onnx.model.metadata_props.update(metadata)
         onnx.save(path)
     else:
+        program = _traced(served, image_size)
         with open(path, "wb") as file:
-            torch.export.save(_traced(served, image_size), file, extra_files=metadata)
+            torch.export.save(program, file, extra_files=metadata)
         with zipfile.ZipFile(path) as file:
             if any(part.file_size and part.filename.endswith((".pt", ".pkl")) for part in file.infolist()):
-                raise ValueError(f"torch {torch.__version__} writes pickles into .pt2 files; 2.9 and later do not")
+                raise ValueError(f"torch {torch.__version__} writes pickles into .pt2 files; a newer one does not")
 
 
 def _traced(served: Served, image_size: int) -> torch.export.ExportedProgram:
     """The computation, for any number of images, without what it says of the machine that traced it."""
     images = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
-    program = torch.export.export(served, (images,), dynamic_shapes={"images": {0: torch.export.Dim("N")}})
+    with _refusal_in_one_line():
+        program = torch.export.export(served, (images,), dynamic_shapes={"images": {0: torch.export.Dim("N")}})
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of source files
     program.example_inputs = None  # they would be a pickle in the file
     return program
+
+
+@contextmanager
+def _refusal_in_one_line():
+    try:
+        yield
+    except Exception as error:  # of many kinds, with pages of advice
+        raise ValueError(f"torch cannot trace this network: {_first_line(error)}; .safetensors holds any") from error
 
 
 def is_exported(path: str | Path) -> bool:

@@ -23,7 +23,6 @@ from proxy_anchor.files import replacing
 CHECKED = 64  # images, spread over those there are
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
 TOLERANCE = {False: 1e-5, True: 1e-3}  # of exported.difference, by --fp16
-CPU = torch.device("cpu")
 EXAMPLES = """examples:
   python export.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --out cub.onnx
   without the dataset, checked with other images:
@@ -85,8 +84,36 @@ def export(args: argparse.Namespace) -> None:
     network = create(args)
     checkpoint.load(args.resume, network)
     reference = exported.Served(network, args.distance)
-    out, ending = Path(args.out), Path(args.out).suffix
-    backbone = network.model
+    record = describe(args, network.model)
+    test_sets = [] if args.check else open_test_sets(args)
+    images = images_to_check(args, test_sets)
+
+    served = deepcopy(reference)
+    if args.fp16:
+        exported.halve(served.network)
+    out, count = Path(args.out), len(images.unique(dim=0))
+    with replacing(out) as file:
+        exported.save(file, out.suffix, served, args.image_size, record)
+        difference = check(open_file(file, out.suffix, args), reference, images)
+        if not difference <= TOLERANCE[args.fp16]:  # or it is not a number
+            raise ValueError(
+                f"{out} is not written: its embeddings of {count} images differ by up to {difference:.1g} from "
+                f"those of {args.resume}; at most {TOLERANCE[args.fp16]:g} are allowed"
+            )
+        card.path(out).unlink(missing_ok=True)  # of an earlier file
+    print(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB. Its embeddings of {count} images differ by at most "
+        f"{difference:.1g} from those of the checkpoint, in batches of {', '.join(map(str, BATCHES))}."
+    )
+
+    measured = measure(open_file(out, out.suffix, args), reference, test_sets, args) if test_sets else ""
+    with replacing(card.path(out)) as file:
+        file.write_text(card.text(out, record, measured, net.license_of(args.model), args.resume))
+    print(f"Its card is {card.path(out)}")
+
+
+def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
+    """The record of the file, see code/exported.py."""
     record = {
         "network": args.contract,
         "preprocessing": transforms.recipe(args.image_size, **args.geometry),
@@ -98,43 +125,8 @@ def export(args: argparse.Namespace) -> None:
         "source": checkpoint.identity(args.resume),
         "versions": logbook.versions(),
     }  # fmt: skip
-    if threshold := checkpoint.threshold(args.resume):
-        record["threshold"] = threshold
-
-    test_sets = [] if args.check else open_test_sets(args)
-    images = images_to_check(args, test_sets)
-    served = deepcopy(reference)
-    if args.fp16:
-        exported.halve(served.network)
-    with replacing(out) as file:
-        exported.save(file, ending, served, args.image_size, record)
-        difference = check(open_file(file, ending, args), reference, images)
-        if not difference <= TOLERANCE[args.fp16]:  # or it is not a number
-            raise ValueError(
-                f"{out} is not written: its embeddings of {len(images)} images differ by up to {difference:.1g} from "
-                f"those of {args.resume}; at most {TOLERANCE[args.fp16]:g} are allowed"
-            )
-        card.path(out).unlink(missing_ok=True)  # of an earlier file
-    print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB. Its embeddings of {len(images)} images differ by at most "
-        f"{difference:.1g} from those of the checkpoint, in batches of {', '.join(map(str, BATCHES))}."
-    )
-
-    measured = ""
-    if test_sets:
-        rows = {"checkpoint": measure(reference, test_sets, args)} if args.fp16 else {}
-        rows[out.name] = measure(open_file(out, ending, args), test_sets, args)
-        print(logbook.table(rows))
-        splits = dataset.describe(dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets)))
-        measured = f"Measured by the export, on {args.dataset} ({splits}), with this file:\n\n{card.table(rows)}\n\n"
-        if args.fp16:
-            cost = 100 * (rows["checkpoint"]["R@1"] - rows[out.name]["R@1"])
-            measured += f"Half precision costs {cost:.2f} points of R@1.\n\n"
-            print(f"Half precision costs {cost:.2f} points of R@1.")
-        measured += f"Command: `{args.command}`"
-    with replacing(card.path(out)) as file:
-        file.write_text(card.text(out, record, measured, net.license_of(args.model), args.resume))
-    print(f"Its card is {card.path(out)}")
+    threshold = checkpoint.threshold(args.resume)
+    return record | ({"threshold": threshold} if threshold else {})
 
 
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
@@ -153,7 +145,7 @@ def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDatas
         images = dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], transform)
     else:
         images = test_sets[0]
-    chosen = np.linspace(0, len(images) - 1, min(CHECKED, len(images))).round().astype(int)
+    chosen = np.linspace(0, len(images) - 1, CHECKED).round().astype(int)  # of fewer, some several times
     return torch.stack([images[i][0] for i in chosen])
 
 
@@ -176,10 +168,22 @@ def check(file: torch.nn.Module, reference: torch.nn.Module, images: torch.Tenso
     return exported.difference(torch.cat(found), expected.repeat(len(BATCHES), 1))
 
 
-def measure(network: torch.nn.Module, test_sets: list[dataset.ImageDataset], args) -> dict[str, float]:
-    loaders = [dataset.eval_loader(images, args.batch_size, args.workers) for images in test_sets]
-    ks = dataset.ALL[args.dataset].KS
-    return evaluation.evaluate(Embedder(network, CPU), loaders, ks, distance=args.distance).metrics
+def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[dataset.ImageDataset], args) -> str:
+    """Print the metrics of the file and, with --fp16, of the network; returns them for the card."""
+    networks = {"checkpoint": reference} if args.fp16 else {}
+    rows = {}
+    for name, network in (networks | {Path(args.out).name: file}).items():
+        loaders = [dataset.eval_loader(images, args.batch_size, args.workers) for images in test_sets]
+        embedder, ks = Embedder(network, torch.device("cpu")), dataset.ALL[args.dataset].KS
+        rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.distance).metrics
+    print(logbook.table(rows))
+    splits = dataset.describe(dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets)))
+    parts = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
+    if args.fp16:
+        recalls = [row["R@1"] for row in rows.values()]
+        parts.append(f"Half precision costs {100 * (recalls[0] - recalls[1]):.2f} points of R@1.")
+        print(parts[-1])
+    return "\n\n".join([*parts, f"Command: `{args.command}`"])
 
 
 def main(argv=None):

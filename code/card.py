@@ -49,7 +49,7 @@ def text(file: Path, record: dict, measured: str, license: str, checkpoint: str)
 
 Maps an image to {dimensions} numbers, {unit}: images of one class are near each other, also of new classes.
 
-Exported from `{checkpoint}`; the sha256 of its weights is {record["source"]}. The weights here are {record["weights"]}.
+Exported from `{Path(checkpoint).name}`, whose weights have the sha256 {record["source"]}, as {record["weights"]}.
 
 ## Results
 

@@ -11,6 +11,7 @@ import json
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import nn
 
 ENDINGS = (".onnx", ".safetensors", ".pt2")
 RECORD = "record"
-LARGEST = 2**31  # bytes of a protocol buffer, and so of an ONNX file
+LARGEST = 1.5 * 2**30  # bytes of weights that torch writes into one ONNX file
 
 
 class FromPixels(nn.Module):
@@ -60,9 +61,10 @@ class Program(FromPixels):
 
 
 def halve(network: nn.Module) -> None:
-    """Round the weights of convolutions and linear layers, nearly all bytes of a network, to half precision.
+    """Round to half precision what has several dimensions: the weights of convolutions and linear layers above all.
 
-    Statistics, scales and biases stay float32: BatchNorm's variances may be larger than half precision can tell.
+    Statistics, scales and biases stay float32: BatchNorm's variances may be larger than half precision can tell, and
+    all of them together are few.
     """
     for parameter in network.parameters():
         if parameter.ndim > 1:
@@ -84,10 +86,12 @@ def save(path: Path, ending: str, served: Served, image_size: int, record: dict)
     elif ending == ".onnx":
         _require("onnx", "onnxscript", "onnxruntime")
         if sum(weight.nbytes for weight in served.state_dict().values()) > LARGEST:
-            raise ValueError("An ONNX file holds at most 2 GB, and the weights are larger: choose .safetensors")
+            raise ValueError("The weights have more than the 1.5 GB of a single ONNX file: choose .safetensors")
         program = _traced(served, image_size)
         with _refusal_in_one_line():
-            onnx = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["embeddings"])
+            onnx: Any = torch.onnx.export(
+                program, dynamo=True, input_names=["images"], output_names=["embeddings"], verbose=False
+            )
         for end in (*onnx.model.graph.inputs, *onnx.model.graph.outputs):
             end.shape[0] = "N"  # instead of a name of torch's
         onnx.model.metadata_props.update(metadata)

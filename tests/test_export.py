@@ -172,6 +172,14 @@ def test_embeddings_that_are_not_finite_are_refused(made, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_file_is_run_in_batches_of_several_sizes(made, tmp_path, monkeypatch, capsys):
+    """Also where there are fewer images than the largest batch has."""
+    sizes, forward = [], exported.Served.forward
+    monkeypatch.setattr(exported.Served, "forward", lambda self, x: sizes.append(len(x)) or forward(self, x))
+    run(made, tmp_path / "a.safetensors", "--check", made / "images" / "class 2", data=False)
+    assert set(sizes) == {1, 7, 64} and "8 images" in capsys.readouterr().out
+
+
 def test_difference_is_of_angles_and_of_lengths():
     a = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     assert exported.difference(a, a) == pytest.approx(0, abs=1e-15)
@@ -369,7 +377,12 @@ def test_what_is_refused_for_files(made, capsys):
         fails(evaluated(name, "--embedding-size", "8"), capsys, "trained with 16", code=2)
     for more in (["--amp", "bf16"], ["--compile"]):
         fails(evaluated("a.onnx", *more), capsys, "runs as it is: --amp and --compile are for checkpoints")
-    fails(evaluated("a.pt2"), capsys, "could run code")
+    with zipfile.ZipFile(made / "hostile.pt2", "w") as file:  # parts that torch.export.load unpickles
+        for name in ("data/sample_inputs/model.pt", "extra/record"):
+            file.writestr(f"archive/{name}", pickle.dumps(Bomb(made / "exploded")))
+    for name in ("a.pt2", "hostile.pt2"):
+        fails(evaluated(name), capsys, "could run code")
+    assert not (made / "exploded").exists()
     fails(evaluated("none.onnx"), capsys, "There is no ")
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from proxy_anchor import runs
+from proxy_anchor import exported, runs
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
 LOAD = {
@@ -50,6 +50,7 @@ def text(file: Path, record: dict, measured: str, license: str, checkpoint: str)
 Maps an image to {dimensions} numbers, {unit}: images of one class are near each other, also of new classes.
 
 Exported from `{Path(checkpoint).name}`, whose weights have the sha256 {record["source"]}, as {record["weights"]}.
+The sha256 of the file itself is {exported.digest(file)}.
 
 ## Results
 

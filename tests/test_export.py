@@ -1,6 +1,7 @@
 """export.py: its files give the network's embeddings, wherever they are loaded; what is refused."""
 
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -325,6 +326,7 @@ def test_lines_of_the_card_run(ending, made, tmp_path, monkeypatch):
     text = (made / f"a{ending}.md").read_text()
     program = text.split("```python\n")[1].split("```")[0]
     assert len(program.splitlines()) == 5
+    assert hashlib.sha256((made / f"a{ending}").read_bytes()).hexdigest() in text
     (tmp_path / "proxy-anchor").symlink_to(REPOSITORY)
     (tmp_path / f"a{ending}").write_bytes((made / f"a{ending}").read_bytes())
     monkeypatch.chdir(tmp_path)

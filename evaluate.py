@@ -19,6 +19,7 @@ from proxy_anchor import (
     decisions,
     distributed,
     evaluation,
+    exported,
     hardware,
     logbook,
     published,
@@ -53,8 +54,9 @@ def parse(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--resume", nargs="+", metavar="PATH", default=[],
-        help="checkpoint to evaluate; those of train.py record --model, --embedding-size, --image-size and --l2-norm. "
-        "Several of one kind, such as those of folds, are evaluated one by one and together",
+        help="checkpoint to evaluate, or its .onnx or .safetensors; those of train.py record --model, "
+        "--embedding-size, --image-size and --l2-norm. Several of one kind, such as those of folds, are evaluated one "
+        "by one and together",
     )  # fmt: skip
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
@@ -82,6 +84,10 @@ def parse(argv=None) -> argparse.Namespace:
     net.check_arguments(parser, args, contract)
     if args.calibrate and len(args.resume) != 1:
         parser.error("argument --calibrate: the threshold is recorded in a checkpoint: give one with --resume")
+    if args.calibrate and exported.is_exported(args.resume[0]):
+        parser.error(
+            "argument --calibrate: the threshold is recorded in a checkpoint: calibrate it and export it again"
+        )
     if args.far is not None and not args.calibrate:
         parser.error("argument --far: it is for --calibrate")
     args.far = 0.01 if args.far is None else args.far
@@ -91,6 +97,10 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def load(path: str, args: argparse.Namespace) -> torch.nn.Module:
+    if Path(path).suffix == ".onnx":
+        program = exported.open_onnx(path, args.image_size, args.embedding_size)
+        print(f"Loaded {path}: onnxruntime runs it on the CPU.")
+        return program
     network = net.create(
         args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
     )

@@ -17,7 +17,7 @@ import net
 from dataset import transforms
 from dataset.files import read_image
 from dataset.folder import images as images_in
-from proxy_anchor import checkpoint, console, entries, figures, hardware, randomness
+from proxy_anchor import checkpoint, console, entries, exported, figures, hardware, randomness
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
@@ -55,7 +55,7 @@ def parse(argv=None) -> argparse.Namespace:
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
-    group.add_argument("--resume", metavar="PATH", help="checkpoint to embed the images with")
+    group.add_argument("--resume", metavar="PATH", help="checkpoint to embed with, or its .onnx or .safetensors")
     group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
     group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
     group.add_argument(
@@ -215,7 +215,9 @@ def identity(contract: dict, path: str) -> str:
 
 
 def create(contract: dict, path: str) -> torch.nn.Module:
-    """The network that a contract describes; path: of its checkpoint, or the pretrained weights of a backbone alone."""
+    """The network that a contract describes; path: of its file, or of a backbone's pretrained weights."""
+    if Path(path).suffix == ".onnx":
+        return exported.open_onnx(path, contract["image_size"], contract["embedding_size"])
     alone = contract.get("backbone_only")
     if alone:
         randomness.seed(1)  # for --pretrained none: the same network each time

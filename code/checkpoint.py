@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from proxy_anchor import exported
 from proxy_anchor.files import replacing
 from proxy_anchor.tiles import DISTANCES
 
@@ -41,9 +42,10 @@ def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
 
 
 def contract(path: str | Path) -> dict:
-    """How to use the network of a checkpoint of ours; {} for a published one. Raises as load does.
+    """How to use the network of a checkpoint of ours or of an exported file; {} for a published one.
 
-    The keys are those of CONTRACT and OPTIONAL. Little more of the file is read than that.
+    The keys are those of CONTRACT and OPTIONAL. Little more of the file is read than that. Raises as load does, and as
+    exported.read.
     """
     found = record(path, "network")
     if found == {}:
@@ -54,8 +56,15 @@ def contract(path: str | Path) -> dict:
 
 
 def record(path: str | Path, name: str):
-    """An entry of a checkpoint of ours, of which little more is read; {} without it. Raises as load does."""
-    mappable = zipfile.is_zipfile(path) if Path(path).is_file() else False  # as all of ours
+    """An entry of a checkpoint of ours or of an exported file's record, of which little more is read; {} without it.
+
+    Raises as load does, and as exported.read.
+    """
+    if not Path(path).is_file():
+        return {}
+    if exported.is_exported(path):
+        return exported.read(path).get(name, {})
+    mappable = zipfile.is_zipfile(path)  # as all of ours
     return read(path, mmap=True).get(name, {}) if mappable else {}
 
 
@@ -101,8 +110,10 @@ def is_contract(found) -> bool:
 def identity(path: str | Path) -> str:
     """What tells a network from all others: the sha256 of its weights, whatever else is in the file.
 
-    Raises as load does.
+    That of an ONNX file, which has them in its own way, is of the whole file. Raises as load does.
     """
+    if Path(path).suffix == ".onnx" and Path(path).is_file():
+        return exported.digest(path)
     return digest(weights(path, read(path)))
 
 
@@ -128,6 +139,8 @@ def read(path: str | Path, mmap: bool = False):
     """The content of a checkpoint, with weights_only: the file cannot run code. Raises as load does."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}")
+    if Path(path).suffix == ".safetensors":
+        return exported.read(path) | {"model_state_dict": exported.read_weights(path)}
     try:
         if not mmap and zipfile.is_zipfile(path):  # torch does not look at the checksums
             with zipfile.ZipFile(path) as file:

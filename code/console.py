@@ -35,7 +35,7 @@ POSITIVE = (
     "embedding_lr",
     "eps",
 )
-PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save")
+PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save", "check")
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from proxy_anchor import console, distributed, hardware
+from proxy_anchor.exported import Program
 
 
 class Scaler(torch.amp.GradScaler):
@@ -31,10 +32,13 @@ class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
     network: a net.EmbeddingNet or net.BackboneAlone. amp: "none", or "bf16" or "fp16" for the network's products, with
-    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile.
+    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile. An exported.Program runs as it
+    is: ValueError for it with amp or compile.
     """
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
+        if isinstance(network, Program) and (amp != "none" or compile):
+            raise ValueError("An exported file runs as it is: --amp and --compile are for checkpoints")
         hardware.place(network, device)
         self.network, self.device = network, device
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

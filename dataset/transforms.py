@@ -49,13 +49,26 @@ def evaluation(
     image square instead of cutting off its longer side. interpolation: of Pillow, "bilinear" or "bicubic", to the pixel
     as timm's networks saw their images; None resizes as the published networks did, by the sizes of the paper.
     """
-    if interpolation is None:
-        resized = RESIZED.get(image_size, int(image_size / CROP)) if crop == CROP else int(image_size / crop)
-        resize = v2.Resize(resized, interpolation=InterpolationMode.BILINEAR, antialias=True)
-        return v2.Compose([resize, v2.CenterCrop(image_size)])
-    resized = int(image_size / crop)
-    resize = v2.Resize((resized, resized) if crop_mode == "squash" else resized, _mode(interpolation))
-    return _through_pillow(resize, v2.CenterCrop(image_size))
+    told = recipe(image_size, crop, crop_mode, interpolation)
+    resize = v2.Resize(told["resize"], interpolation=_mode(told["interpolation"]), antialias=True)
+    central = v2.CenterCrop(told["crop"])
+    return _through_pillow(resize, central) if interpolation else v2.Compose([resize, central])
+
+
+def recipe(image_size: int, crop: float = CROP, crop_mode: str = "center", interpolation: str | None = None) -> dict:
+    """What evaluation does, in numbers for other programs: {"resize", "interpolation", "crop"}.
+
+    resize: to how many pixels the shorter side is resized, or [height, width] of all images. crop: the side of the
+    central square that is kept.
+    """
+    resize = int(image_size / crop)
+    if interpolation is None and crop == CROP:
+        resize = RESIZED.get(image_size, resize)
+    squashed = interpolation is not None and crop_mode == "squash"
+    return {
+        "resize": [resize, resize] if squashed else resize, "interpolation": interpolation or "bilinear",
+        "crop": image_size,
+    }  # fmt: skip
 
 
 def _through_pillow(*transforms):

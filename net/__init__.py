@@ -175,6 +175,15 @@ def expects(name: str) -> dict:
     return {"image_size": IMAGE_SIZE} if name in BACKBONES else timm_backbones.expects(name)
 
 
+def license_of(name: str) -> str:
+    """What is known of the license of a network's pretrained weights."""
+    if name in LAYERS or name == "googlenet":
+        return "unknown; they are torchvision's, whose code is under the BSD 3-clause license, trained on ImageNet"
+    if name in BACKBONES:
+        return "unknown; they were published without one, trained on ImageNet"
+    return timm_backbones.license_of(name) or "unknown; timm does not tell it"
+
+
 def create(
     name: str, embedding_size: int | None, pretrained: str | Path | None = None, l2_norm: bool = True,
     bn_freeze: bool = True, head: str = "linear", image_size: int | None = None,

@@ -41,6 +41,11 @@ def expects(name: str) -> dict:
     return sizes | words | {key: list(config[key]) for key in ("mean", "std")}
 
 
+def license_of(name: str) -> str | None:
+    """The license of a network's weights, as timm tells it."""
+    return _config(name).license
+
+
 def create(name: str, image_size: int | None = None, pretrained: str | Path | None = None) -> TimmBackbone:
     """The backbone, for images of this size or its own; pretrained as in net.create, and the errors of that."""
     config, create = _config(name), _timm().create_model

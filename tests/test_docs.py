@@ -11,6 +11,7 @@ import trees
 from pages import PAGES, REPOSITORY, blocks, commands
 
 import evaluate
+import export
 import net
 import protocol
 import search
@@ -22,7 +23,7 @@ README = REPOSITORY / "README.md"
 SCRIPTS = {
     "python train.py": train, "torchrun --nproc-per-node 8 train.py": train, "python evaluate.py": evaluate,
     "python transfer.py": transfer, "python search.py": search, "python protocol.py": protocol,
-    "python -m dataset": data,
+    "python export.py": export, "python -m dataset": data,
 }  # fmt: skip
 
 

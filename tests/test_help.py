@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 import evaluate
+import export
 import protocol
 import search
 import train
@@ -15,14 +16,14 @@ from dataset import __main__ as data
 
 SCRIPTS = {
     "train.py": train, "transfer.py": transfer, "evaluate.py": evaluate, "search.py": search, "protocol.py": protocol,
-    "-m dataset": data,
+    "export.py": export, "-m dataset": data,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name, command",
     [("train.py", []), ("transfer.py", []), ("evaluate.py", []), ("search.py", ["index"]), ("search.py", ["query"]),
-     ("protocol.py", []), ("-m dataset", ["check"]), ("-m dataset", ["prepare"])],
+     ("protocol.py", []), ("export.py", []), ("-m dataset", ["check"]), ("-m dataset", ["prepare"])],
 )  # fmt: skip
 @pytest.mark.parametrize("columns", ["60", "120"])
 def test_help(name, command, columns, capsys, monkeypatch):

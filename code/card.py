@@ -1,0 +1,107 @@
+"""The card of an exported file: what it is, what it achieved and where, and how to use it."""
+
+from pathlib import Path
+
+from proxy_anchor import exported, runs
+
+SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
+LOAD = {
+    ".onnx": """import json, numpy, onnxruntime
+session = onnxruntime.InferenceSession("{name}")
+record = json.loads(session.get_modelmeta().custom_metadata_map["record"])
+images = numpy.zeros((1, 3, {size}, {size}), numpy.uint8)  # yours, see Input
+(embeddings,) = session.run(None, {{"images": images}})  # (1, {dimensions})
+""",
+    ".safetensors": """import torch
+from PIL import Image
+# proxy-anchor: a checkout of the repository that wrote this file
+network, transform = torch.hub.load("proxy-anchor", "embedding", checkpoint="{name}", source="local")
+embeddings = network(transform(Image.new("RGB", (640, 480)))[None])  # (1, {dimensions}); your image instead
+""",
+    ".pt2": """import json, torch
+files = {{"record": ""}}
+network = torch.export.load("{name}", extra_files=files).module()
+record = json.loads(files["record"])
+embeddings = network(torch.zeros(1, 3, {size}, {size}, dtype=torch.uint8))  # (1, {dimensions}); your images, see Input
+""",
+}
+
+
+def path(file: Path) -> Path:
+    """Where the card of a file is: beside it, under a name that no other file's card has."""
+    return file.with_name(f"{file.name}.md")
+
+
+def text(file: Path, record: dict, measured: str, license: str, checkpoint: str) -> str:
+    """The card as Markdown. measured: what export.py found, "" for nothing; license: of the pretrained weights."""
+    network, recipe, pixels = record["network"], record["preprocessing"], record["normalization"]
+    size, dimensions, resize = network["image_size"], network["embedding_size"], recipe["resize"]
+    cosine = network.get("distance", "cosine") == "cosine"
+    unit = "of unit length, to compare by cosine similarity" if cosine else "to compare by Euclidean distance"
+    resized = f"its shorter side to {resize}" if isinstance(resize, int) else f"to {resize[1]} x {resize[0]}"
+    values = f"{pixels['channels']} from 0 to {pixels['largest']}, mean {pixels['mean']}, std {pixels['std']}"
+    inside = "The file does this" if file.suffix != ".safetensors" else "The network of torch.hub, below, does this"
+    threshold = f"{record['threshold']['threshold']:.4f}" if "threshold" in record else "none"
+    config, results = training(Path(checkpoint))
+    if config.get("pretrained") == "none":
+        license = "none were used"
+    return f"""# {file.name}
+
+Maps an image to {dimensions} numbers, {unit}: images of one class are near each other, also of new classes.
+
+Exported from `{Path(checkpoint).name}`, whose weights have the sha256 {record["source"]}, as {record["weights"]}.
+The sha256 of the file itself is {exported.digest(file)}.
+
+## Results
+
+{measured or "The export measured nothing: it was checked with images without labels."}
+
+{results or "What the training measured is not known: the files of its run are not beside the checkpoint."}
+
+## Network
+
+* Backbone: {network["model"]}
+* License of its pretrained weights: {license}
+* Training: {", ".join(f"{name} {value}" for name, value in config.items()) or "not known"}
+
+## Input
+
+Decoded images, uint8 RGB, (N, 3, {size}, {size}) for any N, which you resize and crop: each image {resized} pixels
+({recipe["interpolation"]}, antialiased, rounded to uint8), then the central {size} x {size}.
+
+The pixels are then normalized: {values}. {inside}.
+
+## Loading
+
+```python
+{LOAD[file.suffix].format(name=file.name, size=size, dimensions=dimensions)}```
+
+## Intended use and limits
+
+For finding images of one class among images like those of the training. Measure it on your own before you rely on it:
+the results above hold for the dataset that is named with them. It was not made to identify people, and it has the
+biases of its training images. Similarities are not probabilities. Recorded threshold for "the same class": {threshold}.
+
+Made with {", ".join(f"{name} {version}" for name, version in record["versions"].items())}.
+"""
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Metrics in percent as a table of Markdown, a line for each name of rows."""
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(f"{100 * row[column]:.2f}" for column in columns)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def training(checkpoint: Path) -> tuple[dict, str]:
+    """The settings of the run that wrote a checkpoint and a sentence on its results, if its files lie beside it."""
+    results, config = checkpoint.with_name(f"{checkpoint.stem}_results.txt"), checkpoint.with_name(runs.CONFIG)
+    if not checkpoint.stem.endswith("_best") or not results.is_file() or not config.is_file():
+        return {}, ""
+    settings = runs.read_config(checkpoint.parent)
+    listed = ", ".join(results.read_text().splitlines())
+    return (
+        {name: settings[name] for name in SETTINGS if name in settings},
+        f"Recorded by the training, not measured by the export: {listed} (percent; {results.name}).",
+    )

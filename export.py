@@ -1,0 +1,196 @@
+"""Export a checkpoint as ONNX, safetensors or a torch.export program, checked to give the same embeddings."""
+
+import proxy_anchor.startup  # noqa: F401 (before the slow imports)
+
+# isort: split
+import argparse
+import shlex
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dataset
+import net
+from dataset import transforms
+from dataset.folder import images as images_in
+from proxy_anchor import card, checkpoint, console, evaluation, exported, logbook
+from proxy_anchor.embedding import Embedder
+from proxy_anchor.files import replacing
+
+CHECKED = 64  # images, spread over those there are
+BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
+TOLERANCE = {False: 1e-5, True: 1e-3}  # of exported.difference, by --fp16
+EXAMPLES = """examples:
+  python export.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --out cub.onnx
+  without the dataset, checked with other images:
+  python export.py --resume cub_resnet50_best.pth --check photos --out cub.onnx
+  half the size, and what that costs:
+  python export.py --dataset cub --resume cub_resnet50_best.pth --fp16 --out cub_half.onnx
+"""
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="export.py --resume PATH --out FILE [--flag value ...]", description=__doc__, epilog=EXAMPLES,
+        allow_abbrev=False, formatter_class=console.HelpFormatter,
+        parents=[dataset.options(training=False), net.options(training=False), console.options()],
+    )  # fmt: skip
+    group = parser.add_argument_group("export")
+    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export")
+    group.add_argument(
+        "--out", required=True, metavar="FILE",
+        help="file to write, ending in .onnx, .safetensors or .pt2; its card is written beside it, as FILE.md",
+    )  # fmt: skip
+    group.add_argument(
+        "--check", metavar="DIR",
+        help="folder of images to check the file with; without it, the test images of --dataset check the file and "
+        "measure it for its card",
+    )  # fmt: skip
+    group.add_argument(
+        "--fp16", action="store_true", help="weights in half precision: half the size; prints what that costs"
+    )
+    args = parser.parse_args(argv)
+    net.check_weights(parser, args)
+    with console.errors_in_one_line("export.py", args.debug):
+        contract = checkpoint.contract(args.resume)
+    args = console.parse_with_contract(parser, argv, contract)
+    console.check_ranges(parser, args)
+    net.check_arguments(parser, args, contract)
+    if Path(args.resume).suffix == ".onnx":
+        parser.error(f"argument --resume: {args.resume} is exported already; give its checkpoint")
+    if not exported.is_exported(args.out):
+        parser.error(f"argument --out: {args.out} ends in none of {', '.join(exported.ENDINGS)}")
+    if not Path(args.out).parent.is_dir():
+        parser.error(f"argument --out: there is no folder {Path(args.out).parent}")
+    if args.fp16 and args.check:
+        parser.error("argument --fp16: what it costs is measured on --dataset, without --check")
+    args.geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
+    told = {name: getattr(args, name) for name in (*checkpoint.CONTRACT, "distance", "head")}
+    args.contract = net.expects(args.model) | told | args.geometry | contract
+    args.command = shlex.join(["python", "export.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+def create(args: argparse.Namespace) -> torch.nn.Module:
+    return net.create(
+        args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
+    )
+
+
+def export(args: argparse.Namespace) -> None:
+    network = create(args)
+    checkpoint.load(args.resume, network)
+    reference = exported.Served(network, args.distance)
+    record = describe(args, network.model)
+    test_sets = [] if args.check else open_test_sets(args)
+    images = images_to_check(args, test_sets)
+
+    served = deepcopy(reference)
+    if args.fp16:
+        exported.halve(served.network)
+    out, count = Path(args.out), len(images.unique(dim=0))
+    with replacing(out) as file:
+        exported.save(file, out.suffix, served, args.image_size, record)
+        difference = check(open_file(file, out.suffix, args), reference, images)
+        if not difference <= TOLERANCE[args.fp16]:  # or it is not a number
+            raise ValueError(
+                f"{out} is not written: its embeddings of {count} images differ by up to {difference:.1g} from "
+                f"those of {args.resume}; at most {TOLERANCE[args.fp16]:g} are allowed"
+            )
+        card.path(out).unlink(missing_ok=True)  # of an earlier file
+    print(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB. Its embeddings of {count} images differ by at most "
+        f"{difference:.1g} from those of the checkpoint, in batches of {', '.join(map(str, BATCHES))}."
+    )
+
+    measured = measure(open_file(out, out.suffix, args), reference, test_sets, args) if test_sets else ""
+    with replacing(card.path(out)) as file:
+        file.write_text(card.text(out, record, measured, net.license_of(args.model), args.resume))
+    print(f"Its card is {card.path(out)}")
+
+
+def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
+    """The record of the file, see code/exported.py."""
+    record = {
+        "network": args.contract,
+        "preprocessing": transforms.recipe(args.image_size, **args.geometry),
+        "normalization": {
+            "channels": "BGR" if backbone.bgr else "RGB", "largest": 255 if backbone.bgr else 1,
+            "mean": list(backbone.mean), "std": list(backbone.std),
+        },
+        "weights": "float16" if args.fp16 else "float32",
+        "source": checkpoint.identity(args.resume),
+        "versions": logbook.versions(),
+    }  # fmt: skip
+    threshold = checkpoint.threshold(args.resume)
+    return record | ({"threshold": threshold} if threshold else {})
+
+
+def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
+    choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
+    test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.geometry, **choice)
+    console.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    return test_sets
+
+
+def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
+    """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
+    if args.check:
+        if not (paths := images_in(Path(args.check))):
+            raise FileNotFoundError(f"There are no images in {args.check}")
+        transform = transforms.evaluation(args.image_size, **args.geometry)
+        images = dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], transform)
+    else:
+        images = test_sets[0]
+    chosen = np.linspace(0, len(images) - 1, CHECKED).round().astype(int)  # of fewer, some several times
+    return torch.stack([images[i][0] for i in chosen])
+
+
+def open_file(path: Path, ending: str, args: argparse.Namespace) -> torch.nn.Module:
+    """The network in a file that was just written, from pixels to embeddings."""
+    if ending == ".onnx":
+        return exported.open_onnx(path, args.image_size, args.embedding_size)
+    if ending == ".pt2":
+        return exported.open_program(path, args.embedding_size)
+    network = create(args)
+    network.load_state_dict(exported.read_weights(path))
+    return exported.Served(network, args.distance)
+
+
+@torch.inference_mode()
+def check(file: torch.nn.Module, reference: torch.nn.Module, images: torch.Tensor) -> float:
+    """How far the file's embeddings are from the network's, see exported.difference, in batches of several sizes."""
+    expected = reference(images)
+    found = [torch.cat([file(part) for part in images.split(size)]) for size in BATCHES]
+    return exported.difference(torch.cat(found), expected.repeat(len(BATCHES), 1))
+
+
+def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[dataset.ImageDataset], args) -> str:
+    """Print the metrics of the file and, with --fp16, of the network; returns them for the card."""
+    networks = {"checkpoint": reference} if args.fp16 else {}
+    rows = {}
+    for name, network in (networks | {Path(args.out).name: file}).items():
+        loaders = [dataset.eval_loader(images, args.batch_size, args.workers) for images in test_sets]
+        embedder, ks = Embedder(network, torch.device("cpu")), dataset.ALL[args.dataset].KS
+        rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.distance).metrics
+    print(logbook.table(rows))
+    splits = dataset.describe(dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets)))
+    parts = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
+    if args.fp16:
+        recalls = [row["R@1"] for row in rows.values()]
+        parts.append(f"Half precision costs {100 * (recalls[0] - recalls[1]):.2f} points of R@1.")
+        print(parts[-1])
+    return "\n\n".join([*parts, f"Command: `{args.command}`"])
+
+
+def main(argv=None):
+    args = parse(argv)
+    with console.errors_in_one_line("export.py", args.debug):
+        export(args)
+
+
+if __name__ == "__main__":
+    main()

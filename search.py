@@ -147,14 +147,14 @@ def update_index(args: argparse.Namespace) -> None:
         print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         if done:
             print(f"{done:,} of these were embedded before the interruption")
-        if not (new or changed or deleted):
-            return
         try:
             done += embed_blocks(index, {entry: there[entry] for entry in stamps if stamps[entry]}, stamps, path, args)
+            if not (done or changed or deleted):
+                return
+            index = index.finish()
         except KeyboardInterrupt:
             print("What is embedded is kept: the same command continues from here", file=sys.stderr)
             raise
-        index = index.finish()
         print(f"Indexed {done:,} {kind}")
         if index.factory != EXACT:
             print_recall(index)
@@ -162,9 +162,8 @@ def update_index(args: argparse.Namespace) -> None:
 
 def embed_blocks(index: Index, wanted: dict[str, list[str]], stamps: dict, path: str, args: argparse.Namespace) -> int:
     """Embed entries, {entry: its images}, and add them to the index block by block; returns how many could be read."""
-    added = 0
-    if wanted:
-        embed = embedder(args.contract, path, args)
+    embed = embedder(args.contract, path, args) if wanted else None
+    seen = added = 0
     for block in entries.blocks(wanted, BLOCK):
         images = unlabelled([image for paths in block.values() for image in paths], args.contract)
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
@@ -172,6 +171,9 @@ def embed_blocks(index: Index, wanted: dict[str, list[str]], stamps: dict, path:
             found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
             index.add({entry: stamps[entry] for entry in found}, embeddings)
             added += len(found)
+        seen += len(block)
+        if seen < len(wanted):
+            print(f"{seen:,} of {len(wanted):,} are done", flush=True)
     return added
 
 

@@ -2,13 +2,12 @@
 
 images.json in its folder says which checkpoint and which NUMBER; images-NUMBER.jsonl and vectors-NUMBER.float32 are its
 rows, and vectors-NUMBER.faiss is FAISS's index of them, unless its kind is Flat. Each time the index is written, the
-number is new and images.json is replaced last. Until then, finished blocks of new rows wait in block-NUMBER.float32 and
-.jsonl, of the index that they will be added to.
+number is new and images.json is replaced last. Until then, new rows wait in blocks, block-NUMBER.0.float32 and .jsonl,
+block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added to.
 """
 
 import json
 from functools import cached_property
-from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ class Index:
         """An index without images. Raises ValueError for a factory string that FAISS does not know."""
         index = cls(folder, made, factory, number=0)
         index._new_faiss_index()
-        rows.write(index._file("vectors", "float32"), index._file("images", "jsonl"), [])
+        rows.write(*index._files(), [])
         index._describe()
         index._delete_others()
         return cls.open(folder)
@@ -76,7 +75,7 @@ class Index:
         return index
 
     def _read_vectors(self):
-        self.images = Rows(self._file("vectors", "float32"), self._file("images", "jsonl"), self.size)
+        self.images = Rows(*self._files(), self.size)
         if self.factory == EXACT or not len(self.images):
             self.neighbours = neighbours.Exact(self.images, self._metric)
         else:
@@ -106,10 +105,10 @@ class Index:
         be embedded become None; what is deleted or out of date is left out by finish.
         exists(path) says whether an indexed path that is not among them still has its images.
         """
-        (images, kept), *blocks = self._rows
+        kept, *of_blocks = self._kept
         elsewhere, done = set(), 0  # of other folders, embedded by an interrupted run
-        for block, kept_of_block in reversed(blocks):
-            for row, (path, stamp) in enumerate(block):
+        for number, kept_of_block in reversed([*enumerate(of_blocks)]):
+            for row, (path, stamp) in enumerate(self._block(number)):
                 if path in stamps:
                     kept_of_block[row] = stamps[path] is not None and stamps[path] == stamp
                     done += kept_of_block[row]
@@ -118,7 +117,7 @@ class Index:
                     kept_of_block[row] = path not in elsewhere and exists(path)
                     elsewhere.add(path)
         known = changed = deleted = 0
-        for row, (path, stamp) in enumerate(images):
+        for row, (path, stamp) in enumerate(self.images):
             if path in stamps:
                 known += 1
                 kept[row] = stamps[path] is not None and stamps[path] == stamp
@@ -133,9 +132,9 @@ class Index:
     def add(self, stamps: dict[str, list[int]], embeddings: torch.Tensor) -> None:
         """Write a block: images, {path: stamp}, with their embeddings (N, D). Interrupted, the next run has them."""
         if stamps:
-            files = next(islice(self._files_of_blocks(), len(self._rows) - 1, None))  # after those that are there
-            rows.write(*files, [rows.block(stamps, self._vectors_of(embeddings))])
-            self._rows.append(_all(Rows(*files, self.size)))
+            kept = self._kept  # of the blocks that are there
+            rows.write(*self._files_of_block(len(kept) - 1), [rows.block(stamps, self._vectors_of(embeddings))])
+            kept.append(np.ones(len(stamps), dtype=bool))
 
     def finish(self) -> "Index":
         """Write the index with all blocks, without the images that compare found to be gone, and open it.
@@ -143,12 +142,14 @@ class Index:
         A kind that needs training is trained on a sample of all images. Most kinds cannot drop images: they are built
         again. Raises ValueError where images are too few; the former index and the blocks are then still there.
         """
-        if not any(kept.any() for _, kept in self._rows):
+        if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
         self._delete_others()  # what a run has left that was interrupted here
         index = Index(self.folder, self.made, self.factory, self.number + 1)
         try:
-            index._write(self._rows, self.neighbours)
+            rows.write(*index._files(), self._blocks_to_keep())
+            if self.factory != EXACT:
+                index._write_neighbours(self.neighbours if self._kept[0].all() and len(self.images) else None)
             index._read_vectors()
         except Exception:
             self._delete_others()
@@ -157,15 +158,16 @@ class Index:
         index._delete_others()
         return index
 
-    def _write(self, parts: list[tuple[Rows, np.ndarray]], former: neighbours.Exact | neighbours.Parts):
-        """Write what is kept of these rows, and FAISS's index of them; former: of the first of the parts."""
-        files = self._file("vectors", "float32"), self._file("images", "jsonl")
-        rows.write(*files, (block for images, kept in parts for block in images.blocks(kept)))
-        if self.factory == EXACT:
-            return
-        path, images, kept = self._file("vectors", "faiss"), Rows(*files, self.size), parts[0][1]
+    def _blocks_to_keep(self):
+        """Blocks of rows.write: what is kept of the images, then of each block."""
+        for number, kept in enumerate(self._kept, start=-1):
+            yield from (self.images if number < 0 else self._block(number)).blocks(kept)
+
+    def _write_neighbours(self, former: neighbours.Parts | None):
+        """Write FAISS's index of the rows; former: that of the first of them, if it is still true."""
+        path, images = self._file("vectors", "faiss"), Rows(*self._files(), self.size)
         try:
-            if len(kept) and kept.all():
+            if former:
                 neighbours.extend(path, images, former)
             else:
                 neighbours.build(path, images, self._new_faiss_index())
@@ -173,21 +175,26 @@ class Index:
             raise ValueError(f"FAISS cannot make the index '{self.factory}': {neighbours.reason(error)}") from error
 
     @cached_property
-    def _rows(self) -> list[tuple[Rows, np.ndarray]]:
-        """What the next index will have: these images, then the blocks, each with what is kept of it, (N,)."""
+    def _kept(self) -> list[np.ndarray]:
+        """What the next index will have of the images and of each block that is there, (N,) for each: all, at first."""
+        kept = [np.ones(len(self.images), dtype=bool)]
+        while self._files_of_block(len(kept) - 1)[1].exists():
+            kept.append(np.ones(len(self._block(len(kept) - 1)), dtype=bool))
+        return kept
+
+    def _block(self, number: int) -> Rows:
         try:
-            blocks = [
-                Rows(*files, self.size) for files in takewhile(lambda pair: pair[1].exists(), self._files_of_blocks())
-            ]
+            return Rows(*self._files_of_block(number), self.size)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
                 f"What an interrupted run has left in {self.folder} is damaged ({error}): delete its files block-*"
             ) from error
-        return [_all(images) for images in (self.images, *blocks)]
 
-    def _files_of_blocks(self):
-        """The files of Rows of the first block, the second, ..."""
-        return zip(runs.numbered(self._file("block", "float32")), runs.numbered(self._file("block", "jsonl")))
+    def _files_of_block(self, number: int) -> tuple[Path, Path]:
+        return self._file("block", f"{number}.float32"), self._file("block", f"{number}.jsonl")
+
+    def _files(self) -> tuple[Path, Path]:
+        return self._file("vectors", "float32"), self._file("images", "jsonl")
 
     def _describe(self):
         with replacing(self.folder / IMAGES) as temporary:
@@ -201,19 +208,24 @@ class Index:
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The (path, similarity or distance) of the images nearest to each of the embeddings (N, D), the best first."""
-        queries, cosine = self._vectors_of(embeddings), self.distance == "cosine"
+        return [
+            [(self.images[row][0], float(value)) for row, value in zip(found, measured)]
+            for found, measured in self._search(self._vectors_of(embeddings), count)
+        ]
+
+    def _search(self, queries: np.ndarray, count: int):
+        """The rows nearest to each of the queries (N, D), the best first, and their similarities or distances."""
+        cosine = self.distance == "cosine"
         exact = cosine and self.factory == EXACT
         candidates = count if exact else max(CANDIDATES, CANDIDATES_PER_NEIGHBOUR * count)
         values, found = self.neighbours.search(queries, min(candidates, len(self.images)))
-        nearest = []
         for query, measured, indices in zip(queries, values, found):
             if not exact:  # FAISS's may be of vectors that it has compressed, or the difference of large squares
                 indices = indices[indices >= 0]
                 vectors = self.images.take(indices)
                 measured = vectors @ query if cosine else np.linalg.norm(vectors - query, axis=1)
             order = np.argsort(-measured if cosine else measured, kind="stable")[:count]
-            nearest.append([(self.images[i][0], float(value)) for i, value in zip(indices[order], measured[order])])
-        return nearest
+            yield indices[order], measured[order]
 
     @property
     def size(self) -> int:
@@ -255,8 +267,8 @@ class Index:
         total, count = len(self.images), min(RECALL_AT, len(self.images))
         queries = self.images.take(np.linspace(0, total - 1, min(RECALL_QUERIES, total)).astype(int))
         _, exact = neighbours.Exact(self.images, self._metric).search(queries, count)
-        found = self.search(torch.from_numpy(queries), count)
-        return sum(len({self.images[i][0] for i in a} & dict(b).keys()) for a, b in zip(exact, found)) / exact.size
+        found = (indices for indices, _ in self._search(queries, count))
+        return sum(np.isin(a, b).sum() for a, b in zip(exact, found)) / exact.size
 
     def _new_faiss_index(self):
         return neighbours.create(self.factory, self.size, self._metric)
@@ -280,7 +292,3 @@ def _check(content, layout, name=IMAGES):
         raise ValueError(f"'{name}' is {str(content)[:80]}, expected {kind.__name__}")
     for part in layout if isinstance(layout, dict) else ():
         _check(content.get(part), layout[part], part)
-
-
-def _all(images: Rows) -> tuple[Rows, np.ndarray]:
-    return images, np.ones(len(images), dtype=bool)

@@ -11,7 +11,8 @@ from proxy_anchor.rows import Rows
 from proxy_anchor.runs import numbered
 
 EXACT = "Flat"
-PART = 2**28  # bytes of vectors, or of their codes, that are in memory at a time
+PART = 2**27  # bytes of vectors, or of their codes, that are in memory at a time
+SAMPLE = 2**28  # bytes of the vectors to train with
 
 
 def faiss():
@@ -37,7 +38,7 @@ class Exact:
     def search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's values and the rows of the `count` nearest of each query (N, D), the best first."""
         best = _best(len(queries), count, self.metric)
-        for start, vectors in _slices(self.images, 0, len(self.images)):
+        for start, vectors in self.images.slices(_rows_per_part(self.images)):
             values, rows = faiss().knn(queries, vectors, min(count, len(vectors)), self.metric)
             best.add_result(values, rows + start)
         best.finalize()
@@ -108,8 +109,8 @@ def extend(path: Path, images: Rows, former: Parts) -> None:
 
 
 def sample(images: Rows) -> np.ndarray:
-    """The vectors that an index is trained on: all or, at random but always the same, as many as fit in a part."""
-    rows, most = np.arange(len(images)), _rows_per_part(images)
+    """The vectors that an index is trained on: all or, of many, some at random, which are always the same."""
+    rows, most = np.arange(len(images)), SAMPLE // (4 * images.vectors.shape[1])
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
     return images.take(rows)
@@ -126,7 +127,7 @@ def _write(files, images, done, index):
     size = PART // (cells.code_size + 8) if cells else _rows_per_part(images)  # codes, with their numbers
     while True:
         stop = min(done + max(size - index.ntotal, 0), len(images))
-        for _, vectors in _slices(images, done, stop):
+        for _, vectors in images.slices(_rows_per_part(images), done, stop):
             index.add(vectors)
         done = stop
         with replacing(next(files)) as temporary:
@@ -134,14 +135,6 @@ def _write(files, images, done, index):
         if done == len(images):
             return
         index.reset()  # stays trained
-
-
-def _slices(images, start, stop):
-    """(start, vectors) of the rows in between, as many at a time as fit in a part."""
-    step = _rows_per_part(images)
-    for first in range(start, stop, step):
-        yield first, images.vectors[first : min(first + step, stop)]
-        images.release()
 
 
 def _rows_per_part(images):

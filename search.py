@@ -22,6 +22,7 @@ from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
 
+BLOCK = 2**14  # images that are embedded before they are written
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
@@ -140,27 +141,40 @@ def update_index(args: argparse.Namespace) -> None:
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
         there = entries.group(paths_to_index(args), args.by_folder)
-        found = {entry: entries.stamp(paths) for entry, paths in there.items()}
-        new, changed, deleted = index.compare(found, has_images)
+        stamps = {entry: entries.stamp(paths) for entry, paths in there.items()}  # of before the images are read:
+        new, changed, deleted, done = index.compare(stamps, has_images)  # what changes meanwhile is found next time
         kind = "folders" if args.by_folder else "images"
-        print(
-            f"{len(index.images):,} {kind} are in {folder}; "
-            f"new: {len(new):,}, changed: {len(changed):,}, deleted: {len(deleted):,}"
-        )
-        stamps = new | changed  # from before the images are read: what changes meanwhile is found the next time
-        images = unlabelled([path for entry in stamps for path in there[entry]], args.contract)
-        console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
-        if not (len(images) or changed or deleted):
-            return
-        embeddings = torch.empty(0, args.contract["embedding_size"])
-        if len(images):
-            embeddings = embed(images, args.contract, path, args)
-        wanted = {entry: there[entry] for entry in stamps}
-        added, embeddings = entries.embeddings_of(wanted, images.paths, embeddings, index.distance)
-        index.update({*changed, *deleted}, {entry: stamps[entry] for entry in added}, embeddings)
-        print(f"Indexed {len(added):,} {kind}")
+        print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
+        if done:
+            print(f"{done:,} of these were embedded before the interruption")
+        try:
+            done += embed_blocks(index, {entry: there[entry] for entry in stamps if stamps[entry]}, stamps, path, args)
+            if not (done or changed or deleted):
+                return
+            index = index.finish()
+        except KeyboardInterrupt:
+            print("What is embedded is kept: the same command continues from here", file=sys.stderr)
+            raise
+        print(f"Indexed {done:,} {kind}")
         if index.factory != EXACT:
             print_recall(index)
+
+
+def embed_blocks(index: Index, wanted: dict[str, list[str]], stamps: dict, path: str, args: argparse.Namespace) -> int:
+    """Embed entries, {entry: its images}, and add them to the index block by block; returns how many could be read."""
+    embed = embedder(args.contract, path, args) if wanted else None
+    seen = added = 0
+    for block in entries.blocks(wanted, BLOCK):
+        images = unlabelled([image for paths in block.values() for image in paths], args.contract)
+        console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
+        if len(images):
+            found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
+            index.add({entry: stamps[entry] for entry in found}, embeddings)
+            added += len(found)
+        seen += len(block)
+        if seen < len(wanted):
+            print(f"{seen:,} of {len(wanted):,} are done", flush=True)
+    return added
 
 
 def print_recall(index: Index) -> None:
@@ -230,17 +244,20 @@ def create(contract: dict, path: str) -> torch.nn.Module:
     return network
 
 
-def embed(images: dataset.ImageDataset, contract: dict, path: str, args: argparse.Namespace) -> torch.Tensor:
-    """Embeddings (N, D) of the images; see create."""
+def embedder(contract: dict, path: str, args: argparse.Namespace):
+    """A function from images to their embeddings (N, D); see create."""
     network = create(contract, path)
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp, args.compile)
-    embeddings, _ = embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))
-    return embeddings
+    return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))[0]
 
 
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image, or of each folder's mean."""
     index = Index.open(Path(args.index))
+    if not len(index.images):
+        raise FileNotFoundError(
+            f"There is no complete index in {args.index}: run `search.py index` to its end, again if it was interrupted"
+        )
     if args.nprobe:
         index.set_nprobe(args.nprobe)
     network = index.made["network"]
@@ -257,7 +274,7 @@ def query(args: argparse.Namespace) -> None:
         )
     index.check({"weights": identity(network, path), "network": network, "checkpoint": path})
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
-    queries, embeddings = images.paths, embed(images, network, path, args)
+    queries, embeddings = images.paths, embedder(network, path, args)(images)
     if args.by_folder:
         folders = entries.group(images.paths, by_folder=True)
         queries, embeddings = entries.embeddings_of(folders, images.paths, embeddings, index.distance)

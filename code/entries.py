@@ -21,6 +21,20 @@ def stamp(paths: list[str]) -> list[int]:
     return [number for size_and_time in stats for number in size_and_time]
 
 
+def blocks(entries: dict[str, list[str]], size: int):
+    """Parts of the entries, in their order, each with `size` images or a few more."""
+    part: dict[str, list[str]] = {}
+    count = 0
+    for entry, images in entries.items():
+        part[entry] = images
+        count += len(images)
+        if count >= size:
+            yield part
+            part, count = {}, 0
+    if part:
+        yield part
+
+
 def embeddings_of(entries: dict[str, list[str]], paths: list[str], embeddings: torch.Tensor, distance: str):
     """(entries, (E, D)) from the embeddings (N, D) of images at these paths; the entries without an image are left out.
 

@@ -88,7 +88,7 @@ def measure(
 ) -> Result:
     """Search the images of one test set within it or, given two, those of the first in the second; see Embedder.embed.
 
-    Recall@K for each of ks, by a distance of retrieval.DISTANCES. groups: for each test set the numbers (N,) of its
+    Recall@K for each of ks, by a distance of tiles.DISTANCES. groups: for each test set the numbers (N,) of its
     images' groups, or None: images of a query's own group are left out of its gallery. Of several processes each passes
     what it has embedded, and the groups of all images; the Result is that of all. Raises ValueError as
     best_positive_rank does.

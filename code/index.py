@@ -1,41 +1,33 @@
 """An index of embedded images, or of their folders: paths, vectors, and the checkpoint that embedded them.
 
-images.json in its folder describes it; vectors-NUMBER.float32 has the vectors, and vectors-NUMBER.faiss FAISS's index
-of them, unless its kind is Flat. Each time the index is written, the number is new and images.json is replaced last.
+images.json in its folder says which checkpoint and which NUMBER; images-NUMBER.jsonl and vectors-NUMBER.float32 are its
+rows, and vectors-NUMBER.faiss is FAISS's index of them, unless its kind is Flat. Each time the index is written, the
+number is new and images.json is replaced last. Until then, new rows wait in blocks, block-NUMBER.0.float32 and .jsonl,
+block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added to.
 """
 
 import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from proxy_anchor import checkpoint, runs
+from proxy_anchor import checkpoint, neighbours, rows, runs
 from proxy_anchor.files import replacing
+from proxy_anchor.neighbours import EXACT
+from proxy_anchor.rows import Rows
 from proxy_anchor.tiles import comparable
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
-LAYOUT = {"made": MADE, "factory": str, "number": int, "images": dict}  # of images.json
-EXACT = "Flat"
+LAYOUT = {"made": MADE, "factory": str, "number": int}  # of images.json
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
 
 
-def faiss():
-    """The library. Raises ImportError saying how to get it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            f"search.py needs faiss, which cannot be imported ({error}): pip install faiss-cpu, 1.8 for numpy below 2"
-        ) from error
-    return faiss
-
-
 class Index:
-    """The index in a folder: images, {path: stamp}, and in their order the vectors (N, D); its factory string.
+    """The index in a folder: images, its Rows (path, stamp) with their vectors (N, D); its factory string.
 
     They are compared by the network's distance: unit vectors by their cosine similarity, embeddings as they are by
     their Euclidean distance; measure says which.
@@ -44,19 +36,21 @@ class Index:
     "by_folder": whether each of the images stands for all images in a folder, whose path it has.
     """
 
-    vectors: np.ndarray
-    faiss_index: Any
+    images: Rows
+    neighbours: neighbours.Exact | neighbours.Parts
 
-    def __init__(self, folder: Path, made: dict, factory: str, number: int, images: dict[str, list[int]]):
-        self.folder, self.made, self.factory, self.number, self.images = folder, made, factory, number, images
+    def __init__(self, folder: Path, made: dict, factory: str, number: int):
+        self.folder, self.made, self.factory, self.number = folder, made, factory, number
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
-        """An empty index, not written yet. Raises ValueError for a factory string that FAISS does not know."""
-        index = cls(folder, made, factory, number=0, images={})
-        index.vectors = np.empty((0, made["network"]["embedding_size"]), dtype=np.float32)
-        index.faiss_index = index._new_faiss_index()
-        return index
+        """An index without images. Raises ValueError for a factory string that FAISS does not know."""
+        index = cls(folder, made, factory, number=0)
+        index._new_faiss_index()
+        rows.write(*index._files(), [])
+        index._describe()
+        index._delete_others()
+        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
@@ -75,24 +69,17 @@ class Index:
             if (folder / IMAGES).read_bytes() != text:  # another process has written it meanwhile
                 return cls.open(folder)
             raise ValueError(
-                f"The index in {folder} is damaged or of an older version ({_reason(error)}): "
+                f"The index in {folder} is damaged or of an older version ({neighbours.reason(error)}): "
                 "delete the folder and index the images again"
             ) from error
         return index
 
     def _read_vectors(self):
-        expected = len(self.images), self.made["network"]["embedding_size"]
-        numbers = np.memmap(self._file("float32"), np.float32, "r")
-        if len(numbers) != expected[0] * expected[1]:
-            raise ValueError(f"expected {expected} vectors, found {len(numbers)} numbers")
-        self.vectors = np.asarray(numbers).reshape(expected)  # a plain array: libraries that patch FAISS insist on it
-        if self.factory == EXACT:
-            self.faiss_index = self._new_faiss_index()
-            self.faiss_index.add(self.vectors)
-            return
-        self.faiss_index = faiss().read_index(str(self._file("faiss")))
-        if (found := (self.faiss_index.ntotal, self.faiss_index.d)) != expected:
-            raise ValueError(f"expected {expected} vectors in FAISS's index, found {found}")
+        self.images = Rows(*self._files(), self.size)
+        if self.factory == EXACT or not len(self.images):
+            self.neighbours = neighbours.Exact(self.images, self._metric)
+        else:
+            self.neighbours = neighbours.Parts(self._file("vectors", "faiss"), self.images.vectors.shape)
 
     def check(self, made: dict, factory: str | None = None) -> None:
         """Raise ValueError if this index was made with another checkpoint, or, where told, is of another kind."""
@@ -105,69 +92,149 @@ class Index:
             has, flag = ("folders", "with") if self.made["by_folder"] else ("images", "without")
             raise ValueError(f"{self.folder} is an index of {has}: update it {flag} --by-folder, or make a new one")
         if factory not in (None, self.factory):
+            if not len(self.images):  # embedded for a kind that could not be made, perhaps
+                self.factory = factory
+                self._new_faiss_index()
+                return
             raise ValueError(f"{self.folder} is an index {self.factory}, not {factory}; make a new one")
 
-    def compare(
-        self, stamps: dict[str, list[int]], exists
-    ) -> tuple[dict[str, list[int]], dict[str, list[int]], list[str]]:
-        """Of what is there, {path: stamp}, that which is new and that which has changed; the paths of what is gone.
+    def compare(self, stamps: dict[str, list[int] | None], exists) -> tuple[int, int, int, int]:
+        """How many images are new, changed, deleted, and done, of what is there, {path: stamp}.
 
+        Done are those of the new and changed ones that an interrupted run has embedded. The stamps of all that need not
+        be embedded become None; what is deleted or out of date is left out by finish.
         exists(path) says whether an indexed path that is not among them still has its images.
         """
-        new = {path: stamp for path, stamp in stamps.items() if path not in self.images}
-        changed = {path: stamp for path, stamp in stamps.items() if stamp != self.images.get(path, stamp)}
-        return new, changed, [path for path in self.images if path not in stamps and not exists(path)]
+        kept, *of_blocks = self._kept
+        elsewhere, done = set(), 0  # of other folders, embedded by an interrupted run
+        for number, kept_of_block in reversed([*enumerate(of_blocks)]):
+            for row, (path, stamp) in enumerate(self._block(number)):
+                if path in stamps:
+                    kept_of_block[row] = stamps[path] is not None and stamps[path] == stamp
+                    done += kept_of_block[row]
+                    stamps[path] = None if kept_of_block[row] else stamps[path]
+                else:
+                    kept_of_block[row] = path not in elsewhere and exists(path)
+                    elsewhere.add(path)
+        known = changed = deleted = 0
+        for row, (path, stamp) in enumerate(self.images):
+            if path in stamps:
+                known += 1
+                kept[row] = stamps[path] is not None and stamps[path] == stamp
+                changed += not kept[row]
+                stamps[path] = None if kept[row] else stamps[path]
+            else:
+                there = exists(path)
+                kept[row] = there and path not in elsewhere
+                deleted += not there
+        return len(stamps) - known, changed, deleted, int(done)
 
-    def update(self, dropped: set[str], stamps: dict[str, list[int]], embeddings: torch.Tensor) -> None:
-        """Drop images, add those of `stamps` with their embeddings (N, D), and write the index.
+    def add(self, stamps: dict[str, list[int]], embeddings: torch.Tensor) -> None:
+        """Write a block: images, {path: stamp}, with their embeddings (N, D). Interrupted, the next run has them."""
+        if stamps:
+            kept = self._kept  # of the blocks that are there
+            rows.write(*self._files_of_block(len(kept) - 1), [rows.block(stamps, self._vectors_of(embeddings))])
+            kept.append(np.ones(len(stamps), dtype=bool))
 
-        A kind that needs training is trained on the first images. Most kinds cannot drop images: they are built again.
-        Raises ValueError where images are too few, before anything is written.
+    def finish(self) -> "Index":
+        """Write the index with all blocks, without the images that compare found to be gone, and open it.
+
+        A kind that needs training is trained on a sample of all images. Most kinds cannot drop images: they are built
+        again. Raises ValueError where images are too few; the former index and the blocks are then still there.
         """
-        kept = np.array([path not in dropped for path in self.images], dtype=bool)
-        added = self._vectors_of(embeddings)
-        self.images = {path: stamp for path, stamp in self.images.items() if path not in dropped} | stamps
-        self.vectors = np.concatenate([self.vectors[kept], added])
-        if not self.images:
+        if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
-        if dropped:
-            self.faiss_index, added = self._new_faiss_index(), self.vectors
+        self._delete_others()  # what a run has left that was interrupted here
+        index = Index(self.folder, self.made, self.factory, self.number + 1)
         try:
-            if not self.faiss_index.is_trained:
-                self.faiss_index.train(added)
-            self.faiss_index.add(added)
+            rows.write(*index._files(), self._blocks_to_keep())
+            if self.factory != EXACT:
+                index._write_neighbours(self.neighbours if self._kept[0].all() and len(self.images) else None)
+            index._read_vectors()
+        except Exception:
+            self._delete_others()
+            raise
+        index._describe()  # from here on, it is the new one
+        index._delete_others()
+        return index
+
+    def _blocks_to_keep(self):
+        """Blocks of rows.write: what is kept of the images, then of each block."""
+        for number, kept in enumerate(self._kept, start=-1):
+            yield from (self.images if number < 0 else self._block(number)).blocks(kept)
+
+    def _write_neighbours(self, former: neighbours.Parts | None):
+        """Write FAISS's index of the rows; former: that of the first of them, if it is still true."""
+        path, images = self._file("vectors", "faiss"), Rows(*self._files(), self.size)
+        try:
+            if former:
+                neighbours.extend(path, images, former)
+            else:
+                neighbours.build(path, images, self._new_faiss_index())
         except RuntimeError as error:
-            raise ValueError(f"FAISS cannot make the index '{self.factory}': {_reason(error)}") from error
-        self.number += 1
-        with replacing(self._file("float32")) as temporary:
-            self.vectors.tofile(temporary)
-        if self.factory != EXACT:
-            with replacing(self._file("faiss")) as temporary:
-                faiss().write_index(self.faiss_index, str(temporary))
-        with replacing(self.folder / IMAGES) as temporary:  # from here on, it is the new one
+            raise ValueError(f"FAISS cannot make the index '{self.factory}': {neighbours.reason(error)}") from error
+
+    @cached_property
+    def _kept(self) -> list[np.ndarray]:
+        """What the next index will have of the images and of each block that is there, (N,) for each: all, at first."""
+        kept = [np.ones(len(self.images), dtype=bool)]
+        while self._files_of_block(len(kept) - 1)[1].exists():
+            kept.append(np.ones(len(self._block(len(kept) - 1)), dtype=bool))
+        return kept
+
+    def _block(self, number: int) -> Rows:
+        try:
+            return Rows(*self._files_of_block(number), self.size)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"What an interrupted run has left in {self.folder} is damaged ({error}): delete its files block-*"
+            ) from error
+
+    def _files_of_block(self, number: int) -> tuple[Path, Path]:
+        return self._file("block", f"{number}.float32"), self._file("block", f"{number}.jsonl")
+
+    def _files(self) -> tuple[Path, Path]:
+        return self._file("vectors", "float32"), self._file("images", "jsonl")
+
+    def _describe(self):
+        with replacing(self.folder / IMAGES) as temporary:
             temporary.write_text(json.dumps({name: getattr(self, name) for name in LAYOUT}, indent=1), encoding="utf-8")
-        for old in {*self.folder.glob("vectors-*")} - {self._file("float32"), self._file("faiss")}:
-            old.unlink()
+
+    def _delete_others(self):
+        """Delete what is left of other indexes; the blocks for this one stay."""
+        for file in self.folder.glob("*-*"):
+            if file.name.startswith(("vectors-", "images-", "block-")) and f"-{self.number}." not in file.name:
+                file.unlink()
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The (path, similarity or distance) of the images nearest to each of the embeddings (N, D), the best first."""
-        paths, queries, cosine = list(self.images), self._vectors_of(embeddings), self.distance == "cosine"
+        return [
+            [(self.images[row][0], float(value)) for row, value in zip(found, measured)]
+            for found, measured in self._search(self._vectors_of(embeddings), count)
+        ]
+
+    def _search(self, queries: np.ndarray, count: int):
+        """The rows nearest to each of the queries (N, D), the best first, and their similarities or distances."""
+        cosine = self.distance == "cosine"
         exact = cosine and self.factory == EXACT
         candidates = count if exact else max(CANDIDATES, CANDIDATES_PER_NEIGHBOUR * count)
-        values, found = self.faiss_index.search(queries, min(candidates, len(paths)))
-        nearest = []
+        values, found = self.neighbours.search(queries, min(candidates, len(self.images)))
         for query, measured, indices in zip(queries, values, found):
             if not exact:  # FAISS's may be of vectors that it has compressed, or the difference of large squares
                 indices = indices[indices >= 0]
-                vectors = self.vectors[indices]
+                vectors = self.images.take(indices)
                 measured = vectors @ query if cosine else np.linalg.norm(vectors - query, axis=1)
             order = np.argsort(-measured if cosine else measured, kind="stable")[:count]
-            nearest.append([(paths[i], float(value)) for i, value in zip(indices[order], measured[order])])
-        return nearest
+            yield indices[order], measured[order]
+
+    @property
+    def size(self) -> int:
+        """The dimensions of its vectors."""
+        return self.made["network"]["embedding_size"]
 
     @property
     def distance(self) -> str:
-        """One of retrieval.DISTANCES."""
+        """One of tiles.DISTANCES."""
         return self.made["network"].get("distance", "cosine")
 
     @property
@@ -178,7 +245,8 @@ class Index:
     @property
     def _metric(self) -> int:
         """Its distance in FAISS's terms."""
-        return faiss().METRIC_INNER_PRODUCT if self.distance == "cosine" else faiss().METRIC_L2
+        faiss = neighbours.faiss()
+        return faiss.METRIC_INNER_PRODUCT if self.distance == "cosine" else faiss.METRIC_L2
 
     def _vectors_of(self, embeddings):
         return comparable(embeddings, self.distance).float().cpu().numpy()
@@ -186,31 +254,27 @@ class Index:
     @property
     def cells(self) -> int:
         """How many cells the vectors are divided into (a search looks in nprobe of them); 0 for kinds without cells."""
-        return getattr(faiss().try_extract_index_ivf(self.faiss_index), "nlist", 0)
+        return self.neighbours.cells
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search so many cells instead of one. Raises ValueError for a kind without cells."""
         if not self.cells:
             raise ValueError(f"{self.folder} is an index {self.factory}: only those with IVF in it take --nprobe")
-        faiss().extract_index_ivf(self.faiss_index).nprobe = min(nprobe, self.cells)
+        self.neighbours.nprobe = nprobe
 
     def recall(self) -> float:
         """The share of the exact nearest neighbours that it finds, over some of its images."""
-        paths, count = list(self.images), min(RECALL_AT, len(self.images))
-        queries = self.vectors[np.linspace(0, len(paths) - 1, min(RECALL_QUERIES, len(paths))).astype(int)]
-        _, exact = faiss().knn(queries, self.vectors, count, self._metric)
-        found = self.search(torch.from_numpy(queries), count)
-        return sum(len({paths[i] for i in a} & dict(b).keys()) for a, b in zip(exact, found)) / exact.size
+        total, count = len(self.images), min(RECALL_AT, len(self.images))
+        queries = self.images.take(np.linspace(0, total - 1, min(RECALL_QUERIES, total)).astype(int))
+        _, exact = neighbours.Exact(self.images, self._metric).search(queries, count)
+        found = (indices for indices, _ in self._search(queries, count))
+        return sum(np.isin(a, b).sum() for a, b in zip(exact, found)) / exact.size
 
     def _new_faiss_index(self):
-        size = self.made["network"]["embedding_size"]
-        try:
-            return faiss().index_factory(size, self.factory, self._metric)
-        except RuntimeError as error:
-            raise ValueError(f"FAISS knows no index '{self.factory}': {_reason(error)}") from error
+        return neighbours.create(self.factory, self.size, self._metric)
 
-    def _file(self, ending):
-        return self.folder / f"vectors-{self.number}.{ending}"
+    def _file(self, name, ending):
+        return self.folder / f"{name}-{self.number}.{ending}"
 
 
 def lock(folder: Path):
@@ -228,8 +292,3 @@ def _check(content, layout, name=IMAGES):
         raise ValueError(f"'{name}' is {str(content)[:80]}, expected {kind.__name__}")
     for part in layout if isinstance(layout, dict) else ():
         _check(content.get(part), layout[part], part)
-
-
-def _reason(error: Exception) -> str:
-    """FAISS's messages without the place in its source."""
-    return str(error).rsplit(": ", 1)[-1] if "Error in" in str(error) else str(error)

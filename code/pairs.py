@@ -23,7 +23,7 @@ def signed(value, distance: str):
 
 
 def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
-    """Of the vectors (..., D), as retrieval.comparable gives them."""
+    """Of the vectors (..., D), as tiles.comparable gives them."""
     return (a * b).sum(dim=-1) if distance == "cosine" else -torch.linalg.vector_norm(a - b, dim=-1)
 
 

@@ -49,7 +49,7 @@ EXPLANATIONS = {
 class TestSet:
     """Embeddings (N, D), labels (N,) and the images, which give (uint8 (3, H, W), label), with .paths and .classes.
 
-    distance: of retrieval.DISTANCES, by which they were searched. The images may have .groups (N,), too.
+    distance: of tiles.DISTANCES, by which they were searched. The images may have .groups (N,), too.
     """
 
     embeddings: torch.Tensor

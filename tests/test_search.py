@@ -51,7 +51,21 @@ def found(out, capsys, *more):
 
 
 def described(out):
-    return json.loads((out / "images.json").read_text())
+    """images.json, with the images {path: stamp} of the file beside it."""
+    content = json.loads((out / "images.json").read_text())
+    lines = (out / f"images-{content['number']}.jsonl").read_text().splitlines()
+    return content | {"images": dict(map(json.loads, lines))}
+
+
+def describe(out, content):
+    """Write what described reads; the images may be damaged."""
+    for old in out.glob("images*"):
+        old.unlink()
+    images = content.pop("images", None) if isinstance(content, dict) else None
+    if images is not None:
+        lines = images.items() if isinstance(images, dict) else images
+        (out / "images-1.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (out / "images.json").write_text(json.dumps(content))
 
 
 def fails(run, capsys, words, code=1):
@@ -316,7 +330,8 @@ def test_recall_against_exact_search(tmp_path):
     recalls = []
     for factory in ("Flat", "IVF64,Flat", "PCA16,Flat", "IVF4,PQ8x4"):
         index = search.Index.new(tmp_path, made, factory)
-        index.update(set(), {str(i): [0, 0] for i in range(2000)}, x)
+        index.add({str(i): [0, 0] for i in range(2000)}, x)
+        index = index.finish()
         recalls.append(index.recall())
         index = search.Index.open(tmp_path)
         assert [row[0] for row in index.search(x, 1)] == [(str(i), pytest.approx(1)) for i in range(2000)]
@@ -392,7 +407,7 @@ def whole(weights, tmp_path_factory):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_description(damage, weights, whole, tmp_path, capsys):
     index = shutil.copytree(whole / "index", tmp_path / "index")
-    (index / "images.json").write_text(json.dumps(DAMAGES[damage](described(index))))
+    describe(index, DAMAGES[damage](described(index)))
     fails(lambda: found(index, capsys, whole / "images"), capsys, f"The index in {index} is damaged")
     fails(lambda: make(weights, whole / "images", index), capsys, f"{index} ")  # of another network, where not damaged
 
@@ -402,7 +417,7 @@ def test_images_with_damaged_stamps_are_embedded_again(weights, images, tmp_path
     content = described(tmp_path / "index")
     for path, stamp in zip(list(content["images"]), (None, 0, [], "text", [1])):
         content["images"][path] = stamp
-    (tmp_path / "index" / "images.json").write_text(json.dumps(content))
+    describe(tmp_path / "index", content)
     make(weights, images, tmp_path / "index")
     assert "changed: 5" in capsys.readouterr().out
 

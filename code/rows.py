@@ -1,0 +1,96 @@
+"""Vectors on disk, each with the path and the stamp of its image: written and read in blocks."""
+
+import json
+import mmap
+import os
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+
+from proxy_anchor.files import replacing
+
+BLOCK = 2**14  # rows that are copied at a time
+_as_line = json.JSONEncoder().encode
+
+
+class Rows:
+    """The rows of two files: vectors (N, size), float32, and lines, ["path", stamp] in JSON for each vector.
+
+    Raises FileNotFoundError if one is missing, ValueError if they do not fit each other.
+    """
+
+    def __init__(self, vectors: Path, lines: Path, size: int):
+        self.file = lines
+        self._vectors, self._lines = open(vectors, "rb"), open(lines, "rb")  # noqa: SIM115 (they may be deleted)
+        self._ends = _ends_of_lines(self._lines)
+        if (found := os.fstat(self._vectors.fileno()).st_size) != 4 * size * len(self):
+            raise ValueError(f"{vectors.name} has {found:,} bytes, expected {len(self):,} vectors of {size} numbers")
+        self._mapped = mmap.mmap(self._vectors.fileno(), 0, access=mmap.ACCESS_READ) if found else b""
+        self.vectors = np.frombuffer(self._mapped, np.float32).reshape(len(self), size)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> tuple[str, list[int]]:
+        """The path and the stamp of a row. Raises ValueError if its line is damaged."""
+        try:
+            path, stamp = json.loads(self._read_lines(row, row + 1))
+            if not isinstance(path, str):
+                raise TypeError
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"The index in {self.file.parent} is damaged: line {row + 1} of {self.file.name} is "
+                f"{self._read_lines(row, row + 1)[:80]!r}, expected a path and its stamp"
+            ) from error
+        return path, stamp
+
+    def __iter__(self):
+        return (self[row] for row in range(len(self)))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Copies of the vectors of some rows. They are read, as the system may map megabytes for each."""
+        copies = np.empty((len(rows), self.vectors.shape[1]), np.float32)
+        for copy, row in zip(copies, rows.tolist()):
+            os.preadv(self._vectors.fileno(), [copy], row * copy.nbytes)
+        return copies
+
+    def slices(self, rows: int, start: int = 0, stop: int | None = None):
+        """(start, vectors) of so many rows at a time, mapped until the next is asked for."""
+        stop = len(self) if stop is None else stop
+        for first in range(start, stop, rows):
+            yield first, self.vectors[first : min(first + rows, stop)]
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+    def blocks(self, kept: np.ndarray):
+        """Those rows, kept (N,), in blocks as write takes them."""
+        for start, vectors in self.slices(BLOCK):
+            chosen = kept[start : start + len(vectors)]
+            lines = self._read_lines(start, start + len(vectors)).splitlines(keepends=True)
+            yield b"".join(compress(lines, chosen)), vectors[chosen]
+
+    def _read_lines(self, start: int, stop: int) -> bytes:
+        first = int(self._ends[start - 1]) if start else 0
+        return os.pread(self._lines.fileno(), int(self._ends[stop - 1]) - first, first)
+
+
+def block(stamps: dict[str, list[int]], vectors: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """Rows as write takes them."""
+    return "".join(f"{_as_line(row)}\n" for row in stamps.items()).encode(), vectors
+
+
+def write(vectors: Path, lines: Path, blocks) -> None:
+    """Write the files of Rows, that of the lines last, from blocks (lines, vectors)."""
+    with replacing(lines) as text, replacing(vectors) as numbers, open(text, "wb") as a, open(numbers, "wb") as b:
+        for own, some in blocks:
+            a.write(own)
+            b.write(np.ascontiguousarray(some, np.float32).data)
+
+
+def _ends_of_lines(file) -> np.ndarray:
+    """The places behind the line feeds."""
+    ends, start = [np.empty(0, int)], 0
+    while text := file.read(2**20):
+        ends.append(start + 1 + np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")))
+        start += len(text)
+    return np.concatenate(ends)

@@ -151,6 +151,7 @@ def update_index(args: argparse.Namespace) -> None:
             done += embed_blocks(index, {entry: there[entry] for entry in stamps if stamps[entry]}, stamps, path, args)
             if not (done or changed or deleted):
                 return
+            del there, stamps  # a gigabyte for millions of images
             index = index.finish()
         except KeyboardInterrupt:
             print("What is embedded is kept: the same command continues from here", file=sys.stderr)

@@ -69,8 +69,7 @@ def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int
     network.model = torch.nn.Module()
     network.model.embedding = torch.nn.Linear(1, 1)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
-    own = distributed.sizes(batch_size)
-    mine = slice(sum(own[:rank]), sum(own[: rank + 1]))
+    mine = distributed.own(batch_size)
     traffic = Traffic("all_gather", "all_reduce")
     seconds, found = [], []
     for step in range(STEPS):
@@ -134,11 +133,10 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     embedder = Embedder(network, device)
     criterion = sharded.create("Proxy_Anchor", CLASSES, SIZE, 0.1, 32.0).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
-    share = distributed.sizes(batch_size)[rank]
+    share, own = distributed.sizes(batch_size)[rank], distributed.own(images)
     pixels = torch.randint(256, (share, 3, image_size, image_size), dtype=torch.uint8, device=device)
     targets = torch.randint(CLASSES, (share,), device=device)
-    labels = torch.arange(images, device=device) // 5
-    embeddings = F.normalize(torch.randn(images, SIZE, device=device))
+    labels = torch.arange(images, device=device)[own] // 5
 
     def loss_of(images, labels):
         return criterion(distributed.gather(embedder(images), batch_size), distributed.gather(labels, batch_size))
@@ -147,10 +145,15 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
         training.train_one_epoch, network, loss_of, [(pixels, targets)] * 2, optimizer, embedder.scaler,
         epoch=0, clipped=[network, criterion],
     )  # fmt: skip
-    search = partial(retrieval.best_positive_rank, embeddings, labels, group=distributed.group())
+    epoch()
+    before = peak(device)
+    embeddings = F.normalize(torch.randn(len(labels), SIZE, device=device))
+    search = partial(retrieval.search, embeddings, labels, group=distributed.group())
+    search()
+    memory = peak(device) - before
     medians = interleaved({"two training steps": epoch, "search": search}, rounds)
     if rank == 0:
-        results.put(medians)
+        results.put((medians, memory))
     if count > 1:
         dist.destroy_process_group()
 
@@ -178,10 +181,13 @@ def main():
         mp.spawn(work, (count, *settings, results), nprocs=count)
         medians.append(results.get())
     print(f"{args.model}, {args.image_size} px, batch {args.batch_size}; search in {args.images:,} images")
-    for name, seconds in medians[0].items():
-        shared = medians[1][name]
+    for name, seconds in medians[0][0].items():
+        shared = medians[1][0][name]
         print_row(f"{name}, 1 process", f"{1e3 * seconds:.1f} ms")
         print_row(f"{name}, {processes} processes", f"{1e3 * shared:.1f} ms", f"this / 1: {shared / seconds:.2f}")
+    one, each = (memory / 2**20 for _, memory in medians)
+    print_row("memory of the search, 1 process", f"{one:.0f} MiB")
+    print_row(f"memory of the search, {processes} processes, each", f"{each:.0f} MiB", f"this / 1: {each / one:.2f}")
 
 
 if __name__ == "__main__":

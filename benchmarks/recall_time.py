@@ -1,6 +1,6 @@
-"""Recall@K against the bare blocked matrix product, a faiss search, pytorch-metric-learning and the published way.
+"""Recall@K, MAP@R and R-precision against the bare blocked matrix product, and other ways to Recall@K.
 
-python benchmarks/recall_time.py [--images 20000] [--size 512] [--rounds 3]
+python benchmarks/recall_time.py [--images 20000] [--per-class 5] [--size 512] [--rounds 3] [--ours]
 python benchmarks/recall_time.py --memory [--images 60502]
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import device_here, installed, interleaved, peak_bytes, print_ratios, print_row
-from proxy_anchor.retrieval import map_at_r, recall_at_k
+from proxy_anchor.retrieval import search
 
 KS = (1, 10, 100, 1000)
 
@@ -35,40 +35,54 @@ def published_way(x, y, rows=1024):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20000)
+    parser.add_argument("--per-class", type=int, default=5)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--memory", action="store_true", help="peak memory beyond the embeddings, of our functions alone"
     )
+    parser.add_argument("--ours", action="store_true", help="leave the other ways out")
     args = parser.parse_args()
     device = device_here()
     torch.manual_seed(0)
-    y = torch.arange(args.images, device=device) // 5
+    y = torch.arange(args.images, device=device) // args.per_class
     x = F.normalize(
         torch.randn(args.images, args.size, device=device)
-        + torch.randn(args.images // 5 + 1, args.size, device=device)[y]
+        + torch.randn(args.images // args.per_class + 1, args.size, device=device)[y]
     )
     half = args.images // 2
-    print(f"{args.images} images, {args.size} dimensions, {device}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print(f"{args.images} images, {args.per_class} per class, {args.size} dimensions, {device}, {threads} threads")
 
     if args.memory:
-        recall_at_k(x[:2000], y[:2000], KS), map_at_r(x[:2000], y[:2000])  # what a first call loads is not counted
-        for name, function in (("Recall@K", lambda: recall_at_k(x, y, KS)), ("MAP@R", lambda: map_at_r(x, y))):
-            print_row(f"{name}, peak memory beyond the embeddings", f"{peak_bytes(function) / 2**20:.0f} MiB")
+        search(x[:2000], y[:2000])  # what a first call loads is not counted
+        peak = peak_bytes(lambda: search(x, y))
+        print_row("peak memory beyond the embeddings", f"{peak / 2**20:.0f} MiB")
         return
 
     functions = {
         "bare product": lambda: bare_product(x, x),
-        "ours": lambda: recall_at_k(x, y, KS),
-        "published way": lambda: published_way(x, y),
-        "MAP@R and R-precision": lambda: map_at_r(x, y),
+        "ours": lambda: search(x, y),
     }
+    if not args.ours:
+        functions |= others(x, y)
+    print_ratios(interleaved(functions, args.rounds), of="ours")
+    functions = {
+        "bare product, half against half": lambda: bare_product(x[:half], x[half:]),
+        "ours, half against half": lambda: search(x[:half], y[:half], x[half:], y[half:]),
+    }
+    print_ratios(interleaved(functions, args.rounds), of="ours, half against half")
+
+
+def others(x, y):
+    """Functions that do a part of the same."""
+    functions = {"published way": lambda: published_way(x, y)}
     row = "faiss IndexFlatIP, top 1,000 (CPU)"
     if faiss := installed("faiss", row):
         vectors = x.cpu().numpy()
 
         def faiss_search():
-            index = faiss.IndexFlatIP(args.size)
+            index = faiss.IndexFlatIP(x.shape[1])
             index.add(vectors)
             index.search(vectors, max(KS))
 
@@ -77,12 +91,7 @@ def main():
     if (library := installed("pytorch_metric_learning.utils.accuracy_calculator", row)) and faiss:  # which it needs
         calculator = library.AccuracyCalculator(include=("precision_at_1",), k=max(KS))
         functions[row] = lambda: calculator.get_accuracy(x, y)
-    print_ratios(interleaved(functions, args.rounds), of="ours")
-    functions = {
-        "bare product, half against half": lambda: bare_product(x[:half], x[half:]),
-        "ours, half against half": lambda: recall_at_k(x[:half], y[:half], KS, x[half:], y[half:]),
-    }
-    print_ratios(interleaved(functions, args.rounds), of="ours, half against half")
+    return functions
 
 
 if __name__ == "__main__":

@@ -95,9 +95,10 @@ def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, parts: 
     begin = torch.searchsorted(targets.labels, queries.labels)  # (N,): where the query's label is among the targets'
     end = torch.searchsorted(targets.labels, queries.labels, right=True)
     numbers = parts.sum(end - begin) - int(within)  # of positives, in all parts
-    # The only looks from the host: for each tile of queries, where its labels are, and the most positives of a query.
+    # The only look from the host: for each tile of queries, where its labels are, and the most positives of a query.
     tiles = [queries.slice(i) for i in range(len(queries))]
-    bounds = [torch.stack([begin[rows][0], end[rows][-1], numbers[rows].max()]).tolist() for rows in tiles]
+    bounds = [torch.stack([begin[rows][0], end[rows][-1], numbers[rows].max()]) for rows in tiles]
+    bounds = torch.stack(bounds).tolist() if bounds else []
     near = [range(first // size, -(-last // size)) if first < last else range(0) for first, last, _ in bounds]
     panel = Panel(targets, slots=min(max([1, PANEL // size**2, *map(len, near)]), max(1, len(targets))))
     ranks, tied = torch.zeros_like(begin), torch.zeros_like(begin, dtype=torch.bool)

@@ -63,7 +63,7 @@ class Memory:
     @staticmethod
     def now(name: str) -> float:
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
-        return int(line.split()[1]) / 1024
+        return int(line.split()[1]) * 1024 / 1e6
 
 
 def build(folder: Path, count: int, size: int, factory: str) -> Index:

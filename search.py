@@ -140,15 +140,19 @@ def update_index(args: argparse.Namespace) -> None:
             index.check(made, args.index_factory)
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
-        there = entries.group(paths_to_index(args), args.by_folder)
-        stamps = {entry: entries.stamp(paths) for entry, paths in there.items()}  # of before the images are read:
+        paths = paths_to_index(args)
+        folders = entries.group(paths) if args.by_folder else {}
+        images_of = lambda entry: folders.get(entry, [entry])  # noqa: E731 (a list for each image would take memory)
+        stamps = {
+            entry: entries.stamp(images_of(entry)) for entry in folders or paths
+        }  # of before the images are read:
         new, changed, deleted, done = index.compare(stamps, has_images)  # what changes meanwhile is found next time
         kind = "folders" if args.by_folder else "images"
         print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         if done:
             print(f"{done:,} of these were embedded before the interruption")
         try:
-            done += embed_blocks(index, {entry: there[entry] for entry in stamps if stamps[entry]}, stamps, path, args)
+            done += embed_blocks(index, stamps, images_of, path, args)
             if not (done or changed or deleted):
                 return
             del there, stamps  # a gigabyte for millions of images
@@ -161,10 +165,15 @@ def update_index(args: argparse.Namespace) -> None:
             print_recall(index)
 
 
-def embed_blocks(index: Index, wanted: dict[str, list[str]], stamps: dict, path: str, args: argparse.Namespace) -> int:
-    """Embed entries, {entry: its images}, and add them to the index block by block; returns how many could be read."""
-    embed = embedder(args.contract, path, args) if wanted else None
+def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, path: str, args: argparse.Namespace) -> int:
+    """Embed the entries that have a stamp, block by block, each of which is kept; returns how many could be read.
+
+    images_of(entry) -> the paths of its images. path: of the weights, see create.
+    """
+    total = sum(stamp is not None for stamp in stamps.values())
+    embed = embedder(args.contract, path, args) if total else None
     seen = added = 0
+    wanted = ((entry, images_of(entry)) for entry, stamp in stamps.items() if stamp is not None)
     for block in entries.blocks(wanted, BLOCK):
         images = unlabelled([image for paths in block.values() for image in paths], args.contract)
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
@@ -173,8 +182,8 @@ def embed_blocks(index: Index, wanted: dict[str, list[str]], stamps: dict, path:
             index.add({entry: stamps[entry] for entry in found}, embeddings)
             added += len(found)
         seen += len(block)
-        if seen < len(wanted):
-            print(f"{seen:,} of {len(wanted):,} are done", flush=True)
+        if seen < total:
+            print(f"{seen:,} of {total:,} are done", flush=True)
     return added
 
 
@@ -199,7 +208,7 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
 
 def has_images(entry: str) -> bool:
     """Whether an entry's file exists, or an image in its folder."""
-    return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)), by_folder=True)
+    return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
 
 
 def images_at(place: str) -> list[str]:
@@ -277,7 +286,7 @@ def query(args: argparse.Namespace) -> None:
     images = unlabelled([path for place in args.images for path in images_at(place)], network)
     queries, embeddings = images.paths, embedder(network, path, args)(images)
     if args.by_folder:
-        folders = entries.group(images.paths, by_folder=True)
+        folders = entries.group(images.paths)
         queries, embeddings = entries.embeddings_of(folders, images.paths, embeddings, index.distance)
     found = index.search(embeddings, args.neighbours)
     limit = threshold_in_use(args, index, path)

@@ -63,7 +63,7 @@ class Memory:
     @staticmethod
     def now(name: str) -> float:
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
-        return int(line.split()[1]) / 1024
+        return int(line.split()[1]) * 1024 / 1e6
 
 
 def build(folder: Path, count: int, size: int, factory: str) -> Index:
@@ -73,7 +73,7 @@ def build(folder: Path, count: int, size: int, factory: str) -> Index:
     for start in range(0, count, BLOCK):
         vectors = block_of_vectors(start, min(BLOCK, count - start), size)
         paths = [f"/photos/of/some/collection/{i // 1000:06}/{i:09}.jpg" for i in range(start, start + len(vectors))]
-        index.add({path: [100_000 + i, 10**18 + i] for i, path in enumerate(paths)}, torch.from_numpy(vectors))
+        index.add({path: f"{100_000 + i} {10**18 + i}" for i, path in enumerate(paths)}, torch.from_numpy(vectors))
     return index.finish()
 
 

@@ -7,25 +7,25 @@ import torch
 from proxy_anchor.tiles import comparable
 
 
-def group(paths: list[str], by_folder: bool) -> dict[str, list[str]]:
-    """{entry: its images}: each image by itself, or those that lie in the same folder, by its path."""
-    entries: dict[str, list[str]] = {}
+def group(paths: list[str]) -> dict[str, list[str]]:
+    """{folder: the images that lie in it}, by their paths."""
+    folders: dict[str, list[str]] = {}
     for path in paths:
-        entries.setdefault((os.path.dirname(path) or ".") if by_folder else path, []).append(path)
-    return entries
+        folders.setdefault(os.path.dirname(path) or ".", []).append(path)
+    return folders
 
 
-def stamp(paths: list[str]) -> list[int]:
+def stamp(paths: list[str]) -> str:
     """What tells whether one of these files has changed, or is another: their sizes and times of change in ns."""
     stats = sorted((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths))
-    return [number for size_and_time in stats for number in size_and_time]
+    return " ".join(f"{size} {time}" for size, time in stats)  # takes half the memory of a list
 
 
-def blocks(entries: dict[str, list[str]], size: int):
-    """Parts of the entries, in their order, each with `size` images or a few more."""
+def blocks(entries, size: int):
+    """Parts {entry: its images} of pairs (entry, its images), in their order, each with `size` images or a few more."""
     part: dict[str, list[str]] = {}
     count = 0
-    for entry, images in entries.items():
+    for entry, images in entries:
         part[entry] = images
         count += len(images)
         if count >= size:

@@ -98,7 +98,7 @@ class Index:
                 return
             raise ValueError(f"{self.folder} is an index {self.factory}, not {factory}; make a new one")
 
-    def compare(self, stamps: dict[str, list[int] | None], exists) -> tuple[int, int, int, int]:
+    def compare(self, stamps: dict[str, str | None], exists) -> tuple[int, int, int, int]:
         """How many images are new, changed, deleted, and done, of what is there, {path: stamp}.
 
         Done are those of the new and changed ones that an interrupted run has embedded. The stamps of all that need not
@@ -129,7 +129,7 @@ class Index:
                 deleted += not there
         return len(stamps) - known, changed, deleted, int(done)
 
-    def add(self, stamps: dict[str, list[int]], embeddings: torch.Tensor) -> None:
+    def add(self, stamps: dict[str, str], embeddings: torch.Tensor) -> None:
         """Write a block: images, {path: stamp}, with their embeddings (N, D). Interrupted, the next run has them."""
         if stamps:
             kept = self._kept  # of the blocks that are there

@@ -12,7 +12,6 @@ from proxy_anchor.runs import numbered
 
 EXACT = "Flat"
 PART = 2**27  # bytes of vectors, or of their codes, that are in memory at a time
-SAMPLE = 2**28  # bytes of the vectors to train with
 
 
 def faiss():
@@ -109,8 +108,8 @@ def extend(path: Path, images: Rows, former: Parts) -> None:
 
 
 def sample(images: Rows) -> np.ndarray:
-    """The vectors that an index is trained on: all or, of many, some at random, which are always the same."""
-    rows, most = np.arange(len(images)), SAMPLE // (4 * images.vectors.shape[1])
+    """The vectors that an index is trained on: all or, at random but always the same, as many as fit in a part."""
+    rows, most = np.arange(len(images)), _rows_per_part(images)
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
     return images.take(rows)

@@ -32,7 +32,7 @@ class Rows:
     def __len__(self):
         return len(self._ends)
 
-    def __getitem__(self, row: int) -> tuple[str, list[int]]:
+    def __getitem__(self, row: int) -> tuple[str, str]:
         """The path and the stamp of a row. Raises ValueError if its line is damaged."""
         try:
             path, stamp = json.loads(self._read_lines(row, row + 1))
@@ -74,7 +74,7 @@ class Rows:
         return os.pread(self._lines.fileno(), int(self._ends[stop - 1]) - first, first)
 
 
-def block(stamps: dict[str, list[int]], vectors: np.ndarray) -> tuple[bytes, np.ndarray]:
+def block(stamps: dict[str, str], vectors: np.ndarray) -> tuple[bytes, np.ndarray]:
     """Rows as write takes them."""
     return "".join(f"{_as_line(row)}\n" for row in stamps.items()).encode(), vectors
 

@@ -257,7 +257,6 @@ def test_parts_are_as_one(factory, distance, tmp_path, monkeypatch):
     x, queries = vectors(2000), vectors(50)
     monkeypatch.setattr(rows, "BLOCK", 100)
     monkeypatch.setattr(neighbours, "PART", 300 * 4 * 16)
-    monkeypatch.setattr(neighbours, "SAMPLE", 300 * 4 * 16)
     index = built(tmp_path, factory, distance, x)
     assert len(list(tmp_path.glob("*.faiss*"))) > 1 + 2 * ("Flat" in factory)
     unit = index._vectors_of(x)
@@ -283,7 +282,6 @@ def test_parts_are_as_one(factory, distance, tmp_path, monkeypatch):
 def test_parts_are_extended(factory, tmp_path, monkeypatch):
     """An index that has grown is the one that would have been built at once with the first training."""
     monkeypatch.setattr(neighbours, "PART", 300 * 4 * 16)
-    monkeypatch.setattr(neighbours, "SAMPLE", 300 * 4 * 16)
     x, queries = vectors(2000), vectors(50)
     grown = built(tmp_path / "a", factory, "cosine", x[:900], x[900:1000], x[1000:])
     assert len(list((tmp_path / "a").glob("*.faiss*"))) > 1
@@ -342,7 +340,7 @@ def test_memory_does_not_grow_with_the_index(tmp_path):
         from benchmarks import index_size
         from proxy_anchor import neighbours, rows
 
-        rows.BLOCK, index_size.BLOCK, neighbours.PART, neighbours.SAMPLE = 2**10, 2**12, 2**20, 2**20
+        rows.BLOCK, index_size.BLOCK, neighbours.PART = 2**10, 2**12, 2**20
         for factory in ("Flat", "IVF16,Flat"):
             for count in (4_000, 20_000, 200_000):  # the first warms up
                 with index_size.Memory() as memory:

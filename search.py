@@ -155,7 +155,6 @@ def update_index(args: argparse.Namespace) -> None:
             done += embed_blocks(index, stamps, images_of, path, args)
             if not (done or changed or deleted):
                 return
-            del there, stamps  # a gigabyte for millions of images
             index = index.finish()
         except KeyboardInterrupt:
             print("What is embedded is kept: the same command continues from here", file=sys.stderr)

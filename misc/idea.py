@@ -65,7 +65,8 @@ def slopes(embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor
     criterion = losses.ProxyAnchor(len(proxies), len(proxies))
     similarities = (embeddings @ proxies.T).requires_grad_()
     units = torch.eye(len(proxies))
-    loss = losses.ProxyAnchorFunction.apply(similarities, units, labels, criterion.margin, criterion.alpha)
+    weights = torch.ones(len(units), 1)
+    loss = criterion.of_proxies(units, similarities, labels, rows=labels, weights=weights)
     return torch.autograd.grad(loss, similarities)[0]
 
 

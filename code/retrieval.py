@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from proxy_anchor.parts import Parts
-from proxy_anchor.tiles import Panel, Points, Tiled, origin_of
+from proxy_anchor.tiles import Panel, Points, Tiled, finite, origin_of
 
 PANEL = 1 << 25  # similarities that are kept at a time, at least those with the positives of a tile's rows
 
@@ -207,11 +207,12 @@ def searched(
     labels: torch.Tensor,
     gallery: torch.Tensor | None,
     gallery_labels: torch.Tensor | None,
-    parts: Parts | None = None,
+    parts: Parts,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gallery, where the queries are, and its labels: without one, the queries themselves.
 
-    Raises ValueError for shapes that do not agree and for no embeddings at all; those of a part may be none.
+    Raises ValueError for shapes that do not agree and, in all processes, for embeddings that are not finite and for no
+    embeddings at all; those of a part may be none.
     """
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("A gallery and its labels come together: pass both, or neither to search within the queries")
@@ -223,8 +224,9 @@ def searched(
             raise ValueError(
                 f"Expected {name} (N, {size}) and labels (N,), found {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        if not len(x) and (parts is None or parts.count == 1):
+        if not parts.sum(torch.tensor(len(x), device=x.device)):
             raise ValueError(f"There is nothing to search: {name} {tuple(x.shape)}")
+        finite(x, parts)
     return gallery.to(embeddings.device), gallery_labels
 
 

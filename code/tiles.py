@@ -73,8 +73,8 @@ def origin_of(gallery: torch.Tensor, distance: str, parts: Parts | None = None) 
         return None
     if gallery.device.type == "mps":
         gallery = gallery.cpu()  # MPS has no float64
-    largest = finite(gallery).abs().max().double() if len(gallery) else gallery.new_zeros((), dtype=torch.double)
-    largest = float(parts.largest(largest))
+    zero = gallery.new_zeros((), dtype=torch.double)
+    largest = float(parts.largest(finite(gallery).abs().max().double() if len(gallery) else zero))
     # Whole numbers, whose sum is exact: it is the same for any number of parts.
     unit = 2.0 ** (math.ceil(math.log2(largest or 1)) - 20)
     total = parts.sum((gallery.double() / unit).round().sum(dim=0))
@@ -182,13 +182,13 @@ class Panel:
         return values.gather(1, columns.flatten(1))
 
 
-def finite(embeddings: torch.Tensor) -> torch.Tensor:
-    """The embeddings (N, D). Raises ValueError if any is not finite."""
-    finite_rows = torch.isfinite(embeddings).all(dim=1)
+def finite(embeddings: torch.Tensor, parts: Parts | None = None) -> torch.Tensor:
+    """The embeddings (N, D). Raises ValueError if any is not finite, in all processes if those of one of them are."""
+    finite_rows = torch.cat((parts or Parts()).each(torch.isfinite(embeddings).all(dim=1)))
     if not finite_rows.all():
         rows = torch.nonzero(~finite_rows)
         raise ValueError(
-            f"{len(rows)} of {len(embeddings)} embeddings are not finite; the first is number {int(rows[0])}"
+            f"{len(rows)} of {len(finite_rows)} embeddings are not finite; the first is number {int(rows[0])}"
         )
     return embeddings
 

@@ -172,3 +172,14 @@ def test_search(on_fake_cuda, search, within, monkeypatch):
     gallery = () if within else (torch.randn(200, 8), torch.arange(200) // 4)
     found = on_fake_cuda(search, *queries, *gallery)
     assert found.shape[-1] == 300
+
+
+def test_search_looks_at_no_values_in_its_loops(monkeypatch):
+    """As often in one tile as in many."""
+    x, y, looks = torch.randn(600, 8), torch.arange(600) // 5, []
+    for tile in 64, 640:
+        monkeypatch.setitem(tiles.TILE, "cpu", tile)
+        with Looks() as found:
+            retrieval.search(x, y)
+        looks.append(len(found.found))
+    assert looks[0] == looks[1] > 0

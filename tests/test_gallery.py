@@ -1,9 +1,12 @@
 """A gallery divided over processes: what each finds is what one process finds, to the last integer."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from test_distributed import in_processes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxy_anchor import distributed, pairs, retrieval, tiles
 from proxy_anchor.pairs import Pairs
@@ -18,9 +21,47 @@ def part(x):
     return x[first:last]
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        made = [x.numel() for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return found
+
+
+def share_of_memory(distance):
+    """The largest tensor of this process, where each has an equal part of the gallery."""
+    x = torch.randn(6000, 192)[distributed.own(6000)]
+    with Largest() as largest:
+        retrieval.search(x, torch.arange(len(x)) // 5, distance=distance, group=distributed.group())
+    return largest.elements
+
+
+def error(*arguments):
+    with pytest.raises(ValueError) as caught:
+        retrieval.search(*arguments, group=distributed.group())
+    return str(caught.value)
+
+
+def in_each(count):
+    """Checks of what depends on the number of processes, in each of them."""
+    x, y = torch.randn(40, 8), torch.arange(40) % 5
+    wrong = torch.where(torch.arange(40)[:, None] == 17, torch.nan, x)
+    for arguments in (part(wrong), part(y)), (part(x), part(y), part(wrong), part(y)):
+        assert error(*arguments) == "1 of 40 embeddings are not finite; the first is number 17"
+    assert error(x[:0], y[:0]) == "There is nothing to search: embeddings (0, 8)"
+    for distance in tiles.DISTANCES:
+        assert share_of_memory(distance) == math.ceil(6000 / count / 192) * 192 * 192  # whole tiles of its vectors
+
+
 def everything():
     """What is found in sets with duplicates, ties, lonely classes and groups, by both distances."""
     tiles.TILE["cpu"], retrieval.PANEL = 192, 192 * 192 * 2
+    in_each(distributed.count())
     random, group, results = np.random.default_rng(0), distributed.group(), {}
     x = torch.from_numpy(random.normal(size=(700, 16)).astype(np.float32))
     x[100:300] = x[400:600]

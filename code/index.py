@@ -15,7 +15,7 @@ import torch
 
 from proxy_anchor import checkpoint, neighbours, rows, runs
 from proxy_anchor.files import replacing
-from proxy_anchor.neighbours import EXACT
+from proxy_anchor.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.rows import Rows
 from proxy_anchor.tiles import comparable
 
@@ -37,7 +37,7 @@ class Index:
     """
 
     images: Rows
-    neighbours: neighbours.Exact | neighbours.Parts
+    neighbours: Exact | FaissFiles
 
     def __init__(self, folder: Path, made: dict, factory: str, number: int):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
@@ -77,9 +77,9 @@ class Index:
     def _read_vectors(self):
         self.images = Rows(*self._files(), self.size)
         if self.factory == EXACT or not len(self.images):
-            self.neighbours = neighbours.Exact(self.images, self._metric)
+            self.neighbours = Exact(self.images, self._metric)
         else:
-            self.neighbours = neighbours.Parts(self._file("vectors", "faiss"), self.images.vectors.shape)
+            self.neighbours = FaissFiles(self._file("vectors", "faiss"), self.images.vectors.shape)
 
     def check(self, made: dict, factory: str | None = None) -> None:
         """Raise ValueError if this index was made with another checkpoint, or, where told, is of another kind."""
@@ -149,7 +149,8 @@ class Index:
         try:
             rows.write(*index._files(), self._blocks_to_keep())
             if self.factory != EXACT:
-                index._write_neighbours(self.neighbours if self._kept[0].all() and len(self.images) else None)
+                former = self.neighbours
+                index._write_neighbours(former if isinstance(former, FaissFiles) and self._kept[0].all() else None)
             index._read_vectors()
         except Exception:
             self._delete_others()
@@ -163,7 +164,7 @@ class Index:
         for number, kept in enumerate(self._kept, start=-1):
             yield from (self.images if number < 0 else self._block(number)).blocks(kept)
 
-    def _write_neighbours(self, former: neighbours.Parts | None):
+    def _write_neighbours(self, former: FaissFiles | None):
         """Write FAISS's index of the rows; former: that of the first of them, if it is still true."""
         path, images = self._file("vectors", "faiss"), Rows(*self._files(), self.size)
         try:
@@ -258,7 +259,7 @@ class Index:
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search so many cells instead of one. Raises ValueError for a kind without cells."""
-        if not self.cells:
+        if not (isinstance(self.neighbours, FaissFiles) and self.cells):
             raise ValueError(f"{self.folder} is an index {self.factory}: only those with IVF in it take --nprobe")
         self.neighbours.nprobe = nprobe
 
@@ -266,7 +267,7 @@ class Index:
         """The share of the exact nearest neighbours that it finds, over some of its images."""
         total, count = len(self.images), min(RECALL_AT, len(self.images))
         queries = self.images.take(np.linspace(0, total - 1, min(RECALL_QUERIES, total)).astype(int))
-        _, exact = neighbours.Exact(self.images, self._metric).search(queries, count)
+        _, exact = Exact(self.images, self._metric).search(queries, count)
         found = (indices for indices, _ in self._search(queries, count))
         return sum(np.isin(a, b).sum() for a, b in zip(exact, found)) / exact.size
 

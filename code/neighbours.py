@@ -44,7 +44,7 @@ class Exact:
         return best.D, best.I
 
 
-class Parts:
+class FaissFiles:
     """FAISS's index in one or more files: path, path_2, path_3, ..., which may be deleted from now on.
 
     They are read one by one for each search: whole or, where the kind has cells, what is searched of them. Raises
@@ -55,7 +55,8 @@ class Parts:
         self.files = [open(file, "rb") for file in takewhile(Path.exists, numbered(path))]  # noqa: SIM115 (kept open)
         if not self.files:
             raise FileNotFoundError(f"there is no {path.name}")
-        self.nprobe, self.cells, total = None, 0, 0
+        self.nprobe: int | None = None
+        self.cells, total = 0, 0
         for part in self:
             if part.d != shape[1]:
                 raise ValueError(f"expected vectors of {shape[1]} numbers in FAISS's index, found {part.d}")
@@ -89,14 +90,14 @@ def create(factory: str, size: int, metric: int):
 
 
 def build(path: Path, images: Rows, empty) -> None:
-    """Train an empty index, add all rows, and write it to the files of Parts. Raises RuntimeError where FAISS does."""
+    """Train an empty index, add all rows, and write the files of FaissFiles. Raises RuntimeError where FAISS does."""
     if not empty.is_trained:
         empty.train(sample(images))
     _write(numbered(path), images, 0, empty)
 
 
-def extend(path: Path, images: Rows, former: Parts) -> None:
-    """Write the files of Parts: those of a former index of the first rows, and the other rows."""
+def extend(path: Path, images: Rows, former: FaissFiles) -> None:
+    """Write the files of FaissFiles: those of a former index of the first rows, and the other rows."""
     files = numbered(path)
     *full, last = former.files
     for file in full:

@@ -108,7 +108,8 @@ def put_rows(path: Path, content: dict, num_classes: int, classes: range) -> Non
     divided = content.get("divided", {"files": [None], "classes": [num_classes]})
     if sum(divided["classes"]) != num_classes:
         raise ValueError(f"its loss has {sum(divided['classes'])} classes, now {num_classes}")
-    found, start = [], 0  # start: of the classes in a file
+    found: list[dict[str, torch.Tensor]] = []
+    start = 0  # of the classes in a file
     for name, size in zip(divided["files"], divided["classes"], strict=True):
         begin, end = max(start, classes.start), min(start + size, classes.stop)
         if begin < end or not (classes or found):

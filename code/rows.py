@@ -26,8 +26,8 @@ class Rows:
         self._ends = _ends_of_lines(self._lines)
         if (found := os.fstat(self._vectors.fileno()).st_size) != 4 * size * len(self):
             raise ValueError(f"{vectors.name} has {found:,} bytes, expected {len(self):,} vectors of {size} numbers")
-        self._mapped = mmap.mmap(self._vectors.fileno(), 0, access=mmap.ACCESS_READ) if found else b""
-        self.vectors = np.frombuffer(self._mapped, np.float32).reshape(len(self), size)
+        self._mapped = mmap.mmap(self._vectors.fileno(), 0, access=mmap.ACCESS_READ) if found else None
+        self.vectors = np.frombuffer(self._mapped or b"", np.float32).reshape(len(self), size)
 
     def __len__(self):
         return len(self._ends)
@@ -52,7 +52,7 @@ class Rows:
         """Copies of the vectors of some rows. They are read, as the system may map megabytes for each."""
         copies = np.empty((len(rows), self.vectors.shape[1]), np.float32)
         for copy, row in zip(copies, rows.tolist()):
-            os.preadv(self._vectors.fileno(), [copy], row * copy.nbytes)
+            os.preadv(self._vectors.fileno(), [copy.data], row * copy.nbytes)
         return copies
 
     def slices(self, rows: int, start: int = 0, stop: int | None = None):
@@ -60,7 +60,8 @@ class Rows:
         stop = len(self) if stop is None else stop
         for first in range(start, stop, rows):
             yield first, self.vectors[first : min(first + rows, stop)]
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+            if self._mapped:
+                self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def blocks(self, kept: np.ndarray):
         """Those rows, kept (N,), in blocks as write takes them."""

@@ -130,14 +130,15 @@ class SampledProxyAnchor(DividedProxyAnchor):
             rows = self.rows.setdefault(name, torch.zeros_like(self.rows["proxies"]))
             rows[self.places] = values
 
-    def state_dict(self) -> dict:
-        return {"step": self.step} | self.rows
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination |= {prefix + name: value for name, value in ({"step": self.step} | self.rows).items()}
 
-    def load_state_dict(self, state: dict) -> None:
-        rows = {name: value.to(self.proxies) for name, value in state.items() if name != "step"}
+    def _load_from_state_dict(self, state, prefix, *_):
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        rows = {name: value.to(self.proxies) for name, value in own.items() if name != "step"}
         if wrong := [tuple(value.shape) for value in rows.values() if value.shape != self.rows["proxies"].shape]:
             raise ValueError(f"expected rows {tuple(self.rows['proxies'].shape)}, found {wrong[0]}")
-        self.step, self.rows = int(state["step"]), rows
+        self.step, self.rows = int(own["step"]), rows
 
 
 class Sum(torch.autograd.Function):

@@ -124,7 +124,7 @@ class Kill(BaseException):
     """Nothing handles it."""
 
 
-@pytest.mark.parametrize("place", ["neighbours._write", "neighbours.Parts", "index.Index._describe", "rows.write"])
+@pytest.mark.parametrize("place", ["neighbours._write", "index.FaissFiles", "index.Index._describe", "rows.write"])
 def test_update_that_is_killed_leaves_an_index(place, weights, images, tmp_path, capsys, monkeypatch):
     """That of before, until the new one takes its place; whatever is left of it does no harm."""
     index = tmp_path / "index"

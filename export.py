@@ -42,7 +42,8 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export")
     group.add_argument(
         "--out", required=True, metavar="FILE",
-        help="file to write, ending in .onnx, .safetensors or .pt2; its card is written beside it, as FILE.md",
+        help="file to write, ending in .onnx, .safetensors or .pt2; the card of model.onnx, model-card.md, is written "
+        "beside it",
     )  # fmt: skip
     group.add_argument(
         "--check", metavar="DIR",

@@ -28,8 +28,8 @@ embeddings = network(torch.zeros(1, 3, {size}, {size}, dtype=torch.uint8))  # (1
 
 
 def path(file: Path) -> Path:
-    """Where the card of a file is: beside it, under a name that no other file's card has."""
-    return file.with_name(f"{file.name}.md")
+    """Where the card of a file is: beside it, one for all files of a stem, of which it describes the last."""
+    return file.with_name(f"{file.stem}-card.md")
 
 
 def text(file: Path, record: dict, measured: str, license: str, checkpoint: str) -> str:

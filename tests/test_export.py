@@ -61,6 +61,7 @@ def made(tmp_path_factory):
     checkpoint.save(folder / "a.pth", net.create("resnet18", 16), CONTRACT)
     for ending in exported.ENDINGS:
         run(folder, folder / f"a{ending}")
+        (folder / "a-card.md").rename(folder / f"a{ending}.md")  # the next would take its place
     return folder
 
 
@@ -138,7 +139,7 @@ def test_bgr_and_embeddings_of_any_length_stay_what_they_are(made, tmp_path, cap
     assert exported.read(tmp_path / "b.onnx")["normalization"] == {
         "channels": "BGR", "largest": 255, "mean": [104.0, 117.0, 128.0], "std": [1.0, 1.0, 1.0]
     }  # fmt: skip
-    assert "The export measured nothing" in (tmp_path / "b.onnx.md").read_text()
+    assert "The export measured nothing" in (tmp_path / "b-card.md").read_text()
 
 
 def test_embeddings_for_cosine_are_of_unit_length(made, pixels):
@@ -230,7 +231,7 @@ def test_record(made, tmp_path, capsys):
     checkpoint.save_threshold(tmp_path / "a.pth", threshold)
     run(tmp_path, tmp_path / "a.safetensors", "--check", made / "images", data=False)
     assert checkpoint.threshold(tmp_path / "a.safetensors") == threshold
-    assert 'Recorded threshold for "the same class": 0.7500' in (tmp_path / "a.safetensors.md").read_text()
+    assert 'Recorded threshold for "the same class": 0.7500' in (tmp_path / "a-card.md").read_text()
     for ending in (".onnx", ".safetensors"):
         record = exported.read(made / f"a{ending}")
         assert checkpoint.contract(made / f"a{ending}") == CONTRACT | {"distance": "cosine", "head": "linear"}
@@ -270,7 +271,7 @@ def test_fp16_says_what_it_costs(made, tmp_path, pixels, capsys):
         run(made, out := tmp_path / f"half{ending}", "--fp16")
         printed = capsys.readouterr().out
         assert "Half precision costs" in printed and "\ncheckpoint" in printed and f"\nhalf{ending}" in printed
-        assert "Half precision costs" in (tmp_path / f"half{ending}.md").read_text()
+        assert "Half precision costs" in (tmp_path / "half-card.md").read_text()
         assert out.stat().st_size < 0.52 * (made / f"a{ending}").stat().st_size
     expected, found = by_hand(made / "a.pth", pixels), by_onnxruntime(tmp_path / "half.onnx", pixels)
     assert 1e-6 < (found - expected).abs().max() < 1e-2  # rounded, and by no more than that

@@ -4,14 +4,16 @@ python benchmarks/processes.py [--processes 2] [--model resnet18] [--image-size 
 python benchmarks/processes.py --classes 1000000 [--processes 1 2 4] [--size 128] [--batch-size 180]
     [--sample-proxies 1]
 
-With --classes it measures the Proxy-Anchor loss with so many classes divided over the processes, and counts what they
-send. On a CPU each process has one thread, also the single one: the ratio says what sharing costs, not what threads do.
+With --classes it measures the Proxy-Anchor loss with so many classes divided over the processes. It counts the work and
+what is sent, too. On a CPU each process has one thread, also the single one: the ratio says what sharing costs, not
+what threads do.
 """
 
 import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
@@ -40,13 +43,28 @@ def join(rank: int, count: int) -> torch.device:
     return device
 
 
-class Traffic:
-    """Counts collectives, and the bytes of their results, by their name."""
+@register_flop_formula(torch.ops.aten.addmm_)  # torch has it for addmm alone
+def flop_of_addmm_(_, a, b, **__):
+    return 2 * a[0] * a[1] * b[1]
 
-    def __init__(self, *names: str):
+
+class Counted(FlopCounterMode):
+    """Counts the operations of matrix products, and collectives and the bytes of their results, by their name."""
+
+    def __init__(self):
+        super().__init__(display=False)
         self.calls = {}
-        for name in names:
-            setattr(dist, name, partial(self.call, name, getattr(dist, name)))
+
+    def __enter__(self):
+        self.collectives = {name: getattr(dist, name) for name in ("all_gather", "all_reduce", "broadcast")}
+        for name, collective in self.collectives.items():
+            setattr(dist, name, partial(self.call, name, collective))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, collective in self.collectives.items():
+            setattr(dist, name, collective)
+        return super().__exit__(*error)
 
     def call(self, name, collective, result, *arguments, **keywords):
         number, size = self.calls.get(name, (0, 0))
@@ -55,12 +73,12 @@ class Traffic:
         return collective(result, *arguments, **keywords)
 
     def describe(self) -> str:
-        parts = [f"{number // STEPS} {name} of {size // STEPS:,} B" for name, (number, size) in self.calls.items()]
-        return ", ".join(parts) or "nothing"
+        parts = [f"{number} {name} of {size:,} B" for name, (number, size) in self.calls.items()]
+        return f"{self.get_total_flops() / 1e9:,.1f} GFLOP; " + (", ".join(parts) or "nothing") + " sent"
 
 
 def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int, share: float, results):
-    """Memory, loss, traffic and seconds of a step of the loss and AdamW with this process's classes."""
+    """Memory, loss, work and seconds of a step of the loss and AdamW with this process's classes."""
     device = join(rank, count)
     before = held(device)
     torch.manual_seed(0)
@@ -70,21 +88,21 @@ def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int
     network.model.embedding = torch.nn.Linear(1, 1)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     mine = distributed.own(batch_size)
-    traffic = Traffic("all_gather", "all_reduce")
-    seconds, found = [], []
+    counted, seconds, found = Counted(), [], []
     for step in range(STEPS):
         torch.manual_seed(step)
         x = torch.randn(batch_size, size)[mine].to(device).requires_grad_()
         labels = torch.randint(classes, (batch_size,))[mine].to(device)
         synchronize()
         start = time.perf_counter()
-        loss = criterion(distributed.gather(x, batch_size), distributed.gather(labels, batch_size))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with nullcontext() if step else counted:
+            loss = criterion(distributed.gather(x, batch_size), distributed.gather(labels, batch_size))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         found.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    results[rank] = held(device) - before, peak(device) - before, found[-1], traffic.describe(), min(seconds)
+    results[rank] = held(device) - before, peak(device) - before, found[-1], counted.describe(), min(seconds)
     if count > 1:
         dist.destroy_process_group()
 
@@ -113,7 +131,7 @@ def print_loss(args: argparse.Namespace) -> None:
             mp.spawn(measure_loss, (count, *settings, results), nprocs=count)
             per_process = [results[rank] for rank in range(count)]
         memory, most = (max(values) / 1e6 for values in list(zip(*per_process))[:2])
-        _, _, loss, sent, seconds = per_process[0]
+        _, _, loss, work, seconds = per_process[0]
         formula = 16 * args.classes * args.size / count / 1e6
         print_row(
             f"processes: {count}, memory of each", f"{memory:,.0f} MB", f"16 C D / N: {formula:,.0f}, peak {most:,.0f}"
@@ -122,7 +140,7 @@ def print_loss(args: argparse.Namespace) -> None:
         print_row(
             f"processes: {count}, images/s", f"{args.batch_size / seconds:,.0f}", f"{1e3 * seconds:,.0f} ms per step"
         )
-        print(f"  sent in a step: {sent}")
+        print(f"  a step: {work}; 6 B C D / N: {6e-9 * args.batch_size * args.classes * args.size / count:,.1f}")
 
 
 def work(rank: int, count: int, model: str, image_size: int, batch_size: int, images: int, rounds: int, results):
@@ -151,9 +169,11 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     search = partial(retrieval.search, embeddings, labels, group=distributed.group())
     search()
     memory = peak(device) - before
+    with Counted() as counted:
+        search()
     medians = interleaved({"two training steps": epoch, "search": search}, rounds)
     if rank == 0:
-        results.put((medians, memory))
+        results.put((medians, memory, counted.describe()))
     if count > 1:
         dist.destroy_process_group()
 
@@ -185,9 +205,10 @@ def main():
         shared = medians[1][0][name]
         print_row(f"{name}, 1 process", f"{1e3 * seconds:.1f} ms")
         print_row(f"{name}, {processes} processes", f"{1e3 * shared:.1f} ms", f"this / 1: {shared / seconds:.2f}")
-    one, each = (memory / 2**20 for _, memory in medians)
+    one, each = (memory / 2**20 for _, memory, _ in medians)
     print_row("memory of the search, 1 process", f"{one:.0f} MiB")
     print_row(f"memory of the search, {processes} processes, each", f"{each:.0f} MiB", f"this / 1: {each / one:.2f}")
+    print(f"  a search: {medians[1][2]}; 2 Q M D / N: {2e-9 * args.images**2 * SIZE / processes:,.1f}")
 
 
 if __name__ == "__main__":

@@ -92,18 +92,19 @@ def export(args: argparse.Namespace) -> None:
     served = deepcopy(reference)
     if args.fp16:
         exported.halve(served.network)
-    out, count = Path(args.out), len(images.unique(dim=0))
+    out, count = Path(args.out), len(images.unique(dim=0))  # not those taken several times
+    checked = f"{count} image{'s' * (count > 1)}"
     with replacing(out) as file:
         exported.save(file, out.suffix, served, args.image_size, record)
         difference = check(open_file(file, out.suffix, args), reference, images)
         if not difference <= TOLERANCE[args.fp16]:  # or it is not a number
             raise ValueError(
-                f"{out} is not written: its embeddings of {count} images differ by up to {difference:.1g} from "
+                f"{out} is not written: its embeddings of {checked} differ by up to {difference:.1g} from "
                 f"those of {args.resume}; at most {TOLERANCE[args.fp16]:g} are allowed"
             )
         card.path(out).unlink(missing_ok=True)  # of an earlier file
     print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB. Its embeddings of {count} images differ by at most "
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB. Its embeddings of {checked} differ by at most "
         f"{difference:.1g} from those of the checkpoint, in batches of {', '.join(map(str, BATCHES))}."
     )
 

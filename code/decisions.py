@@ -96,8 +96,8 @@ class Verification:
         return (
             f"{self.remark()}ROC AUC {self.auc.percent()}, "
             f"equal errors {rate.percent()} at {kind} {threshold.measured(self.distance).text()}\n"
-            f"{'false accepts':15}{'true accepts':24}{kind} {BOUNDS[self.distance]}\n"
-            + "".join(f"{far:>13}  {tar:24}{threshold}\n" for far, tar, threshold in self.table())
+            f"{'false accepts':15}{'true accepts':26}{kind} {BOUNDS[self.distance]}\n"
+            + "".join(f"{far:>13}  {tar:26}{threshold}\n" for far, tar, threshold in self.table())
         )
 
 

@@ -15,7 +15,8 @@ dependencies = ["torch", "torchvision", "numpy", "PIL"]
 
 def proxy_anchor(num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
     """The Proxy-Anchor loss: embeddings (B, D), labels (B,) -> scalar. Its proxies are parameters to optimize too."""
-    from proxy_anchor.losses import ProxyAnchor
+    with _own_modules():
+        from proxy_anchor.losses import ProxyAnchor
 
     return ProxyAnchor(num_classes, embedding_size, margin, alpha)
 
@@ -59,7 +60,7 @@ def embedding(checkpoint: str, model: str | None = None, embedding_size: int | N
 
 @contextlib.contextmanager
 def _own_modules():
-    """In this context `net` and `dataset` are this repository's; the caller's modules of these names stay his own."""
+    """In this context modules of these names are this repository's; the caller's stay his own."""
     theirs = _taken()
     try:
         yield
@@ -69,8 +70,8 @@ def _own_modules():
 
 
 def _taken() -> dict:
-    """Take `net` and `dataset`, with all in them, out of sys.modules."""
-    names = [name for name in sys.modules if name.partition(".")[0] in ("net", "dataset")]
+    """Take the modules of these names, with all in them, out of sys.modules."""
+    names = [name for name in sys.modules if name.partition(".")[0] in ("net", "dataset", "proxy_anchor")]
     return {name: sys.modules.pop(name) for name in names}
 
 

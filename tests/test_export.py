@@ -452,28 +452,32 @@ def test_loss_of_the_hub_needs_neither_net_nor_dataset(tmp_path):
 import sys, torch
 loss = torch.hub.load({str(REPOSITORY)!r}, "proxy_anchor", num_classes=3, embedding_size=4, alpha=16, source="local")
 assert loss.proxies.shape == (3, 4) and loss(torch.randn(6, 4), torch.arange(6) % 3).requires_grad
-assert not {{"net", "dataset"}} & set(sys.modules)
+assert not {{"net", "dataset", "proxy_anchor"}} & set(sys.modules)
 """
     fresh(program, tmp_path)
 
 
 def test_network_of_the_hub_leaves_the_users_modules_alone(made, tmp_path):
-    """In a process with modules `net` and `dataset` of its own, imported before or after."""
+    """In a process with modules `net`, `dataset` and `proxy_anchor` of its own, imported before or after."""
     (tmp_path / "net").mkdir()
     (tmp_path / "net" / "__init__.py").write_text("mine = 1\n")
     (tmp_path / "net" / "part.py").write_text("mine = 2\n")
     (tmp_path / "dataset.py").write_text("mine = 3\n")
+    (tmp_path / "proxy_anchor.py").write_text("mine = 4\n")
     odd_image(tmp_path / "1.jpg", 1, "RGB")
     program = f"""
 import pickle, sys, torch
-import net, net.part
+import net, net.part, proxy_anchor
 from PIL import Image
 path = {str(made / "a.pth")!r}
 network, transform = torch.hub.load({str(REPOSITORY)!r}, "embedding", checkpoint=path, source="local")
 import dataset
 assert net.mine == 1 and sys.modules["net"] is net and sys.modules["net.part"].mine == 2 and dataset.mine == 3
+assert sys.modules["proxy_anchor"] is proxy_anchor and proxy_anchor.mine == 4
+loss = torch.hub.load({str(REPOSITORY)!r}, "proxy_anchor", num_classes=3, embedding_size=16, source="local")
 image = Image.open("1.jpg")
 batch = torch.stack([transform(image), pickle.loads(pickle.dumps(transform))(image.convert("RGBA"))])
+loss(network(batch), torch.arange(2)).backward()
 torch.save([batch, network(batch).detach(), network.training], "out.pth")
 """
     fresh(program, tmp_path)

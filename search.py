@@ -143,10 +143,9 @@ def update_index(args: argparse.Namespace) -> None:
         paths = paths_to_index(args)
         folders = entries.group(paths) if args.by_folder else {}
         images_of = lambda entry: folders.get(entry, [entry])  # noqa: E731 (a list for each image would take memory)
-        stamps = {
-            entry: entries.stamp(images_of(entry)) for entry in folders or paths
-        }  # of before the images are read:
-        new, changed, deleted, done = index.compare(stamps, has_images)  # what changes meanwhile is found next time
+        # Of before the images are read: what changes meanwhile is found next time.
+        stamps = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
+        new, changed, deleted, done = index.compare(stamps, has_images)
         kind = "folders" if args.by_folder else "images"
         print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         if done:

@@ -14,7 +14,6 @@ import torch
 import dataset
 import net
 from proxy_anchor import (
-    checkpoint,
     console,
     decisions,
     distributed,
@@ -26,6 +25,7 @@ from proxy_anchor import (
     randomness,
     report,
 )
+from proxy_anchor.checkpoint import Checkpoint, digest, save_threshold
 from proxy_anchor.embedding import Embedder
 
 EXAMPLES = """examples:
@@ -74,12 +74,14 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
     with console.errors_in_one_line("evaluate.py", args.debug):
-        contract, *others = map(checkpoint.contract, args.resume) if args.resume else [{}]
+        checkpoints = [Checkpoint(path) for path in args.resume]
+    contract, *others = [each.contract for each in checkpoints] or [{}]
     for path, other in zip(args.resume[1:], others):
         if different := [name for name in contract | other if contract.get(name) != other.get(name)]:
             listed = ", ".join(f"{name} {other.get(name)} instead of {contract.get(name)}" for name in different)
             parser.error(f"argument --resume: {path} is of another kind than {args.resume[0]} ({listed})")
     args = console.parse_with_contract(parser, argv, contract)
+    args.checkpoints = checkpoints
     console.check_ranges(parser, args)
     net.check_arguments(parser, args, contract)
     if args.calibrate and len(args.resume) != 1:
@@ -96,16 +98,16 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def load(path: str, args: argparse.Namespace) -> torch.nn.Module:
-    if Path(path).suffix == ".onnx":
-        program = exported.open_onnx(path, args.image_size, args.embedding_size)
-        print(f"Loaded {path}: onnxruntime runs it on the CPU.")
+def load(checkpoint: Checkpoint, args: argparse.Namespace) -> torch.nn.Module:
+    if session := checkpoint.content.get("session"):
+        program = exported.open_onnx(checkpoint.path, session, args.image_size, args.embedding_size)
+        print(f"Loaded {checkpoint.path}: onnxruntime runs it on the CPU.")
         return program
     network = net.create(
         args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
     )
-    matched = checkpoint.load(path, network)
-    print(f"Loaded {path}: all {matched} tensors match.")
+    matched = checkpoint.load(network)
+    print(f"Loaded {checkpoint.path}: all {matched} tensors match.")
     return network
 
 
@@ -116,12 +118,12 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         randomness.seed(1)  # for --pretrained none: the same network each time, and in each process
         with distributed.first_process_first():
             network = net.create(args.model, None, args.pretrained, image_size=args.image_size)
-        source, identity = f"{args.model} alone, pretrained: {args.pretrained}", checkpoint.digest(network.state_dict())
+        source, identity = f"{args.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())
         print(f"{source}; {network.embedding_size} pooled features.")
         networks = [network]
     else:
-        networks = [load(path, args) for path in args.resume]
-        source, identity = ", ".join(args.resume), ", ".join(map(checkpoint.identity, args.resume))
+        networks = [load(checkpoint, args) for checkpoint in args.checkpoints]
+        source, identity = ", ".join(args.resume), ", ".join(checkpoint.identity for checkpoint in args.checkpoints)
     embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
 
     geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
@@ -177,7 +179,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
         page = report.write(
             Path(args.report), f"{args.model} on {args.dataset}", f"{source}; {' searched in '.join(sizes)}",
-            shown, result, pairs, checkpoint.threshold(args.resume[0]) if len(args.resume) == 1 else {}, environment,
+            shown, result, pairs, args.checkpoints[0].threshold if len(args.resume) == 1 else {}, environment,
             *(
                 report.TestSet(*embedded[2 * i : 2 * i + 2], images, distance)
                 for i, images in enumerate(test_sets)
@@ -192,7 +194,7 @@ def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets:
     found = decisions.calibrate(embedded, args.far, args.distance, groups)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
-    checkpoint.save_threshold(args.resume[0], found.record() | data)
+    save_threshold(args.resume[0], found.record() | data, args.checkpoints[0].identity)
     print(f"{found.text()}The threshold is recorded in {args.resume[0]}")
 
 

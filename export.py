@@ -16,9 +16,10 @@ import dataset
 import net
 from dataset import transforms
 from dataset.folder import images as images_in
-from proxy_anchor import card, checkpoint, console, evaluation, exported, logbook
+from proxy_anchor import card, console, evaluation, exported, logbook
+from proxy_anchor.checkpoint import CONTRACT, Checkpoint
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.files import replacing
+from proxy_anchor.files import locked, replacing
 
 CHECKED = 64  # images, spread over those there are
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
@@ -56,8 +57,10 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
     with console.errors_in_one_line("export.py", args.debug):
-        contract = checkpoint.contract(args.resume)
+        checkpoint = Checkpoint(args.resume)
+    contract = checkpoint.contract
     args = console.parse_with_contract(parser, argv, contract)
+    args.checkpoint = checkpoint
     console.check_ranges(parser, args)
     net.check_arguments(parser, args, contract)
     if Path(args.resume).suffix == ".onnx":
@@ -69,7 +72,7 @@ def parse(argv=None) -> argparse.Namespace:
     if args.fp16 and args.check:
         parser.error("argument --fp16: what it costs is measured on --dataset, without --check")
     args.geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
-    told = {name: getattr(args, name) for name in (*checkpoint.CONTRACT, "distance", "head")}
+    told = {name: getattr(args, name) for name in (*CONTRACT, "distance", "head")}
     args.contract = net.expects(args.model) | told | args.geometry | contract
     args.command = shlex.join(["python", "export.py", *(sys.argv[1:] if argv is None else argv)])
     return args
@@ -82,8 +85,10 @@ def create(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def export(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    card.check(out)
     network = create(args)
-    checkpoint.load(args.resume, network)
+    args.checkpoint.load(network)
     reference = exported.Served(network, args.distance)
     record = describe(args, network.model)
     test_sets = [] if args.check else open_test_sets(args)
@@ -92,7 +97,7 @@ def export(args: argparse.Namespace) -> None:
     served = deepcopy(reference)
     if args.fp16:
         exported.halve(served.network)
-    out, count = Path(args.out), len(images.unique(dim=0))  # not those taken several times
+    count = len(images.unique(dim=0))  # not those taken several times
     checked = f"{count} image{'s' * (count > 1)}"
     with replacing(out) as file:
         exported.save(file, out.suffix, served, args.image_size, record)
@@ -110,7 +115,8 @@ def export(args: argparse.Namespace) -> None:
 
     measured = measure(open_file(out, out.suffix, args), reference, test_sets, args) if test_sets else ""
     with replacing(card.path(out)) as file:
-        file.write_text(card.text(out, record, measured, net.license_of(args.model), args.resume))
+        text = card.text(out, record, measured, net.license_of(args.model), args.resume)
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be of any bytes
     print(f"Its card is {card.path(out)}")
 
 
@@ -124,10 +130,10 @@ def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
             "mean": list(backbone.mean), "std": list(backbone.std),
         },
         "weights": "float16" if args.fp16 else "float32",
-        "source": checkpoint.identity(args.resume),
+        "source": args.checkpoint.identity,
         "versions": logbook.versions(),
     }  # fmt: skip
-    threshold = checkpoint.threshold(args.resume)
+    threshold = args.checkpoint.threshold
     return record | ({"threshold": threshold} if threshold else {})
 
 
@@ -154,11 +160,12 @@ def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDatas
 def open_file(path: Path, ending: str, args: argparse.Namespace) -> torch.nn.Module:
     """The network in a file that was just written, from pixels to embeddings."""
     if ending == ".onnx":
-        return exported.open_onnx(path, args.image_size, args.embedding_size)
+        session = exported.open_session(path, path.read_bytes())
+        return exported.open_onnx(path, session, args.image_size, args.embedding_size)
     if ending == ".pt2":
         return exported.open_program(path, args.embedding_size)
     network = create(args)
-    network.load_state_dict(exported.read_weights(path))
+    network.load_state_dict(exported.read_tensors(path)[1])
     return exported.Served(network, args.distance)
 
 
@@ -190,7 +197,9 @@ def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[d
 
 def main(argv=None):
     args = parse(argv)
-    with console.errors_in_one_line("export.py", args.debug):
+    out = Path(args.out)
+    # All files of a stem have one card.
+    with console.errors_in_one_line("export.py", args.debug), locked(out.with_name(out.stem)):
         export(args)
 
 

@@ -39,7 +39,8 @@ def embedding(checkpoint: str, model: str | None = None, embedding_size: int | N
         from proxy_anchor.exported import Served
 
         path = _download(checkpoint, checkpoints.read) if "://" in checkpoint else checkpoint
-        contract, told = checkpoints.contract(path), {"model": model, "embedding_size": embedding_size}
+        read = checkpoints.Checkpoint(path)
+        contract, told = read.contract, {"model": model, "embedding_size": embedding_size}
         for name, value in told.items():
             if value is None and name not in contract:
                 raise ValueError(f"{checkpoint} does not record its {name}: give it to torch.hub.load")
@@ -51,7 +52,7 @@ def embedding(checkpoint: str, model: str | None = None, embedding_size: int | N
             contract["model"], contract["embedding_size"], l2_norm=bool(contract.get("l2_norm", 1)),
             head=contract.get("head", "linear"), image_size=contract["image_size"],
         )  # fmt: skip
-        checkpoints.load(path, network, "model and embedding_size")
+        read.load(network, "model and embedding_size")
         geometry = {key: contract[key] for key in checkpoints.GEOMETRY if key in contract}
         seen = transforms.evaluation(contract["image_size"], **geometry)
         served = Served(network, contract.get("distance", "cosine"))

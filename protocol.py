@@ -9,11 +9,13 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import evaluate
+import net
 import train
 from proxy_anchor import child, console, figures, logbook, runs, selection
 from proxy_anchor.files import replacing
@@ -90,7 +92,7 @@ class Training(NamedTuple):
         """Where it is, once it has run. Raises FileNotFoundError where it has not."""
         args = train.parse(self.argv)
         place = runs.place(Path(args.LOG_DIR), args.dataset, train.run_name(args))
-        if found := runs.of_experiment(place, vars(args)):
+        if found := runs.of_experiment(place, vars(args) | net.identity(args.pretrained)):
             return found[-1]
         raise FileNotFoundError(f"There is no run {place}")
 
@@ -112,7 +114,7 @@ def on_fold(args: argparse.Namespace, seed: int, fold: str) -> Training:
 def on_all(args: argparse.Namespace, seed: int, epochs: int) -> Training:
     """On all training classes. The remark keeps it apart from runs of another length."""
     remark = f"{args.training.remark}_retrained{epochs}"
-    own = ["--seed", str(seed), "--epochs", str(epochs), "--remark", remark, "--resume", "auto"]
+    own = ["--seed", str(seed), "--epochs", str(epochs), f"--remark={remark}", "--resume", "auto"]
     return Training(f"seed {seed}, on all training classes", [*args.flags, *own], epochs)
 
 
@@ -158,6 +160,7 @@ def settings(args: argparse.Namespace) -> dict:
     """What the results depend on, beside the seeds."""
     decided = (*runs.SURROUNDINGS, *runs.MAY_CHANGE, "seed", "fold", "by")
     given = {name: value for name, value in vars(args.training).items() if name not in decided}
+    given |= net.identity(args.training.pretrained)
     return given | {"epochs": args.training.epochs, "folds": args.folds, "by": args.by}
 
 
@@ -172,38 +175,46 @@ def open_folder(args: argparse.Namespace) -> Path:
 
 
 def settings_in(folder: Path) -> dict | None:
-    """Those of the results in a folder, if it has any. Raises ValueError where they are not ours."""
+    """Those of the results in a folder, if it has any. Raises ValueError where they, or other files, are not ours."""
     path = folder / RESULTS
+    if folder.is_dir() and not path.exists() and not all(file.name.startswith(".") for file in folder.iterdir()):
+        raise ValueError(f"{folder} is neither empty nor a folder of protocol.py's results: choose another --out")
     try:
         return json.loads(path.read_text())["settings"] if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not one of protocol.py: {error}; choose another --out") from error
 
 
-def folds_of(folds: str) -> list[str]:
-    """The folds to train without; of two halves only the second, as ProxyNCA++."""
-    if folds in ("2", "val"):
-        return ["2/2" if folds == "2" else folds]
-    return [f"{part}/{folds}" for part in range(1, int(folds) + 1)]
+def count_of(folds: str) -> int:
+    """How many trainings without a fold there are; of two halves only that without the second, as ProxyNCA++."""
+    return 1 if folds in ("2", "val") else int(folds)
+
+
+def trainings_on_folds(args: argparse.Namespace, seed: int) -> Iterator[Training]:
+    """One by one, as train.py may find that the classes cannot be divided into so many parts."""
+    for part in range(1, count_of(args.folds) + 1):
+        fold = {"2": "2/2", "val": "val"}.get(args.folds, f"{part}/{args.folds}")
+        yield on_fold(args, seed, fold)
 
 
 def protocol(args: argparse.Namespace) -> None:
-    folder, folds, given = open_folder(args), folds_of(args.folds), args.training
-    series = Series(len(args.seeds) * (len(folds) + 1), given.epochs)
+    folder, given = open_folder(args), args.training
+    series = Series(len(args.seeds) * (count_of(args.folds) + 1), given.epochs)
 
     # Everything is chosen before the test set is first looked at.
-    on_folds = {seed: [on_fold(args, seed, fold) for fold in folds] for seed in args.seeds}
     chosen = {
-        seed: selection.choose([series.run(training) for training in on_folds[seed]], args.by) for seed in on_folds
+        seed: selection.choose([series.run(training) for training in trainings_on_folds(args, seed)], args.by)
+        for seed in args.seeds
     }
 
     results = []
     for seed, (epochs, validation) in chosen.items():
         retrained = on_all(args, seed, epochs)
         result = selection.result_of(seed, epochs, validation, series.run(retrained))
-        if len(folds) > 1:
-            result |= evaluate_folds(args, on_folds[seed])
-        places = [os.path.relpath(training.folder(), given.LOG_DIR) for training in (*on_folds[seed], retrained)]
+        on_folds = list(trainings_on_folds(args, seed))
+        if len(on_folds) > 1:
+            result |= evaluate_folds(args, on_folds)
+        places = [os.path.relpath(training.folder(), given.LOG_DIR) for training in (*on_folds, retrained)]
         results.append(result | {"runs": places})
 
     content = {
@@ -211,9 +222,9 @@ def protocol(args: argparse.Namespace) -> None:
         "over_seeds": selection.over_seeds(results), "seconds": round(sum(row["seconds"] for row in series.done), 2),
     }  # fmt: skip
     text = selection.report(content)
-    for name, written in {"results.md": text, RESULTS: json.dumps(content, indent=2) + "\n"}.items():
+    for name, written in {RESULTS: json.dumps(content, indent=2) + "\n", "results.md": text}.items():
         with replacing(folder / name) as path:
-            path.write_text(written, encoding="utf-8")
+            path.write_text(written, encoding="utf-8", errors="backslashreplace")  # file names may be of any bytes
     selection.draw(content, folder / "results.png")
     print(f"{text}\nThe results are in {folder}")
 

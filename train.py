@@ -90,10 +90,18 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     batch_size = train_loader.batch_sampler.images_per_batch
     print(distributed.describe(batch_size), end="")
 
+    # A run to resume has its weights in its own checkpoint.
+    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
+        "device": str(device), "processes": distributed.count(),
+        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
+    } | net.identity(args.pretrained)  # fmt: skip
+    resume = runs.to_resume(run_name(args), config)
+    pretrained = None if resume and (resume / runs.LAST).exists() else args.pretrained
+
     # Network, loss, optimizer.
     with distributed.first_process_first():
         network = net.create(
-            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
+            args.model, args.embedding_size, pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
             args.image_size,
         )  # fmt: skip
     network.freeze(args.freeze)
@@ -119,13 +127,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
         return
 
-    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
-        "device": str(device), "processes": distributed.count(),
-        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
-    }  # fmt: skip
-
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(logbook.open_logbook(run_name(args), config), network, args.by, **parts) as run:
+    with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **parts) as run:
         if args.pretrained != "none" and not args.skip_baseline:
             alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop, prefix=prefix))

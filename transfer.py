@@ -11,7 +11,6 @@ import torch
 import dataset
 import net
 from proxy_anchor import (
-    checkpoint,
     console,
     distillation,
     distributed,
@@ -22,6 +21,7 @@ from proxy_anchor import (
     runs,
     training,
 )
+from proxy_anchor.checkpoint import Checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.running import Run
 
@@ -102,7 +102,8 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if not args.source_ckpt:
         parser.error("argument --source-ckpt: whose checkpoint is the teacher?")
     args.source_ckpt = os.path.abspath(args.source_ckpt)  # the run may be resumed from another folder
-    contract = checkpoint.contract(args.source_ckpt)
+    args.teacher = Checkpoint(args.source_ckpt)
+    contract = args.teacher.contract
     published = {"model": "resnet50" if args.model.startswith("resnet") else "bn_inception", "embedding_size": 512}
     for name in published:
         given, told = getattr(args, f"source_{name}"), contract.get(name)
@@ -124,7 +125,6 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     randomness.seed(args.seed)
-    identity = checkpoint.identity(args.source_ckpt)  # before the slow things
     print(hardware.describe(device))
     if args.recipe:
         print(f"Defaults of {args.dataset}: {args.recipe}")
@@ -146,10 +146,24 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     batch_size = train_loader.batch_sampler.images_per_batch
     print(distributed.describe(batch_size), end="")
 
+    # A run to resume has its weights in its own checkpoint.
+    distance = "cosine" if args.l2_norm else "euclidean"
+    source = f"{args.source_model}-{args.source_embedding_size}-{args.teacher.identity[:8]}"
+    name = logbook.run_name(
+        args.model, args.loss, args.embedding_size, f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
+        args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
+    )  # fmt: skip
+    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
+        "device": str(device), "processes": distributed.count(), "distance": distance, "teacher": args.teacher.identity,
+        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
+    } | net.identity(args.pretrained)  # fmt: skip
+    resume = runs.to_resume(name, config)
+    pretrained = None if resume and (resume / runs.LAST).exists() else args.pretrained
+
     # Student, teacher, loss, optimizer.
     with distributed.first_process_first():
         network = net.create(
-            args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
+            args.model, args.embedding_size, pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
             args.image_size,
         )  # fmt: skip
     network.freeze(args.freeze)
@@ -158,7 +172,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     teacher = net.create(
         args.source_model, args.source_embedding_size, head=args.source_head, image_size=args.image_size
     ).eval()
-    matched = checkpoint.load(args.source_ckpt, teacher, SOURCE_FLAGS)
+    matched = args.teacher.load(teacher, SOURCE_FLAGS)
     print(f"The teacher is {args.source_ckpt}: all {matched} tensors match.")
     teacher = Embedder(teacher, device, args.amp, args.compile)
     criterion = distillation.create(args.loss, args.sigma, args.delta)
@@ -168,7 +182,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     scheduler = training.create_scheduler(
         args.lr_schedule, optimizer, args.epochs, args.lr_decay_step, args.lr_decay_gamma
     )
-    distance = "cosine" if args.l2_norm else "euclidean"
 
     def loss_of(images, labels):
         with torch.no_grad():
@@ -181,18 +194,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
         return
 
-    source = f"{args.source_model}-{args.source_embedding_size}-{identity[:8]}"
-    name = logbook.run_name(
-        args.model, args.loss, args.embedding_size, f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
-        args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
-    )  # fmt: skip
-    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
-        "device": str(device), "processes": distributed.count(), "distance": distance, "teacher": identity,
-        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
-    }  # fmt: skip
-
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(logbook.open_logbook(name, config), network, **parts) as run:
+    with Run(logbook.open_logbook(name, config, resume), network, **parts) as run:
         if args.pretrained != "none" and not args.skip_baseline:
             alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop))

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from proxy_anchor import exported, runs
+from proxy_anchor import runs
+from proxy_anchor.files import sha256
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
+MARK = "whose weights have the sha256"  # that cards are recognized by
 LOAD = {
     ".onnx": """import json, numpy, onnxruntime
 session = onnxruntime.InferenceSession("{name}")
@@ -32,6 +34,12 @@ def path(file: Path) -> Path:
     return file.with_name(f"{file.stem}-card.md")
 
 
+def check(file: Path) -> None:
+    """Raise FileExistsError where the card of a file would replace something that is not a card."""
+    if path(file).exists() and MARK.encode() not in path(file).read_bytes():
+        raise FileExistsError(f"{path(file)} is there and is not a card of export.py: choose another --out")
+
+
 def text(file: Path, record: dict, measured: str, license: str, checkpoint: str) -> str:
     """The card as Markdown. measured: what export.py found, "" for nothing; license: of the pretrained weights."""
     network, recipe, pixels = record["network"], record["preprocessing"], record["normalization"]
@@ -49,8 +57,8 @@ def text(file: Path, record: dict, measured: str, license: str, checkpoint: str)
 
 Maps an image to {dimensions} numbers, {unit}: images of one class are near each other, also of new classes.
 
-Exported from `{Path(checkpoint).name}`, whose weights have the sha256 {record["source"]}, as {record["weights"]}.
-The sha256 of the file itself is {exported.digest(file)}.
+Exported from `{Path(checkpoint).name}`, {MARK} {record["source"]}, as {record["weights"]}.
+The sha256 of the file itself is {sha256(file)}.
 
 ## Results
 

@@ -4,12 +4,14 @@ import hashlib
 import math
 import pickle
 import zipfile
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from proxy_anchor import exported
-from proxy_anchor.files import replacing
+from proxy_anchor.files import locked, replacing
 from proxy_anchor.tiles import DISTANCES
 
 SHOWN = 3  # differences in an error
@@ -37,54 +39,68 @@ THRESHOLD = {
 
 def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
     """Write the network's weights as a checkpoint that the published code loads too, with its contract."""
-    with replacing(path) as file:
+    with locked(path), replacing(path) as file:
         torch.save({"model_state_dict": network.state_dict(), "network": contract}, file)
 
 
-def contract(path: str | Path) -> dict:
-    """How to use the network of a checkpoint of ours or of an exported file; {} for a published one.
+class Checkpoint:
+    """One reading of a checkpoint, ours or a published one, or of an exported file.
 
-    The keys are those of CONTRACT and OPTIONAL. Little more of the file is read than that. Raises as load does, and as
-    exported.read.
+    Its weights, record and threshold belong together, whatever becomes of the file meanwhile. path: for messages.
+    contract: how to use its network, with the keys of CONTRACT and OPTIONAL; {} for a published checkpoint.
+    Raises FileNotFoundError, ValueError for a file that is damaged or not a checkpoint, and as exported.read.
     """
-    found = record(path, "network")
-    if found == {}:
-        return {}
-    if not is_contract(found):
-        raise ValueError(f"{path} is damaged: its record of the network is {str(found)[:80]}")
-    return {"crop": FORMER_CROP} | {name: found[name] for name in CONTRACT | OPTIONAL if name in found}
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        self.content = read(path)
+        self.contract: dict = {}
+        if (network := self.content.get("network", {})) != {}:
+            if not is_contract(network):
+                raise ValueError(f"{path} is damaged: its record of the network is {str(network)[:80]}")
+            names = [name for name in CONTRACT | OPTIONAL if name in network]
+            self.contract = {"crop": FORMER_CROP} | {name: network[name] for name in names}
+
+    @property
+    def threshold(self) -> dict:
+        """The threshold that was chosen for it, see THRESHOLD; {} without one. Raises ValueError if it is damaged."""
+        threshold = self.content.get("threshold", {})
+        if threshold != {} and not is_threshold(threshold):
+            raise ValueError(
+                f"{self.path} is damaged: its record of the threshold is {str(threshold)[:80]}; evaluate.py "
+                "--calibrate replaces it"
+            )
+        return threshold
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells a network from all others: the sha256 of its weights, whatever else is in the file.
+
+        That of an ONNX file, which has them in its own way, is of the whole file. Raises as load does.
+        """
+        return self.content.get("sha256") or digest(weights(self.path, self.content))
+
+    def load(self, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
+        """Load its weights into a network, strictly; returns the number of tensors, all of which matched.
+
+        Keys may carry the `module.` prefix of DataParallel. flags: those that say the network, for messages.
+        Raises ValueError if they are of another network, which is left as it was.
+        """
+        return load_weights(self.path, self.content, network, flags)
 
 
-def record(path: str | Path, name: str):
-    """An entry of a checkpoint of ours or of an exported file's record, of which little more is read; {} without it.
+def save_threshold(path: str | Path, threshold: dict, identity: str) -> None:
+    """Add the threshold of the weights of this identity to their checkpoint, all else of which stays.
 
-    Raises as load does, and as exported.read.
+    Raises ValueError if the file has other weights by now, and as Checkpoint does.
     """
-    if not Path(path).is_file():
-        return {}
-    if exported.is_exported(path):
-        return exported.read(path).get(name, {})
-    mappable = zipfile.is_zipfile(path)  # as all of ours
-    return read(path, mmap=True).get(name, {}) if mappable else {}
-
-
-def threshold(path: str | Path) -> dict:
-    """The threshold that was chosen for a checkpoint, see THRESHOLD; {} without one. Raises as load does."""
-    found = record(path, "threshold")
-    if found == {}:
-        return {}
-    if not is_threshold(found):
-        raise ValueError(
-            f"{path} is damaged: its record of the threshold is {str(found)[:80]}; evaluate.py --calibrate replaces it"
-        )
-    return found
-
-
-def save_threshold(path: str | Path, threshold: dict) -> None:
-    """Add the threshold to a checkpoint, ours or a published one, all else of which stays. Raises as load does."""
-    content = read(path)
-    with replacing(Path(path).resolve()) as file:  # a link stays one
-        torch.save(content | {"threshold": threshold}, file)
+    path = Path(path).resolve()  # a link stays one
+    with locked(path):
+        now = Checkpoint(path)
+        if now.identity != identity:
+            raise ValueError(f"{path} was replaced while it was measured, so its threshold is not recorded: run again")
+        with replacing(path) as file:
+            torch.save(now.content | {"threshold": threshold}, file)
 
 
 def is_threshold(found) -> bool:
@@ -107,16 +123,6 @@ def is_contract(found) -> bool:
     return all(len(values) == 3 and all(isinstance(value, float) for value in values) for values in channels)
 
 
-def identity(path: str | Path) -> str:
-    """What tells a network from all others: the sha256 of its weights, whatever else is in the file.
-
-    That of an ONNX file, which has them in its own way, is of the whole file. Raises as load does.
-    """
-    if Path(path).suffix == ".onnx" and Path(path).is_file():
-        return exported.digest(path)
-    return digest(weights(path, read(path)))
-
-
 def digest(state: dict[str, torch.Tensor]) -> str:
     """The sha256 of weights: of their names, types, shapes and bytes, in their order."""
     found = hashlib.sha256()
@@ -127,26 +133,32 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
-    """Load a checkpoint, ours or a published one, strictly; returns the number of tensors, all of which matched.
+    """Load the weights of a checkpoint into a network; returns and raises as Checkpoint and its load do."""
+    return Checkpoint(path).load(network, flags)
 
-    Keys may carry the `module.` prefix of DataParallel. flags: those that say the network, for messages.
-    Raises FileNotFoundError, or ValueError for a file that is damaged or of another network, which is left as it was.
+
+def read(path: str | Path, mmap: bool = False) -> dict:
+    """The content of a checkpoint, with weights_only: the file cannot run code. Raises as Checkpoint does.
+
+    mmap: little more of the file is read than what is used. Of an exported file it is the record, with the weights.
     """
-    return load_weights(path, read(path), network, flags)
-
-
-def read(path: str | Path, mmap: bool = False):
-    """The content of a checkpoint, with weights_only: the file cannot run code. Raises as load does."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}")
-    if Path(path).suffix == ".safetensors":
-        return exported.read(path) | {"model_state_dict": exported.read_weights(path)}
+    if exported.is_exported(path):
+        return exported.read(path)
     try:
-        if not mmap and zipfile.is_zipfile(path):  # torch does not look at the checksums
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():
-                    raise ValueError(f"the checksum of its part {part} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with open(path, "rb") as file:  # once: it may be replaced meanwhile
+            is_zip = zipfile.is_zipfile(file)  # as all of ours
+            if is_zip and not mmap:  # torch does not look at the checksums
+                with zipfile.ZipFile(file) as archive:
+                    if part := archive.testzip():
+                        raise ValueError(f"the checksum of its part {part} is wrong")
+            file.seek(0)
+            settings: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+            if is_zip and mmap:  # by a name that torch takes, which those of any bytes are not
+                content = torch.load(f"/dev/fd/{file.fileno()}", mmap=True, **settings)
+            else:
+                content = torch.load(file, **settings)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is not a checkpoint, or it holds more than tensors and is refused, because it could run code"

@@ -163,6 +163,14 @@ def from_first(make):
     return box[0]
 
 
+def of_each(value) -> list:
+    """The value of each process, in all of them, once all have come here."""
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def maximum(number: int) -> int:
     """The largest of the processes' numbers; on the CPU, so that no GPU is waited for."""
     if count() == 1:

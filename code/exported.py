@@ -130,15 +130,21 @@ def is_exported(path: str | Path) -> bool:
 
 
 def read(path: str | Path) -> dict:
-    """The record in a file that `save` wrote; little more of it is read.
+    """The record in a file that `save` wrote, and what the file holds, from one reading.
 
-    Raises ValueError for damaged files and others' files, and for programs of torch.export: torch runs code that they
-    may hold when it loads them. ImportError where a package is missing.
+    That is the "model_state_dict" of .safetensors, and the "session" and the "sha256" of .onnx. Raises
+    FileNotFoundError, and ValueError for damaged files and others' files, and for programs of torch.export: torch runs
+    code that they may hold when it loads them. ImportError where a package is missing.
     """
+    _check_there(path)
     if Path(path).suffix == ".onnx":
-        metadata = _session(path).get_modelmeta().custom_metadata_map
+        content = Path(path).read_bytes()
+        session = open_session(path, content)
+        metadata = session.get_modelmeta().custom_metadata_map
+        held = {"session": session, "sha256": hashlib.sha256(content).hexdigest()}
     elif Path(path).suffix == ".safetensors":
-        metadata = _tensors(path, lambda file: file.metadata())
+        metadata, state = read_tensors(path)
+        held = {"model_state_dict": state}
     else:
         raise ValueError(
             f"{path} is a program of torch.export, which could run code when it is loaded; "
@@ -150,20 +156,14 @@ def read(path: str | Path) -> dict:
         raise ValueError(f"{path} has no record of its network: export.py writes it") from error
     if not isinstance(record, dict) or not isinstance(record.get("network"), dict):
         raise ValueError(f"{path} is damaged: its record is {str(record)[:80]}")
-    return record
+    return record | held
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors file. Raises as read does."""
-    return _tensors(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+def open_onnx(path: str | Path, session, image_size: int, embedding_size: int) -> Program:
+    """The network of an ONNX file's session, run by onnxruntime on the CPU, wherever its images are.
 
-
-def open_onnx(path: str | Path, image_size: int, embedding_size: int) -> Program:
-    """The network in an ONNX file, run by onnxruntime on the CPU, wherever its images are.
-
-    Raises as read does, and ValueError if it does not map such images to such embeddings.
+    path: for messages. Raises ValueError if it does not map such images to such embeddings.
     """
-    session = _session(path)
     ends = [(end.name, end.type, end.shape[1:]) for end in (*session.get_inputs(), *session.get_outputs())]
     expected = [
         ("images", "tensor(uint8)", [3, image_size, image_size]), ("embeddings", "tensor(float)", [embedding_size])
@@ -199,29 +199,24 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return torch.stack([1 - cosines, (lengths / wanted - 1).abs()]).max().item()
 
 
-def digest(path: str | Path) -> str:
-    """The sha256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _session(path):
-    _check_there(path)
+def open_session(path: str | Path, content: bytes):
+    """The session of onnxruntime for the content of an ONNX file; path is for messages. Raises as read does."""
     onnxruntime = _require("onnxruntime")[0]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # errors are raised
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class
         raise ValueError(f"{path} is damaged or not an ONNX file: {_first_line(error)}") from error
 
 
-def _tensors(path, get):
-    _check_there(path)
+def read_tensors(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The metadata and the tensors of a .safetensors file. Raises as read does."""
     safetensors = _require("safetensors")[0]
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return get(file)
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # SafetensorError, and others on damaged files
         raise ValueError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from error
 

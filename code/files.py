@@ -1,23 +1,34 @@
-"""Files that are replaced completely or not at all."""
+"""Files among crashes and other processes: replaced completely or not at all, held by locks, sealed against damage.
 
+It needs the standard library alone.
+"""
+
+import fcntl
+import glob
+import hashlib
 import os
+import secrets
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
 def replacing(path: Path):
-    """Yields a path beside `path` to write to; at the end the file is flushed and takes the place of `path`.
+    """Yields a temporary path beside `path` to write to; at the end the file is flushed and takes the place of `path`.
 
-    Raises OSError, naming the file, if it cannot be written; the old file is then still there.
+    The temporary file has a name that nobody can guess and is new, so that no other process writes to it and no planted
+    link is followed; it has the permissions of any new file in the folder. What killed processes have left of `path` is
+    removed. Raises OSError, naming the file, if it cannot be written; the old file is then still there.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = descriptor = None
     try:
+        _remove_leftovers(path)
+        temporary, descriptor = _new_temporary(path)
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        os.fsync(descriptor)
         os.replace(temporary, path)
+        temporary = None
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         if path.parent.is_dir():
             cause = f"the disk has {shutil.disk_usage(path.parent).free / 1e6:,.0f} MB free"
@@ -25,4 +36,97 @@ def replacing(path: Path):
             cause = f"there is no folder {path.parent}"
         raise OSError(f"{path} cannot be written ({' '.join(str(error).split())}); {cause}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _new_temporary(path: Path) -> tuple[Path, int]:
+    """A new temporary file for `path` and its descriptor, which is locked for as long as it is in use."""
+    while True:
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # not every network disk has locks; leftovers then stay
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else another process took it for a leftover just before it was locked
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files for `path` that no process holds."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name[:40])}.{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+
+
+def hold(path: Path, wait: bool = True):
+    """Hold a lock file until the returned file is closed, or this process ends however it ends.
+
+    Forked workers, which may outlive a killed process, do not hold it too. Raises BlockingIOError where another process
+    holds it, unless it is to wait for that.
+    """
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    os.register_at_fork(after_in_child=file.close)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+@contextmanager
+def locked(path: Path):
+    """Hold the name of a file, which need not exist, against other processes that want to write it: they wait.
+
+    Raises OSError, naming the file, where its folder takes no lock.
+    """
+    lock = path.with_name(f".{path.name[:40]}.lock")
+    while True:
+        try:
+            file = hold(lock)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error})") from error
+        with file:
+            if not _is_at(file, lock):  # another process has removed it while this one waited
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is_at(file, path: Path) -> bool:
+    """Whether an open file is the one that the path names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def seal(path: Path) -> dict:
+    """What later tells whether a file has been changed, see is_intact: {"sha256", "state"}."""
+    return {"sha256": sha256(path), "state": _state(path)}
+
+
+def is_intact(path: Path, seal: dict) -> bool:
+    """Whether a file is as it was sealed. Its content is read only if the file was touched, or copied, since then."""
+    return _state(path) == seal["state"] or sha256(path) == seal["sha256"]
+
+
+def _state(path: Path) -> list[int]:
+    stat = os.stat(path)
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

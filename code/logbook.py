@@ -67,14 +67,13 @@ def commit() -> str | None:
     return None
 
 
-def open_logbook(name: str, config: dict) -> "Logbook":
+def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
     """The Logbook of the run to resume or of a new one in the first process, which alone writes; in others an idle one.
 
-    name: of a new run's folder. config: the configuration, which says where it is and what to resume. Raises as Logbook
-    and runs.to_resume do.
+    name: of a new run's folder. config: the configuration, which says where it is. resume: the folder of a run, see
+    runs.to_resume. Raises as Logbook does.
     """
     log_dir, dataset, wandb = Path(config["LOG_DIR"]), config["dataset"], config["wandb"]
-    resume = runs.to_resume(config["resume"], runs.place(log_dir, dataset, name), config)
     log: Logbook = NullLogbook()
     if distributed.rank() == 0:
         log = Logbook(log_dir, dataset, config["model"], name, config, wandb, resume)
@@ -111,10 +110,9 @@ class Logbook:
             self.folder, self.lock = runs.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
             print(f"Logging to {self.folder}{other}")
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
         self.resumes = (self.folder / runs.LAST).exists()
-        config = config | {
+        began_with = {name: old[name] for name in old if name == "pretrained_sha256"}  # the file may be gone by now
+        config = began_with | config | {
             "versions": versions(), "commit": commit(),
             "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id"),
         }  # fmt: skip

@@ -7,9 +7,11 @@ until the new one, which has its own folder of pictures, is complete.
 import csv
 import html
 import math
+import re
 import secrets
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -99,52 +101,64 @@ def write(
     see checkpoint.threshold. Returns the path of the page.
     """
     targets = gallery or queries
+    with new_folder(folder) as new:
+        pictures = Pictures(new, queries, targets)
+        size = queries.images[0][0].shape[-1]
+        shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
+        metric, value = next(iter(result.metrics.items()))
+        vectors, _, groups = sides(queries, gallery)
+        nearest = confusion.nearest_neighbour(*vectors, queries.distance, *groups)
+        taken_for = torch.where(nearest < 0, queries.labels, targets.labels[nearest])
+        classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
+        template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+        page = Template(template).substitute(
+            generator=GENERATOR,
+            title=html.escape(f"{metric} {100 * value:.1f}% · {name}"),
+            subtitle=html.escape(subtitle),
+            **similarities.WORDS[queries.distance],
+            shown=shown,
+            rendering="pixelated" if shown > size else "auto",
+            metrics=metrics_table(rows),
+            remark=html.escape(result.remark()),
+            queries=query_rows(queries, targets, gallery is None, result, pictures),
+            recalls=recall_bars(classes),
+            count=f"{len(classes):,}",
+            hardest=hardest_classes(classes, pictures),
+            pairs=confused_pairs(confused, pictures),
+            similarities=similarities.chart(pairs, threshold),
+            rates=similarities.rates_table(pairs),
+            map=draw_map(new / "map.webp", queries),
+            environment="".join(
+                f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in environment.items()
+            ),
+        )
+        text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may be of any bytes
+        with replacing(folder / "classes.csv") as temporary, open(temporary, "w", newline="", **text) as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
+            writer.writerows(
+                [queries.name(c.label), c.queries, c.recall, "" if c.rival is None else queries.name(c.rival), c.times]
+                for c in classes
+            )
+        path = folder / "index.html"
+        former = path.read_text(**text)
+        with replacing(path) as temporary:
+            temporary.write_text(page, **text)
+        for earlier in set(re.findall(r'<img [^>]*src="(images-[0-9a-f]{8})/', former)) - {new.name}:
+            shutil.rmtree(folder / earlier, ignore_errors=True)
+        return path
+
+
+@contextmanager
+def new_folder(folder: Path):
+    """A new folder of pictures in that of a report, which is removed if something goes wrong."""
     new = folder / f"images-{secrets.token_hex(4)}"
     new.mkdir()
-    pictures = Pictures(new, queries, targets)
-    size = queries.images[0][0].shape[-1]
-    shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
-    metric, value = next(iter(result.metrics.items()))
-    vectors, _, groups = sides(queries, gallery)
-    nearest = confusion.nearest_neighbour(*vectors, queries.distance, *groups)
-    taken_for = torch.where(nearest < 0, queries.labels, targets.labels[nearest])
-    classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    page = Template(template).substitute(
-        generator=GENERATOR,
-        title=html.escape(f"{metric} {100 * value:.1f}% · {name}"),
-        subtitle=html.escape(subtitle),
-        **similarities.WORDS[queries.distance],
-        shown=shown,
-        rendering="pixelated" if shown > size else "auto",
-        metrics=metrics_table(rows),
-        remark=html.escape(result.remark()),
-        queries=query_rows(queries, targets, gallery is None, result, pictures),
-        recalls=recall_bars(classes),
-        count=f"{len(classes):,}",
-        hardest=hardest_classes(classes, pictures),
-        pairs=confused_pairs(confused, pictures),
-        similarities=similarities.chart(pairs, threshold),
-        rates=similarities.rates_table(pairs),
-        map=draw_map(new / "map.webp", queries),
-        environment="".join(
-            f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in environment.items()
-        ),
-    )
-    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may be of any bytes
-    with replacing(folder / "classes.csv") as temporary, open(temporary, "w", newline="", **text) as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
-        writer.writerows(
-            [queries.name(c.label), c.queries, c.recall, "" if c.rival is None else queries.name(c.rival), c.times]
-            for c in classes
-        )
-    path = folder / "index.html"
-    with replacing(path) as temporary:
-        temporary.write_text(page, **text)
-    for earlier in set(folder.glob("images-*")) - {new}:
-        shutil.rmtree(earlier, ignore_errors=True)
-    return path
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 class Pictures:

@@ -3,23 +3,23 @@
 It is one file. Where the classes of the loss are divided over processes, each process writes their rows, the proxies
 and their moments, to a file of its own, whose name says when it was written; the one file names these, and takes its
 place after them. So the last complete checkpoint is there at any moment, and any number of processes can read it.
+Its entry "divided" has, of each process, the name of the file, the number of classes, and the digest of the rows.
 (torch.distributed.checkpoint does the same, but its table of contents is a pickle, which could run code.)
 """
 
+import re
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from proxy_anchor import distributed, randomness
-from proxy_anchor.checkpoint import SHOWN, load_weights, read
+from proxy_anchor.checkpoint import SHOWN, digest, load_weights, read
 from proxy_anchor.files import replacing
 from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.metrics import plain
 from proxy_anchor.sharded import DividedProxyAnchor
 
 PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
-DIVIDED = {"files": list, "classes": list}  # of the processes: their files, and how many classes each has
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict, parts: dict, progress: dict) -> None:
@@ -34,15 +34,17 @@ def save(path: Path, network: torch.nn.Module, contract: dict, parts: dict, prog
     if distributed.count() > 1 and isinstance(parts.get("criterion"), DividedProxyAnchor):
         moment = f"{path.stem}-{progress['epoch']}.{len(progress['losses'])}"
         files = [f"{moment}-{number}of{distributed.count()}.pth" for number in range(1, distributed.count() + 1)]
-        content["divided"] = {"files": files, "classes": distributed.sizes(parts["criterion"].num_classes)}
+        rows = take_rows(content)
         with replacing(path.with_name(files[distributed.rank()])) as file:
-            torch.save(take_rows(content), file)
-        dist.barrier()
+            torch.save(rows, file)
+        classes = distributed.sizes(parts["criterion"].num_classes)
+        digests = distributed.of_each(digest(rows))  # when all files are written
+        content["divided"] = {"files": files, "classes": classes, "digests": digests}
     if distributed.rank() == 0:
         with replacing(path) as file:
             torch.save(content, file)
-        for old in path.parent.glob(f"{path.stem}-*.pth"):
-            if old.name not in files:
+        for old in path.parent.iterdir():
+            if re.fullmatch(rf"{re.escape(path.stem)}-\d+\.\d+-\d+of\d+\.pth", old.name) and old.name not in files:
                 old.unlink()
 
 
@@ -106,14 +108,17 @@ def put_rows(path: Path, content: dict, num_classes: int, classes: range) -> Non
     """
     rows = take_rows(content)
     divided = content.get("divided", {"files": [None], "classes": [num_classes]})
+    digests = divided.get("digests", [None] * len(divided["files"]))  # older ones have none
     if sum(divided["classes"]) != num_classes:
         raise ValueError(f"its loss has {sum(divided['classes'])} classes, now {num_classes}")
     found: list[dict[str, torch.Tensor]] = []
     start = 0  # of the classes in a file
-    for name, size in zip(divided["files"], divided["classes"], strict=True):
+    for name, size, written in zip(divided["files"], divided["classes"], digests, strict=True):
         begin, end = max(start, classes.start), min(start + size, classes.stop)
         if begin < end or not (classes or found):
             there = rows if name is None else read(path.with_name(name))
+            if written and digest(there) != written:
+                raise ValueError(f"{name} does not belong to it: other rows were written with it")
             if wrong := [key for key, value in there.items() if len(value) != size]:
                 raise ValueError(f"{name or path} has {len(there[wrong[0]])} rows of {wrong[0]}, expected {size}")
             found.append({key: value[begin - start : end - start].clone() for key, value in there.items()})

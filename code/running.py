@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import torch
 
 from proxy_anchor import console, logbook, metrics, resuming, runs
+from proxy_anchor.checkpoint import digest
 from proxy_anchor.evaluation import Result
 from proxy_anchor.logbook import Logbook
 from proxy_anchor.stopping import Interrupted, Stop
@@ -100,6 +101,7 @@ class Run:
         self.log.log_epoch(self.rows, self.backbone)
         if self.best is self.rows[-1]:
             self.log.save_classes(epoch, result.by_class())
+            self.progress["best"] = digest(self.network.state_dict())  # by which its checkpoint is known
         # In this order: from last.pth the best can be saved again, should the run be killed in between.
         self.log.save_last(self.network, self.parts, self.progress)
         if self.best is self.rows[-1]:

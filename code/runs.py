@@ -1,6 +1,5 @@
 """The folders of runs: a new one for a new run, the old one to resume a run; one process at a time writes to it."""
 
-import fcntl
 import json
 import os
 import re
@@ -8,8 +7,9 @@ import socket
 from pathlib import Path
 
 from proxy_anchor import checkpoint, metrics, resuming
+from proxy_anchor.files import hold
 
-CONFIG, CLASSES, LAST, LOCK, RESULTS = "config.json", "classes.csv", "last.pth", ".lock", "*_best_results.txt"
+CONFIG, CLASSES, LAST, LOCK = "config.json", "classes.csv", "last.pth", ".lock"
 # Entries of the configuration that are not part of the experiment.
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
@@ -38,14 +38,10 @@ def lock(folder: Path, instead: str = "give this run another --remark"):
 
     instead: what else to do where another process holds it.
     """
-    file = open(folder / LOCK, "a+")  # noqa: SIM115 (it stays open: closing it gives the lock up)
-    os.register_at_fork(after_in_child=file.close)  # workers may outlive a killed process, and would hold it too
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = hold(folder / LOCK, wait=False)
     except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
+        holder = (folder / LOCK).read_text().strip() or "another process"
         raise Locked(f"{folder} is being written by {holder}; end that first, or {instead}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -63,10 +59,10 @@ def numbered(path: Path):
 
 
 def new(path: Path):
-    """Create the folder or, where it holds a run, the first of path_2, path_3, ... that holds none: (folder, lock)."""
+    """Create the folder or, where it holds anything, the first of path_2, path_3, ... that is empty: (folder, lock)."""
     for folder in numbered(path):
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / CONFIG).exists():
+        if any(file.name != LOCK for file in folder.iterdir()):
             continue
         try:
             held = lock(folder)
@@ -82,12 +78,14 @@ def place(log_dir: Path, dataset: str, name: str) -> Path:
     return log_dir / f"logs_{dataset}" / name
 
 
-def to_resume(resume: str | None, path: Path, config: dict) -> Path | None:
-    """The folder of the run to resume, if any: that of --resume or, for "auto", the latest of path, path_2, ...
+def to_resume(name: str, config: dict) -> Path | None:
+    """The folder of the run that the configuration's --resume means, if any.
 
-    that holds a run of this configuration, unfinished ones first. Raises Finished where it has no epochs left, and
-    ValueError where the run of --resume is another experiment.
+    For "auto" it is the latest of the folders of this name, name_2, ... that holds a run of this configuration,
+    unfinished ones first. Raises Finished where it has no epochs left, and ValueError where the run of --resume is
+    another experiment.
     """
+    resume, path = config["resume"], place(Path(config["LOG_DIR"]), config["dataset"], name)
     if resume is None:
         return None
     if resume == "auto":
@@ -125,7 +123,8 @@ def of_experiment(path: Path, config: dict) -> list[Path]:
 def is_finished(folder: Path, epochs: int) -> bool:
     """Whether a run has done these epochs and saved its best network, before which it may have been killed.
 
-    Raises FileNotFoundError if it has results, but no last.pth.
+    Raises FileNotFoundError if it has results, but no last.pth or no longer its best network, and ValueError if that
+    is another one.
     """
     if not (folder / LAST).exists():
         if saved := sorted(folder.glob("*_best.pth")):  # which is written after it
@@ -136,8 +135,16 @@ def is_finished(folder: Path, epochs: int) -> bool:
     progress = resuming.progress(folder / LAST)
     if progress["epoch"] < epochs:
         return False
-    epoch = metrics.best(progress["rows"], (FORMER | read_config(folder))["by"])["epoch"]
-    return any(text.read_text().startswith(f"Best Epoch: {epoch}\n") for text in folder.glob(RESULTS))
+    config = FORMER | read_config(folder)
+    epoch = metrics.best(progress["rows"], config["by"])["epoch"]
+    best = folder / f"{config['dataset']}_{config['model']}_best.pth"
+    results = best.with_name(f"{best.stem}_results.txt")
+    if not results.exists() or not results.read_text().startswith(f"Best Epoch: {epoch}\n"):
+        return False
+    identity = checkpoint.Checkpoint(best).identity
+    if progress.get("best", identity) != identity:
+        raise ValueError(f"{best} is not the network that this run has written; to train again, leave out --resume")
+    return True
 
 
 def folder(path: str) -> Path:
@@ -164,8 +171,12 @@ def differences(old: dict, new: dict) -> list[str]:
     old = FORMER | (FORMER_TRANSFER if "teacher" in old else {}) | old
     new = json.loads(json.dumps(new))  # as it would be read back
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
+    if "pretrained_sha256" in compared:  # a file is known by its content, wherever it is
+        compared.remove("pretrained")
     words = {
         "data": "other images or classes than the run had",
+        "files": "images of other sizes or times than the run had; where they were copied, copy the times too",
+        "pretrained_sha256": "other pretrained weights than the run began with",
         "teacher": "another one, or known by its file to an earlier version",
     }  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

@@ -107,11 +107,18 @@ def fingerprint(images: ImageDataset, root: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def states(images: ImageDataset) -> str:
+    """A digest of the sizes and the times of change of the files, by which other images under their names are known."""
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.paths)]
+    return hashlib.sha256(np.array(stats, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
 def record(splits: dict[str, ImageDataset], root: str | Path) -> dict[str, dict]:
-    """What a run notes of its data: the size of each split, and the fingerprint."""
+    """What a run notes of its data: the size of each split, the fingerprint, and the states of the files."""
     return {
         "sizes": {split: size(images) for split, images in splits.items()},
         "data": {split: fingerprint(images, root) for split, images in splits.items()},
+        "files": {split: states(images) for split, images in splits.items()},
     }
 
 

@@ -20,7 +20,7 @@ SPLITS, FAR = 20, 0.01
 
 
 def embed(path: str, root: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    contract = checkpoint.contract(path)
+    contract = checkpoint.Checkpoint(path).contract
     network = net.create(contract["model"], contract["embedding_size"], pretrained=None, l2_norm=contract["l2_norm"])
     checkpoint.load(path, network)
     (images,) = dataset.eval_sets("glyphs", root, contract["image_size"], contract["crop"])

@@ -14,6 +14,7 @@ from net.bn_inception import BNInception
 from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
 from net.resnet import LAYERS, ResNet
+from proxy_anchor.files import sha256
 
 BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
     name: lambda name=name: ResNet(name) for name in LAYERS
@@ -246,6 +247,12 @@ def check_weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             flag = f"--{name.replace('_', '-')}"
             why = "a checkpoint has its own weights" if args.resume else "a backbone alone has no embedding layer"
             parser.error(f"argument {flag}: {why}")
+
+
+def identity(pretrained: str) -> dict:
+    """What a run notes of the file that its backbone starts from: {"pretrained_sha256"}, or {} where it is none."""
+    is_file = pretrained not in NOT_FILES and Path(pretrained).is_file()
+    return {"pretrained_sha256": sha256(pretrained)} if is_file else {}
 
 
 def pooled_features(name: str, image_size: int) -> int:

@@ -17,6 +17,12 @@ def no_credentials(request, monkeypatch, tmp_path_factory):
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_checkpoint_needed(monkeypatch):
+    """Commands can be parsed without the checkpoints that they name."""
+    monkeypatch.setattr("proxy_anchor.checkpoint.read", lambda path: {})
+
+
 @pytest.fixture(scope="session")
 def cub_root(tmp_path_factory):
     """A data root with a small CUB: 4 training and 3 test classes of 6 images each."""

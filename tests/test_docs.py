@@ -28,6 +28,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("start", SCRIPTS)
+@pytest.mark.usefixtures("no_checkpoint_needed")
 def test_commands_parse(start):
     found = commands(start)
     assert found

@@ -45,6 +45,7 @@ def test_help(name, command, columns, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.usefixtures("no_checkpoint_needed")
 def test_examples_parse(name):
     lines = [line.strip() for line in SCRIPTS[name].EXAMPLES.splitlines()]
     examples = [line.removeprefix(f"python {name}") for line in lines if line.startswith(f"python {name} ")]

@@ -60,7 +60,7 @@ def test_damaged_checkpoints(tmp_path):
     for data in mutations(path.read_bytes(), 210, seed=0):
         path.write_bytes(data)
         network = Tiny(0.0)
-        outcome(lambda: checkpoint.contract(path))
+        outcome(lambda: checkpoint.Checkpoint(path).contract)
         if isinstance(outcome(lambda network=network: checkpoint.load(path, network)), Exception):
             errors += 1
             assert not network.weight.any()  # nothing was loaded

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,13 +34,13 @@ def root(tmp_path_factory):
     return trees.cub(tmp_path_factory.mktemp("cub"), classes=(1, 2, 3, 4, 5, 6, 101, 102, 103, 104), images=5)
 
 
-def flags(root, logs):
+def flags(root, logs, **changed):
     settings = {
         "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "batch-size": 4, "warm": 0,
         "bn-freeze": 0, "image-size": 32, "workers": 0, "pretrained": "none", "epochs": EPOCHS, "lr-decay-step": 1,
         "lr": 3e-3, "LOG_DIR": logs,
-    }  # fmt: skip
-    return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
+    } | changed  # fmt: skip
+    return ["--allow-partial", *(f"--{key}={value}" for key, value in settings.items())]
 
 
 class InThisProcess:
@@ -72,11 +73,11 @@ def of_three_folds(root, tmp_path_factory):
     return run_here(root, tmp_path_factory.mktemp("three"), "--seeds", "1", "--folds", "3", "--by", "R@1")
 
 
-def run_here(root, logs, *own):
+def run_here(root, logs, *own, **changed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(child, "run", training := InThisProcess(root))
-        protocol.main([*own, "--", *flags(root, logs)])
+        protocol.main([*own, "--", *flags(root, logs, **changed)])
     (folder,) = (logs / "protocol_cub").iterdir()
     return logs, json.loads((folder / "results.json").read_text()), training.trained
 
@@ -201,7 +202,7 @@ def test_folds_one_by_one_and_together(root, of_three_folds, capsys):
 def test_checkpoints_of_two_kinds_are_refused(root, of_three_folds, tmp_path, capsys):
     logs, content, _ = of_three_folds
     path = logs / content["seeds"][0]["runs"][0] / "cub_resnet18_best.pth"
-    other = {**checkpoint.contract(path), "image_size": 64}
+    other = {**checkpoint.Checkpoint(path).contract, "image_size": 64}
     checkpoint.save(tmp_path / "b.pth", net.create("resnet18", 8), other)
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--dataset", "cub", "--resume", str(path), str(tmp_path / "b.pth")])
@@ -295,8 +296,11 @@ def test_usage_errors(argv, words, capsys):
 
 
 def test_folds_of_a_table_and_of_others():
-    assert protocol.folds_of("val") == ["val"] and protocol.folds_of("2") == ["2/2"]
-    assert protocol.folds_of("4") == ["1/4", "2/4", "3/4", "4/4"]
+    for folds, expected in {"val": ["val"], "2": ["2/2"], "4": ["1/4", "2/4", "3/4", "4/4"]}.items():
+        args = protocol.parse(["--folds", folds, "--", "--dataset", "cub"])
+        trainings = list(protocol.trainings_on_folds(args, seed=1))
+        assert [training.argv[training.argv.index("--fold") + 1] for training in trainings] == expected
+        assert protocol.count_of(folds) == len(expected)
 
 
 def test_results_of_other_settings_are_kept(root, finished):
@@ -307,3 +311,67 @@ def test_results_of_other_settings_are_kept(root, finished):
     other = protocol.open_folder(protocol.parse(["--by", "R@1", *argv]))
     assert other.name == f"{folder.name}_2"
     other.rmdir()
+
+
+# What it is given
+
+
+def test_remark_that_begins_with_a_hyphen(root, tmp_path):
+    _, content, _ = run_here(root, tmp_path, "--seeds", "1", remark="-x")
+    assert "-x_retrained" in content["seeds"][0]["runs"][-1]
+
+
+def test_more_folds_than_classes(root, tmp_path, capsys, monkeypatch):
+    """However many: the first training says so."""
+    monkeypatch.setattr(child, "run", InThisProcess(root))
+    with pytest.raises(SystemExit, match="1"):
+        protocol.main(["--folds", "200000000", "--", *flags(root, tmp_path)])
+    assert "--fold 1/200000000: 6 training classes cannot be divided into 200,000,000 parts" in capsys.readouterr().err
+
+
+def test_folder_of_any_bytes(root, tmp_path):
+    logs = tmp_path / os.fsdecode(b"bad\xff dir")
+    shutil.copytree(root, logs / "data")
+    _, content, _ = run_here(logs / "data", logs, "--seeds", "1")
+    assert "\udcff" in content["command"]
+    (folder,) = (logs / "protocol_cub").iterdir()
+    assert {"results.md", "results.json", "results.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_results_of_somebody_else_are_kept(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.md").write_text("mine")
+    with pytest.raises(SystemExit, match="1"):
+        protocol.main(["--out", str(out), "--", *flags(root, tmp_path)])
+    assert f"{out} is neither empty nor a folder of protocol.py's results" in capsys.readouterr().err
+    assert os.listdir(out) == ["results.md"] and (out / "results.md").read_text() == "mine"
+
+
+def test_best_network_of_a_fold_is_known_by_its_content(root, tmp_path, capsys):
+    """Replaced by another one of its kind, then gone."""
+    logs, content, _ = run_here(root, tmp_path, "--seeds", "1", "--folds", "3")
+    best = logs / content["seeds"][0]["runs"][0] / "cub_resnet18_best.pth"
+    other = logs / content["seeds"][0]["runs"][1] / "cub_resnet18_best.pth"
+    best.write_bytes(other.read_bytes())
+    for words in (f"{best} is not the network that this run has written", f"There is no checkpoint {best}"):
+        with pytest.raises(SystemExit, match="1"):
+            run_here(root, tmp_path, "--seeds", "1", "--folds", "3")
+        assert words in capsys.readouterr().err
+        best.unlink(missing_ok=True)
+
+
+def test_pretrained_file_is_known_by_its_content(root, tmp_path):
+    weights, results = tmp_path / "w.pth", []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        torch.save(net.create("resnet18", None).model.state_dict(), weights)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(child, "run", training := InThisProcess(root))
+            protocol.main(["--seeds", "1", "--", *flags(root, tmp_path, pretrained=weights)])
+        folders = sorted((tmp_path / "protocol_cub").iterdir())
+        results.append([json.loads((folder / "results.json").read_text()) for folder in folders])
+        assert len(training.trained) == 2
+    assert [len(found) for found in results] == [1, 2, 2]
+    again, first = results[2][0]["seeds"], results[0][0]["seeds"]
+    assert again == first and results[1][1]["seeds"][0]["runs"] != first[0]["runs"]

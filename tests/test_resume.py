@@ -16,7 +16,9 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+import trees
 
+import net
 import train
 from proxy_anchor import checkpoint, files, randomness, resuming, runs, stopping
 from proxy_anchor.embedding import Embedder
@@ -133,8 +135,6 @@ def test_resume_of_another_experiment_is_refused(cub_root, tmp_path, capsys, epo
 
 def test_resume_with_other_classes_is_refused(tmp_path, capsys):
     """As many of them: training and test classes swapped, then folders renamed."""
-    import trees
-
     root = trees.folder(tmp_path / "images", classes=("ant", "bee", "cat", "dog"))
     lists = [tmp_path / "first.txt", tmp_path / "second.txt"]
     for path, names in zip(lists, ("ant\nbee\n", "cat\ndog\n")):
@@ -223,8 +223,6 @@ def test_no_warning_on_resuming_at_the_end_of_an_epoch(cub_root, tmp_path, monke
 
 
 def test_resume_of_another_data_set_is_refused(cub_root, tmp_path, capsys):
-    import trees
-
     train.main(arguments(cub_root, tmp_path, epochs=1))
     trees.cub(tmp_path / "data", images=7)
     with pytest.raises(SystemExit):
@@ -419,3 +417,110 @@ def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
     rows = (folder / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == ["0", "1", "2"]
     assert json.loads((folder / "config.json").read_text())["epochs"] == 3
+
+
+# What is known by its content
+
+
+def backbone_weights(path, seed):
+    torch.manual_seed(seed)
+    torch.save(net.create("resnet18", None).model.state_dict(), path)
+    return path
+
+
+def test_pretrained_file_is_known_by_its_content(cub_root, tmp_path, capsys):
+    weights = backbone_weights(tmp_path / "w.pth", 0)
+    settings = {"pretrained": weights, "epochs": 1, "resume": "auto"}
+    train.main(arguments(cub_root, tmp_path, **settings))
+    weights.rename(tmp_path / "elsewhere.pth")
+    capsys.readouterr()
+    train.main(arguments(cub_root, tmp_path, **settings | {"pretrained": tmp_path / "elsewhere.pth"}))
+    assert "nothing to do" in capsys.readouterr().out
+    backbone_weights(weights, 1)
+    train.main(arguments(cub_root, tmp_path, **settings))
+    assert "Logging to" in capsys.readouterr().out and len(list((tmp_path / "logs_cub").iterdir())) == 2
+    first, _ = sorted((tmp_path / "logs_cub").iterdir())
+    with pytest.raises(SystemExit, match="1"):
+        train.main(["--resume", str(first), "--epochs", "2"])
+    assert "pretrained_sha256: other pretrained weights than the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", [2, 14])
+def test_run_goes_on_without_the_file_that_it_began_with(cub_root, tmp_path, monkeypatch, moment):
+    weights = backbone_weights(tmp_path / "w.pth", 0)
+    logs = tmp_path / "one", tmp_path / "two"
+    for folder in logs:
+        with monkeypatch.context() as patch, suppress(SystemExit):
+            if folder == logs[1]:
+                stop_at(patch, moment + 3)  # evaluation of the backbone alone comes first
+            train.main(arguments(cub_root, folder, pretrained=weights))
+    weights.unlink()
+    train.main(["--resume", str(run_folder(logs[1]))])
+    kills.assert_identical(kills.outcome(logs[1]), kills.outcome(logs[0]))
+    assert "pretrained_sha256" in runs.read_config(run_folder(logs[1]))
+
+
+@pytest.mark.parametrize("exchange", ["contents", "names"])
+def test_resume_with_other_images_under_the_same_names_is_refused(tmp_path, capsys, exchange):
+    trees.cub(tmp_path)
+    train.main(arguments(tmp_path, tmp_path / "logs", epochs=1))
+    images = sorted((tmp_path / "CUB_200_2011" / "images" / "002.Bird_2").iterdir())
+    if exchange == "names":
+        aside = images[0].with_suffix(".aside")
+        for old, new in ((images[0], aside), (images[1], images[0]), (aside, images[1])):
+            old.rename(new)
+    else:
+        for number, path in enumerate(images):
+            trees.write_image(path, 5000 + number)
+    with pytest.raises(SystemExit, match="1"):
+        train.main(["--resume", str(run_folder(tmp_path / "logs")), "--epochs", "2"])
+    assert "files: images of other sizes or times than the run had" in capsys.readouterr().err
+
+
+def test_images_that_were_moved_with_their_times_are_the_same(tmp_path):
+    trees.cub(tmp_path / "here")
+    train.main(arguments(tmp_path / "here", tmp_path / "logs", epochs=1))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    folder = run_folder(tmp_path / "logs")
+    train.main(["--resume", str(folder), "--epochs", "2", "--data-root", str(tmp_path / "there")])
+
+
+def test_best_network_that_is_another_or_gone_is_named(cub_root, tmp_path, capsys):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    best = run_folder(tmp_path) / "cub_resnet18_best.pth"
+    content = checkpoint.read(best)
+    torch.save(content | {"threshold": {}}, best)  # the same weights
+    train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))
+    content["model_state_dict"]["model.embedding.bias"] += 1
+    torch.save(content, best)
+    for words in (f"{best} is not the network that this run has written", f"There is no checkpoint {best}"):
+        with pytest.raises(SystemExit, match="1"):
+            train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))
+        assert words in capsys.readouterr().err
+        best.unlink(missing_ok=True)
+
+
+def test_what_the_user_keeps_in_the_folder_of_a_run_stays(cub_root, tmp_path):
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    own = ["last-backup.pth", "last-epoch1.pth", "mynotes.tmp", "copy_best_results.txt"]
+    for name in own:
+        (folder / name).write_text("mine")
+    train.main(arguments(cub_root, tmp_path, epochs=2, resume="auto"))
+    assert [(folder / name).read_text() for name in own] == ["mine"] * 4
+
+
+def test_new_run_takes_no_folder_that_holds_something_else(cub_root, tmp_path):
+    wanted = tmp_path / "logs_cub" / "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch4"
+    wanted.mkdir(parents=True)
+    (wanted / "metrics.csv").write_text("mine")
+    train.main(arguments(cub_root, tmp_path, epochs=1))
+    assert (wanted / "metrics.csv").read_text() == "mine" and wanted.with_name(f"{wanted.name}_2").exists()
+
+
+def test_run_in_a_folder_of_any_bytes(cub_root, tmp_path, uninterrupted):
+    logs = tmp_path / os.fsdecode(b"bad\xff dir")
+    train.main(arguments(cub_root, logs, epochs=2))
+    train.main(arguments(cub_root, logs, resume="auto"))
+    kills.assert_identical(kills.outcome(logs), kills.outcome(uninterrupted))

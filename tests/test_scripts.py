@@ -168,7 +168,7 @@ def test_crop_that_a_checkpoint_or_a_run_does_not_tell_is_the_former(tmp_path):
     assert runs.differences(former, former | dataset.geometry_of("glyphs")) == ["crop: 0.875, now 1.0"]
     checkpoint.save(tmp_path / "damaged.pth", network, None)
     with pytest.raises(ValueError, match="damaged: its record of the network is None"):
-        checkpoint.contract(tmp_path / "damaged.pth")
+        checkpoint.Checkpoint(tmp_path / "damaged.pth")
 
 
 def test_second_run_is_the_same_and_overwrites_nothing(trained, cub_root, capsys):

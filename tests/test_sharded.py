@@ -1,6 +1,7 @@
 """Classes divided over processes, or sampled, against all of them in one process."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -193,8 +194,13 @@ def test_sample_of_all_is_exact(optimizer, monkeypatch):
 
 def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
     """The earlier one is still whole; the next removes what was left over."""
-    monkeypatch.setattr(dist, "barrier", lambda: None)
-    last = tmp_path / "last.pth"
+    last, values = tmp_path / "last.pth", [None, None]
+
+    def of_each(value):
+        values[distributed.rank()] = value
+        return list(values)
+
+    monkeypatch.setattr(distributed, "of_each", of_each)
 
     def rank_of_two(rank):
         monkeypatch.setattr(distributed, "count", lambda: 2)
@@ -229,8 +235,20 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
     epoch, found = load()
     assert epoch == 3 and torch.equal(found[:4], whole[:4]) and torch.equal(found[4:], whole[4:] + 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last-3.0-1of2.pth", "last-3.0-2of2.pth", "last.pth"]
+    shutil.copy(last, tmp_path / "last-backup.pth")
+    (tmp_path / "last-3.0-2of2.pth").rename(tmp_path / "away.pth")
+    shutil.copy(tmp_path / "last-3.0-1of2.pth", tmp_path / "last-3.0-2of2.pth")
+    torch.save({"criterion proxies": torch.zeros(4, 9)}, tmp_path / "other.pth")
+    for part in ("away.pth", "other.pth"):  # the other half, then rows of another run
+        shutil.copy(tmp_path / part, tmp_path / "last-3.0-1of2.pth")
+        with pytest.raises(ValueError, match="last-3.0-1of2.pth (does not belong to it|has 3 rows of)"):
+            load()
     (tmp_path / "last-3.0-2of2.pth").unlink()
-    with pytest.raises(ValueError, match="does not fit this run: There is no checkpoint .*last-3.0-2of2.pth"):
+    shutil.copy(last, tmp_path / "last-3.0-1of2.pth.bak")
+    save(4)
+    assert (tmp_path / "last-backup.pth").exists() and (tmp_path / "last-3.0-1of2.pth.bak").exists()
+    (tmp_path / "last-4.0-2of2.pth").unlink()
+    with pytest.raises(ValueError, match="does not fit this run: There is no checkpoint .*last-4.0-2of2.pth"):
         load()
 
 

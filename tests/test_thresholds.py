@@ -36,14 +36,14 @@ def calibrated(request, photos, tmp_path_factory):
     """(distance, path, identity and content before)"""
     path = tmp_path_factory.mktemp("calibrated") / "a.pth"
     new_checkpoint(path, distance=request.param, l2_norm=int(request.param == "cosine"))
-    before = checkpoint.identity(path), checkpoint.read(path)
+    before = checkpoint.Checkpoint(path).identity, checkpoint.read(path)
     evaluate.main(flags(photos, path, "--calibrate", "--far", 0.1))
     return request.param, path, *before
 
 
 def test_checkpoint_gets_the_threshold_and_stays_the_same_network(calibrated, photos):
     distance, path, identity, content = calibrated
-    found = checkpoint.threshold(path)
+    found = checkpoint.Checkpoint(path).threshold
     assert found["distance"] == distance and found["asked_far"] == 0.1 and found["dataset"] == "folder"
     assert found["classes"] == [6, 5] and list(found["data"]) == ["eval"] and len(found["data"]["eval"]) == 16
     assert found["interval"][0] <= found["threshold"] <= found["interval"][1] and 0 <= found["far"] <= 1
@@ -51,7 +51,10 @@ def test_checkpoint_gets_the_threshold_and_stays_the_same_network(calibrated, ph
     assert now.keys() == content.keys() | {"threshold"} and now["network"] == content["network"]
     assert list(now["model_state_dict"]) == list(content["model_state_dict"])
     assert all(torch.equal(now["model_state_dict"][k], v) for k, v in content["model_state_dict"].items())
-    assert checkpoint.identity(path) == identity and checkpoint.contract(path)["distance"] == distance
+    assert (
+        checkpoint.Checkpoint(path).identity == identity
+        and checkpoint.Checkpoint(path).contract["distance"] == distance
+    )
     assert [file.name for file in path.parent.iterdir()] == ["a.pth"]
 
 
@@ -61,7 +64,7 @@ def test_both_halves_are_printed_and_another_threshold_replaces_the_first(calibr
     copy.write_bytes(path.read_bytes())
     (tmp_path / "link.pth").symlink_to("b.pth")
     evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", "--far", 0.3))
-    found, first = checkpoint.threshold(copy), checkpoint.threshold(path)
+    found, first = checkpoint.Checkpoint(copy).threshold, checkpoint.Checkpoint(path).threshold
     assert (tmp_path / "link.pth").is_symlink() and found["asked_far"] == 0.3
     assert signed(found["threshold"], distance) < signed(first["threshold"], distance)
     out = capsys.readouterr().out
@@ -77,12 +80,12 @@ def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
     """In the old format, from several GPUs, without a record of its network."""
     state = {f"module.{key}": value for key, value in net.create("resnet18", 8).state_dict().items()}
     torch.save({"model_state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    identity = checkpoint.identity(tmp_path / "old.pth")
-    assert checkpoint.threshold(tmp_path / "old.pth") == {}
+    identity = checkpoint.Checkpoint(tmp_path / "old.pth").identity
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold == {}
     evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", "--far", 0.1))
-    assert checkpoint.threshold(tmp_path / "old.pth")["distance"] == "cosine"
-    assert checkpoint.identity(tmp_path / "old.pth") == identity
-    assert checkpoint.contract(tmp_path / "old.pth") == {}
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold["distance"] == "cosine"
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").identity == identity
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").contract == {}
     assert checkpoint.read(tmp_path / "old.pth")["model_state_dict"].keys() == state.keys()
 
 
@@ -93,7 +96,7 @@ def test_identity_is_that_of_the_weights(tmp_path):
 
     def identity(state, **more):
         torch.save({"model_state_dict": state} | more, path)
-        return checkpoint.identity(path)
+        return checkpoint.Checkpoint(path).identity
 
     same = identity(state)
     assert same == identity({f"module.{k}": v for k, v in state.items()}) == identity(state, network=RECORD)
@@ -117,7 +120,7 @@ def test_damaged_record_is_one_line(calibrated, damage, tmp_path):
     content = checkpoint.read(calibrated[1])
     torch.save(content | {"threshold": DAMAGES[damage](content["threshold"])}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth is damaged: its record of the threshold is .*--calibrate replaces"):
-        checkpoint.threshold(tmp_path / "a.pth")
+        _ = checkpoint.Checkpoint(tmp_path / "a.pth").threshold
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def logs(teacher, cub_root, tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("no_checkpoint_needed")
 def test_defaults_are_the_published():
     published = {
         "loss": "Relaxed_Contra", "batch_size": 90, "IPC": 2, "view": 2, "sigma": 1, "delta": 1, "lr": 1e-4,
@@ -68,7 +69,7 @@ def test_defaults_are_the_published():
 
 def test_folder_and_schedule(logs, teacher):
     folder = run_folder(logs)
-    source = f"resnet18-12-{checkpoint.identity(teacher)[:8]}"
+    source = f"resnet18-12-{checkpoint.Checkpoint(teacher).identity[:8]}"
     assert folder.name == (
         f"resnet18_Relaxed_Contra_embedding8_from_{source}_sigma1_delta1_adamw_lr0.0001_batch4_seed0"
     )
@@ -76,7 +77,7 @@ def test_folder_and_schedule(logs, teacher):
     assert [row["lr"] for row in rows] == pytest.approx([1e-4 * (1 + math.cos(math.pi * e / 2)) / 2 for e in (0, 1)])
     expected = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 0, "crop": 0.875}
     expected["head"] = "orthogonal"
-    assert checkpoint.contract(folder / "cub_resnet18_best.pth") == expected | {"distance": "euclidean"}
+    assert checkpoint.Checkpoint(folder / "cub_resnet18_best.pth").contract == expected | {"distance": "euclidean"}
     assert (folder / "curves.png").exists()
 
 
@@ -158,7 +159,7 @@ def test_own_images_cached_and_in_mixed_precision(teacher, tmp_path):
     flags = {"dataset": "folder", "cache": tmp_path / "cache", "amp": "bf16", "l2-norm": 1, "epochs": 1}
     transfer.main(arguments(teacher, tmp_path / "photos", tmp_path, **flags))
     (best,) = tmp_path.glob("logs_folder/*/folder_resnet18_best.pth")
-    assert checkpoint.contract(best)["distance"] == "cosine" and list((tmp_path / "cache").iterdir())
+    assert checkpoint.Checkpoint(best).contract["distance"] == "cosine" and list((tmp_path / "cache").iterdir())
 
 
 def test_two_processes_are_one(teacher, cub_root, tmp_path):
@@ -269,6 +270,7 @@ def test_recipe_around_the_loss_is_the_published_one(teacher, cub_root, tmp_path
     torch.testing.assert_close(seen["weight"] @ seen["weight"].T, torch.eye(len(seen["weight"])), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("no_checkpoint_needed")
 def test_published_spelling_of_the_length():
     assert transfer.parse(["--source-ckpt", "t.pth", "--target-norm", "1"]).l2_norm == 1
 

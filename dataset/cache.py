@@ -1,6 +1,5 @@
 """Decoded images in a memory-mapped file, so that a JPEG is decoded once per machine and not once per epoch."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,8 +13,12 @@ import torch
 
 from dataset.files import BadFile, image_size, read_image
 from dataset.loading import parallel
+from proxy_anchor.files import hold, is_intact, seal
 
-FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 1"  # of images.bin; whoever changes it, changes this
+FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 2"  # of images.bin; whoever changes it, changes this
+FILES = ("images.bin", "shapes.npy", "paths.json")
+SEALS = "seals.json"  # of FILES, see files.seal
+NAME, UNFINISHED = "[0-9a-f]" * 20, ".unfinished"
 
 
 class Cache:
@@ -54,12 +57,11 @@ class Cache:
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(self.folder.parent)
-        with open(self.folder.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold(self.folder.with_suffix(".lock")):
             if self.folder.exists():
                 self._check()
                 return
-            unfinished = self.folder.with_suffix(".unfinished")
+            unfinished = self.folder.with_suffix(UNFINISHED)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             sizes = parallel(image_size, self.paths, workers)
@@ -86,20 +88,19 @@ class Cache:
                 pass
             np.save(unfinished / "shapes.npy", shapes)
             (unfinished / "paths.json").write_text(json.dumps(list(map(os.path.abspath, self.paths))))
-            for name in ("images.bin", "shapes.npy", "paths.json"):
+            (unfinished / SEALS).write_text(json.dumps({name: seal(unfinished / name) for name in FILES}))
+            for name in (*FILES, SEALS):
                 with open(unfinished / name, "rb+") as file:
                     os.fsync(file.fileno())
             os.replace(unfinished, self.folder)
 
     def _check(self):
-        """Raise BadFile where files in the folder are gone or cut short, as by who made room on the disk."""
+        """Raise BadFile where a file in the folder is gone or was changed since the cache was made."""
         try:
-            expected, found = (
-                offsets(np.load(self.folder / "shapes.npy"))[-1],
-                os.path.getsize(self.folder / "images.bin"),
-            )
-            problem = "" if found == expected else f"images.bin has {found:,} bytes, expected {expected:,}"
-        except (OSError, EOFError, ValueError) as error:
+            seals = json.loads((self.folder / SEALS).read_text())
+            changed = [name for name in FILES if not is_intact(self.folder / name, seals[name])]
+            problem = f"{changed[0]} was changed" if changed else ""
+        except (OSError, ValueError, LookupError, TypeError) as error:
             problem = str(error)
         if problem:
             raise BadFile(f"The cache {self.folder} is damaged ({problem}): delete this folder, and it is made again")
@@ -107,19 +108,22 @@ class Cache:
 
 def _remove_unfinished(folder):
     """Remove what killed processes left: their locks are free."""
-    for unfinished in folder.glob("*.unfinished"):
-        with open(unfinished.with_suffix(".lock"), "w") as lock, suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for unfinished in folder.glob(NAME + UNFINISHED):
+        with suppress(BlockingIOError), hold(unfinished.with_suffix(".lock"), wait=False):
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _superseded(folder, paths):
     """The caches in the folder that hold some of these images, or images that are gone."""
-    found = {file.parent: json.loads(file.read_text()) for file in sorted(folder.glob("*/paths.json"))}
+    caches = {}
+    for file in sorted(folder.glob(f"{NAME}/paths.json")):
+        with suppress(ValueError):  # damaged, which its own images will tell
+            caches[file.parent] = json.loads(file.read_text())
     return [
-        cache for cache, images in found.items()
-        if cache.suffix != ".unfinished" and not (paths.isdisjoint(images) and all(map(os.path.exists, images[:1])))
-    ]  # fmt: skip
+        cache
+        for cache, images in caches.items()
+        if not (paths.isdisjoint(images) and all(map(os.path.exists, images[:1])))
+    ]
 
 
 def offsets(shapes: np.ndarray) -> np.ndarray:

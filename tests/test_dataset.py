@@ -1,5 +1,7 @@
 import fcntl
+import multiprocessing
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import BadFile
 from dataset.loading import BalancedBatches, RandomBatches, parallel
+from proxy_anchor import files as files_leaf
 
 # The published layouts
 
@@ -515,15 +518,41 @@ def test_unfinished_cache_is_never_read(tmp_path, monkeypatch):
 
 def test_what_killed_processes_left_is_removed(tmp_path):
     paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
-    for name in ("dead", "alive"):
+    dead, alive = "d" * 20, "a" * 20
+    for name in (dead, alive):
         (tmp_path / "cache" / f"{name}.unfinished").mkdir(parents=True)
         (tmp_path / "cache" / f"{name}.unfinished" / "images.bin").write_bytes(b"half")
-    with open(tmp_path / "cache" / "alive.lock", "w") as lock:
+    (tmp_path / "cache" / "thesis.unfinished").mkdir()  # the user's own
+    with open(tmp_path / "cache" / f"{alive}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cached(paths, tmp_path / "cache")
-        assert [path.name for path in (tmp_path / "cache").glob("*.unfinished")] == ["alive.unfinished"]
+        left = sorted(path.name for path in (tmp_path / "cache").glob("*.unfinished"))
+        assert left == [f"{alive}.unfinished", "thesis.unfinished"]
     cached(paths, tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.unfinished"))
+    assert [path.name for path in (tmp_path / "cache").glob("*.unfinished")] == ["thesis.unfinished"]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "{}", "5", "[null]", '[["a"]]', "no JSON"])
+def test_paths_of_another_program_in_the_folder_of_caches(tmp_path, content):
+    paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
+    (tmp_path / "cache" / "p").mkdir(parents=True)
+    (tmp_path / "cache" / "p" / "paths.json").write_text(content)
+    assert len(cached(paths, tmp_path / "cache")[1]) == 1
+
+
+def test_lock_of_a_cache_ends_with_its_process(tmp_path):
+    """A worker that outlives it does not hold it."""
+    context = multiprocessing.get_context("fork")
+    with files_leaf.hold(tmp_path / "lock"):
+        runs = context.Event()
+        worker = context.Process(target=lambda: [runs.set(), time.sleep(60)])
+        worker.start()
+        assert runs.wait(60)
+    try:
+        files_leaf.hold(tmp_path / "lock", wait=False).close()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_older_caches_are_named(tmp_path):
@@ -553,8 +582,17 @@ def test_cache_needs_room(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 
-@pytest.mark.parametrize("name", ["images.bin", "shapes.npy"])
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 99)])
+def zeroed(path):
+    """Half of it, with the size and the times of before."""
+    before = os.stat(path)
+    path.write_bytes(path.read_bytes()[: before.st_size // 2].ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["images.bin", "shapes.npy", "seals.json"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 99), zeroed]
+)
 def test_damaged_cache_is_named(tmp_path, name, damage):
     paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
     cache, _ = cached(paths, tmp_path / "cache")

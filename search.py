@@ -7,6 +7,8 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import read_image
+from dataset.files import BadFile, read_image
 from dataset.folder import images as images_in
-from proxy_anchor import checkpoint, console, entries, exported, figures, hardware, randomness
+from proxy_anchor import console, entries, exported, figures, hardware, randomness
+from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
@@ -65,6 +68,11 @@ def parse(argv=None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
+        "--drop-missing", action="store_true",
+        help="also drop images whose whole folder is gone or empty; without it they stay, as the disk of that folder "
+        "may not be mounted",
+    )  # fmt: skip
+    group.add_argument(
         "--index-factory", metavar="STRING",
         help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",
     )  # fmt: skip
@@ -102,10 +110,12 @@ def parse(argv=None) -> argparse.Namespace:
     if args.command == "index":
         net.check_weights(make, args)
         with console.errors_in_one_line("search.py", args.debug):
-            contract = checkpoint.contract(args.resume) if args.resume else {}
+            checkpoint = Checkpoint(args.resume) if args.resume else None
+        contract = checkpoint.contract if checkpoint else {}
         args = console.parse_with_contract(parser, argv, contract, at=1)
+        args.checkpoint = checkpoint
         net.check_arguments(parser, args, contract)
-        told = {name: getattr(args, name) for name in (*checkpoint.CONTRACT, "distance")}
+        told = {name: getattr(args, name) for name in (*CONTRACT, "distance")}
         expected = net.expects(args.model)
         geometry = dataset.geometry_of(args.dataset, expected) if args.split else {}
         args.contract = expected | told | geometry | contract
@@ -127,12 +137,10 @@ def threshold(text: str) -> float | str:
 
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
-    source = args.resume or args.pretrained
-    path = source if args.backbone_only and source in net.NOT_FILES else os.path.abspath(source)
-    made = {
-        "checkpoint": path, "weights": identity(args.contract, path), "network": args.contract,
-        "by_folder": args.by_folder,
-    }  # fmt: skip
+    weights = args.resume or args.pretrained
+    path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
+    network, identity = open_network(args.contract, path, args.checkpoint)
+    made = {"checkpoint": path, "weights": identity, "network": args.contract, "by_folder": args.by_folder}
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
@@ -145,13 +153,18 @@ def update_index(args: argparse.Namespace) -> None:
         images_of = lambda entry: folders.get(entry, [entry])  # noqa: E731 (a list for each image would take memory)
         # Of before the images are read: what changes meanwhile is found next time.
         stamps = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
-        new, changed, deleted, done = index.compare(stamps, has_images)
+        presence = Presence(stamps, index.folders, args.drop_missing)
+        new, changed, deleted, done = index.compare(stamps, presence.of)
+        source = os.path.realpath(args.images or args.data_root)
+        index.folders = sorted({*index.folders, source if os.path.isdir(source) else os.path.dirname(source)})
         kind = "folders" if args.by_folder else "images"
         print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
+        for missing, entries_there in presence.missing.items():
+            print(f"{missing} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them")
         if done:
             print(f"{done:,} of these were embedded before the interruption")
         try:
-            done += embed_blocks(index, stamps, images_of, path, args)
+            done += embed_blocks(index, stamps, images_of, network, args)
             if not (done or changed or deleted):
                 return
             index = index.finish()
@@ -163,13 +176,13 @@ def update_index(args: argparse.Namespace) -> None:
             print_recall(index)
 
 
-def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, path: str, args: argparse.Namespace) -> int:
+def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network, args: argparse.Namespace) -> int:
     """Embed the entries that have a stamp, block by block, each of which is kept; returns how many could be read.
 
-    images_of(entry) -> the paths of its images. path: of the weights, see create.
+    images_of(entry) -> the paths of its images.
     """
     total = sum(stamp is not None for stamp in stamps.values())
-    embed = embedder(args.contract, path, args) if total else None
+    embed = embedder(network, args) if total else None
     seen = added = 0
     wanted = ((entry, images_of(entry)) for entry, stamp in stamps.items() if stamp is not None)
     for block in entries.blocks(wanted, BLOCK):
@@ -195,13 +208,59 @@ def print_recall(index: Index) -> None:
 
 
 def paths_to_index(args: argparse.Namespace) -> list[str]:
-    """The absolute paths of the images, each once: a query may come from any working directory."""
+    """The absolute paths of the images, each once: a query may come from any working directory.
+
+    They lead through no linked folder, so that images that are reached in two ways are in the index once.
+    """
     if args.split:
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
         paths = images_at(args.images)
-    return [os.path.abspath(path) for path in paths]
+    return list(dict.fromkeys(map(canonical, paths)))
+
+
+def canonical(path: str) -> str:
+    """The absolute path of a file, through no linked folder; a link to a file is a file."""
+    folder, name = os.path.split(path)
+    return os.path.join(real_folder(folder), name)
+
+
+@lru_cache
+def real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+class Presence:
+    """Whether what was indexed is still there.
+
+    What is in a folder that is gone as a whole, or empty, counts as present: its disk may not be mounted.
+    stamps: of what is to be indexed now. folders: those whose images were indexed, [] where an older index does not
+    say so. missing: {folder that is gone or empty: how many entries are in it}.
+    """
+
+    def __init__(self, stamps: dict, folders: list[str], drop_missing: bool):
+        self.stamps, self.folders, self.drop_missing = stamps, folders, drop_missing
+        self.missing: Counter[str] = Counter()
+
+    def of(self, entry: str) -> bool:
+        if canonical(entry) in self.stamps:  # it was indexed through a linked folder
+            return False
+        if has_images(entry):
+            return True
+        missing = None if self.drop_missing else self.missing_folder(entry)
+        self.missing.update([missing] if missing else [])
+        return missing is not None
+
+    def missing_folder(self, entry: str) -> str | None:
+        """The folder that a missing entry was indexed with, if that is gone or empty."""
+        folder = next((folder for folder in self.folders if within(entry, folder)), os.path.dirname(entry))
+        there = os.path.isdir(folder) and not all(name.startswith(".") for name in os.listdir(folder))
+        return None if there else folder
+
+
+def within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def has_images(entry: str) -> bool:
@@ -225,36 +284,32 @@ def unlabelled(paths: list[str], contract: dict) -> dataset.ImageDataset:
 
 
 def geometry(contract: dict):
-    told = {name: contract[name] for name in checkpoint.GEOMETRY if name in contract}
+    told = {name: contract[name] for name in GEOMETRY if name in contract}
     return transforms.evaluation(contract["image_size"], **told)
 
 
-def identity(contract: dict, path: str) -> str:
-    """What tells the weights at this path from all others; see create."""
-    if contract.get("backbone_only"):
-        return checkpoint.digest(create(contract, path).state_dict())
-    return checkpoint.identity(path)
+def open_network(contract: dict, path: str, checkpoint: Checkpoint | None) -> tuple[torch.nn.Module, str]:
+    """The network that a contract describes, and its identity.
 
-
-def create(contract: dict, path: str) -> torch.nn.Module:
-    """The network that a contract describes; path: of its file, or of a backbone's pretrained weights."""
-    if Path(path).suffix == ".onnx":
-        return exported.open_onnx(path, contract["image_size"], contract["embedding_size"])
-    alone = contract.get("backbone_only")
-    if alone:
+    checkpoint: its weights; or None for a backbone alone, whose pretrained weights are at the path.
+    """
+    if checkpoint is None:
         randomness.seed(1)  # for --pretrained none: the same network each time
-    network = net.create(
-        contract["model"], None if alone else contract["embedding_size"], path if alone else None,
-        bool(contract["l2_norm"]), head=contract.get("head", "linear"), image_size=contract["image_size"],
-    )  # fmt: skip
-    if not alone:
-        checkpoint.load(path, network)
-    return network
+        network = net.create(contract["model"], None, path, image_size=contract["image_size"])
+        return network, digest(network.state_dict())
+    if session := checkpoint.content.get("session"):
+        network = exported.open_onnx(path, session, contract["image_size"], contract["embedding_size"])
+    else:
+        network = net.create(
+            contract["model"], contract["embedding_size"], None, bool(contract["l2_norm"]),
+            head=contract.get("head", "linear"), image_size=contract["image_size"],
+        )  # fmt: skip
+        checkpoint.load(network)
+    return network, checkpoint.identity
 
 
-def embedder(contract: dict, path: str, args: argparse.Namespace):
-    """A function from images to their embeddings (N, D); see create."""
-    network = create(contract, path)
+def embedder(network: torch.nn.Module, args: argparse.Namespace):
+    """A function from images to their embeddings (N, D)."""
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp, args.compile)
     return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))[0]
 
@@ -268,26 +323,34 @@ def query(args: argparse.Namespace) -> None:
         )
     if args.nprobe:
         index.set_nprobe(args.nprobe)
-    network = index.made["network"]
+    contract = index.made["network"]
     try:
-        net.check_record(network["model"], network)
+        net.check_record(contract["model"], contract)
     except ValueError as error:
         raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
-    if network["image_size"] < 1:
-        raise ValueError(f"The index in {args.index} is damaged: its network is {network}")
+    if contract["image_size"] < 1:
+        raise ValueError(f"The index in {args.index} is damaged: its network is {contract}")
     path = args.resume or index.made["checkpoint"]
     if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
         raise FileNotFoundError(
             f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
         )
-    index.check({"weights": identity(network, path), "network": network, "checkpoint": path})
-    images = unlabelled([path for place in args.images for path in images_at(place)], network)
-    queries, embeddings = images.paths, embedder(network, path, args)(images)
+    checkpoint = None if contract.get("backbone_only") else Checkpoint(path)
+    network, identity = open_network(contract, path, checkpoint)
+    index.check({"weights": identity, "network": contract, "checkpoint": path})
+    images = unlabelled([path for place in args.images for path in images_at(place)], contract)
+    check_save(args.save, images.paths)
+    bad = images.find_bad(args.workers)
+    images.leave_out(bad)
+    if not len(images):
+        raise BadFile("; ".join(bad.values()))
+    print(*bad.values(), sep="\n", end="\n" if bad else "", file=sys.stderr)
+    queries, embeddings = images.paths, embedder(network, args)(images)
     if args.by_folder:
         folders = entries.group(images.paths)
         queries, embeddings = entries.embeddings_of(folders, images.paths, embeddings, index.distance)
     found = index.search(embeddings, args.neighbours)
-    limit = threshold_in_use(args, index, path)
+    limit = threshold_in_use(args, index, checkpoint)
     matches = [
         [(other, value) for other, value in neighbours if limit is None or is_match(value, limit, index.distance)]
         for neighbours in found
@@ -295,11 +358,11 @@ def query(args: argparse.Namespace) -> None:
     name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity
     if args.json:
         print(json.dumps([
-            {
+            *({"query": path, "error": reason} for path, reason in bad.items()),
+            *({
                 "query": path, "threshold": limit, "match": None if limit is None else bool(neighbours),
                 "neighbours": [{"path": other, index.measure: value} for other, value in neighbours],
-            }
-            for path, neighbours in zip(queries, matches)
+            } for path, neighbours in zip(queries, matches)),
         ], indent=1))  # fmt: skip
     else:
         for path, neighbours, nearest in zip(queries, matches, found):
@@ -321,16 +384,24 @@ def query(args: argparse.Namespace) -> None:
         ]  # fmt: skip
         figures.draw_images(rows, read_entry, Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
+    if bad:
+        sys.exit(1)  # as for one image alone
 
 
-def threshold_in_use(args: argparse.Namespace, index: Index, path: str) -> float | None:
-    """The threshold of the command line or, for a search of images by images, that of the checkpoint at this path."""
+def check_save(file: str | None, queries: list[str]) -> None:
+    """Raise FileExistsError if the picture would be written over one of the queries, also through a link."""
+    if file and os.path.exists(file) and any(os.path.samefile(file, path) for path in queries if os.path.exists(path)):
+        raise FileExistsError(f"--save {file} would overwrite a query: choose another name")
+
+
+def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpoint | None) -> float | None:
+    """The threshold of the command line or, for a search of images by images, that of the checkpoint."""
     if args.threshold is not None:
         return None if args.threshold == "none" else args.threshold
-    recorded = {} if index.made["network"].get("backbone_only") else checkpoint.threshold(path)
-    if recorded and (args.by_folder or index.made["by_folder"]):
+    recorded = checkpoint.threshold if checkpoint else {}
+    if checkpoint and recorded and (args.by_folder or index.made["by_folder"]):
         print(
-            f"The threshold in {path} is for pairs of images, not for folders: say one with --threshold",
+            f"The threshold in {checkpoint.path} is for pairs of images, not for folders: say one with --threshold",
             file=sys.stderr,
         )
         return None

@@ -1,12 +1,15 @@
 """An index of embedded images, or of their folders: paths, vectors, and the checkpoint that embedded them.
 
-images.json in its folder says which checkpoint and which NUMBER; images-NUMBER.jsonl and vectors-NUMBER.float32 are its
-rows, and vectors-NUMBER.faiss is FAISS's index of them, unless its kind is Flat. Each time the index is written, the
+images.json in its folder says which checkpoint and which NUMBER, and has the seals of the other files;
+images-NUMBER.jsonl and vectors-NUMBER.float32 are its rows, and vectors-NUMBER.faiss is FAISS's index of them, unless
+its kind is Flat. Each time the index is written, the
 number is new and images.json is replaced last. Until then, new rows wait in blocks, block-NUMBER.0.float32 and .jsonl,
 block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added to.
 """
 
+import itertools
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 
 from proxy_anchor import checkpoint, neighbours, rows, runs
-from proxy_anchor.files import replacing
+from proxy_anchor.files import is_intact, replacing, seal
 from proxy_anchor.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.rows import Rows
 from proxy_anchor.tiles import comparable
@@ -22,6 +25,8 @@ from proxy_anchor.tiles import comparable
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
 LAYOUT = {"made": MADE, "factory": str, "number": int}  # of images.json
+SINCE = {"folders": list, "files": dict}  # what older ones lack
+UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was not begun for long
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
 
@@ -34,13 +39,16 @@ class Index:
     stamp: of entries.stamp, which tells whether the files have changed since.
     made: "checkpoint", its path then; "weights", its identity; "network", its contract (see checkpoint.CONTRACT);
     "by_folder": whether each of the images stands for all images in a folder, whose path it has.
+    folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal.
     """
 
     images: Rows
     neighbours: Exact | FaissFiles
 
-    def __init__(self, folder: Path, made: dict, factory: str, number: int):
+    def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
+        self.folders: list[str] = list(folders)
+        self.files: dict[str, dict] = files or {}
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
@@ -60,19 +68,26 @@ class Index:
         text = (folder / IMAGES).read_bytes()
         try:
             content = json.loads(text)
-            _check(content, LAYOUT)
+            _check(content, LAYOUT | {name: kind for name, kind in SINCE.items() if name in content})
             if not checkpoint.is_contract(network := content["made"]["network"]):
                 raise ValueError(f"'network' is {str(network)[:80]}")
-            index = cls(folder, **{name: content[name] for name in LAYOUT})
+            index = cls(folder, **{name: content[name] for name in LAYOUT | SINCE if name in content})
+            index._check_files()
             index._read_vectors()
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             if (folder / IMAGES).read_bytes() != text:  # another process has written it meanwhile
                 return cls.open(folder)
             raise ValueError(
-                f"The index in {folder} is damaged or of an older version ({neighbours.reason(error)}): "
-                "delete the folder and index the images again"
+                f"The index in {folder} is damaged, of an older version or no index ({neighbours.reason(error)}): "
+                "index the images again, into another folder"
             ) from error
         return index
+
+    def _check_files(self):
+        """Raise ValueError if a file was damaged since it was written."""
+        for name, sealed in self.files.items():
+            if not is_intact(self.folder / name, sealed):
+                raise ValueError(f"{name} has changed since it was written")
 
     def _read_vectors(self):
         self.images = Rows(*self._files(), self.size)
@@ -145,7 +160,7 @@ class Index:
         if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
         self._delete_others()  # what a run has left that was interrupted here
-        index = Index(self.folder, self.made, self.factory, self.number + 1)
+        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders)
         try:
             rows.write(*index._files(), self._blocks_to_keep())
             if self.factory != EXACT:
@@ -197,15 +212,26 @@ class Index:
     def _files(self) -> tuple[Path, Path]:
         return self._file("vectors", "float32"), self._file("images", "jsonl")
 
+    def _faiss_files(self) -> list[Path]:
+        return list(itertools.takewhile(Path.exists, runs.numbered(self._file("vectors", "faiss"))))
+
     def _describe(self):
+        self.files = {file.name: seal(file) for file in (*self._files(), *self._faiss_files())}
+        content = {name: getattr(self, name) for name in LAYOUT | SINCE}
         with replacing(self.folder / IMAGES) as temporary:
-            temporary.write_text(json.dumps({name: getattr(self, name) for name in LAYOUT}, indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def _delete_others(self):
-        """Delete what is left of other indexes; the blocks for this one stay."""
-        for file in self.folder.glob("*-*"):
-            if file.name.startswith(("vectors-", "images-", "block-")) and f"-{self.number}." not in file.name:
-                file.unlink()
+        """Delete what killed processes may have left of the index before this one and of the next, and no other file.
+
+        The last of numbered files goes first, so that the others are still found should this process be killed, too.
+        """
+        for number in (self.number - 1, self.number + 1):
+            other = Index(self.folder, self.made, self.factory, number)
+            blocks = itertools.takewhile(lambda files: files[0].exists(), map(other._files_of_block, itertools.count()))
+            files = [*other._files(), *itertools.chain(*blocks), *other._faiss_files()]
+            for file in reversed(files):
+                file.unlink(missing_ok=True)
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The (path, similarity or distance) of the images nearest to each of the embeddings (N, D), the best first."""
@@ -282,8 +308,17 @@ def lock(folder: Path):
     """Hold the folder, so that no other process writes to it; see runs.lock. Raises FileExistsError for a file."""
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: an index is written to a folder, which need not exist")
+    if folder.is_dir() and not _is_ours(folder):
+        raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     return runs.lock(folder, instead="choose another --out")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds an index, damaged or not, or what was left of one that was just begun, or nothing."""
+    if (folder / IMAGES).exists():
+        return all(f'"{name}"'.encode() in (folder / IMAGES).read_bytes() for name in LAYOUT)
+    return all(re.fullmatch(UNFINISHED, file.name) for file in folder.iterdir())
 
 
 def _check(content, layout, name=IMAGES):

@@ -58,7 +58,9 @@ def described(out):
 
 
 def describe(out, content):
-    """Write what described reads; the images may be damaged."""
+    """Write what described reads; the images may be damaged, which their seals would tell."""
+    if isinstance(content, dict):
+        content.pop("files", None)
     for old in out.glob("images*"):
         old.unlink()
     images = content.pop("images", None) if isinstance(content, dict) else None
@@ -490,7 +492,7 @@ def calibrated(weights, folder, **changed):
     path = shutil.copy(weights / "a.pth", folder / "a.pth")
     record = {"distance": "cosine", "threshold": 0.999, "interval": [0.9, 1.0], "asked_far": 0.01, "far": 0.01,
               "far_interval": [0.0, 0.1], "classes": [2, 2], "dataset": "folder", "data": {}}  # fmt: skip
-    checkpoint.save_threshold(path, record | changed)
+    checkpoint.save_threshold(path, record | changed, checkpoint.Checkpoint(path).identity)
     return folder
 
 
@@ -615,10 +617,10 @@ def test_folder_with_bad_images(weights, images, tmp_path, capsys):
 
 def test_index_of_folders_is_not_one_of_images(weights, images, tmp_path, capsys):
     make(weights, images, tmp_path / "folders", "--by-folder")
-    make(weights, images, tmp_path / "images")
+    make(weights, images, tmp_path / "index")
     fails(lambda: make(weights, images, tmp_path / "folders"), capsys, "is an index of folders: update it with --by-")
     words = "is an index of images: update it without --by-folder, or make a new one"
-    fails(lambda: make(weights, images, tmp_path / "images", "--by-folder"), capsys, words)
+    fails(lambda: make(weights, images, tmp_path / "index", "--by-folder"), capsys, words)
 
 
 def test_threshold_of_pairs_of_images_is_not_used_for_folders(weights, images, tmp_path, capsys):
@@ -636,3 +638,132 @@ def test_threshold_of_pairs_of_images_is_not_used_for_folders(weights, images, t
     assert (tmp_path / "folders.png").stat().st_size > 10_000
     results = found(tmp_path / "index", capsys, images, "--by-folder", "--threshold", 0.99999)
     assert all(r["match"] and [n["path"] for n in r["neighbours"]] == [r["query"]] for r in results)
+
+
+# The user's own files
+
+
+def test_folder_of_photos_is_no_place_for_an_index(weights, images, tmp_path, capsys):
+    for name in ("images-1.jpg", "vectors-1.jpg", "block-1.jpg", "images.json"):
+        trees.write_image(images / name, 1)
+    before = {path: path.read_bytes() for path in images.rglob("*") if path.is_file()}
+    for folder in (images, images / "ant"):
+        words = f"{folder} is neither empty nor an index: choose another --out"
+        fails(lambda folder=folder: make(weights, images, folder), capsys, words)
+    assert {path: path.read_bytes() for path in images.rglob("*") if path.is_file()} == before
+
+
+def test_update_deletes_no_file_but_its_own(weights, images, tmp_path):
+    index = tmp_path / "index"
+    make(weights, images, index)
+    own = {
+        "images-20261128.jsonl",
+        "vectors-7.float32",
+        "block-diagram.svg",
+        "images-list.txt",
+        "vectors-1.png",
+        "x.tmp",
+    }
+    for name in own:
+        (index / name).write_text("")
+    for number in range(2):
+        trees.write_image(images / "bee" / "1.jpg", 1000 + number)
+        make(weights, images, index)
+    names = {path.name for path in index.iterdir()}
+    assert names - own == {".lock", "images.json", "images-3.jsonl", "vectors-3.float32"} and own < names
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF2,Flat"])
+def test_damage_of_any_file_is_noticed(weights, images, tmp_path, capsys, factory):
+    """Its size and its times stay as they were."""
+    make(weights, images, tmp_path / "index", "--index-factory", factory)
+    for file in (tmp_path / "index").glob("*-1.*"):
+        before, content = os.stat(file), file.read_bytes()
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        words = (
+            f"{tmp_path / 'index'} is damaged, of an older version or no index ({file.name} has changed since it was"
+        )
+        fails(lambda: found(tmp_path / "index", capsys, images), capsys, words)
+        file.write_bytes(content)
+    copy = shutil.copytree(tmp_path / "index", tmp_path / "copy")
+    assert found(copy, capsys, images) == found(tmp_path / "index", capsys, images)
+
+
+@pytest.mark.parametrize("gone", ["moved", "empty", "hidden files only", "of an index of before"])
+def test_disk_that_is_not_mounted_is_not_deleted(weights, images, tmp_path, capsys, gone):
+    index, other = tmp_path / "index", trees.folder(tmp_path / "laptop", classes=("ant", "dog"), images=3)
+    make(weights, images, index)
+    if gone == "of an index of before":
+        content = json.loads((index / "images.json").read_text())
+        del content["folders"], content["files"]
+        (index / "images.json").write_text(json.dumps(content))
+    make(weights, other, index)
+    images.rename(tmp_path / "away")
+    if gone in ("empty", "hidden files only"):
+        images.mkdir()
+    if gone == "hidden files only":
+        (images / ".nomount").write_text("")
+    trees.write_image(other / "dog" / "new.jpg", 77)
+    capsys.readouterr()
+    make(weights, other, index)
+    out = capsys.readouterr().out
+    assert "new: 1, changed: 0, deleted: 0\n" in out and "--drop-missing drops them" in out
+    if gone != "of an index of before":
+        assert f"{images} is gone or empty: its images (18) stay, --drop-missing drops them\n" in out
+    assert len(found(index, capsys, other / "dog" / "new.jpg", "-k", 30)[0]["neighbours"]) == 25
+    if images.exists():
+        shutil.rmtree(images)
+    (tmp_path / "away").rename(images)
+    capsys.readouterr()
+    make(weights, images, index)
+    assert "new: 0, changed: 0, deleted: 0\n" in capsys.readouterr().out
+    shutil.rmtree(images)
+    make(weights, other, index, "--drop-missing")
+    assert "new: 0, changed: 0, deleted: 18\n" in capsys.readouterr().out
+
+
+def test_folder_that_is_reached_through_a_link_counts_once(weights, images, tmp_path, capsys):
+    link, inside = tmp_path / "link", tmp_path / "inside"
+    link.symlink_to(images)
+    inside.mkdir()
+    (inside / "photos").symlink_to(images)
+    make(weights, images, tmp_path / "index")
+    for folder in (link, link / "ant", inside, f"{images}/../images"):
+        capsys.readouterr()
+        make(weights, folder, tmp_path / "index")
+        assert "new: 0, changed: 0, deleted: 0\n" in capsys.readouterr().out
+    make(weights, link, tmp_path / "other")
+    make(weights, images, tmp_path / "other")
+    assert described(tmp_path / "other")["images"] == described(tmp_path / "index")["images"]
+
+
+def test_picture_is_not_written_over_a_query(weights, images, tmp_path, capsys):
+    make(weights, images, tmp_path / "index")
+    photo = shutil.copy(images / "ant" / "1.jpg", tmp_path / "photo.jpg")
+    (tmp_path / "link.jpg").symlink_to(photo)
+    (tmp_path / "hard.jpg").hardlink_to(photo)
+    before = (tmp_path / "photo.jpg").read_bytes()
+    for name in ("photo.jpg", "link.jpg", "hard.jpg", "images/../photo.jpg"):
+        save = str(tmp_path / name)
+        query = ["query", "--index", str(tmp_path / "index"), str(photo), "--save", save]
+        fails(lambda query=query: search.main(query), capsys, f"--save {save} would overwrite a query")
+    assert (tmp_path / "photo.jpg").read_bytes() == before
+    query = ["query", "--index", str(tmp_path / "index"), str(images), "--save", str(images / "bee" / "2.jpg")]
+    fails(lambda: search.main(query), capsys, "would overwrite a query")
+
+
+def test_bad_image_among_queries_spoils_its_own_answer_alone(weights, images, tmp_path, capsys):
+    make(weights, images, tmp_path / "index")
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"x")
+    paths = [str(images / "ant" / "1.jpg"), str(bad), str(images / "bee" / "2.jpg")]
+    query = ["query", "--index", str(tmp_path / "index"), "-k", "1", *paths]
+    capsys.readouterr()
+    for flags in ([], ["--json"]):
+        with pytest.raises(SystemExit) as end:
+            search.main([*query, *flags])
+        out, err = capsys.readouterr()
+        assert end.value.code == 1 and err.startswith(f"The image {bad} cannot be read") and err.count("\n") == 1
+        assert out.count("1.0000  ") == 2 or [r.get("error", "")[:9] for r in json.loads(out)] == ["The image", "", ""]
+    fails(lambda: search.main([*query[:5], str(bad)]), capsys, f"error: The image {bad} cannot be read", 1)

@@ -10,9 +10,37 @@ from torch import nn
 BLOCK_ELEMENTS = 1 << 19  # similarities at a time; they stay in a CPU's cache
 
 
+def equation(
+    embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor, margin=0.1, alpha=32.0
+) -> torch.Tensor:
+    """Equation 4 of the paper, see ProxyAnchor, on the whole matrix of similarities.
+
+    It has derivatives of any order, also with respect to margin and alpha.
+    """
+    s = embeddings / norms(embeddings) @ (proxies / norms(proxies)).T  # (B, C)
+    positive = F.one_hot(labels, len(proxies)).bool()
+    one = torch.zeros_like(s[:1])  # log(1 + sum exp(z)) is logsumexp over z and a 0
+    pull = torch.cat([one, (-alpha * (s - margin)).masked_fill(~positive, -torch.inf)]).logsumexp(dim=0)
+    push = torch.cat([one, (alpha * (s + margin)).masked_fill(positive, -torch.inf)]).logsumexp(dim=0)
+    return pull.sum() / positive.any(dim=0).sum() + push.mean()
+
+
 def norms(x: torch.Tensor) -> torch.Tensor:
-    """Lengths of the rows of (N, D) as (N, 1), with the published epsilon, which keeps them from 0."""
-    return torch.sqrt(torch.linalg.vector_norm(x, dim=1, keepdim=True).square() + 1e-12)
+    """Lengths of the rows of (N, D) as (N, 1), with the published epsilon, which keeps them from 0.
+
+    NaN where the squares overflow: divided by infinity, a row would be a vector of zeros.
+    """
+    squares = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
+    return torch.sqrt(squares + 0 * squares + 1e-12)
+
+
+def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
+    """Labels, of any integer type, as int64. Raises ValueError for anything else."""
+    kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels)
+    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        found = kind if isinstance(kind, torch.dtype) else kind.__name__
+        raise ValueError(f"Expected {name} as a tensor of whole numbers, found {found}")
+    return labels.long()
 
 
 class ProxyAnchor(nn.Module):
@@ -23,7 +51,8 @@ class ProxyAnchor(nn.Module):
 
     s is the cosine similarity, P are all proxies (one per class), P+ those with a positive in the batch, X+_p and X-_p
     the embeddings of p's class and of all others. Half-precision embeddings are converted to float32. It needs the
-    memory of the proxies and their gradient, for any number of classes.
+    memory of the proxies and their gradient, for any number of classes, and gives first derivatives alone; the
+    function `equation` gives the others.
     """
 
     proxy_lr = 100  # learning rate of the proxies, as a multiple of the network's
@@ -40,15 +69,25 @@ class ProxyAnchor(nn.Module):
         return nn.init.kaiming_normal_(torch.empty(self.num_classes, embedding_size), mode="fan_out")
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels."""
-        embedding_size = self.proxies.shape[1]
-        if embeddings.ndim != 2 or embeddings.shape[1] != embedding_size or labels.shape != embeddings.shape[:1]:
+        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels.
+
+        On CUDA, labels out of range end the process by an assertion on the device, for which the host does not wait.
+        """
+        labels, embedding_size = whole_numbers(labels), self.proxies.shape[1]
+        if (
+            embeddings.ndim != 2
+            or embeddings.shape[1] != embedding_size
+            or labels.shape != embeddings.shape[:1]
+            or not len(labels)
+        ):
             raise ValueError(
-                f"Expected embeddings (B, {embedding_size}) and labels (B,), "
+                f"Expected embeddings (B, {embedding_size}) and labels (B,) of one or more images, "
                 f"found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
-        # On a GPU a look at the labels would make the host wait.
-        if labels.device.type == "cpu" and not ((labels >= 0) & (labels < self.num_classes)).all():
+        in_range = ((labels >= 0) & (labels < self.num_classes)).all()
+        if labels.is_cuda:
+            torch._assert_async(in_range, f"Expected labels from 0 to {self.num_classes - 1}")
+        elif not in_range:
             found = f"{labels.min()} to {labels.max()}"
             raise ValueError(f"Expected labels from 0 to {self.num_classes - 1}, found {found}")
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -125,8 +164,14 @@ class ProxyAnchorFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
+        # The gradients are constants to autograd: differentiated again, they would give 0, and a wrong sum with it.
+        *_, margin, alpha = ctx.needs_input_grad
+        if torch.is_grad_enabled() or margin or alpha:
+            raise NotImplementedError(
+                "ProxyAnchor gives first derivatives, and none with respect to margin or alpha; for others, call "
+                "proxy_anchor.losses.equation(embeddings, proxies, labels, margin, alpha)"
+            )
         grad_x, grad_proxies = ctx.saved_tensors
         return grad_x * grad_loss, grad_proxies * grad_loss, None, None, None, None, None, None
 

@@ -82,8 +82,8 @@ class Pairs:
     ) -> "Pairs":  # fmt: skip
         within = gallery is None
         parts = Parts(group)
-        gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
-        gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
+        embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
+        groups, gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
         origin = origin_of(gallery, distance, parts)
         queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
         targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)

@@ -1,7 +1,6 @@
 """Proxy-Anchor loss (Kim et al., CVPR 2020, arXiv 2003.13911) and the losses it is compared with."""
 
 import argparse
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +196,7 @@ def options() -> argparse.ArgumentParser:
         "--loss",
         default="Proxy_Anchor",
         choices=LOSSES,
-        help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC",
+        help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC 2 or more",
     )
     group.add_argument(
         "--alpha",
@@ -224,28 +223,34 @@ def options() -> argparse.ArgumentParser:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error for a sample that the loss cannot take."""
-    if not 0 < args.sample_proxies <= 1:
-        parser.error(f"argument --sample-proxies: {args.sample_proxies} is not a share, above 0 and at most 1")
+    """End with a usage error for a sample or a batch that the loss cannot take."""
+    if not SMALLEST_SHARE <= args.sample_proxies <= 1:
+        parser.error(f"argument --sample-proxies: {args.sample_proxies} is not a share, from {SMALLEST_SHARE:g} to 1")
     if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
         parser.error(f"argument --sample-proxies: {args.loss} takes all proxies or none; Proxy_Anchor samples them")
+    if args.loss in OF_PAIRS and (args.IPC or 1) < 2:
+        parser.error(
+            f"argument --loss: {args.loss} compares images of one class with each other, of which a random batch may "
+            "have none: add --IPC 4, say, for four images of each class"
+        )
 
 
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
+OF_PAIRS = ("MS", "Contrastive", "Triplet", "NPair")  # without proxies
+SMALLEST_SHARE = 1e-15  # the draws have steps of 2**-53
 
 
 def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0) -> nn.Module:
     """A loss by its name in LOSSES: module (embeddings (B, D), labels (B,)) -> scalar.
 
     margin and alpha are Proxy-Anchor's; the others are pytorch-metric-learning's, with the settings of the published
-    comparison. What the recipe does to the proxies is in the attributes proxy_lr and clipped, see ProxyAnchor. Raises
-    ValueError for another name, ImportError without that library.
+    comparison. A loss may have the attributes proxy_lr and clipped, see ProxyAnchor; without them its parameters learn
+    as fast as the network, and their gradients are not clipped. Raises ValueError for another name, ImportError without
+    that library.
     """
     if name == "Proxy_Anchor":
         return ProxyAnchor(num_classes, embedding_size, margin, alpha)
-    rival: Any = create_rival(name, num_classes, embedding_size)
-    rival.proxy_lr, rival.clipped = 1, False
-    return rival
+    return create_rival(name, num_classes, embedding_size)
 
 
 def create_rival(name: str, num_classes: int, embedding_size: int) -> nn.Module:

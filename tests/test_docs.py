@@ -2,6 +2,9 @@
 
 import inspect
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -123,3 +126,38 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if target.suffix == ".md" else []
         assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], link
+
+
+A_LOSS = """
+class Mine(nn.Module):
+    def __init__(self, num_classes, embedding_size):
+        super().__init__()
+        self.classes = nn.Linear(embedding_size, num_classes)
+
+    def forward(self, embeddings, labels):
+        return F.cross_entropy(self.classes(embeddings), labels)
+"""
+
+
+def test_a_loss_is_added_as_the_page_on_the_architecture_says(tmp_path):
+    """A branch of losses.create, and a name in losses.LOSSES; nothing else."""
+    assert "* A loss: a branch of `losses.create` that" in (REPOSITORY / "docs" / "architecture.md").read_text()
+    for name in ("code", "net", "dataset"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    for name in ("train.py", "proxy_anchor.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    path = tmp_path / "code" / "losses.py"
+    source = path.read_text()
+    branch = '    if name == "Mine":\n        return Mine(num_classes, embedding_size)\n'
+    for place, addition in (('("Proxy_Anchor", ', '("Mine", '), ('    if name == "Proxy_Anchor":\n', branch)):
+        assert source.count(place) == 1
+        source = source.replace(place, addition + place.lstrip("("))
+    path.write_text(source + "\n" + A_LOSS)
+    trees.folder(tmp_path / "photos")
+    flags = "--dataset folder --data-root photos --loss Mine --model resnet18 --pretrained none --embedding-size 8 "
+    flags += "--image-size 32 --batch-size 8 --epochs 2 --workers 0"
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("logs/*/*Mine*/*_best.pth"))) == 1

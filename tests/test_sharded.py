@@ -235,7 +235,9 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, above 0 and at most 1"),
+    (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, from 1e-15 to 1"),
+    (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
+    (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
     (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),
     (["--sample-proxies", "0.5", "--loss", "Proxy_NCA"], "argument --sample-proxies: Proxy_NCA takes all proxies"),
 ])  # fmt: skip

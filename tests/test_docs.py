@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import search
 import train
 import transfer
 from dataset import __main__ as data
-from proxy_anchor import losses
+from proxy_anchor import checkpoint, losses
 
 README = REPOSITORY / "README.md"
 SCRIPTS = {
@@ -83,6 +84,56 @@ def test_commands_for_photos_run(tmp_path, monkeypatch):
     search.main([*index, "--workers", "0"])
     search.main(query)
     assert (tmp_path / "report" / "index.html").exists() and (tmp_path / "neighbours.png").exists()
+
+
+def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
+    """As printed: evaluation, index, queries, calibration and export, of checkpoints whose weights are random."""
+    pytest.importorskip("faiss")
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    data_root = trees.cub(tmp_path / "data", (1, 2, *range(101, 113)), 4)
+    trees.folder(tmp_path / "photos", images=2)
+    trees.folder(tmp_path / "things", images=2)
+    for name in ("new.jpg", "new/1.jpg", "new/2.jpg"):
+        trees.write_image(tmp_path / name, 1)
+    monkeypatch.chdir(tmp_path)
+    networks = {"cub_bn_inception_best": "bn_inception", "cub_resnet50_best": "resnet50"} | dict.fromkeys(
+        "ABCD", "resnet18"
+    )
+    for name, model in networks.items():
+        contract = {"model": model, "embedding_size": 512, "image_size": 64, "l2_norm": 1}
+        checkpoint.save(tmp_path / f"{name}.pth", net.create(model, 512), contract)
+    export.main(["--resume", "A.pth", "--out", "cub.onnx", "--check", "photos", "--dataset", "cub"])
+    cub = ["--data-root", str(data_root), "--allow-partial", "--workers", "0"]
+    more = {"evaluate": cub, "index": ["--workers", "0"], "query": []}
+    run = 0
+    for page in ("evaluate-and-search.md", "use.md", "protocols.md"):
+        shutil.rmtree("photos.index", ignore_errors=True)  # that of another page
+        for block in blocks(REPOSITORY / "docs" / page):
+            for line in block.splitlines():
+                if match := re.match(r"python (evaluate|search)\.py (.*)", line):
+                    flags = shlex.split(match[2])
+                    kind = flags[0] if match[1] == "search" else "evaluate"
+                    flags += [*more[kind], *(["--far", "0.3"] if "--calibrate" in flags else [])]
+                    {"evaluate": evaluate, "search": search}[match[1]].main(flags)
+                    run += 1
+    out = capsys.readouterr().out
+    assert run == 10 and "recorded in" in out and (tmp_path / "neighbours.png").exists()
+
+
+def test_commands_that_check_data_run(tmp_path, monkeypatch):
+    """As printed, but for the folder of the data."""
+    trees.cub(tmp_path / "data")
+    trees.folder(tmp_path / "data" / "glyphs" / "train", images=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
+    checks = [argv for argv in commands("python -m dataset", [REPOSITORY / "docs" / "data.md"]) if argv[0] == "check"]
+    for argv in checks:
+        more = [] if "--data-root" in argv else ["--data-root", "data", "--allow-partial"]
+        data.main([*argv, *more])
+    (training,) = commands("python train.py", [REPOSITORY / "docs" / "data.md"])
+    train.main([*training, "--batch-size", "8", "--epochs", "1", "--workers", "0"])
+    assert len(checks) == 2 and len(list((tmp_path / "logs").glob("*/*/*_best.pth"))) == 1
 
 
 def test_python_of_the_readme_runs():

@@ -116,7 +116,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     scheduler = training.create_scheduler(
         args.lr_schedule, optimizer, args.epochs, args.lr_decay_step, args.lr_decay_gamma
     )
-    clipped = [network, criterion] if criterion.clipped else [network]
+    clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 
     def loss_of(images, labels):
         embeddings = distributed.gather(embedder(images), batch_size)  # (B, D)

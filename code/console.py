@@ -63,13 +63,14 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with a usage error if a number on the command line is out of its range, or a path is empty."""
     for name, value in vars(args).items():
         flag = "argument --" + (name if name.isupper() else name.replace("_", "-"))
-        limit = 2**31 if name in ("image_size", "embedding_size") else math.inf  # torch's numbers end somewhere
+        # torch's numbers end somewhere.
+        limit = 2**31 if name in ("image_size", "embedding_size") else torch.finfo(torch.float).max
         if name in POSITIVE and value is not None and not 0 < value < limit:
             parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             parser.error(f"{flag}: {value} is negative or too large")
-        if name == "mrg" and not math.isfinite(value):
-            parser.error(f"{flag}: {value} is not finite")
+        if name == "mrg" and not abs(value) < limit:
+            parser.error(f"{flag}: {value} is {'too large' if math.isfinite(value) else 'not finite'}")
         if name == "gpu_id" and value < -1:
             parser.error(f"{flag}: {value} is no device; -1 means all")
         if name in PATHS and value == "":  # as of "$FOLDER" where no such variable is set

@@ -202,10 +202,16 @@ def edges_of_interest(curve: Curve, wanted: list[int], pairs: int) -> np.ndarray
 
 
 def estimate(value, replicates: np.ndarray) -> Estimate:
-    """The value, with the interval of the replicates that have one."""
-    known = replicates[~np.isnan(replicates)]
-    ends = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(known) else [np.nan] * 2
-    return Estimate(*map(float, (np.squeeze(value), *ends)))
+    """The value, with the interval of the replicates that have one: from quantile to quantile, and to the value.
+
+    Replicates are read off straight lines between some thresholds, and few classes drawn are fewer than all: the value
+    may lie beyond their quantiles. A wider interval holds the true value no less often.
+    """
+    value, known = float(np.squeeze(value)), replicates[~np.isnan(replicates)]
+    if not len(known):
+        return Estimate(value, np.nan, np.nan)
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(min(low, value)), float(max(high, value)))
 
 
 @dataclass
@@ -254,7 +260,7 @@ def calibrate(
     """Choose the threshold with this FAR on one half of the classes, and check it on the other.
 
     embedded, groups: as for evaluation.measure. The first half of a shuffle of the classes with this seed chooses.
-    Raises ValueError where a half has too few classes or pairs.
+    Raises ValueError where a half has too few classes or pairs, and where no pair of one class would be accepted.
     """
     classes = torch.unique(torch.cat([labels.cpu() for labels in embedded[1::2]])).numpy()
     first, second = np.array_split(np.random.default_rng(seed).permutation(classes), 2)
@@ -265,7 +271,14 @@ def calibrate(
             f"{chosen.other.sum():,} of two: too few for a threshold with {100 * far:g}% false accepts, which takes "
             f"{FEWEST} false accepts"
         )
-    limit = chosen.at_far[far][0].value
+    threshold, true_accepts = chosen.at_far[far]
+    if not true_accepts.value:
+        raise ValueError(
+            f"No threshold with at most {100 * far:g}% false accepts accepts a pair of one class: pairs of two classes "
+            "are as near as the nearest, as where a network maps all images to one point. Train it further, or ask for "
+            "a larger --far"
+        )
+    limit = threshold.value
     checked = verify(*of_classes(embedded, second, distance, groups), fars=[], thresholds=[limit])
     if not checked.at_threshold:
         raise ValueError(f"The {len(second):,} classes to check the threshold on do not have pairs of both kinds")

@@ -1,7 +1,6 @@
 """Proxy-Anchor loss (Kim et al., CVPR 2020, arXiv 2003.13911) and the losses it is compared with."""
 
 import argparse
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +9,37 @@ from torch import nn
 BLOCK_ELEMENTS = 1 << 19  # similarities at a time; they stay in a CPU's cache
 
 
+def equation(
+    embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor, margin=0.1, alpha=32.0
+) -> torch.Tensor:
+    """Equation 4 of the paper, see ProxyAnchor, on the whole matrix of similarities.
+
+    It has derivatives of any order, also with respect to margin and alpha.
+    """
+    s = embeddings / norms(embeddings) @ (proxies / norms(proxies)).T  # (B, C)
+    positive = F.one_hot(labels, len(proxies)).bool()
+    one = torch.zeros_like(s[:1])  # log(1 + sum exp(z)) is logsumexp over z and a 0
+    pull = torch.cat([one, (-alpha * (s - margin)).masked_fill(~positive, -torch.inf)]).logsumexp(dim=0)
+    push = torch.cat([one, (alpha * (s + margin)).masked_fill(positive, -torch.inf)]).logsumexp(dim=0)
+    return pull.sum() / positive.any(dim=0).sum() + push.mean()
+
+
 def norms(x: torch.Tensor) -> torch.Tensor:
-    """Lengths of the rows of (N, D) as (N, 1), with the published epsilon, which keeps them from 0."""
-    return torch.sqrt(torch.linalg.vector_norm(x, dim=1, keepdim=True).square() + 1e-12)
+    """Lengths of the rows of (N, D) as (N, 1), with the published epsilon, which keeps them from 0.
+
+    NaN where the squares overflow: divided by infinity, a row would be a vector of zeros.
+    """
+    squares = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
+    return torch.sqrt(squares + 0 * squares + 1e-12)
+
+
+def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
+    """Labels, of any integer type, as int64. Raises ValueError for anything else."""
+    kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels)
+    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        found = kind if isinstance(kind, torch.dtype) else kind.__name__
+        raise ValueError(f"Expected {name} as a tensor of whole numbers, found {found}")
+    return labels.long()
 
 
 class ProxyAnchor(nn.Module):
@@ -23,7 +50,8 @@ class ProxyAnchor(nn.Module):
 
     s is the cosine similarity, P are all proxies (one per class), P+ those with a positive in the batch, X+_p and X-_p
     the embeddings of p's class and of all others. Half-precision embeddings are converted to float32. It needs the
-    memory of the proxies and their gradient, for any number of classes.
+    memory of the proxies and their gradient, for any number of classes, and gives first derivatives alone; the
+    function `equation` gives the others.
     """
 
     proxy_lr = 100  # learning rate of the proxies, as a multiple of the network's
@@ -40,15 +68,25 @@ class ProxyAnchor(nn.Module):
         return nn.init.kaiming_normal_(torch.empty(self.num_classes, embedding_size), mode="fan_out")
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels."""
-        embedding_size = self.proxies.shape[1]
-        if embeddings.ndim != 2 or embeddings.shape[1] != embedding_size or labels.shape != embeddings.shape[:1]:
+        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels.
+
+        On CUDA, labels out of range end the process by an assertion on the device, for which the host does not wait.
+        """
+        labels, embedding_size = whole_numbers(labels), self.proxies.shape[1]
+        if (
+            embeddings.ndim != 2
+            or embeddings.shape[1] != embedding_size
+            or labels.shape != embeddings.shape[:1]
+            or not len(labels)
+        ):
             raise ValueError(
-                f"Expected embeddings (B, {embedding_size}) and labels (B,), "
+                f"Expected embeddings (B, {embedding_size}) and labels (B,) of one or more images, "
                 f"found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
-        # On a GPU a look at the labels would make the host wait.
-        if labels.device.type == "cpu" and not ((labels >= 0) & (labels < self.num_classes)).all():
+        in_range = ((labels >= 0) & (labels < self.num_classes)).all()
+        if labels.is_cuda:
+            torch._assert_async(in_range, f"Expected labels from 0 to {self.num_classes - 1}")
+        elif not in_range:
             found = f"{labels.min()} to {labels.max()}"
             raise ValueError(f"Expected labels from 0 to {self.num_classes - 1}, found {found}")
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -125,8 +163,14 @@ class ProxyAnchorFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
+        # The gradients are constants to autograd: differentiated again, they would give 0, and a wrong sum with it.
+        *_, margin, alpha = ctx.needs_input_grad
+        if torch.is_grad_enabled() or margin or alpha:
+            raise NotImplementedError(
+                "ProxyAnchor gives first derivatives, and none with respect to margin or alpha; for others, call "
+                "proxy_anchor.losses.equation(embeddings, proxies, labels, margin, alpha)"
+            )
         grad_x, grad_proxies = ctx.saved_tensors
         return grad_x * grad_loss, grad_proxies * grad_loss, None, None, None, None, None, None
 
@@ -152,7 +196,7 @@ def options() -> argparse.ArgumentParser:
         "--loss",
         default="Proxy_Anchor",
         choices=LOSSES,
-        help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC",
+        help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC 2 or more",
     )
     group.add_argument(
         "--alpha",
@@ -179,28 +223,34 @@ def options() -> argparse.ArgumentParser:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error for a sample that the loss cannot take."""
-    if not 0 < args.sample_proxies <= 1:
-        parser.error(f"argument --sample-proxies: {args.sample_proxies} is not a share, above 0 and at most 1")
+    """End with a usage error for a sample or a batch that the loss cannot take."""
+    if not SMALLEST_SHARE <= args.sample_proxies <= 1:
+        parser.error(f"argument --sample-proxies: {args.sample_proxies} is not a share, from {SMALLEST_SHARE:g} to 1")
     if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
         parser.error(f"argument --sample-proxies: {args.loss} takes all proxies or none; Proxy_Anchor samples them")
+    if args.loss in OF_PAIRS and (args.IPC or 1) < 2:
+        parser.error(
+            f"argument --loss: {args.loss} compares images of one class with each other, of which a random batch may "
+            "have none: add --IPC 4, say, for four images of each class"
+        )
 
 
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
+OF_PAIRS = ("MS", "Contrastive", "Triplet", "NPair")  # without proxies
+SMALLEST_SHARE = 1e-15  # the draws have steps of 2**-53
 
 
 def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0) -> nn.Module:
     """A loss by its name in LOSSES: module (embeddings (B, D), labels (B,)) -> scalar.
 
     margin and alpha are Proxy-Anchor's; the others are pytorch-metric-learning's, with the settings of the published
-    comparison. What the recipe does to the proxies is in the attributes proxy_lr and clipped, see ProxyAnchor. Raises
-    ValueError for another name, ImportError without that library.
+    comparison. A loss may have the attributes proxy_lr and clipped, see ProxyAnchor; without them its parameters learn
+    as fast as the network, and their gradients are not clipped. Raises ValueError for another name, ImportError without
+    that library.
     """
     if name == "Proxy_Anchor":
         return ProxyAnchor(num_classes, embedding_size, margin, alpha)
-    rival: Any = create_rival(name, num_classes, embedding_size)
-    rival.proxy_lr, rival.clipped = 1, False
-    return rival
+    return create_rival(name, num_classes, embedding_size)
 
 
 def create_rival(name: str, num_classes: int, embedding_size: int) -> nn.Module:

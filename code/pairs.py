@@ -13,7 +13,9 @@ from proxy_anchor.parts import Parts
 from proxy_anchor.retrieval import groups_searched, searched
 from proxy_anchor.tiles import Points, Tiled, origin_of
 
-RESOLUTION = 1 << 16  # bins in the range of the nearness
+RESOLUTION = 1 << 16  # bins in the range of the similarities
+STEPS, MANTISSA = 1 << 14, 52 - 14  # of distances: bins from one power of two to the next, and the bits left out
+OCTAVES = 26  # from the farthest to rounding errors: of distances, the root of those of float64
 CELLS = 1 << 23  # numbers at a time in the bootstrap
 
 
@@ -29,32 +31,54 @@ def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
 
 @dataclass
 class Scale:
-    """Equal bins of nearness; a threshold is the lower edge of one, and the last begins at the nearest possible."""
+    """Bins of nearness; a threshold is the lower edge of one, and the last begins at the nearest possible.
 
-    low: float
-    width: float
+    Those of similarities are equal. Those of distances are the numbers with STEPS steps from one power of two to the
+    next: each is as exact as all others, relative to itself, however far the farthest image is.
+    """
+
+    edges: np.ndarray  # ascending: the first accepts all pairs, the last none
+    farthest: int | None = None  # of distances: the number of the first edge, see steps
+
+    @classmethod
+    def of_similarities(cls) -> "Scale":
+        return cls(-1 + 2 / RESOLUTION * np.arange(RESOLUTION + 2))
+
+    @classmethod
+    def of_distances(cls, farthest: float) -> "Scale":
+        """Down to 2**-OCTAVES of the farthest: what is nearer, but for rounding errors of the squares, is at 0."""
+        last = int(steps(torch.tensor(farthest or 1, dtype=torch.double)))
+        numbers = torch.arange(last, last - OCTAVES * STEPS, -1) << MANTISSA
+        edges = -numbers.view(torch.double).numpy()
+        return cls(np.concatenate([edges, [0, -edges[-1]]]), last)
 
     @classmethod
     def of(cls, queries: Points, targets: Points, parts: Parts) -> "Scale":
         halves = [parts.largest(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
-        if not halves:
-            return cls(-1, 2 / RESOLUTION)
-        farthest = sum(math.sqrt(2 * half) for half in halves)
-        span = 2.0 ** math.ceil(math.log2(farthest or 1))  # a power of two: other sets have many of these edges too
-        return cls(-span, span / RESOLUTION)
+        return cls.of_distances(sum(math.sqrt(2 * half) for half in halves)) if halves else cls.of_similarities()
 
-    @property
-    def edges(self) -> np.ndarray:
-        """(RESOLUTION + 2,), ascending: the first accepts all pairs, the last none."""
-        return self.low + self.width * np.arange(RESOLUTION + 2)
+    def __len__(self):
+        return len(self.edges) - 1
 
     def edge_from(self, threshold: float) -> int:
         """The number of the first edge that is not below the threshold."""
-        return min(max(math.ceil((threshold - self.low) / self.width), 0), RESOLUTION + 1)
+        return min(int(np.searchsorted(self.edges, threshold)), len(self))
 
     def bins(self, nearness: torch.Tensor) -> torch.Tensor:
         """The numbers of the bins; overwrites the nearness."""
-        return nearness.sub_(self.low).div_(self.width).clamp_(0, RESOLUTION).long()
+        if self.farthest is None:
+            numbers = nearness.add_(1).div_(2 / RESOLUTION).long()
+        else:
+            numbers = steps(nearness.abs_()).neg_().add_(self.farthest)
+        return numbers.clamp_(0, len(self) - 1)
+
+
+def steps(distances: torch.Tensor) -> torch.Tensor:
+    """Their numbers among those with STEPS steps to an octave, rounded up; they are float64 and not negative.
+
+    The bits of floating-point numbers are in the order of the numbers: those after the first are left out.
+    """
+    return -(-distances.view(torch.long) >> MANTISSA)
 
 
 @dataclass
@@ -72,9 +96,6 @@ class Pairs:
     classes: torch.Tensor  # (C,), ascending
     parts: Parts
 
-    # Of a tile: the bins of pairs of two classes come first, then those of one class, then one for what is no pair.
-    ONE_CLASS, NO_PAIR = RESOLUTION + 1, 2 * (RESOLUTION + 1)
-
     @classmethod
     def of(
         cls, embeddings, labels, gallery=None, gallery_labels=None, distance="cosine",
@@ -82,8 +103,8 @@ class Pairs:
     ) -> "Pairs":  # fmt: skip
         within = gallery is None
         parts = Parts(group)
-        gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
-        gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
+        embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
+        groups, gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
         origin = origin_of(gallery, distance, parts)
         queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
         targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
@@ -91,8 +112,11 @@ class Pairs:
         return cls(queries, targets, within, Scale.of(queries.points, targets.points, parts), classes, parts)
 
     def tiles(self):
-        """Of each tile: the labels of its rows and columns, whether it has more than pairs of two classes, its bins."""
-        targets = self.targets
+        """Of each tile: the labels of its rows and columns, whether it has more than pairs of two classes, its bins.
+
+        The bins of pairs of two classes come first, then those of one class, then one for what is no pair.
+        """
+        targets, no_pair = self.targets, 2 * len(self.scale)
         for owner, queries in enumerate(self.queries.of_each(self.parts)):
             selves = self.within and owner == self.parts.rank
             for i in range(len(queries)):
@@ -104,12 +128,12 @@ class Pairs:
                         nearness = nearness.clamp_(max=0).mul_(-2).sqrt_().neg_()
                     bins = self.scale.bins(nearness)
                     if others := queries.shares_labels(i, targets, j):
-                        bins += (queries.labels[rows, None] == targets.labels[columns]) * self.ONE_CLASS
+                        bins += (queries.labels[rows, None] == targets.labels[columns]) * len(self.scale)
                     if queries.groups is not None and targets.groups is not None:
-                        bins.masked_fill_(queries.groups[rows, None] == targets.groups[columns], self.NO_PAIR)
+                        bins.masked_fill_(queries.groups[rows, None] == targets.groups[columns], no_pair)
                         others = True
                     if selves and i == j:
-                        bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), self.NO_PAIR)
+                        bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), no_pair)
                     yield queries.labels[rows], targets.labels[columns], others, bins
 
     def compares(self, owner: int) -> bool:
@@ -118,11 +142,11 @@ class Pairs:
         return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.parts.rank)
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of pairs of one class and of two in each bin: (RESOLUTION + 1,) each."""
-        total = torch.zeros(self.NO_PAIR + 1, dtype=torch.long)
+        """The numbers of pairs of one class and of two in each bin of the scale."""
+        total = torch.zeros(2 * len(self.scale) + 1, dtype=torch.long)
         for *_, bins in self.tiles():
             total += torch.bincount(bins.flatten(), minlength=len(total)).cpu()
-        other, same = self._over_all_processes(total)[: self.NO_PAIR].view(2, -1).numpy()
+        other, same = self._over_all_processes(total)[:-1].view(2, -1).numpy()
         return same, other
 
     def resampled(self, edges: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +158,7 @@ class Pairs:
         """
         device = self.queries.labels.device
         cells = len(edges) - 1
-        of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(RESOLUTION + 1), side="right") - 1)
+        of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(len(self.scale)), side="right") - 1)
         cell_of = torch.cat([of_bin, of_bin + cells, torch.tensor([2 * cells])]).to(device)
         drawn = torch.from_numpy(weights).float().to(device)  # (C, R)
         total = torch.zeros(2, cells, drawn.shape[1], dtype=torch.double)  # of two classes, of one

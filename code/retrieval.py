@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
+from proxy_anchor.losses import whole_numbers
 from proxy_anchor.parts import Parts
 from proxy_anchor.tiles import Panel, Points, Tiled, finite, origin_of
 
@@ -74,8 +75,8 @@ def search(
     embeddings: the queries travel, a tile's rows at a time. What is found is the same for any number of processes.
     """
     parts, within = Parts(group), gallery is None
-    gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
-    gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
+    embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
+    groups, gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
     origin = origin_of(gallery, distance, parts)
     queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
     targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
@@ -208,16 +209,17 @@ def searched(
     gallery: torch.Tensor | None,
     gallery_labels: torch.Tensor | None,
     parts: Parts,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gallery, where the queries are, and its labels: without one, the queries themselves.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The queries and the gallery, without one the queries again: on one device, in one type, with int64 labels.
 
-    Raises ValueError for shapes that do not agree and, in all processes, for embeddings that are not finite and for no
-    embeddings at all; those of a part may be none.
+    Raises ValueError for shapes that do not agree, for labels that are not whole numbers and, in all processes, for
+    embeddings that are not finite and for no embeddings at all; those of a part may be none.
     """
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("A gallery and its labels come together: pass both, or neither to search within the queries")
     if gallery is None or gallery_labels is None:
         gallery, gallery_labels = embeddings, labels
+    labels, gallery_labels = whole_numbers(labels), whole_numbers(gallery_labels, "gallery_labels")
     size = embeddings.shape[1] if embeddings.ndim == 2 else "D"
     for name, x, y in (("embeddings", embeddings, labels), ("gallery", gallery, gallery_labels)):
         if x.ndim != 2 or x.shape[1] != size or y.shape != x.shape[:1]:
@@ -227,7 +229,8 @@ def searched(
         if not parts.sum(torch.tensor(len(x), device=x.device)):
             raise ValueError(f"There is nothing to search: {name} {tuple(x.shape)}")
         finite(x, parts)
-    return gallery.to(embeddings.device), gallery_labels
+    dtype = torch.promote_types(embeddings.dtype, gallery.dtype)
+    return embeddings.to(dtype), labels, gallery.to(embeddings.device, dtype), gallery_labels
 
 
 def groups_searched(
@@ -236,16 +239,19 @@ def groups_searched(
     labels: torch.Tensor,
     gallery_labels: torch.Tensor,
     within: bool,
-) -> torch.Tensor | None:
-    """The groups of the gallery, if there are any: those of the queries where these are searched within themselves.
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The groups of queries and gallery as int64, if there are any: without a gallery, those of the queries again.
 
-    Raises ValueError where only one side has groups, and for shapes that do not agree.
+    Raises ValueError where only one side has groups, for other than whole numbers, and for shapes that do not agree.
     """
     if within and gallery_groups is None:
         gallery_groups = groups
     if (groups is None) != (gallery_groups is None) or (within and gallery_groups is not groups):
         raise ValueError("The groups of queries and gallery come together: pass gallery_groups only with a gallery")
+    if groups is None or gallery_groups is None:
+        return None, None
+    groups, gallery_groups = whole_numbers(groups, "groups"), whole_numbers(gallery_groups, "gallery_groups")
     for name, found, y in (("groups", groups, labels), ("gallery_groups", gallery_groups, gallery_labels)):
-        if found is not None and found.shape != y.shape:
+        if found.shape != y.shape:
             raise ValueError(f"Expected {name} {tuple(y.shape)}, a number for each image, found {tuple(found.shape)}")
-    return gallery_groups
+    return groups, gallery_groups

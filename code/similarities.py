@@ -30,7 +30,7 @@ def chart(pairs: Verification, threshold: dict) -> str:
     high = 1 if distance == "cosine" else 0
     low = min([0, *edges[sum(counts.values(), np.zeros(len(edges))) > 0][:1]])
     span = high - low or 1
-    nearness = (edges + pairs.scale.width / 2).clip(low, high)  # of the pairs in each bin
+    nearness = ((edges + pairs.scale.edges[1:]) / 2).clip(low, high)  # of the pairs in each bin
     shares = {
         kind: np.histogram(nearness, BINS, (high - span, high), weights=numbers)[0] / numbers.sum()
         for kind, numbers in counts.items()

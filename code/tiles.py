@@ -206,4 +206,8 @@ def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
 def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
     """Rows (N, D) divided by their length, in float32 or better. Raises ValueError if any is not finite."""
     embeddings = finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
-    return embeddings / norms(embeddings)
+    lengths = norms(embeddings)
+    if lengths.isnan().any():  # too long to square
+        largest = embeddings.abs().amax(dim=1, keepdim=True)
+        return unit_vectors(embeddings / torch.where(lengths.isnan(), largest, 1))
+    return embeddings / lengths

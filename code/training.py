@@ -131,14 +131,14 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """Optimizer of the backbone at lr, the embedding layer at embedding_lr times lr, and the loss's proxies.
 
-    The proxies' learning rate is criterion.proxy_lr times lr. All that trains is decayed. eps: None for the optimizer's
-    own.
+    The proxies' learning rate is lr, or criterion.proxy_lr times lr where the loss has this attribute. All that trains
+    is decayed. eps: None for the optimizer's own.
     """
     embedding = list(network.model.embedding.parameters())
     backbone = [p for key, p in network.named_parameters() if not key.startswith("model.embedding.")]
     groups = [{"params": backbone}, {"params": embedding, "lr": lr * embedding_lr}]
     if proxies := list(criterion.parameters()):
-        groups.append({"params": proxies, "lr": lr * criterion.proxy_lr})
+        groups.append({"params": proxies, "lr": lr * getattr(criterion, "proxy_lr", 1)})
     settings = {"weight_decay": weight_decay} | ({} if eps is None else {"eps": eps})
     optimizer = OPTIMIZERS[name](groups, lr=lr, **settings)
     if hasattr(criterion, "follow"):
@@ -178,6 +178,10 @@ def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
         parameter.requires_grad_(False)
 
 
+def parameters_with_gradient(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
 def train_one_epoch(
     network: nn.Module,
     loss_of,
@@ -194,18 +198,27 @@ def train_one_epoch(
     loss_of(images, labels) -> scalar. clipped: the modules whose gradients are clipped. losses: those of the epoch's
     earlier steps, if it was interrupted; the new ones are appended. The loss is read one step late, so that a GPU never
     waits for it. Where several processes share the work, `batches` has this process's part of each batch, and its
-    gradient is that of the whole batch's loss through this part. Raises FloatingPointError, with the epoch, the step
-    and the learning rate, when the loss is not finite.
+    gradient is that of the whole batch's loss through this part. Raises FloatingPointError, with the epoch and the
+    step, when the loss is not finite or a gradient is not; an enabled scaler skips the steps of such gradients instead.
     """
     network.train()  # also during warm-up
     losses = [] if losses is None else losses
+    names = {parameter: name for name, parameter in network.named_parameters()}
 
-    def read(loss):
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
+    def read(loss, trained, norms):
+        """Of a step: its loss, and the parameters that it trained with the norms of their gradients."""
+        loss, *norms = torch.cat([loss.view(1), *norms]).tolist()
+        losses.append(loss)
+        where = f"in epoch {epoch}, step {len(losses) - 1}"
+        if not math.isfinite(loss):
             lr = optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(f"The loss is {loss} {where}, at learning rate {lr:g}")
+        if wrong := [parameter for parameter, norm in zip(trained, norms) if not math.isfinite(norm)]:
+            # The last is the nearest to the loss, from where gradients come.
+            name = names.get(wrong[-1], "the loss's own parameters")
             raise FloatingPointError(
-                f"The loss is {losses[-1]} in epoch {epoch}, step {len(losses) - 1}, at learning rate {lr:g}"
+                f"The gradients of {len(wrong)} of {len(trained)} parameters are not finite, or too large to "
+                f"square, {where}, those of {name} first; the loss is {loss:g}"
             )
         if report:
             report(losses[-1])
@@ -218,12 +231,14 @@ def train_one_epoch(
         scaler.unscale_(optimizer)
         for module in clipped:
             nn.utils.clip_grad_value_(module.parameters(), CLIP_VALUE)
+        trained = [] if scaler.is_enabled() else parameters_with_gradient(optimizer)
+        norms = [torch.stack(torch._foreach_norm([parameter.grad for parameter in trained]))] if trained else []
         scaler.step(optimizer)
         scaler.update()
         if previous is not None:
-            read(previous)
-        previous = loss.detach()
+            read(*previous)
+        previous = loss.detach(), trained, norms
     if previous is not None:
-        read(previous)
+        read(*previous)
     distributed.broadcast(network)  # rounding, and BatchNorm on CPUs, may differ between processes
     return sum(losses) / len(losses)

@@ -1,8 +1,9 @@
 """Measure what docs/use.md says of thresholds and folders, on the test classes of glyphs.
 
-python misc/thresholds.py CHECKPOINT [DATA_ROOT]
+python misc/thresholds.py CHECKPOINT
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import net
-from proxy_anchor import checkpoint, decisions, retrieval
+from proxy_anchor import console, decisions, retrieval
+from proxy_anchor.checkpoint import Checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.entries import embeddings_of, group
 
@@ -20,10 +22,18 @@ SPLITS, FAR = 20, 0.01
 
 
 def embed(path: str, root: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    contract = checkpoint.Checkpoint(path).contract
-    network = net.create(contract["model"], contract["embedding_size"], pretrained=None, l2_norm=contract["l2_norm"])
-    checkpoint.load(path, network)
-    (images,) = dataset.eval_sets("glyphs", root, contract["image_size"], contract["crop"])
+    """The embeddings, labels and paths of the test images. Raises ValueError for a checkpoint without a record."""
+    read = Checkpoint(path)
+    contract = read.contract
+    if not contract:
+        raise ValueError(f"{path} has no record of its network: expected a checkpoint of train.py --dataset glyphs")
+    network = net.create(
+        contract["model"], contract["embedding_size"], l2_norm=bool(contract["l2_norm"]),
+        head=contract.get("head", "linear"), image_size=contract["image_size"],
+    )  # fmt: skip
+    read.load(network)
+    geometry = dataset.geometry_of("glyphs", contract)
+    (images,) = dataset.eval_sets("glyphs", root, contract["image_size"], geometry)
     embedder = Embedder(network, torch.device("cpu"))
     return *embedder.embed(dataset.eval_loader(images, batch_size=150, workers=0)), images.paths
 
@@ -52,8 +62,8 @@ def folders(embeddings: torch.Tensor, labels: torch.Tensor, paths: list[str]) ->
     halves = {}
     for name, half in (("queries", ~second), ("gallery", second)):
         of_half = [path for path, kept in zip(paths, half) if kept]
-        label_of = dict(zip(group(of_half, by_folder=True), labels[half].unique_consecutive()))
-        entries, means = embeddings_of(group(of_half, by_folder=True), of_half, embeddings[half], "cosine")
+        label_of = dict(zip(group(of_half), labels[half].unique_consecutive()))
+        entries, means = embeddings_of(group(of_half), of_half, embeddings[half], "cosine")
         halves[name] = {
             "images": (embeddings[half], labels[half]),
             "folders": (means.float(), torch.stack([label_of[entry] for entry in entries])),
@@ -64,7 +74,18 @@ def folders(embeddings: torch.Tensor, labels: torch.Tensor, paths: list[str]) ->
         print(f"R@1 of {len(x):,} {asked} among {len(gallery):,} {index}: {100 * recall:.2f}")
 
 
-checkpoint_path, data_root = [*sys.argv[1:], dataset.DATA_ROOT][:2]
-embeddings, labels, paths = embed(checkpoint_path, data_root)
-folders(embeddings, labels, paths)
-calibrations(embeddings, labels)
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[console.options()]
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
+    args = parser.parse_args(argv)
+    with console.errors_in_one_line("thresholds.py", args.debug):
+        embeddings, labels, paths = embed(args.checkpoint, args.data_root)
+        folders(embeddings, labels, paths)
+        calibrations(embeddings, labels)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,13 +56,14 @@ def test_rates_are_those_of_sklearn(searched, distance, tile):
     fars = (0.5, 0.1, 0.03, 0.01)
     found = verify(*[*SETS[searched], None, None][:4], distance, fars=fars, replicates=20)
     assert (found.same.sum(), found.other.sum()) == (alike.sum(), (~alike).sum())
-    width, least = found.scale.width, 1 / min(alike.sum(), (~alike).sum())
+    least = 1 / min(alike.sum(), (~alike).sum())
     assert found.auc.value == pytest.approx(roc_auc_score(alike, nearness), abs=1e-4)
     assert found.equal_error[1].value == pytest.approx(far[np.abs(far + tar - 1).argmin()], abs=2 * least)
     assert list(found.at_far) == list(fars) and not found.too_rare
     for rate, (threshold, share) in found.at_far.items():
         last = np.flatnonzero(far <= rate)[-1]
         below = thresholds[last + 1]  # would accept too many
+        width = np.diff(found.scale.edges)[found.scale.edge_from(threshold.value) - 1]
         assert below - 1e-6 < threshold.value < below + width + 1e-6 or share.value == pytest.approx(tar[last])
         assert (nearness[~alike] >= threshold.value).mean() <= rate
         assert share.value == pytest.approx((nearness[alike] >= threshold.value).mean(), abs=1e-9)
@@ -80,24 +81,63 @@ def test_rates_at_given_thresholds_are_those_of_a_loop(distance):
     assert [list(map(float, rate)) for rate in found.at_threshold[50]] == [[0, 0, 0]] * 2
 
 
-@pytest.mark.parametrize("scale", [Scale(-1, 2 / pairs.RESOLUTION), Scale(-32, 32 / pairs.RESOLUTION)])
+@pytest.mark.parametrize("scale", [Scale.of_similarities(), Scale.of_distances(32.0), Scale.of_distances(1e-3)])
 def test_thresholds_are_rounded_up_to_an_edge(scale):
     """Exactly those of the scale are themselves, and the bins begin at them; the last edge accepts nothing."""
-    for number in (0, 1, 777, 40_000, pairs.RESOLUTION, pairs.RESOLUTION + 1):
+    last = len(scale) - 1
+    for number in (0, 1, 777, 40_000, last - 1, last, last + 1):
         edge = scale.edges[number]
+        below, above = edge - 1e-9, edge + 1e-9
+        if scale.farthest:
+            below, above = np.nextafter(edge, -np.inf), np.nextafter(edge, np.inf)
         assert scale.edge_from(edge) == number
-        assert scale.edge_from(edge + 1e-9) == min(number + 1, pairs.RESOLUTION + 1)
-        around = torch.tensor([edge - 1e-9, edge, edge + 1e-9], dtype=torch.double)
-        expected = [max(0, min(n, pairs.RESOLUTION)) for n in (number - 1, number, number)]
-        assert scale.bins(around).tolist() == expected
-    assert scale.edges[-2] == (1 if scale.low == -1 else 0)
+        assert scale.edge_from(above) == min(number + 1, last + 1)
+        if number < last or (not scale.farthest and number == last):
+            around = torch.tensor([below, edge, above], dtype=torch.double)
+            assert scale.bins(around).tolist() == [max(0, number - 1), number, number]
+    assert scale.edges[-2] == (0 if scale.farthest else 1)
+    zeros = torch.tensor([0.0, -0.0], dtype=torch.double)
+    assert scale.bins(zeros).tolist() == [scale.edge_from(0)] * 2
+
+
+@pytest.mark.parametrize("farthest", [1e-20, 1e-3, 1.0, 7.5, 3e4, 1e150])
+def test_each_threshold_of_distances_is_as_exact_as_all_others(farthest):
+    edges = -Scale.of_distances(farthest).edges[:-2]  # but for 0
+    assert farthest <= edges[0] < farthest * (1 + 1 / pairs.STEPS) and edges[-1] < farthest / 2 ** (pairs.OCTAVES - 1)
+    assert ((edges[:-1] - edges[1:]) / edges[1:]).max() <= 1 / pairs.STEPS
+
+
+def spread(kind):
+    """Embeddings of 40 classes, some of them, or many, much farther off than the others."""
+    random = np.random.default_rng(5)
+    labels = random.integers(0, 40, 400)
+    x = 3 * random.normal(size=(40, 4))[labels] + 2 * random.normal(size=(400, 4))
+    if kind == "heavy tails":
+        x *= np.abs(random.standard_cauchy(size=(400, 1))) ** 2
+    elif kind == "classes of different sizes":
+        x *= 10.0 ** random.uniform(-3, 3, 40)[labels][:, None]
+    else:
+        x[17] += kind
+    return torch.from_numpy(x), torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("kind", [0, 1e3, 1e4, 1e5, 1e7, "heavy tails", "classes of different sizes"])
+def test_outliers_leave_the_rates_of_distances_as_they_are(kind):
+    x, labels = spread(kind)
+    nearness, alike, _, _ = all_pairs(x, labels, distance="euclidean")
+    far, tar, _ = roc_curve(alike, nearness, drop_intermediate=False)
+    found = verify(x, labels, distance="euclidean", fars=[0.1, 0.01], replicates=20)
+    assert found.auc.value == pytest.approx(roc_auc_score(alike, nearness), abs=1e-5)
+    for rate, (threshold, share) in found.at_far.items():
+        assert share.value == pytest.approx(tar[np.flatnonzero(far <= rate)[-1]], abs=3 / alike.sum())
+        assert share.value == pytest.approx((nearness[alike] >= threshold.value).mean(), abs=1e-9)
 
 
 @pytest.mark.parametrize("separation", [0.5, 2, 4])
 def test_gaussian_similarities_have_the_closed_forms(separation):
     """AUC = Phi(d'/sqrt 2), EER = Phi(-d'/2), and TAR = Phi(d' + Phi^-1(FAR)), from counts of Gaussians in bins."""
     normal, sigma = NormalDist(), 0.1
-    scale = Scale(-1, 2 / pairs.RESOLUTION)
+    scale = Scale.of_similarities()
     shares = [np.array([NormalDist(mean, sigma).cdf(edge) for edge in scale.edges])
               for mean in (0.2 - separation * sigma / 2, 0.2 + separation * sigma / 2)]  # fmt: skip
     other, same = (np.diff(share)[:, None] for share in shares)
@@ -132,7 +172,7 @@ def test_bootstrap_counts_are_those_of_sets_made_of_the_classes_drawn(searched, 
     found = Pairs.of(*SETS[searched])
     classes = found.classes.tolist()
     assert classes == sorted({*first, *second})
-    edges = np.array([0, 25_000, 32_768, 40_000, 50_000, pairs.RESOLUTION + 1])
+    edges = np.array([0, 25_000, 32_768, 40_000, 50_000, len(found.scale)])
     weights = np.random.default_rng(0).multinomial(len(classes), np.full(len(classes), 1 / len(classes)), 6).T
     same, other = found.resampled(edges, weights)
     assert same.shape == other.shape == (5, 6)
@@ -153,7 +193,7 @@ def test_intervals_are_the_quantiles_of_the_replicates():
     found = verify(*SETS["themselves"], fars=[0.05], thresholds=[0.3], replicates=100)
     every = Pairs.of(*SETS["themselves"])
     weights = np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), 100).T
-    fine = np.unique([*range(0, pairs.RESOLUTION, 64), pairs.RESOLUTION + 1])
+    fine = np.unique([*range(0, pairs.RESOLUTION, 64), len(every.scale)])
     curve = Curve.of(every.scale.edges[fine], *every.resampled(fine, weights))
     threshold, tar = curve.at_far(0.05)
     expected = [
@@ -209,6 +249,40 @@ def test_network_that_maps_all_images_to_one_point(distance):
     assert found.auc[:] == (0.5, 0.5, 0.5) and found.equal_error[1].value == 0.5
     threshold, tar = found.at_far[0.1]
     assert tar.value == 0 and threshold.value > (1 if distance == "cosine" else 0)
+    for estimate in (found.auc, *found.equal_error, threshold, tar):
+        assert estimate.low <= estimate.value <= estimate.high
+    with pytest.raises(ValueError, match="No threshold with at most 10% false accepts accepts a pair of one class"):
+        calibrate([torch.ones(80, 3), torch.arange(80) % 8], 0.1, distance)
+
+
+COARSE = {
+    "codes": lambda random, count: random.integers(0, 2, (count, 5)),
+    "half of them one point": lambda random, count: random.normal(size=(count, 5)) * (np.arange(count) % 2)[:, None],
+    "two points": lambda random, count: np.eye(5)[np.arange(count) % 2],
+    "random": lambda random, count: random.normal(size=(count, 5)),
+}
+
+
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("kind", COARSE)
+@pytest.mark.parametrize("classes", [3, 9])
+def test_intervals_contain_their_value(kind, classes, distance):
+    random = np.random.default_rng(1)
+    x = torch.from_numpy(COARSE[kind](random, 90).astype(np.float32))
+    found = verify(x, torch.from_numpy(random.integers(0, classes, 90)), distance=distance, thresholds=[0.5, -1.0])
+    pairs_of = [*found.at_far.values(), *found.at_threshold.values(), found.equal_error]
+    for estimate in (found.auc, *(one for two in pairs_of for one in two)):
+        assert estimate.low <= estimate.value <= estimate.high
+        ends = estimate.measured(distance)
+        assert ends.low <= ends.value <= ends.high
+
+
+def test_two_images():
+    found = verify(torch.eye(2), torch.tensor([0, 0]))
+    assert found.auc is None and found.same.sum() == 1
+    x = torch.tensor([[0.0, 0], [0, 1], [7, 0]])
+    found = verify(x, torch.tensor([0, 0, 1]), distance="euclidean", thresholds=[-1, -2], replicates=5)
+    assert found.auc.value == 1 and found.at_threshold[-1][1].value == 1 and found.at_threshold[-2][0].value == 0
 
 
 def test_two_classes_have_intervals_of_the_replicates_with_both():
@@ -230,11 +304,12 @@ def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
                 largest[-1] = max(largest[-1], result.numel())
             return result
 
-    for count in (600, 1200):
+    fewest = 600 if distance == "cosine" else 1400
+    for count in (fewest, 2 * fewest):
         largest.append(0)
         with Watch():
-            verify(*random_set(count, 10, 0, dimensions=2), distance=distance, replicates=20)
-    assert largest == [2 * (pairs.RESOLUTION + 1) + 1] * 2 and largest[0] < 600 * 599 / 2
+            found = verify(*random_set(count, 10, 0, dimensions=2), distance=distance, replicates=20)
+    assert largest == [2 * len(found.scale) + 1] * 2 and largest[0] < fewest * (fewest - 1) / 2
 
 
 @pytest.mark.parametrize("distance", tiles.DISTANCES)

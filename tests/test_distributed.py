@@ -61,7 +61,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     criterion = sharded.create(loss, CLASSES, 8, 0.1, 32.0).to(dtype)
     optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    clipped = [network, criterion] if criterion.clipped else [network]
+    clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
     replica = distributed.Replica(network)
 
     def loss_of(images, labels):

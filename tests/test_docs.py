@@ -2,10 +2,13 @@
 
 import inspect
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import textwrap
 
 import pytest
-import test_losses
 import torch
 import trees
 from pages import PAGES, REPOSITORY, blocks, commands
@@ -18,6 +21,7 @@ import search
 import train
 import transfer
 from dataset import __main__ as data
+from proxy_anchor import checkpoint, losses
 
 README = REPOSITORY / "README.md"
 SCRIPTS = {
@@ -83,6 +87,56 @@ def test_commands_for_photos_run(tmp_path, monkeypatch):
     assert (tmp_path / "report" / "index.html").exists() and (tmp_path / "neighbours.png").exists()
 
 
+def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
+    """As printed: evaluation, index, queries, calibration and export, of checkpoints whose weights are random."""
+    pytest.importorskip("faiss")
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    data_root = trees.cub(tmp_path / "data", (1, 2, *range(101, 113)), 4)
+    trees.folder(tmp_path / "photos", images=2)
+    trees.folder(tmp_path / "things", images=2)
+    for name in ("new.jpg", "new/1.jpg", "new/2.jpg"):
+        trees.write_image(tmp_path / name, 1)
+    monkeypatch.chdir(tmp_path)
+    networks = {"cub_bn_inception_best": "bn_inception", "cub_resnet50_best": "resnet50"} | dict.fromkeys(
+        "ABCD", "resnet18"
+    )
+    for name, model in networks.items():
+        contract = {"model": model, "embedding_size": 512, "image_size": 64, "l2_norm": 1}
+        checkpoint.save(tmp_path / f"{name}.pth", net.create(model, 512), contract)
+    export.main(["--resume", "A.pth", "--out", "cub.onnx", "--check", "photos", "--dataset", "cub"])
+    cub = ["--data-root", str(data_root), "--allow-partial", "--workers", "0"]
+    more = {"evaluate": cub, "index": ["--workers", "0"], "query": []}
+    run = 0
+    for page in ("evaluate-and-search.md", "use.md", "protocols.md"):
+        shutil.rmtree("photos.index", ignore_errors=True)  # that of another page
+        for block in blocks(REPOSITORY / "docs" / page):
+            for line in block.splitlines():
+                if match := re.match(r"python (evaluate|search)\.py (.*)", line):
+                    flags = shlex.split(match[2])
+                    kind = flags[0] if match[1] == "search" else "evaluate"
+                    flags += [*more[kind], *(["--far", "0.3"] if "--calibrate" in flags else [])]
+                    {"evaluate": evaluate, "search": search}[match[1]].main(flags)
+                    run += 1
+    out = capsys.readouterr().out
+    assert run == 10 and "recorded in" in out and (tmp_path / "neighbours.png").exists()
+
+
+def test_commands_that_check_data_run(tmp_path, monkeypatch):
+    """As printed, but for the folder of the data."""
+    trees.cub(tmp_path / "data")
+    trees.folder(tmp_path / "data" / "glyphs" / "train", images=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
+    checks = [argv for argv in commands("python -m dataset", [REPOSITORY / "docs" / "data.md"]) if argv[0] == "check"]
+    for argv in checks:
+        more = [] if "--data-root" in argv else ["--data-root", "data", "--allow-partial"]
+        data.main([*argv, *more])
+    (training,) = commands("python train.py", [REPOSITORY / "docs" / "data.md"])
+    train.main([*training, "--batch-size", "8", "--epochs", "1", "--workers", "0"])
+    assert len(checks) == 2 and len(list((tmp_path / "logs").glob("*/*/*_best.pth"))) == 1
+
+
 def test_python_of_the_readme_runs():
     (program,) = blocks(README, "python")
     network = torch.nn.Linear(4, 512)
@@ -99,7 +153,7 @@ def test_python_of_the_page_on_transfer_runs():
 
 
 def test_method_quotes_the_loss_in_six_lines():
-    source = inspect.getsource(test_losses.by_autograd)
+    source = inspect.getsource(losses.equation)
     body = textwrap.dedent(source.split('"""')[-1].lstrip("\n"))
     assert blocks(REPOSITORY / "docs" / "method.md", "python") == [body]
     assert len(body.splitlines()) == 6
@@ -124,3 +178,38 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if target.suffix == ".md" else []
         assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], link
+
+
+A_LOSS = """
+class Mine(nn.Module):
+    def __init__(self, num_classes, embedding_size):
+        super().__init__()
+        self.classes = nn.Linear(embedding_size, num_classes)
+
+    def forward(self, embeddings, labels):
+        return F.cross_entropy(self.classes(embeddings), labels)
+"""
+
+
+def test_a_loss_is_added_as_the_page_on_the_architecture_says(tmp_path):
+    """A branch of losses.create, and a name in losses.LOSSES; nothing else."""
+    assert "* A loss: a branch of `losses.create` that" in (REPOSITORY / "docs" / "architecture.md").read_text()
+    for name in ("code", "net", "dataset"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    for name in ("train.py", "proxy_anchor.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    path = tmp_path / "code" / "losses.py"
+    source = path.read_text()
+    branch = '    if name == "Mine":\n        return Mine(num_classes, embedding_size)\n'
+    for place, addition in (('("Proxy_Anchor", ', '("Mine", '), ('    if name == "Proxy_Anchor":\n', branch)):
+        assert source.count(place) == 1
+        source = source.replace(place, addition + place.lstrip("("))
+    path.write_text(source + "\n" + A_LOSS)
+    trees.folder(tmp_path / "photos")
+    flags = "--dataset folder --data-root photos --loss Mine --model resnet18 --pretrained none --embedding-size 8 "
+    flags += "--image-size 32 --batch-size 8 --epochs 2 --workers 0"
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("logs/*/*Mine*/*_best.pth"))) == 1

@@ -107,6 +107,17 @@ def test_loss(fake_cuda, classes, dtype):
         assert [(g.device, g.shape) for g in gradients] == [(GPU, (30, 8)), (GPU, (classes, 8))]
 
 
+def test_labels_out_of_range_are_refused_on_the_device(fake_cuda, monkeypatch):
+    """By an assertion that the host does not wait for; of what it says, a CPU shows what it would find."""
+    asserted, loss = [], losses.ProxyAnchor(7, 8)
+    monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asserted.append((condition, message)))
+    with fake_cuda():
+        loss.to(GPU)(torch.randn(30, 8, device=GPU), torch.zeros(30, dtype=torch.uint8, device=GPU))
+    ((condition, message),) = asserted
+    assert condition.device == GPU and condition.shape == () and condition.dtype == torch.bool
+    assert message == "Expected labels from 0 to 6"
+
+
 def test_loss_of_labels_left_on_the_cpu(fake_cuda):
     loss = losses.ProxyAnchor(7, 8)
     with fake_cuda(), pytest.raises((RuntimeError, DataDependentOutputException)):

@@ -8,7 +8,7 @@ import torch
 from test_distributed import in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proxy_anchor import distributed, pairs, retrieval, tiles
+from proxy_anchor import distributed, retrieval, tiles
 from proxy_anchor.pairs import Pairs
 
 # Where the parts of each number of processes end: unequal ones, an empty one, one without any positive.
@@ -83,7 +83,7 @@ def everything():
                     results |= {f"{key}: {case}": value for key, value in vars(found).items()}
                     counted = Pairs.of(*arguments, distance=distance, **keywords, group=group)
                     results |= {f"pairs: {case}": torch.tensor(np.stack(counted.histograms()))}
-                    edges, weights = np.array([0, 40_000, pairs.RESOLUTION + 1]), np.arange(94).reshape(47, 2) % 3
+                    edges, weights = np.array([0, 40_000, len(counted.scale)]), np.arange(94).reshape(47, 2) % 3
                     results |= {f"resampled: {case}": torch.tensor(np.stack(counted.resampled(edges, weights)))}
     return results
 

@@ -94,20 +94,24 @@ def test_planted_duplicates_are_found_without_groups_and_not_with_them():
         assert abs(result[1] - 1 / classes) < 4 * (1 / classes / images) ** 0.5
 
 
+Y = torch.zeros(5, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     "groups, message",
     [
-        ({"groups": torch.zeros(4)}, r"Expected groups \(5,\), a number for each image, found \(4,\)"),
-        ({"gallery_groups": torch.zeros(5)}, "pass gallery_groups only with a gallery"),
-        ({"groups": torch.zeros(5), "gallery_groups": torch.zeros(5)}, "pass gallery_groups only with a gallery"),
+        ({"groups": Y[:4]}, r"Expected groups \(5,\), a number for each image, found \(4,\)"),
+        ({"groups": Y.float()}, "Expected groups as a tensor of whole numbers, found torch.float32"),
+        ({"gallery_groups": Y}, "pass gallery_groups only with a gallery"),
+        ({"groups": Y, "gallery_groups": Y.clone()}, "pass gallery_groups only with a gallery"),
     ],
 )
 def test_groups_that_do_not_agree_are_an_error(groups, message):
     for function in best_positive_rank, map_at_r:
         with pytest.raises(ValueError, match=message):
-            function(torch.ones(5, 8), torch.zeros(5), **groups)
+            function(torch.ones(5, 8), Y, **groups)
     with pytest.raises(ValueError, match="The groups of queries and gallery come together"):
-        best_positive_rank(torch.ones(5, 8), torch.zeros(5), torch.ones(6, 8), torch.zeros(6), groups=torch.zeros(5))
+        best_positive_rank(torch.ones(5, 8), Y, torch.ones(6, 8), torch.zeros(6, dtype=torch.long), groups=Y)
 
 
 class Numbers(Squares):

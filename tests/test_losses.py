@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from pytorch_metric_learning import losses as library
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 
 from proxy_anchor import losses
-from proxy_anchor.losses import LOSSES, ProxyAnchor
+from proxy_anchor.losses import LOSSES, ProxyAnchor, equation
 
 
 def by_the_equation(embeddings, proxies, labels, margin, alpha):
@@ -29,16 +30,6 @@ def by_the_equation(embeddings, proxies, labels, margin, alpha):
     return sum(positive_terms) / len(positive_terms) + sum(negative_terms) / len(proxies)
 
 
-def by_autograd(embeddings, proxies, labels, margin, alpha):
-    """The loss in plain torch operations on the whole (B, C) matrix: what the hand-written gradient must equal."""
-    s = F.normalize(embeddings) @ F.normalize(proxies).T  # (B, C)
-    positive = F.one_hot(labels, len(proxies)).bool()
-    one = torch.zeros_like(s[:1])  # log(1 + sum exp(z)) is logsumexp over z and a 0
-    pull = torch.cat([one, (-alpha * (s - margin)).masked_fill(~positive, -torch.inf)]).logsumexp(dim=0)
-    push = torch.cat([one, (alpha * (s + margin)).masked_fill(positive, -torch.inf)]).logsumexp(dim=0)
-    return pull.sum() / positive.any(dim=0).sum() + push.mean()
-
-
 def value_and_gradients(function, embeddings, proxies):
     leaves = [embeddings.detach().clone().requires_grad_(), proxies.detach().clone().requires_grad_()]
     value = function(*leaves)
@@ -53,7 +44,9 @@ def sample(batch, classes, size, dtype=torch.float64):
 def test_proxy_anchor_is_the_equation(batch, classes):
     loss = ProxyAnchor(classes, 8, margin=0.2, alpha=16).double()
     x, y = sample(batch, classes, 8)
-    assert loss(x, y).item() == pytest.approx(by_the_equation(x, loss.proxies, y, 0.2, 16), rel=1e-12)
+    expected = by_the_equation(x, loss.proxies, y, 0.2, 16)
+    assert loss(x, y).item() == pytest.approx(expected, rel=1e-12)
+    assert equation(x, loss.proxies, y, 0.2, 16).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_batch_of_one_class():
@@ -75,14 +68,74 @@ def test_gradcheck(classes):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 @pytest.mark.parametrize("batch, classes", [(30, 50), (8, 1), (8, 2), (1, 7), (60, 5)])
-def test_gradients_are_those_of_autograd(batch, classes, block, monkeypatch):
+def test_gradients_are_those_of_the_equation(batch, classes, block, monkeypatch):
     """Whatever the size of the blocks of classes."""
     monkeypatch.setattr(losses, "BLOCK_ELEMENTS", block)
     loss = ProxyAnchor(classes, 8, margin=0.2, alpha=20).double()
     x, y = sample(batch, classes, 8)
     ours = value_and_gradients(lambda x, p: torch.func.functional_call(loss, {"proxies": p}, (x, y)), x, loss.proxies)
-    for a, b in zip(ours, value_and_gradients(lambda x, p: by_autograd(x, p, y, 0.2, 20), x, loss.proxies)):
+    for a, b in zip(ours, value_and_gradients(lambda x, p: equation(x, p, y, 0.2, 20), x, loss.proxies)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def penalty(function, x):
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+
+def product_with_the_hessian(function, x):
+    return torch.autograd.functional.hvp(function, x, torch.ones_like(x))[1]
+
+
+def step_of_maml(function, x):
+    w = torch.eye(8, dtype=x.dtype, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x.detach() @ w), w, create_graph=True)
+    return torch.autograd.grad(function(x.detach() @ (w - 0.1 * gradient)), w)[0]
+
+
+@pytest.mark.parametrize("of", [penalty, product_with_the_hessian, step_of_maml])
+def test_second_derivatives_are_those_of_the_equation_or_refused(of):
+    loss = ProxyAnchor(6, 8, alpha=8).double()
+    x, y = sample(12, 6, 8)
+    x.requires_grad_()
+
+    def plain(x):
+        return equation(x, loss.proxies, y, alpha=8)
+
+    with pytest.raises(NotImplementedError, match=r"first derivatives.* call proxy_anchor\.losses\.equation"):
+        of(lambda x: loss(x, y), x)
+    if of is product_with_the_hessian:
+        ahead, behind = (
+            torch.autograd.grad(plain(moved), moved)[0]
+            for moved in ((x + sign * 1e-6).detach().requires_grad_() for sign in (1, -1))
+        )
+        torch.testing.assert_close(of(plain, x), (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-6)
+    else:
+        assert of(plain, x).abs().sum() > 0
+
+
+def test_the_equation_has_all_derivatives():
+    """Of the first and second order, of margin and alpha too, with classes that have no image."""
+    x, y = sample(5, 4, 3)
+    numbers = [torch.tensor(value, dtype=torch.double) for value in (0.2, 4.0)]
+    inputs = [tensor.requires_grad_() for tensor in (x, torch.randn(4, 3, dtype=torch.double), *numbers)]
+
+    def function(x, proxies, margin, alpha):
+        return equation(x, proxies, y, margin, alpha)
+
+    assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", ["margin", "alpha"])
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda value: value.requires_grad_()])
+def test_margin_and_alpha_are_not_trained_silently(name, kind):
+    loss = ProxyAnchor(6, 8)
+    x, y = sample(12, 6, 8, torch.float32)
+    expected = loss(x, y).item()
+    setattr(loss, name, kind(torch.tensor(float(getattr(loss, name)))))
+    assert loss(x, y).item() == pytest.approx(expected)
+    with pytest.raises(NotImplementedError, match="none with respect to margin or alpha"):
+        loss(x, y).backward()
 
 
 def test_frozen_proxies_or_embeddings():
@@ -109,6 +162,43 @@ def test_backward_twice():
 def test_labels_out_of_range_are_an_error():
     with pytest.raises(ValueError, match="labels from 0 to 5, found 0 to 6"):
         ProxyAnchor(6, 8)(torch.randn(2, 8), torch.tensor([0, 6]))
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_of_any_integer_type(dtype):
+    loss = ProxyAnchor(6, 8)
+    x, y = sample(10, 6, 8, torch.float32)
+    assert torch.equal(loss(x, y.to(dtype)), loss(x, y))
+
+
+@pytest.mark.parametrize(
+    "labels, found",
+    [
+        (torch.ones(4), "torch.float32"), (torch.ones(4).bool(), "torch.bool"), ([1, 2, 3, 4], "list"),
+        (torch.ones(4).cfloat(), "torch.complex64"), (["a", "b", "a", "b"], "list"), (np.arange(4), "ndarray"),
+    ],
+)  # fmt: skip
+def test_other_labels_are_an_error(labels, found):
+    with pytest.raises(ValueError, match=f"labels as a tensor of whole numbers, found {found}"):
+        ProxyAnchor(6, 8)(torch.randn(4, 8), labels)
+
+
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(ValueError, match=r"one or more images, found \(0, 8\) and \(0,\)"):
+        ProxyAnchor(6, 8)(torch.randn(0, 8), torch.zeros(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("long", ["embeddings", "proxies"])
+def test_vectors_too_long_to_square_are_no_zeros(long):
+    """Any of them; the training ends at a loss that is not finite."""
+    loss = ProxyAnchor(6, 8)
+    x, y = sample(10, 6, 8, torch.float32)
+    vectors = x if long == "embeddings" else loss.proxies.data
+    vectors[2] *= 1e20
+    assert loss(x, y).isnan() and equation(x, loss.proxies, y).isnan()
 
 
 def test_agrees_with_pytorch_metric_learning():

@@ -5,6 +5,7 @@ import torch
 import evaluate
 import net
 from proxy_anchor import checkpoint, evaluation, published, retrieval, tiles
+from proxy_anchor.decisions import verify
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 
 
@@ -156,6 +157,60 @@ def test_embeddings_beyond_float64_are_an_error():
     assert torch.equal(
         best_positive_rank(1e37 * x, y, distance="euclidean"), best_positive_rank(x, y, distance="euclidean")
     )
+
+
+@pytest.mark.parametrize("dtype, lengths", [(torch.float32, (1e20, 3e37)), (torch.float64, (1e160, 1e300))])
+def test_embeddings_too_long_to_square_have_their_directions(dtype, lengths):
+    """As rows among others, and all of them."""
+    x, y = torch.randn(60, 8, dtype=dtype), torch.arange(60) % 6
+    expected = search(x, y)
+    factors = torch.ones(60, 1, dtype=dtype)
+    factors[7], factors[31] = lengths
+    for scaled in x * factors, x * lengths[1]:
+        found = search(scaled, y)
+        assert torch.equal(found.ranks, expected.ranks) and torch.equal(found.tied, expected.tied)
+        (whole, *_) = evaluation.side_by_side([[scaled, y], [scaled, y]])
+        torch.testing.assert_close(whole[:, :8].norm(dim=1), torch.ones(60, dtype=dtype))
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("of_gallery", FLOATS)
+@pytest.mark.parametrize("of_queries", FLOATS)
+def test_queries_and_gallery_of_different_precision(of_queries, of_gallery, distance):
+    """Numbers that all of them hold; what is found is the same."""
+    random = np.random.default_rng(0)
+    x, z = (torch.from_numpy(random.integers(-8, 9, size=(n, 6)) / 4) for n in (40, 50))
+    y, labels = torch.arange(40) % 5, torch.arange(50) % 5
+    found = search(x.to(of_queries), y, z.to(of_gallery), labels, distance)
+    assert torch.equal(found.ranks, search(x, y, z, labels, distance).ranks)
+    verified = verify(x.to(of_queries), y, z.to(of_gallery), labels, distance, replicates=2)
+    assert verified.auc.value == pytest.approx(verify(x, y, z, labels, distance, replicates=2).auc.value, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16], ids=str)
+def test_labels_of_any_integer_type(dtype):
+    x, y = torch.randn(40, 8), torch.arange(40) % 5
+    expected = search(x[:20], y[:20], x[20:], y[20:])
+    for labels, others in (y.to(dtype), y), (y, y.to(dtype)), (y.to(dtype), y.to(dtype)):
+        found = search(x[:20], labels[:20], x[20:], others[20:])
+        assert torch.equal(found.ranks, expected.ranks)
+    assert recall_at_k(x, y.to(dtype), [1]) == recall_at_k(x, y, [1])
+    assert verify(x, y.to(dtype), replicates=2).auc == verify(x, y, replicates=2).auc
+
+
+@pytest.mark.parametrize("function", [best_positive_rank, map_at_r, verify])
+def test_other_labels_are_an_error(function):
+    for labels, found in (
+        (Y.float(), "torch.float32"), (Y.bool(), "torch.bool"), (Y.tolist(), "list"), (Y.numpy(), "ndarray"),
+        (["ant"] * 5, "list"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"Expected labels as a tensor of whole numbers, found {found}"):
+            function(X, labels)
+        with pytest.raises(ValueError, match=f"Expected gallery_labels as a tensor of whole numbers, found {found}"):
+            function(X, Y, X, labels)
 
 
 X, Y = torch.ones(5, 8), torch.zeros(5, dtype=torch.long)

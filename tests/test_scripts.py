@@ -320,6 +320,13 @@ def fails(capsys, script, argv, message, status=1):
         ({"dataset": "cifar"}, "--dataset: invalid choice"),
         ({"optimizer": "lion"}, "--optimizer: invalid choice"),
         ({"embedding-size": 0}, "--embedding-size: 0 is not positive"),
+        ({"lr": 1e39}, r"--lr: 1e\+39 is too large"),
+        ({"mrg": 1e300}, r"--mrg: 1e\+300 is too large"),
+        *(
+            ({"loss": loss, **flags}, f"--loss: {loss} compares images of one class with each other")
+            for loss in ("MS", "Contrastive", "Triplet", "NPair")
+            for flags in ({}, {"IPC": 1})
+        ),
         ({"image-size": 10**30}, "--image-size: 1000000000000000000000000000000 is too large"),
         ({"test-classes": ""}, "--test-classes: expected a path, found an empty one"),
         ({"LOG_DIR": ""}, "--LOG_DIR: expected a path, found an empty one"),

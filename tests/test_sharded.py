@@ -252,8 +252,31 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
         load()
 
 
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_labels_and_empty_batches_are_those_of_the_whole_loss(share):
+    """Of divided classes and of a sample: labels of any integer type, and errors for others and for no images."""
+
+    def loss():
+        torch.manual_seed(0)
+        if share is None:
+            return sharded.DividedProxyAnchor(20, 8, 0.1, 32.0)
+        return sharded.SampledProxyAnchor(20, 8, 0.1, 32.0, share, 0)
+
+    x, y = torch.randn(6, 8), torch.arange(6)
+    assert torch.equal(loss()(x, y.byte()), loss()(x, y))
+    with pytest.raises(ValueError, match="labels as a tensor of whole numbers, found torch.float32"):
+        loss()(x, y.float())
+    with pytest.raises(ValueError, match="of one or more images"):
+        loss()(x[:0], y[:0])
+    x.requires_grad_()
+    with pytest.raises(NotImplementedError, match="first derivatives"):
+        torch.autograd.grad(loss()(x, y), x, create_graph=True)
+
+
 @pytest.mark.parametrize("flags, words", [
-    (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, above 0 and at most 1"),
+    (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, from 1e-15 to 1"),
+    (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
+    (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
     (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),
     (["--sample-proxies", "0.5", "--loss", "Proxy_NCA"], "argument --sample-proxies: Proxy_NCA takes all proxies"),
 ])  # fmt: skip

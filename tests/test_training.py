@@ -21,11 +21,11 @@ def batches(steps=2, size=4):
     return [(torch.randn(size, 3, 64, 64, generator=generator), torch.arange(size) % 4) for _ in range(steps)]
 
 
-def one_epoch(network, criterion, data, optimizer, epoch=0, embed=None, clip_proxies=True, **more):
+def one_epoch(network, criterion, data, optimizer, epoch=0, embed=None, clip_proxies=True, clipped=True, **more):
     """train_one_epoch on images that are normalized already; embed: the network, or an Embedder around it."""
     embed = embed or network
     scaler = embed.scaler if isinstance(embed, Embedder) else torch.amp.GradScaler("cpu", enabled=False)
-    clipped = [network, criterion] if clip_proxies else [network]
+    clipped = [network, criterion][: 1 + clip_proxies] if clipped else []
     return training.train_one_epoch(
         network, lambda x, y: criterion(embed(x), y), data, optimizer, scaler, epoch, clipped, **more
     )
@@ -266,3 +266,47 @@ def test_scaler_skips_a_step_whose_gradients_overflow():
     assert torch.equal(criterion.proxies, before) and embed.scaler.get_scale() < 1e38
     assert embed.scaler.remark() == "fp16: 1 steps skipped, as their gradients overflowed; the scale is 5e+37\n"
     assert embed.scaler.remark() == "" == embedder(network).scaler.remark()
+
+
+def test_gradients_that_are_not_finite_are_named():
+    """Proxy-NCA in two dimensions: the library's gradient is NaN, its loss is not."""
+    network = net.create("resnet18", 2)
+    criterion = losses.create("Proxy_NCA", 10, 2)
+    optimizer = training.create_optimizer("adamw", network, criterion, 1e-3, 1e-4)
+    data = [(torch.randn(20, 3, 32, 32), torch.arange(20) % 10) for _ in range(8)]
+    words = (
+        r"^The gradients of (\d+) of \1 parameters are not finite, or too large to square, in epoch 3, step \d, those "
+        r"of the loss's own parameters first; the loss is \d"
+    )
+    with pytest.raises(FloatingPointError, match=words):
+        one_epoch(network, criterion, data, optimizer, epoch=3, clip_proxies=False)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_of_the_network_that_are_not_finite(last, value):
+    """In the last step of an epoch too. Infinite ones are clipped, as published, where gradients are clipped."""
+    for clip in (True, False):
+        network, criterion, optimizer = setup()
+        network.model.conv1.weight.register_hook(lambda gradient: gradient.fill_(value))
+        arguments = network, criterion, batches(1 if last else 3), optimizer
+        if clip and value == math.inf:
+            assert math.isfinite(one_epoch(*arguments))
+        else:
+            with pytest.raises(FloatingPointError, match=r"step 0, those of model\.conv1\.weight first"):
+                one_epoch(*arguments, clipped=clip)
+
+
+def test_an_enabled_scaler_skips_steps_instead():
+    network, criterion, optimizer = setup()
+    network.model.conv1.weight.register_hook(lambda gradient: gradient.fill_(math.inf))
+    before = network.model.conv1.weight.clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    training.train_one_epoch(network, lambda x, y: criterion(network(x), y), batches(2), optimizer, scaler, 0)
+    assert torch.equal(network.model.conv1.weight, before) and scaler.get_scale() == 4
+
+
+def test_loss_without_attributes_learns_as_fast_as_the_network():
+    network, criterion = net.create("resnet18", 8), torch.nn.Linear(8, 4)
+    groups = training.create_optimizer("adamw", network, criterion, 1e-3, 0).param_groups
+    assert [group["lr"] for group in groups] == [1e-3] * 3

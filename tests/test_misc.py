@@ -1,0 +1,152 @@
+"""The scripts in misc/ that no other page of tests runs: the shell scripts, without their hours, and thresholds.py."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trees
+from test_report import RECORD
+
+import net
+import protocol
+import train
+import transfer
+from dataset import glyphs
+from proxy_anchor import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
+import thresholds
+
+MISC = Path(thresholds.__file__).parent
+
+# Instead of Python: it writes its arguments down, and makes what the scripts look for afterwards.
+PYTHON = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$WRITTEN"
+echo >> "$WRITTEN"
+while [ $# -gt 1 ]; do
+    case "$1 $2" in
+        "--LOG_DIR "*/teacher)
+            mkdir -p "$2/logs_glyphs/run"
+            cp "$TEACHER" "$2/logs_glyphs/run/glyphs_resnet18_best.pth" ;;
+        "--out "*)
+            mkdir -p "$2"
+            touch "$2/results.png" ;;
+    esac
+    shift
+done
+"""
+
+
+def test_every_script_runs_in_a_test():
+    pages = [page.read_text() for page in Path(__file__).parent.glob("test_*.py")]
+    scripts = [path for path in MISC.iterdir() if path.suffix in (".py", ".sh")]
+    missing = [path.name for path in scripts if not any(path.stem in page for page in pages)]
+    assert len(scripts) == 11 and not missing
+
+
+@pytest.mark.parametrize("script", [*MISC.glob("*.sh"), MISC.parent / "benchmarks" / "gpu.sh"], ids=lambda p: p.name)
+def test_shell_scripts_are_valid(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def letters(root, count, images):
+    """A small dataset of glyphs: so many letters in each split."""
+    for n in range(count):
+        for split, first in (("train", 0x41), ("eval", 0x401)):
+            for i in range(images):
+                trees.write_image(root / "glyphs" / split / f"{first + n:04X}" / f"{i}.png", 10 * n + i)
+
+
+@pytest.fixture
+def commands_of(tmp_path):
+    """commands_of(script, *arguments): the arguments of each command that a copy of the script gives to Python."""
+    shutil.copytree(MISC, tmp_path / "misc", ignore=lambda _, names: [n for n in names if not n.endswith(".sh")])
+    letters(tmp_path / "data", count=30, images=1)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    checkpoint.save(tmp_path / "teacher.pth", net.create("resnet18", 128), RECORD | {"embedding_size": 128})
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "WRITTEN": str(tmp_path / "written"),
+        "TEACHER": str(tmp_path / "teacher.pth"),
+    }  # fmt: skip
+
+    def run(script, *arguments):
+        command = ["bash", tmp_path / "misc" / script, *arguments]
+        subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=60)
+        lines = (tmp_path / "written").read_text().splitlines()
+        return [(str(Path(path).relative_to(tmp_path)), argv) for path, *argv in map(shlex.split, lines)]
+
+    return run
+
+
+def test_comparison_of_losses(commands_of):
+    *trainings, (drawn_by, argv) = commands_of("compare_losses.sh")
+    assert len(trainings) == 18 and {name for name, _ in trainings} == {"train.py"}
+    args = [train.parse(argv) for _, argv in trainings]
+    assert len({(one.loss, one.seed) for one in args}) == 18 and {one.dataset for one in args} == {"glyphs"}
+    assert drawn_by == "misc/compare.py" and [Path(path).name for path in argv[2::2]] == ["losses.svg", "losses.png"]
+
+
+def test_comparison_of_transfers(commands_of):
+    *trainings, (drawn_by, argv) = commands_of("compare_transfer.sh")
+    assert [name for name, _ in trainings] == ["train.py", *["train.py", *["transfer.py"] * 3] * 3]
+    args = [{"train.py": train, "transfer.py": transfer}[name].parse(argv) for name, argv in trainings]
+    assert [one.embedding_size for one in args] == [128, *[16] * 12]
+    assert drawn_by == "misc/compare.py" and [Path(path).name for path in argv[2::2]] == [
+        "transfer.svg",
+        "transfer.png",
+    ]
+
+
+@pytest.mark.parametrize("script", ["compare_losses.sh", "compare_transfer.sh"])
+def test_comparison_that_only_draws(commands_of, script):
+    assert [name for name, _ in commands_of(script, "draw")] == ["misc/compare.py"]
+
+
+def test_gap_of_honest_results(commands_of, tmp_path):
+    """On every 14th letter to train and every 7th to test; started again it continues."""
+    for _ in range(2):
+        commands = commands_of("honest_gap.sh")
+    assert [name for name, _ in commands] == ["protocol.py"] * 2 and commands[0] == commands[1]
+    args = protocol.parse(commands[0][1])
+    letters = {
+        split: len(list((tmp_path / "logs/honest_gap/data/glyphs" / split).iterdir())) for split in ("train", "eval")
+    }
+    assert letters == {"train": 3, "eval": 5} and len(args.seeds) == 10
+    assert (tmp_path / "misc" / "honest_gap.png").exists()
+
+
+def test_thresholds(tmp_path, monkeypatch, capsys):
+    """All of misc/thresholds.py, on a few letters, as trained with a record and as published without one."""
+    letters(tmp_path, count=24, images=4)
+    monkeypatch.setitem(glyphs.SIZES, "eval", (24, 96))
+    monkeypatch.setattr(thresholds, "SPLITS", 2)
+    monkeypatch.setattr(thresholds, "FAR", 0.1)
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, net.create("resnet18", 8, head="layernorm"), RECORD | {"head": "layernorm", "crop": 1.0})
+    thresholds.main([str(path), "--data-root", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    starts = [
+        "R@1 of 48 images among 48 images", "R@1 of 48 images among 24 folders", "R@1 of 24 folders among 24 folders",
+        "seed  0  threshold ", "seed  1  threshold ", "Asked: 10.0% false accepts.",
+    ]  # fmt: skip
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    torch.save({"model_state_dict": net.create("resnet18", 8).state_dict()}, path)
+    with pytest.raises(SystemExit):
+        thresholds.main([str(path), "--data-root", str(tmp_path)])
+    assert capsys.readouterr().err.startswith("thresholds.py: error: ")
+
+
+def test_picture_of_a_report(tmp_path):
+    pytest.importorskip("playwright.sync_api")
+    if not shutil.which("chromium"):
+        pytest.skip("there is no Chromium here")
+    page, picture = tmp_path / "index.html", tmp_path / "report.png"
+    page.write_text('<div id="worst" style="margin-top:50px">a</div><div class="pair">b</div>')
+    subprocess.run([sys.executable, MISC / "report_picture.py", page, picture], check=True, timeout=120)
+    assert picture.exists()

@@ -81,6 +81,7 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error(f"argument --resume: {path} is of another kind than {args.resume[0]} ({listed})")
     args = console.parse_with_contract(parser, argv, contract)
     console.check_ranges(parser, args)
+    dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
     if args.calibrate and len(args.resume) != 1:
         parser.error("argument --calibrate: the threshold is recorded in a checkpoint: give one with --resume")

@@ -59,6 +59,8 @@ def parse(argv=None) -> argparse.Namespace:
         contract = checkpoint.contract(args.resume)
     args = console.parse_with_contract(parser, argv, contract)
     console.check_ranges(parser, args)
+    if not args.check:
+        dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
     if Path(args.resume).suffix == ".onnx":
         parser.error(f"argument --resume: {args.resume} is exported already; give its checkpoint")

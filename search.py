@@ -114,6 +114,8 @@ def parse(argv=None) -> argparse.Namespace:
             args.contract |= {"backbone_only": True, "embedding_size": size}
         if bool(args.images) == bool(args.split):
             parser.error("what to index: --images DIR, or --dataset NAME --split SPLIT")
+        if args.split:
+            dataset.check_arguments(parser, args, args.dataset)
     console.check_ranges(parser, args)
     return args
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import dataset
-from dataset import duplicates, files, prepare
-from dataset.check import Image, in_several, inspect
+from dataset import duplicates, files, names, prepare
+from dataset.check import Image, in_several, inspect, with_several_labels
 from proxy_anchor import console
 
 SHOWN = 10  # of a kind of problem
@@ -29,7 +29,6 @@ def parse(argv=None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False, parents=[console.options()])
     common.add_argument(
         "--data-root",
-        default=str(dataset.DATA_ROOT),
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
@@ -48,6 +47,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     console.check_ranges(parser, args)
+    dataset.check_arguments(parser, args, args.name)
     return args
 
 
@@ -103,9 +103,15 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     print(dataset.remark(test_sets), end="")
     for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
         print(remark)
+    if not published:
+        for line in names.describe_alike("Classes", {label for images in sets.values() for label in images.classes}):
+            print(line)
+        problems += with_several_labels(parts, sets)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
     twice = in_several({"train": parts["train"], "test": tests})
-    print(f"{len(twice)} images are in both training and test" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))
+    print(f"{len(twice)} images are in both training and test")
+    for both in twice[:SHOWN]:
+        print(f"  {' = '.join(both)}")
     for line in duplicate_lines(parts, sets):
         print(line)
     for problem in problems[:SHOWN]:

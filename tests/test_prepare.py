@@ -453,7 +453,7 @@ def test_check_tells_of_any_name(tmp_path, capsys):
         run("check", "folder", "--data-root", tmp_path, "--workers", 0)
     output = capsys.readouterr()
     assert r"eel/\udcfe.jpg cannot be read" in output.out and r"ant/\udcff.jpg = " in output.out
-    assert "folder has 1 problem, listed above" in output.err
+    assert "One image has several labels: " in output.out and "folder has 2 problems, listed above" in output.err
 
 
 def test_usage_errors(capsys):

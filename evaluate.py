@@ -43,7 +43,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,

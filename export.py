@@ -33,7 +33,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="export.py --resume PATH --out FILE [--flag value ...]", description=__doc__, epilog=EXAMPLES,
         allow_abbrev=False, formatter_class=console.HelpFormatter,
         parents=[dataset.options(training=False), net.options(training=False), console.options()],

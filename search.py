@@ -21,6 +21,7 @@ from proxy_anchor import checkpoint, console, entries, exported, figures, hardwa
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
+from proxy_anchor.text import printable
 
 BLOCK = 2**14  # images that are embedded before they are written
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
@@ -36,7 +37,7 @@ with several photos of each thing, in one folder per thing:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=console.HelpFormatter,
     )  # fmt: skip
@@ -305,9 +306,9 @@ def query(args: argparse.Namespace) -> None:
         ], indent=1))  # fmt: skip
     else:
         for path, neighbours, nearest in zip(queries, matches, found):
-            print(path)
+            print(printable(path))
             for place, (other, value) in enumerate(neighbours, start=1):
-                print(f"{place:>4}  {name}{value:.4f}  {other}")
+                print(f"{place:>4}  {name}{value:.4f}  {printable(other)}")
             if limit is not None and not neighbours:
                 best = (
                     f": the best {index.measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
@@ -332,7 +333,7 @@ def threshold_in_use(args: argparse.Namespace, index: Index, path: str) -> float
     recorded = {} if index.made["network"].get("backbone_only") else checkpoint.threshold(path)
     if recorded and (args.by_folder or index.made["by_folder"]):
         print(
-            f"The threshold in {path} is for pairs of images, not for folders: say one with --threshold",
+            f"The threshold in {printable(path)} is for pairs of images, not for folders: say one with --threshold",
             file=sys.stderr,
         )
         return None
@@ -352,7 +353,7 @@ def read_entry(entry: str) -> torch.Tensor:
 def folder_of(entry: str) -> str:
     """The name of an image's folder, usually the name of its class, or of this folder."""
     path = Path(os.path.abspath(entry))
-    return path.name if path.is_dir() else path.parent.name
+    return printable(path.name if path.is_dir() else path.parent.name)
 
 
 def main(argv=None):

@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="train.py [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,

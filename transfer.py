@@ -64,7 +64,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="transfer.py --source-ckpt PATH [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,

@@ -8,6 +8,7 @@ import dataset
 from dataset import duplicates, files, names, prepare
 from dataset.check import Image, in_several, inspect, with_several_labels
 from proxy_anchor import console
+from proxy_anchor.text import printable
 
 SHOWN = 10  # of a kind of problem
 
@@ -21,7 +22,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         prog="python -m dataset", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=console.HelpFormatter,
     )  # fmt: skip
@@ -102,7 +103,7 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
             )
     print(dataset.remark(test_sets), end="")
     for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
-        print(remark)
+        print(printable(remark))
     if not published:
         for line in names.describe_alike("Classes", {label for images in sets.values() for label in images.classes}):
             print(line)
@@ -111,11 +112,11 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     twice = in_several({"train": parts["train"], "test": tests})
     print(f"{len(twice)} images are in both training and test")
     for both in twice[:SHOWN]:
-        print(f"  {' = '.join(both)}")
+        print(printable(f"  {' = '.join(both)}"))
     for line in duplicate_lines(parts, sets):
-        print(line)
+        print(printable(line))
     for problem in problems[:SHOWN]:
-        print(f"  {problem}")
+        print(f"  {printable(problem, console.LONGEST)}")
     if len(problems) > SHOWN:
         print(f"  ... and {len(problems) - SHOWN:,} more problems")
     return len(problems)

@@ -30,7 +30,8 @@ LAYOUTS = {
     "cub": {"images": "."},
     "cars": {
         "cars_annos.mat": ".", "car_ims": ".",
-        "devkit": ".", "cars_test_annos_withlabels.mat": "devkit", "cars_train": ".", "cars_test": ".",
+        "cars_train_annos.mat": "devkit", "cars_test_annos_withlabels.mat": "devkit",
+        "cars_train": ".", "cars_test": ".",
     },
     "SOP": {"Ebay_*.txt": ".", "*_final": "."},
     "Inshop": {"list_eval_partition.txt": "Eval", "img": "Img", "img_highres": "Img"},

@@ -310,7 +310,8 @@ def test_a_second_download_and_a_devkit_met_twice(tmp_path, published, name, cap
     copy_of(labels, tmp_path / name)
     copy_of(original / "cars196" / "cars_test", tmp_path / "packed" / "cars_test" / "cars_test")
     copy_of(labels, tmp_path / "packed" / "a" / name)
-    second = archive_of(tmp_path / "packed", tmp_path / "second.zip", ["cars_test", "a"])
+    copy_of(labels, tmp_path / "packed" / "devkit" / "devkit" / name)
+    second = archive_of(tmp_path / "packed", tmp_path / "second.zip", ["cars_test", "a", "devkit"])
     labels.unlink()
     without = archive_of(original, tmp_path / "without.tgz", ["cars196/devkit", "cars196/cars_train"])
     for files in ([without, second], [tmp_path / name, second, with_labels, with_labels, without]):

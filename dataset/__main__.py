@@ -103,23 +103,28 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
             )
     print(dataset.remark(test_sets), end="")
     for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
-        print(printable(remark))
+        print_line(remark)
     if not published:
         for line in names.describe_alike("Classes", {label for images in sets.values() for label in images.classes}):
-            print(line)
+            print_line(line)
         problems += with_several_labels(parts, sets)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
     twice = in_several({"train": parts["train"], "test": tests})
     print(f"{len(twice)} images are in both training and test")
     for both in twice[:SHOWN]:
-        print(printable(f"  {' = '.join(both)}"))
+        print_line(f"  {' = '.join(both)}")
     for line in duplicate_lines(parts, sets):
-        print(printable(line))
+        print_line(line)
     for problem in problems[:SHOWN]:
-        print(f"  {printable(problem, console.LONGEST)}")
+        print_line(f"  {problem}")
     if len(problems) > SHOWN:
         print(f"  ... and {len(problems) - SHOWN:,} more problems")
     return len(problems)
+
+
+def print_line(text: str) -> None:
+    """Print a text with names from files as one line that is not too long."""
+    print(printable(text, console.LONGEST))
 
 
 def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.ImageDataset]) -> list[str]:

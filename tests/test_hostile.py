@@ -223,6 +223,21 @@ def test_names_forge_no_lines_of_a_check(tmp_path, capsys, name):
     assert is_plain(out) and is_plain(error) and r"x\x1b[2J\x9b31m\r\u202e\u2028\n  1  1.0000  forged" in out
 
 
+def test_lines_of_a_check_are_short(tmp_path, capsys):
+    csv.field_size_limit(2_000_000)
+    rows = [["path", "label", "split", "group"]]
+    for i in range(4):
+        trees.write_image(tmp_path / f"{i}.jpg", i // 2)
+        rows.append([f"{i}.jpg", "aA"[i % 2] * 200_000, "eval", "bB"[i // 2] * 200_000])
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.raises(SystemExit):
+        dataset_main(["check", "csv", "--data-root", str(tmp_path / "a.csv"), "--workers", "0"])
+    out = capsys.readouterr().out
+    assert "Classes that differ" in out and "Groups that differ" in out and "several labels" in out
+    assert max(map(len, out.splitlines())) < 900
+
+
 @pytest.mark.parametrize("rows, words", [
     ([FORGED], "expected a path, a label and a split"),
     ([FORGED, "a", FORGED], "the split is"),

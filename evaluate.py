@@ -43,7 +43,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
@@ -83,6 +83,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = console.parse_with_contract(parser, argv, contract)
     args.checkpoints = checkpoints
     console.check_ranges(parser, args)
+    dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
     if args.calibrate and len(args.resume) != 1:
         parser.error("argument --calibrate: the threshold is recorded in a checkpoint: give one with --resume")

@@ -34,7 +34,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="export.py --resume PATH --out FILE [--flag value ...]", description=__doc__, epilog=EXAMPLES,
         allow_abbrev=False, formatter_class=console.HelpFormatter,
         parents=[dataset.options(training=False), net.options(training=False), console.options()],
@@ -62,6 +62,8 @@ def parse(argv=None) -> argparse.Namespace:
     args = console.parse_with_contract(parser, argv, contract)
     args.checkpoint = checkpoint
     console.check_ranges(parser, args)
+    if not args.check:
+        dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
     if Path(args.resume).suffix == ".onnx":
         parser.error(f"argument --resume: {args.resume} is exported already; give its checkpoint")

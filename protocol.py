@@ -36,7 +36,7 @@ EVALUATION = (
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="protocol.py [--flag value ...] -- [flags of train.py]", description=__doc__, epilog=EXAMPLES,
         allow_abbrev=False, formatter_class=console.HelpFormatter, parents=[console.options()],
     )  # fmt: skip

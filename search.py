@@ -24,6 +24,7 @@ from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
+from proxy_anchor.text import printable
 
 BLOCK = 2**14  # images that are embedded before they are written
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
@@ -39,7 +40,7 @@ with several photos of each thing, in one folder per thing:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=console.HelpFormatter,
     )  # fmt: skip
@@ -124,6 +125,8 @@ def parse(argv=None) -> argparse.Namespace:
             args.contract |= {"backbone_only": True, "embedding_size": size}
         if bool(args.images) == bool(args.split):
             parser.error("what to index: --images DIR, or --dataset NAME --split SPLIT")
+        if args.split:
+            dataset.check_arguments(parser, args, args.dataset)
     console.check_ranges(parser, args)
     return args
 
@@ -160,7 +163,9 @@ def update_index(args: argparse.Namespace) -> None:
         kind = "folders" if args.by_folder else "images"
         print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         for missing, entries_there in presence.missing.items():
-            print(f"{missing} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them")
+            print(
+                f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them"
+            )
         if done:
             print(f"{done:,} of these were embedded before the interruption")
         try:
@@ -344,7 +349,8 @@ def query(args: argparse.Namespace) -> None:
     images.leave_out(bad)
     if not len(images):
         raise BadFile("; ".join(bad.values()))
-    print(*bad.values(), sep="\n", end="\n" if bad else "", file=sys.stderr)
+    for reason in bad.values():
+        print(printable(reason), file=sys.stderr)
     queries, embeddings = images.paths, embedder(network, args)(images)
     if args.by_folder:
         folders = entries.group(images.paths)
@@ -366,9 +372,9 @@ def query(args: argparse.Namespace) -> None:
         ], indent=1))  # fmt: skip
     else:
         for path, neighbours, nearest in zip(queries, matches, found):
-            print(path)
+            print(printable(path))
             for place, (other, value) in enumerate(neighbours, start=1):
-                print(f"{place:>4}  {name}{value:.4f}  {other}")
+                print(f"{place:>4}  {name}{value:.4f}  {printable(other)}")
             if limit is not None and not neighbours:
                 best = (
                     f": the best {index.measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
@@ -400,8 +406,9 @@ def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpo
         return None if args.threshold == "none" else args.threshold
     recorded = checkpoint.threshold if checkpoint else {}
     if checkpoint and recorded and (args.by_folder or index.made["by_folder"]):
+        path = printable(str(checkpoint.path))
         print(
-            f"The threshold in {checkpoint.path} is for pairs of images, not for folders: say one with --threshold",
+            f"The threshold in {path} is for pairs of images, not for folders: say one with --threshold",
             file=sys.stderr,
         )
         return None
@@ -421,7 +428,7 @@ def read_entry(entry: str) -> torch.Tensor:
 def folder_of(entry: str) -> str:
     """The name of an image's folder, usually the name of its class, or of this folder."""
     path = Path(os.path.abspath(entry))
-    return path.name if path.is_dir() else path.parent.name
+    return printable(path.name if path.is_dir() else path.parent.name)
 
 
 def main(argv=None):

@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="train.py [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
@@ -48,6 +48,7 @@ def parse(argv=None) -> argparse.Namespace:
     )  # fmt: skip
     args = console.parse_with_recipe(parser, argv, dataset.recipe)
     console.check_ranges(parser, args)
+    dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args)
     losses.check_arguments(parser, args)
     training.check_arguments(parser, args)

@@ -64,7 +64,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         usage="transfer.py --source-ckpt PATH [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
@@ -78,6 +78,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.set_defaults(**DEFAULTS)
     args = console.parse_with_recipe(parser, argv, recipe)
     console.check_ranges(parser, args)
+    dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args)
     training.check_arguments(parser, args)
     if args.batch_size % args.IPC:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from proxy_anchor import runs
 from proxy_anchor.files import sha256
+from proxy_anchor.text import printable
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
 MARK = "whose weights have the sha256"  # that cards are recognized by
@@ -108,8 +109,8 @@ def training(checkpoint: Path) -> tuple[dict, str]:
     if not checkpoint.stem.endswith("_best") or not results.is_file() or not config.is_file():
         return {}, ""
     settings = runs.read_config(checkpoint.parent)
-    listed = ", ".join(results.read_text().splitlines())
+    listed = ", ".join(map(printable, results.read_text().splitlines()))
     return (
-        {name: settings[name] for name in SETTINGS if name in settings},
+        {name: printable(str(settings[name])) for name in SETTINGS if name in settings},
         f"Recorded by the training, not measured by the export: {listed} (percent; {results.name}).",
     )

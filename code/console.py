@@ -16,6 +16,7 @@ from tqdm import tqdm
 from proxy_anchor import distributed, runs
 from proxy_anchor.checkpoint import CONTRACT, GEOMETRY
 from proxy_anchor.stopping import Interrupted
+from proxy_anchor.text import printable
 
 POSITIVE = (
     "embedding_size",
@@ -36,6 +37,7 @@ POSITIVE = (
     "eps",
 )
 PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save", "check")
+LONGEST = 800  # characters of an error
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 
@@ -45,6 +47,13 @@ def options() -> argparse.ArgumentParser:
     group = parser.add_argument_group("errors")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error, for a bug report")
     return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, also where a file gave the argument."""
+
+    def error(self, message):
+        super().error(printable(" ".join(message.split()), LONGEST))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -117,7 +126,7 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
     except (OSError, ValueError) as error:
         parser.error(f"argument --resume: {error}")
     args = parser.parse_args([*recorded, *argv])  # arguments that are not given stay as they were
-    args.resume, args.recipe = str(folder), config.get("recipe", "")
+    args.resume, args.recipe = str(folder), printable(str(config.get("recipe", "")))
     return args
 
 
@@ -147,9 +156,9 @@ def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: in
     for images in image_sets if skip_bad_images else ():
         bad = distributed.from_first(lambda images=images: images.find_bad(workers))
         images.leave_out(bad)
-        print(f"Left out: {len(bad)} unreadable images", *bad.values(), sep="\n  ")
+        print(f"Left out: {len(bad)} unreadable images", *map(printable, bad.values()), sep="\n  ")
     for images in image_sets if cache else ():
-        images.use_cache(cache, workers, progress, report=print)
+        images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
 
 
 # What torch says when something runs out or does not suffice, and what to do about it.
@@ -201,16 +210,17 @@ def kill_workers() -> None:
 
 
 def in_one_line(error: Exception) -> str:
+    """What to say of an error: its message, which may have names from files in it, or advice."""
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
     text = str(error)
     for words, advice in ADVICE.items():
         if re.search(words, text):
-            return f"{advice} ({' '.join(text.split())[:200]})"
+            return f"{advice} ({printable(' '.join(text.split()), 200)})"
     if "in DataLoader worker process" in text:  # a traceback: indented lines, then "package.ErrorType: message"
         text = text.rpartition("Traceback (most recent call last):\n")[2]
         text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split()), LONGEST) or type(error).__name__
 
 
 class Bar(tqdm):

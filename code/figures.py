@@ -12,6 +12,7 @@ import numpy as np
 
 from proxy_anchor import metrics
 from proxy_anchor.files import replacing
+from proxy_anchor.text import printable
 
 INK, QUIET, GRID = "#24292f", "#6e7781", "#e7eaee"
 STRONG = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed")  # what a picture is about
@@ -220,12 +221,7 @@ def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> No
                     ax.text(left + 0.46, bottom + 0.46, shown, fontsize=7, color=QUIET, ha="center", va="center")
                 color, line, weight = (STRONG[0], 2, "bold") if column == 0 else (GRID, 1, "normal")
                 ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=line, zorder=3))
-                caption = printable(caption)
+                caption = "\n".join(map(printable, caption.split("\n")))
                 ax.text(left + 0.46, bottom + 0.97, caption, ha="center", va="bottom", fontsize=9, fontweight=weight)
         ax.set(xlim=(0, width), ylim=(0, height))
         ax.axis("off")
-
-
-def printable(text: str) -> str:
-    """The text with the bytes of file names that are not UTF-8, which no font has, as the terminal shows them."""
-    return text.encode(errors="backslashreplace").decode()

@@ -27,6 +27,7 @@ from proxy_anchor.decisions import Verification
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import replacing
 from proxy_anchor.pairs import nearness, signed
+from proxy_anchor.text import csv_cell, printable
 from proxy_anchor.tiles import comparable
 
 QUERIES = 6  # of each kind
@@ -66,7 +67,7 @@ class TestSet:
         self.groups = None if groups is None else torch.as_tensor(groups)
 
     def name(self, label) -> str:
-        return str(self.images.classes[int(label)])
+        return printable(str(self.images.classes[int(label)]))
 
 
 def sides(queries: TestSet, gallery: TestSet | None) -> tuple[list, list, list]:
@@ -113,8 +114,8 @@ def write(
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         page = Template(template).substitute(
             generator=GENERATOR,
-            title=html.escape(f"{metric} {100 * value:.1f}% · {name}"),
-            subtitle=html.escape(subtitle),
+            title=html.escape(f"{metric} {100 * value:.1f}% · {printable(name)}"),
+            subtitle=html.escape(printable(subtitle)),
             **similarities.WORDS[queries.distance],
             shown=shown,
             rendering="pixelated" if shown > size else "auto",
@@ -129,7 +130,8 @@ def write(
             rates=similarities.rates_table(pairs),
             map=draw_map(new / "map.webp", queries),
             environment="".join(
-                f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in environment.items()
+                f"<dt>{html.escape(name)}</dt><dd>{html.escape(printable(str(value)))}</dd>"
+                for name, value in environment.items()
             ),
         )
         text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may be of any bytes
@@ -137,9 +139,12 @@ def write(
             writer = csv.writer(file)
             writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
             writer.writerows(
-                [queries.name(c.label), c.queries, c.recall, "" if c.rival is None else queries.name(c.rival), c.times]
+                [
+                    csv_cell(queries.name(c.label)), c.queries, c.recall,
+                    "" if c.rival is None else csv_cell(queries.name(c.rival)), c.times,
+                ]
                 for c in classes
-            )
+            )  # fmt: skip
         path = folder / "index.html"
         former = path.read_text(**text)
         with replacing(path) as temporary:
@@ -181,7 +186,7 @@ class Pictures:
             to_pillow(images, index, THUMBNAIL).save(self.folder / self.names[key], quality=90, subsampling=0)
         return (
             f'<figure class="{kind}"><img src="{self.folder.name}/{self.names[key]}" '
-            f'loading="lazy" alt="{html.escape(Path(images.paths[index]).name)}">'
+            f'loading="lazy" alt="{html.escape(printable(Path(images.paths[index]).name))}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
 
@@ -201,7 +206,7 @@ def to_pillow(images, index: int, size: int) -> Image.Image:
 def metrics_table(rows) -> str:
     """A line for each metric: its value in each of the rows, and what it means."""
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    head = "".join(f"<th>{html.escape(row)}</th>" for row in ["", *rows, ""])
+    head = "".join(f"<th>{html.escape(printable(row))}</th>" for row in ["", *rows, ""])
     body = "".join(
         f"<tr><td>{name}</td>"
         + "".join(

@@ -7,6 +7,7 @@ import numpy as np
 
 from proxy_anchor.decisions import BOUNDS, KINDS, Estimate, Verification
 from proxy_anchor.pairs import signed
+from proxy_anchor.text import printable
 
 BINS = 80  # of the drawing
 # How a page speaks of nearness, see pairs.signed.
@@ -65,8 +66,8 @@ def chart(pairs: Verification, threshold: dict) -> str:
         far = Estimate(threshold["far"], *threshold["far_interval"])
         text += (
             f"<p>The checkpoint has the threshold {Estimate(value, *threshold['interval']).text('{:.3f}')}, chosen for "
-            f"{asked} false accepts on half of the test classes of {html.escape(threshold['dataset'])}; on those of "
-            f"the other half it had {far.percent()}.</p>"
+            f"{asked} false accepts on half of the test classes of {html.escape(printable(threshold['dataset']))}; on "
+            f"those of the other half it had {far.percent()}.</p>"
         )
     for kind, (words_of_it, value) in lines.items():
         at = BINS * (1 + (min(signed(value, distance), high) - high) / span)

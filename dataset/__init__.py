@@ -35,21 +35,22 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import cars, cub, folder, glyphs, inshop, sop, table, transforms, validation
+from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
 from dataset.images import ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
 
 __all__ = [
-    "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "describe", "eval_loader", "eval_sets", "eval_splits",
-    "fingerprint", "geometry_of", "load", "open", "options", "recipe", "record", "remark", "size", "splits",
-    "train_loader", "train_set",
+    "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "check_arguments", "describe", "eval_loader", "eval_sets",
+    "eval_splits", "fingerprint", "geometry_of", "load", "open", "options", "recipe", "record", "remark", "size",
+    "splits", "train_loader", "train_set",
 ]  # fmt: skip
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
 OWN = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | OWN
+OWN_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # what --data-root is
 GEOMETRY = ("crop", "crop_mode", "interpolation")  # of transforms.evaluation
 
 
@@ -65,7 +66,6 @@ def options(training: bool) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--data-root",
-        default=str(DATA_ROOT),
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for your own images, their folder or their CSV file",
     )
@@ -116,6 +116,13 @@ def options(training: bool) -> argparse.ArgumentParser:
     return parser
 
 
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> None:
+    """Fill in the default of --data-root; for your own images there is none, and leaving it out is a usage error."""
+    if args.data_root is None and name in OWN:
+        parser.error(f"argument --data-root: for your own images it is required: {OWN_ROOTS[name]}")
+    args.data_root = args.data_root or str(DATA_ROOT)
+
+
 def splits(name: str, root: str | Path) -> list[str]:
     """The splits that a dataset has: those of train, eval, query and gallery that exist."""
     return list(BENCHMARKS[name].SIZES) if name in BENCHMARKS else OWN[name].splits(Path(root))
@@ -161,10 +168,10 @@ def _load(name, root, wanted, transform, allow_partial=False, test_classes=None)
     numbers = _groups(source, place, label_space)
     found = []
     for split in wanted:
-        part = _present(name, place, split, samples[split], allow_partial)
-        paths = [path for path, _ in part]
+        part, spellings = _present(name, place, split, samples[split], allow_partial)
+        paths = [spellings.get(path, path) for path, _ in part]
         labels = np.searchsorted(classes, [label for _, label in part])
-        groups = None if numbers is None else np.array([numbers[path] for path in paths])
+        groups = None if numbers is None else np.array([numbers[path] for path, _ in part])
         found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}", groups))
     return found
 
@@ -181,9 +188,14 @@ def _groups(source, place, splits) -> dict[str, int] | None:
 
 
 def _present(name, place, split, samples, allow_partial):
-    """The samples, if all exist and are those of the published split; with allow_partial, those that exist."""
+    """The samples, if all exist and are those of the published split; with allow_partial, those that exist.
+
+    And {path: the path on disk}, of your own images that the disk spells in another way.
+    """
     source = ALL[name]
     missing = set(missing_files([path for path, _ in samples]))
+    spellings = names.spellings(missing) if name in OWN else {}
+    missing -= spellings.keys()
     if allow_partial:
         samples = [(path, label) for path, label in samples if path not in missing]
     found = len({label for _, label in samples}), len(samples)
@@ -199,11 +211,11 @@ def _present(name, place, split, samples, allow_partial):
     if missing and not allow_partial:
         raise FileNotFoundError(
             f"{len(missing):,} of the {len(samples):,} images of {name} {split} are missing; "
-            f"the first is {min(missing)}"
+            f"the first is {min(missing)}{names.oddity(min(missing))}"
         )
     if hasattr(source, "check_images"):
         source.check_images([path for path, _ in samples])
-    return samples
+    return samples, spellings
 
 
 def train_set(name: str, root: str | Path, image_size: int, interpolation: str | None = None, **choice) -> ImageDataset:

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import dataset
-from dataset import duplicates, files, prepare
-from dataset.check import Image, in_several, inspect
+from dataset import duplicates, files, names, prepare
+from dataset.check import Image, in_several, inspect, with_several_labels
 from proxy_anchor import console
+from proxy_anchor.text import printable
 
 SHOWN = 10  # of a kind of problem
 
@@ -21,7 +22,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = console.Parser(
         prog="python -m dataset", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=console.HelpFormatter,
     )  # fmt: skip
@@ -29,33 +30,44 @@ def parse(argv=None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False, parents=[console.options()])
     common.add_argument(
         "--data-root",
-        default=str(dataset.DATA_ROOT),
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
     common.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images; 0 for none")
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
+    check.set_defaults(archives=[])
     check.add_argument("name", choices=dataset.ALL)
     check.add_argument("--test-classes", metavar="FILE", help="with folder: file with the names of the test classes")
     make = commands.add_parser(
         "prepare", parents=[common], help="lay out a dataset from its archives", allow_abbrev=False
     )
     make.add_argument("name", choices=prepare.LAYOUTS)
-    make.add_argument("archives", nargs="+", metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list")
+    make.set_defaults(test_classes=None)
+    make.add_argument(
+        "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"
+    )
     args = parser.parse_args(argv)
     console.check_ranges(parser, args)
+    dataset.check_arguments(parser, args, args.name)
     return args
 
 
-def run_prepare(name: str, root: str, archives: list[str]) -> None:
-    for archive in map(Path, archives):
-        if archive.is_file():
-            known = prepare.published_name(archive)
-            print(f"{archive}: {f'the published {known}' if known else 'not a file whose checksum is known'}")
+def run_prepare(name: str, root: str, archives: list[Path]) -> None:
     folder = dataset.BENCHMARKS[name].FOLDER
-    for _ in console.progress(prepare.prepare(name, Path(root), folder, list(map(Path, archives))), "extracting"):
+    for _ in console.progress(prepare.prepare(name, Path(root), folder, archives), "extracting"):
         pass
     print(f"Laid out in {Path(root) / folder}")
+
+
+def checksum_warning(archives: list[Path]) -> str:
+    """A line where archives have the names of published files, but not their checksums; otherwise an empty text."""
+    changed = [str(archive) for archive in archives if archive.is_file() and prepare.differs(archive)]
+    if not changed:
+        return ""
+    return (
+        f"Warning: the checksum is not that of the published file: {', '.join(changed)}. Likely cause: an incomplete "
+        "download, or a copy that was packed again\n"
+    )
 
 
 def run_check(name: str, root: str, workers: int, test_classes: str | None) -> int:
@@ -91,17 +103,28 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
             )
     print(dataset.remark(test_sets), end="")
     for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
-        print(remark)
+        print_line(remark)
+    if not published:
+        for line in names.describe_alike("Classes", {label for images in sets.values() for label in images.classes}):
+            print_line(line)
+        problems += with_several_labels(parts, sets)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
     twice = in_several({"train": parts["train"], "test": tests})
-    print(f"{len(twice)} images are in both training and test" + "".join(f"\n  {a} = {b}" for a, b in twice[:SHOWN]))
+    print(f"{len(twice)} images are in both training and test")
+    for both in twice[:SHOWN]:
+        print_line(f"  {' = '.join(both)}")
     for line in duplicate_lines(parts, sets):
-        print(line)
+        print_line(line)
     for problem in problems[:SHOWN]:
-        print(f"  {problem}")
+        print_line(f"  {problem}")
     if len(problems) > SHOWN:
         print(f"  ... and {len(problems) - SHOWN:,} more problems")
     return len(problems)
+
+
+def print_line(text: str) -> None:
+    """Print a text with names from files as one line that is not too long."""
+    print(printable(text, console.LONGEST))
 
 
 def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.ImageDataset]) -> list[str]:
@@ -118,12 +141,15 @@ def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.Image
 def main(argv=None):
     args = parse(argv)
     with console.errors_in_one_line("python -m dataset", args.debug):
-        if args.command == "prepare":
-            run_prepare(args.name, args.data_root, args.archives)
-            args.test_classes = None
-        if problems := run_check(args.name, args.data_root, args.workers, args.test_classes):
-            raise files.BadFile(f"{args.name} has {problems:,} problem{'s' * (problems > 1)}, listed above")
-        print(f"This is the published {args.name}." if args.name in dataset.BENCHMARKS else "Nothing is wrong.")
+        warning = checksum_warning(args.archives)
+        try:
+            if args.command == "prepare":
+                run_prepare(args.name, args.data_root, args.archives)
+            if problems := run_check(args.name, args.data_root, args.workers, args.test_classes):
+                raise files.BadFile(f"{args.name} has {problems:,} problem{'s' * (problems > 1)}, listed above")
+            print(f"This is the published {args.name}." if args.name in dataset.BENCHMARKS else "Nothing is wrong.")
+        finally:  # after all else, and also where the archive turned out to be damaged
+            print(warning, end="", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,20 @@ def _inspect(path, perceptual):
         return Image(path, problem=str(error))
 
 
+def with_several_labels(parts: dict[str, list[Image]], sets: dict) -> list[str]:
+    """A line on each image, of the same bytes, that has several labels; sets: the ImageDataset of each part."""
+    first: dict[str, dict] = defaultdict(dict)  # digest -> {class: first path}
+    for part, data in sets.items():
+        for image, label in zip(parts[part], data.labels):
+            if image.digest:
+                first[image.digest].setdefault(data.classes[label], image.path)
+    return [
+        "One image has several labels: " + ", ".join(f"{path} is of class {label}" for label, path in found.items())
+        for found in first.values()
+        if len(found) > 1
+    ]
+
+
 def in_several(parts: dict[str, list[Image]]) -> list[list[str]]:
     """The paths of images of the same bytes that are in more than one of the parts, a list for each such image."""
     where = defaultdict(dict)  # digest -> {part: first path}

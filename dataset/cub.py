@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dataset.files import BadFile, require
+from dataset.files import BadFile, is_hidden, require
 
 FOLDER = "CUB_200_2011"
 SIZES = {"train": (100, 5864), "eval": (100, 5924)}  # classes, images
@@ -16,7 +16,7 @@ def samples(folder: Path, split: str) -> list[tuple[str, str]]:
     """(path, class) of each image of the split. Classes 001-100 (the number before the folder's dot) train."""
     found = []
     for class_folder in sorted(require(folder / "images", SOURCE).iterdir()):
-        if class_folder.name.startswith(".") or not class_folder.is_dir():
+        if is_hidden(class_folder.name) or not class_folder.is_dir():
             continue
         number = class_folder.name.split(".")[0]
         if not number.isdecimal():
@@ -24,10 +24,9 @@ def samples(folder: Path, split: str) -> list[tuple[str, str]]:
                 f"{class_folder} is not a class folder of CUB: expected a name like 001.Black_footed_Albatross"
             )
         if (int(number) <= 100) == (split == "train"):
-            # Files beginning with '._' are left by macOS in some copies.
             found += [
                 (os.path.join(class_folder, name), class_folder.name)
                 for name in sorted(os.listdir(class_folder))
-                if not name.startswith(".")
+                if not is_hidden(name)  # in some copies macOS has left '._' files
             ]
     return found

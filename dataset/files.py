@@ -7,9 +7,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+HIDDEN = {  # without a leading dot, in small letters
+    "@eadir", "#recycle", "$recycle.bin", "__macosx", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
+    "system volume information", "thumbs.db",
+}  # fmt: skip
+
 
 class BadFile(ValueError):
     """A file of a dataset that is not what it should be; the message names it."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that operating systems hide: of a leading dot, or of their own."""
+    return name.startswith(".") or name.lower() in HIDDEN
 
 
 def require(path: Path, source: str) -> Path:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from dataset.files import BadFile, read_lines, require
+from dataset.names import by_form, form, stripped
 
 KS = (1, 2, 4, 8, 16, 32)
 
@@ -98,10 +99,13 @@ def _classes(root):
 
 def _read_classes(path, classes):
     require(path, "--test-classes names a file with the names of the test classes, one per line.")
-    tests = {name: number for number, line in enumerate(read_lines(path), 1) if (name := line.strip())}
-    for name, number in tests.items():
-        if name not in classes:
-            raise BadFile(f"{path}, line {number}: there is no class folder '{name}'")
+    classes_of, tests = by_form(classes), set()
+    for number, line in enumerate(read_lines(path), 1):
+        if name := stripped(line):
+            matches = [name] if name in classes else classes_of.get(form(name), [])
+            if len(matches) != 1:
+                raise BadFile(f"{path}, line {number}: there is no class folder '{name}'")
+            tests.add(matches[0])
     if not 0 < len(tests) < len(classes):
         raise BadFile(f"{path} names {len(tests)} of {len(classes)} classes: expected some to test and some to train")
     return tests

@@ -2,7 +2,7 @@
 
 Paths are relative to the file's folder, or absolute. The images of val train too, unless --fold val holds them out. A
 column group may name the burst, session or camera of an image: a query is not to find images of its own group. An image
-whose group is empty is a group of its own.
+whose group is empty is a group of its own. White space around a cell does not count.
 """
 
 import csv
@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from dataset.files import BadFile, require
+from dataset.names import describe_alike, form, stripped
 
 KS = (1, 2, 4, 8, 16, 32)
 COLUMNS = ["path", "label", "split"]
@@ -71,7 +72,8 @@ def remarks(root: Path) -> list[str]:
     alone = sum(not group for group in (queries | gallery).values())
     return [
         f"{len(named):,} groups of test images, and {alone:,} images alone: images of a query's own group are left "
-        f"out of its gallery, {left_out:,} in all"
+        f"out of its gallery, {left_out:,} in all",
+        *describe_alike("Groups", named),
     ]
 
 
@@ -85,27 +87,36 @@ def _read(path):
     """
     if require(path, "--data-root must be the CSV file.").is_dir():
         raise BadFile(f"{path} is a folder: with --dataset csv, --data-root must be the CSV file")
-    rows, lines = [], {}
+    rows, lines_of, lines_of_form = [], {}, {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = sorted(reader.fieldnames or [])
+            reader.fieldnames = [stripped(name) for name in reader.fieldnames or []]
+            columns = sorted(reader.fieldnames)
             if columns not in (sorted(COLUMNS), sorted([*COLUMNS, GROUP])):
                 raise BadFile(
                     f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}; "
                     f"{GROUP} may be a further one"
                 )
-            for row in reader:
+            for cells in reader:
                 where = f"{path}, line {reader.line_num}"
+                row = {name: stripped(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
                 if None in row or not all(row[name] for name in COLUMNS) or row.get(GROUP, "") is None:
                     raise BadFile(f"{where}: expected a path, a label and a split, found {list(row.values())}")
                 if row["split"] not in SPLITS:
                     raise BadFile(f"{where}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
                 image = os.path.normpath(path.parent / row["path"])
                 use = "train" if row["split"] in TRAINING else "test"
-                if (first := lines.setdefault((image, use), reader.line_num)) != reader.line_num:
-                    raise BadFile(f"{where}: {row['path']} is in line {first} already; list an image once to {use}")
+                for lines, spelling in ((lines_of, image), (lines_of_form, form(image))):
+                    first, of_first = lines.setdefault((spelling, use), (reader.line_num, image))
+                    if first != reader.line_num and not _are_two(image, of_first):
+                        raise BadFile(f"{where}: {row['path']} is in line {first} already; list an image once to {use}")
                 rows.append((image, row["label"], row["split"], row.get(GROUP)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not a CSV file: {error}") from error
     return rows
+
+
+def _are_two(path, other):
+    """Whether two spellings of a path are two files."""
+    return path != other and os.path.exists(path) and os.path.exists(other) and not os.path.samefile(path, other)

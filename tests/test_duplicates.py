@@ -5,9 +5,11 @@ import shutil
 import imagehash
 import numpy as np
 import pytest
+import trees
 from PIL import Image
 from test_own import write_csv
 
+import dataset
 from dataset import duplicates
 from dataset.__main__ import main as dataset_main
 
@@ -45,19 +47,26 @@ def table(tmp_path):
     return write_csv(tmp_path / "images.csv", rows, ("path", "label", "split", "group"))
 
 
-def check(table, capsys):
-    dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])
-    lines = capsys.readouterr().out.replace(f"{table.parent}/", "").splitlines()
+def check(table, capsys, problems=0):
+    try:
+        dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])
+        assert not problems
+    except SystemExit:
+        assert f"csv has {problems} problem" in (output := capsys.readouterr()).err
+    else:
+        output = capsys.readouterr()
+    lines = output.out.replace(f"{table.parent}/", "").splitlines()
     return lines[next(i for i, line in enumerate(lines) if "both training and test" in line) :]
 
 
 def test_duplicates_are_found_and_the_worst_listed(table, capsys):
-    first, listed, flat, head, same, near, worst, *rows, end = check(table, capsys)
+    first, listed, flat, head, same, near, worst, *rows, end = check(table, capsys, problems=1)
     assert first == "1 images are in both training and test" and listed == "  1.jpg = copy of 1.jpg"
     assert flat == "3 images are nearly uniform: among them, only the same files were looked for"
     assert head.split() == ["pairs", "of", "images", "train", "test", "both", "of", "two", "classes"]
     assert same.split()[-4:] == ["1", "1", "1", "1"] and near.split()[-4:] == ["0", "1", "0", "1"]
-    assert worst == "The worst, each image once:" and end == "Nothing is wrong."
+    assert worst == "The worst, each image once:"
+    assert end == "  One image has several labels: 1.jpg is of class 0, copy of 1.jpg is of class 2"
     assert [" ".join(row.split()) for row in rows[:3]] == [
         "same file both 1.jpg = copy of 1.jpg (0 and 2)",
         "same file train 0.jpg = copy of 0.jpg (both 0)",
@@ -70,10 +79,10 @@ def test_duplicates_are_found_and_the_worst_listed(table, capsys):
 
 def test_without_the_library_it_is_said(table, capsys, monkeypatch):
     monkeypatch.setattr(duplicates, "find_spec", lambda name: None)
-    lines = check(table, capsys)
+    lines = check(table, capsys, problems=1)
     assert lines[2] == "Near duplicates were not looked for, only the same files: pip install imagehash"
     assert lines[4].split()[-4:] == ["1", "1", "1", "1"] and lines[5].split()[-4:] == ["0", "0", "0", "0"]
-    assert lines[-1] == "Nothing is wrong."
+    assert lines[-1].startswith("  One image has several labels: ")
 
 
 def test_no_duplicates_is_one_line(tmp_path, capsys):
@@ -113,3 +122,42 @@ def test_many_equal_images_make_a_short_list():
     found = duplicates.find(zeros.astype(np.uint64), np.arange(count), zeros > 0, zeros, zeros - 1)
     assert found.near.tolist() == [count * (count - 1) // 2, 0, 0] and found.in_two_classes == (0, 0)
     assert found.worst and len({image for pair in found.worst for image in pair[:2]}) == 2 * len(found.worst)
+
+
+@pytest.mark.parametrize("labels, splits, groups, problems", [
+    (("a", "b"), ("train", "train"), ("", ""), 1),
+    (("a", "b"), ("eval", "eval"), ("", ""), 1),
+    (("a", "b"), ("eval", "eval"), ("burst", "burst"), 1),  # a group explains the copy, not the labels
+    (("a", "b"), ("train", "eval"), ("", ""), 1),
+    (("a", "a"), ("train", "eval"), ("", ""), 0),
+    (("a", "a"), ("eval", "eval"), ("", ""), 0),
+])  # fmt: skip
+def test_one_image_with_two_labels_is_wrong(tmp_path, capsys, labels, splits, groups, problems):
+    for number in range(4):
+        smooth(number, tmp_path / f"{number}.jpg")
+    shutil.copy(tmp_path / "0.jpg", tmp_path / "1.jpg")
+    rows = [("2.jpg", "a", "eval", ""), ("3.jpg", "b", "eval", "")]
+    rows += [(f"{i}.jpg", labels[i], splits[i], groups[i]) for i in range(2)]
+    lines = check(write_csv(tmp_path / "a.csv", rows, ("path", "label", "split", "group")), capsys, problems)
+    wrong = "  One image has several labels: 0.jpg is of class a, 1.jpg is of class b"
+    assert lines[-1] == (wrong if problems else "Nothing is wrong.")
+
+
+def test_an_image_in_two_class_folders_is_wrong(tmp_path, capsys):
+    for number in range(4):
+        smooth(number, tmp_path / "ab"[number // 2] / f"{number}.jpg")
+    shutil.copy(tmp_path / "a" / "0.jpg", tmp_path / "b" / "copy.jpg")
+    with pytest.raises(SystemExit):
+        dataset_main(["check", "folder", "--data-root", str(tmp_path), "--workers", "0"])
+    out, error = capsys.readouterr()
+    assert "Nothing is wrong" not in out and "folder has 1 problem, listed above" in error
+    assert f"One image has several labels: {tmp_path}/a/0.jpg is of class a, {tmp_path}/b/copy.jpg is of class b" in out
+
+
+def test_a_benchmark_may_have_images_with_two_labels(tmp_path, capsys, monkeypatch):
+    """Half of Cars-196 has some."""
+    monkeypatch.setattr(dataset.BENCHMARKS["cub"], "SIZES", {"train": (4, 24), "eval": (3, 18)})
+    images = trees.cub(tmp_path) / "CUB_200_2011" / "images"
+    shutil.copy(images / "101.Bird_101" / "Bird_101_0000.jpg", images / "102.Bird_102" / "Bird_102_0000.jpg")
+    dataset_main(["check", "cub", "--data-root", str(tmp_path), "--workers", "0"])
+    assert "This is the published cub." in capsys.readouterr().out

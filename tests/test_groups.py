@@ -276,3 +276,39 @@ def test_check_counts_groups(tmp_path, capsys):
         "24 groups of test images, and 1 images alone: images of a query's own group are left out of "
         "its gallery, 46 in all\n"
     ) in capsys.readouterr().out
+
+
+def test_person_and_camera_are_the_group_of_re_identification():
+    """The numbers of docs/data.md: an image of a camera resembles the others of this camera, whoever they show."""
+    persons, cameras, number = np.array([(p, c, n) for p in range(3) for c in range(2) for n in range(2)]).T
+    x = torch.from_numpy(np.concatenate([10 * np.eye(2)[cameras], np.eye(3)[persons], 0.01 * number[:, None]], axis=1))
+    queries, gallery = number == 0, number == 1  # each person has been taken twice by each camera
+    person, camera = torch.from_numpy(persons), torch.from_numpy(cameras)
+
+    def recall(groups):
+        given = {"groups": groups[queries], "gallery_groups": groups[gallery]}
+        return recall_at_k(x[queries], person[queries], [1], x[gallery], person[gallery], "euclidean", **given)[1]
+
+    # The protocol, spelled out: without the gallery's images of the query's person by the query's camera.
+    distances = torch.cdist(x[queries], x[gallery])
+    same_person, same_camera = (a[queries][:, None] == a[gallery] for a in (person, camera))
+    nearest = distances.masked_fill(same_person & same_camera, torch.inf).argmin(dim=1)
+    assert (person[gallery][nearest] == person[queries]).sum() == 0
+    assert recall(2 * person + camera) == 0
+    assert recall(camera) == 1
+
+
+def test_a_query_in_the_gallery_is_left_out_by_one_group(tmp_path):
+    for label, number in (("ant", 1), ("ant", 2), ("bee", 3)):
+        trees.write_image(tmp_path / label / f"{number}.jpg", number)
+    shutil.copy(tmp_path / "ant" / "1.jpg", tmp_path / "copy.jpg")
+    rows = [("copy.jpg", "ant", "query", "ant 1"), ("ant/1.jpg", "ant", "gallery", "ant 1")]
+    rows += [("ant/2.jpg", "ant", "gallery", ""), ("bee/3.jpg", "bee", "gallery", "")]
+    table = write_csv(tmp_path / "a.csv", rows, ("path", "label", "split", "group"))
+    queries, gallery = dataset.eval_sets("csv", table, 32)
+    x, y = (torch.stack([image.flatten().double() for image, _ in images]) for images in (queries, gallery))
+    labels = torch.as_tensor(queries.labels), torch.as_tensor(gallery.labels)
+    given = {"groups": torch.as_tensor(queries.groups), "gallery_groups": torch.as_tensor(gallery.groups)}
+    assert confusion.nearest_neighbour(x, y, "euclidean").tolist() == [0]
+    assert confusion.nearest_neighbour(x, y, "euclidean", *given.values()).tolist() != [0]
+    assert recall_at_k(x, labels[0], [2], y, labels[1], "euclidean", **given) == {2: 1.0}  # the other ant is there

@@ -1,6 +1,9 @@
 """Damaged files: each ends in an error that the scripts show as one line, or in the right result."""
 
+import csv
 import random
+import re
+import shutil
 import warnings
 
 import numpy as np
@@ -10,10 +13,16 @@ import trees
 from PIL import Image
 
 import dataset
+import evaluate
+import export
 import net
+import search
+import transfer
+from dataset.__main__ import main as dataset_main
 from dataset.files import read_image
 from net import pretrained
 from proxy_anchor import checkpoint, console, resuming
+from proxy_anchor.text import csv_cell, printable
 
 SHOWN_IN_ONE_LINE = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)  # as in console
 
@@ -181,3 +190,100 @@ def test_network_stays_as_it_was(tmp_path):
     checkpoint.save(tmp_path / "other.pth", net.create("resnet18", 16), {})
     assert isinstance(outcome(lambda: checkpoint.load(tmp_path / "other.pth", network)), ValueError)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+FORGED = "x\x1b[2J\x9b31m\r\u202e\u2028\n  1  1.0000  forged"  # a name of a file may hold all of these
+
+
+def is_plain(text):
+    """Whether text has no control characters but the line breaks of the program, and none of its lines is forged."""
+    return not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", text) and not re.search(
+        "^ *1  1.0000", text, re.M
+    )
+
+
+@pytest.mark.parametrize("name", ["folder", "csv"])
+def test_names_forge_no_lines_of_a_check(tmp_path, capsys, name):
+    """In the lists of duplicates, of damaged images, of classes and of images left out."""
+    root, table = tmp_path / "images", [["path", "label", "split"]]
+    for number, label in enumerate(("ant", FORGED, FORGED.upper(), "zoo")):
+        for i in range(3):
+            trees.write_image(root / label / f"{FORGED}{i}.jpg", max(2, 10 * number + i))
+            table.append([f"images/{label}/{FORGED}{i}.jpg", f"{label}.", "train" if i else "eval"])
+    shutil.copy(root / "ant" / f"{FORGED}0.jpg", root / FORGED / f"{FORGED}1.jpg")
+    (root / "zoo" / f"{FORGED}2.jpg").write_bytes(b"damaged")
+    (tmp_path / f".{FORGED}.jpg").write_bytes(b"hidden")
+    with open(tmp_path / "images.csv", "w", newline="") as file:
+        csv.writer(file).writerows(table)
+    place = root if name == "folder" else tmp_path / "images.csv"
+    with pytest.raises(SystemExit):
+        dataset_main(["check", name, "--data-root", str(place), "--workers", "0"])
+    out, error = capsys.readouterr()
+    assert "One image has several labels" in out and "cannot be read" in out and "differ only in case" in out
+    assert is_plain(out) and is_plain(error) and r"x\x1b[2J\x9b31m\r\u202e\u2028\n  1  1.0000  forged" in out
+
+
+def test_lines_of_a_check_are_short(tmp_path, capsys):
+    csv.field_size_limit(2_000_000)
+    rows = [["path", "label", "split", "group"]]
+    for i in range(4):
+        trees.write_image(tmp_path / f"{i}.jpg", i // 2)
+        rows.append([f"{i}.jpg", "aA"[i % 2] * 200_000, "eval", "bB"[i // 2] * 200_000])
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.raises(SystemExit):
+        dataset_main(["check", "csv", "--data-root", str(tmp_path / "a.csv"), "--workers", "0"])
+    out = capsys.readouterr().out
+    assert "Classes that differ" in out and "Groups that differ" in out and "several labels" in out
+    assert max(map(len, out.splitlines())) < 900
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([FORGED], "expected a path, a label and a split"),
+    ([FORGED, "a", FORGED], "the split is"),
+    ([FORGED, "a", "eval"], "are missing"),
+    (["a" * 1_000_000, "a" * 100_000, "a" * 100_000], "the split is"),
+])  # fmt: skip
+def test_errors_are_one_short_line(tmp_path, capsys, rows, words):
+    csv.field_size_limit(2_000_000)
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "split"], rows])
+    with pytest.raises(SystemExit):
+        dataset_main(["check", "csv", "--data-root", str(tmp_path / "a.csv"), "--workers", "0"])
+    error = capsys.readouterr().err
+    assert words in error and is_plain(error) and error.count("\n") == 1 and len(error) < 900
+
+
+@pytest.mark.parametrize("model", [f"resnet18{FORGED}", "resnet18" + "\x1b" * 1_000_000])
+def test_a_record_forges_no_errors(tmp_path, capsys, model):
+    """Those of usage, too, in which a file gave the argument."""
+    record = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), record)
+    checkpoint.save(tmp_path / "b.pth", net.create("resnet18", 8), record | {"model": model})
+    for script, argv in (
+        (evaluate, ["--resume", str(tmp_path / "b.pth")]),
+        (evaluate, ["--resume", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]),
+        (evaluate, ["--resume", str(tmp_path / "b.pth"), "--model", "resnet50"]),
+        (export, ["--resume", str(tmp_path / "b.pth"), "--out", str(tmp_path / "b.onnx")]),
+        (transfer, ["--source-ckpt", str(tmp_path / "b.pth")]),
+        (search, ["index", "--resume", str(tmp_path / "b.pth"), "--images", ".", "--out", str(tmp_path / "index")]),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(argv)
+        out, error = capsys.readouterr()
+        (line,) = [line for line in error.splitlines() if "error: " in line]
+        assert is_plain(out + error) and len(line) < 900
+
+
+def test_cells_are_no_formulas(tmp_path):
+    for text in ("=1+1", "+a", "-a", "@SUM(A1)", "=cmd|' /C calc'!A0", "-1+1", "- 1"):
+        assert csv_cell(text) == f"'{text}"
+    for text in ("-1", "+1.5", "1", "0.25", "a=b", "", "'=1", "caf\u00e9"):
+        assert csv_cell(text) == text
+    assert csv_cell("\t=1") == r"\t=1" and csv_cell("\r=1\n") == r"\r=1\n"
+
+
+def test_printable_keeps_what_people_write():
+    for text in ("caf\u00e9", "\u65e5\u672c\u8a9e \u3000", "\U0001f468\u200d\U0001f469", "a b", "C:\\a", "\u05d0"):
+        assert printable(text) == text
+    assert printable("a" * 100, 21) == "aaaaaaaa ... aaaaaaaa"

@@ -9,9 +9,15 @@ from test_scripts import read_metrics
 
 import dataset
 import evaluate
+import export
+import net
+import protocol
+import search
 import train
+import transfer
 from dataset.__main__ import main as dataset_main
 from dataset.files import BadFile
+from proxy_anchor import checkpoint
 
 
 def labelled(images):
@@ -64,7 +70,8 @@ def test_hidden_folders_are_left_out_and_links_followed_once(tmp_path, capsys):
     assert train_set.classes == ["ant", "bee"] and eval_set.classes == ["cat", "dog"]
     assert len(train_set) == 6 + 1 + 6 and len(eval_set) == 6 + 3
     assert [path for path in train_set.paths if "again" in path] == [str(root / "ant" / "again" / "0.jpg")]
-    dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
+    with pytest.raises(SystemExit):  # because the linked image is in two classes
+        dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
     out = capsys.readouterr().out
     assert "\n3 images are left out: they or their folders are hidden\n" in out  # with .hidden.jpg
     assert "\n4 images are in linked folders\n" in out
@@ -229,3 +236,132 @@ def test_check(tmp_path, table, capsys):
     with pytest.raises(SystemExit):
         dataset_main(["check", "csv", "--data-root", str(table), "--workers", "0"])
     assert "dog/3.jpg cannot be read" in capsys.readouterr().out
+
+
+# Spellings
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u3000", "\u2009", "\u200b", "\ufeff", "\u202a", " \u00a0\t"])
+def test_white_space_around_cells_does_not_count(tmp_path, blank):
+    trees.folder(tmp_path, classes=("ant", "bee"))
+    rows = [(f"{c}/{i}.jpg", c, split, f"{c} {i // 2}") for c in ("ant", "bee") for i, split in enumerate(
+        ("train", "eval", "eval", "eval"), 1)]  # fmt: skip
+    columns = ("path", "label", "split", "group")
+    spaced = [[f"{blank * (i % 2)}{cell}{blank * (i % 3)}" for cell in row] for i, row in enumerate(rows)]
+    spaced_columns = [f"{blank}{name}{blank}" for name in columns]
+    clean, other = write_csv(tmp_path / "a.csv", rows, columns), write_csv(tmp_path / "b.csv", spaced, spaced_columns)
+    for split in ("train", "eval"):
+        expected, images = dataset.load("csv", clean, split), dataset.load("csv", other, split)
+        assert (images.paths, images.classes) == (expected.paths, expected.classes)
+        assert images.labels.tolist() == expected.labels.tolist()
+        assert images.groups.tolist() == expected.groups.tolist()
+    for column in range(3):  # nothing is left
+        row = [blank if i == column else cell for i, cell in enumerate(rows[0])]
+        with pytest.raises(BadFile, match="line 10: expected a path, a label and a split"):
+            dataset.load("csv", write_csv(tmp_path / "c.csv", [*spaced, row], columns), "eval")
+    alone = [[*row[:3], blank] for row in rows]  # an empty group
+    assert len(set(dataset.load("csv", write_csv(tmp_path / "d.csv", alone, columns), "eval").groups)) == 6
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize("on_disk, written", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED), (" oak ", "oak")])
+def test_one_folder_has_two_spellings(tmp_path, on_disk, written, monkeypatch):
+    root = trees.folder(tmp_path / "images", classes=("ant", "bee", on_disk))
+    for i in (1, 2):
+        (root / on_disk / f"{i}.jpg").rename(root / on_disk / f"{on_disk.strip()}{i}.jpg")
+    rows = [(f"images/{written}/{written}{i}.jpg", "a", "eval", f"g{i}") for i in (1, 2)]
+    rows += [("images/bee/1.jpg", "b", "eval", "")]
+    table = write_csv(tmp_path / "a.csv", rows, ("path", "label", "split", "group"))
+    images = dataset.load("csv", table, "eval")
+    assert [path.split("/")[-1] for path in images.paths] == [
+        f"{on_disk.strip()}1.jpg",
+        f"{on_disk.strip()}2.jpg",
+        "1.jpg",
+    ]
+    assert images.groups.tolist() == [0, 1, 2] and images[0][0].shape == (3, 32, 40)
+    monkeypatch.chdir(tmp_path)
+    assert dataset.load("csv", "a.csv", "eval").paths[0] == f"images/{on_disk}/{on_disk.strip()}1.jpg"
+
+    (tmp_path / "tests.txt").write_text(f"{written}\u00a0\n", encoding="utf-8")
+    images = dataset.load("folder", root, "eval", test_classes=tmp_path / "tests.txt")
+    assert images.classes == [on_disk]
+
+
+def test_both_spellings_are_one_image(tmp_path):
+    trees.folder(tmp_path, classes=("ant", COMPOSED))
+    table = write_csv(tmp_path / "a.csv", [(f"{name}/1.jpg", "a", "eval") for name in (COMPOSED, DECOMPOSED)])
+    with pytest.raises(BadFile, match=r"line 3: .*1.jpg is in line 2 already"):
+        dataset.load("csv", table, "eval")
+
+
+def test_each_of_two_folders_is_itself(tmp_path):
+    """Where the disk has both spellings, none stands for the other."""
+    root = trees.folder(tmp_path / "images", classes=("ant", COMPOSED, DECOMPOSED))
+    if len(list(root.iterdir())) < 3:
+        pytest.skip("this disk has one spelling for both")
+    for name in (COMPOSED, DECOMPOSED):
+        (tmp_path / "tests.txt").write_text(name, encoding="utf-8")
+        images = dataset.load("folder", root, "eval", test_classes=tmp_path / "tests.txt")
+        assert images.classes == [name]
+    table = write_csv(tmp_path / "a.csv", [(f"images/{COMPOSED} /1.jpg", "a", "eval")])
+    with pytest.raises(FileNotFoundError, match="1 of the 1 images"):
+        dataset.load("csv", table, "eval")
+
+
+@pytest.mark.parametrize("path, words", [
+    ("ant\\1.jpg", "; the path has backslashes: separate folders by /"),
+    ("ant/1\u200b.jpg", r"; the path has spaces or invisible characters in unusual places: '.*1\\u200b.jpg'"),
+    ("ant /1x.jpg", "; the path has spaces or invisible characters in unusual places: '.*ant /1x.jpg'"),
+    ("ant/1\u00a0.jpg", r"unusual places: '.*1\\xa0.jpg'"),
+    ("ant/9.jpg", r"the first is .*ant/9.jpg$"),
+    ("\u65e5\u672c/9 9.jpg", r"the first is .*9 9.jpg$"),
+])  # fmt: skip
+def test_what_is_odd_about_a_missing_path_is_said(tmp_path, path, words):
+    trees.folder(tmp_path, classes=("ant",))
+    with pytest.raises(FileNotFoundError, match=words):
+        dataset.load("csv", write_csv(tmp_path / "a.csv", [(path, "a", "eval")]), "eval")
+
+
+def test_check_names_what_looks_alike(tmp_path, capsys):
+    classes = ("Oak", "oak", "oak tree", "oak  tree", COMPOSED, DECOMPOSED, "\uff21", "A", "bee")
+    root = trees.folder(tmp_path / "images", classes=["ant", *classes])
+    table = write_csv(
+        tmp_path / "a.csv", [(f"images/{c}/1.jpg", c, "eval", c) for c in classes], ("path", "label", "split", "group")
+    )
+    for name, place, kinds in (("folder", root, ["Classes"]), ("csv", table, ["Groups", "Classes"])):
+        dataset_main(["check", name, "--data-root", str(place), "--workers", "0"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "differ only in case" in line]
+        assert [line.split()[0] for line in lines] == kinds
+        for line in lines:
+            assert line.count("(") == 4 and "bee" not in line
+            for same in (
+                "('Oak', 'oak')",
+                r"('cafe\u0301', 'caf\xe9')",
+                "('oak  tree', 'oak tree')",
+                r"('A', '\uff21')",
+            ):
+                assert same in line
+
+
+@pytest.mark.parametrize("name", ["folder", "csv"])
+def test_data_root_is_required(tmp_path, name, capsys, monkeypatch):
+    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), {
+        "model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1,
+    })  # fmt: skip
+    resume = ["--resume", str(tmp_path / "a.pth")]
+    data = ["--dataset", name]
+    for main, argv in (
+        (train.main, data),
+        (evaluate.main, [*data, *resume]),
+        (export.main, [*data, *resume, "--out", str(tmp_path / "a.onnx")]),
+        (search.main, ["index", *data, *resume, "--split", "eval", "--out", str(tmp_path / "index")]),
+        (transfer.main, [*data, "--source-ckpt", str(tmp_path / "a.pth")]),
+        (protocol.main, ["--", *data]),
+        (dataset_main, ["check", name]),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            main(argv)
+        error = capsys.readouterr().err
+        assert refused.value.code == 2 and "error: argument --data-root: for your own images it is required" in error

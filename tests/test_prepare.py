@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import trees
 from PIL import Image
+from test_hostile import mutations, outcome
 
 import dataset
 from dataset import prepare
@@ -79,8 +80,12 @@ def test_prepare_and_check(tmp_path, published, capsys, name, make, archives, si
         else:
             paths.append(archive_of(original / content[0], tmp_path / archive, content[1]))
     run("prepare", name, *paths, "--data-root", tmp_path / "data", "--workers", 0)
-    output = capsys.readouterr().out
-    assert "not a file whose checksum is known" in output and f"This is the published {name}." in output
+    output, error = capsys.readouterr()
+    assert "checksum" not in output
+    # The file of another checksum than the published one's: one line, at the end.
+    known = [str(path) for path in paths if path and os.path.basename(path) in prepare.DIGESTS.values()]
+    assert [line.split(": ")[2].split(". ")[0] for line in error.splitlines()] == [", ".join(known)] * bool(known)
+    assert f"This is the published {name}." in output
     if name != "cub":  # CUB's extra file of macOS is in both
         assert same_files(original / folder, tmp_path / "data" / folder)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [folder]
@@ -127,6 +132,23 @@ HOSTILE = {
     "zip backslash": lambda path: zip_with(path, "..\\outside"),
     "zip drive": lambda path: zip_with(path, "c:outside"),
     "zip link": lambda path: zip_with(path, "images/a", stat.S_IFLNK | 0o777),
+    "link inside": lambda path: tar_with(path, type=tarfile.SYMTYPE, linkname="b"),
+    "hard link inside": lambda path: tar_with(path, type=tarfile.LNKTYPE, linkname="images/b"),
+    "hidden link": lambda path: tar_with(path, name="__MACOSX/a", type=tarfile.SYMTYPE, linkname="b"),
+    "block device": lambda path: tar_with(path, type=tarfile.BLKTYPE),
+    "sparse": lambda path: tar_with(path, type=tarfile.GNUTYPE_SPARSE),
+    "sparse by its header": lambda path: tar_with(
+        path, pax_headers={"GNU.sparse.map": "0,4", "GNU.sparse.size": "9999999999"}
+    ),
+    "contiguous": lambda path: tar_with(path, type=tarfile.CONTTYPE),
+    "unknown type": lambda path: tar_with(path, type=b"Z"),
+    "negative size": lambda path: tar_with(path, pax_headers={"size": "-512"}),
+    "absolute parent": lambda path: tar_with(path, name="//../outside"),
+    "backslash": lambda path: tar_with(path, name="..\\outside"),
+    "drive": lambda path: tar_with(path, name="c:/outside"),
+    "zip link to a folder": lambda path: zip_with(path, "images/", stat.S_IFLNK | 0o777),
+    "zip fifo": lambda path: zip_with(path, "images/a", stat.S_IFIFO | 0o644),
+    "zip socket": lambda path: zip_with(path, "images/a", stat.S_IFSOCK | 0o644),
     "zip device": lambda path: zip_with(path, "images/a", stat.S_IFCHR | 0o666),
 }
 
@@ -142,8 +164,203 @@ def test_hostile_archives_are_refused(tmp_path, capsys, kind):
     assert not list((tmp_path / "data" / "deep").iterdir()) and not (tmp_path / "outside").exists()
 
 
+def several(path, *members):
+    """A tar of (name, attributes) each."""
+    with tarfile.open(path, "w") as file:
+        for name, attributes in members:
+            member = tarfile.TarInfo(name)
+            data = attributes.get("data", b"") if "type" not in attributes else b""
+            member.size = len(data)
+            for key in {"type", "linkname", "mode"} & set(attributes):
+                setattr(member, key, attributes[key])
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def link(target):
+    return {"type": tarfile.SYMTYPE, "linkname": target}
+
+
+def through_links(path):
+    """A chain of links that lead into each other, longer than a path may be, and then out."""
+    name, step, members = "", "d" * 247, []
+    for letter in "abcdefghijklmnop":
+        members += [(f"{name}{step}", {"type": tarfile.DIRTYPE}), (f"{name}{letter}", link(step))]
+        name += f"{step}/"
+    chain = "/".join("abcdefghijklmnop")
+    members += [(f"{chain}/{'l' * 254}", link("../" * 16)), ("escape", link(f"{chain}/{'l' * 254}/../../../.."))]
+    return several(path, *members, ("escape/victim", {"data": b"written"}))
+
+
+@pytest.mark.parametrize("make", [
+    through_links,
+    # Relative links that mean another place once they are moved.
+    lambda path: several(
+        path, ("a/b/c/devkit", link("../../../victims")), ("a/b/cars_test_annos_withlabels.mat", {"data": b"written"})
+    ),
+    lambda path: several(path, ("a/b/c/images", link("../../victims"))),
+    lambda path: several(path, ("images", link(".")), ("images/victim", {"data": b"written"})),
+    lambda path: several(path, ("images/a", {"data": b"1"}), ("images/b", {"type": tarfile.LNKTYPE, "linkname": "a"})),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["cub", "cars"])
+def test_links_are_refused(tmp_path, capsys, name, make):
+    """On any Python, wherever they lead; nothing is written or read outside the data root."""
+    victims = tmp_path / "victims"
+    victims.mkdir()
+    (victims / "victim").write_bytes(b"the user's")
+    with pytest.raises(SystemExit):
+        run("prepare", name, make(tmp_path / "a.tar"), "--data-root", tmp_path / "data")
+    assert "is refused: its member" in capsys.readouterr().err
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.tar", "data", "victims"]
+    assert [path.read_bytes() for path in victims.iterdir()] == [b"the user's"]
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("place", ["CUB_200_2011", "CUB_200_2011.preparing"])
+def test_planted_links_are_not_followed(tmp_path, capsys, place):
+    victims = tmp_path / "victims"
+    for folder in ("data", "victims"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / place).symlink_to(victims, target_is_directory=True)
+    archive = several(tmp_path / "a.tar", ("images/001.Bird/a.jpg", {"data": b"written"}))
+    with pytest.raises(SystemExit):
+        run("prepare", "cub", archive, "--data-root", tmp_path / "data")
+    assert "remove it" in capsys.readouterr().err
+    assert not list(victims.iterdir()) and (tmp_path / "data" / place).is_symlink()
+
+
+@pytest.mark.parametrize("members", [
+    [("images/a", {"data": b"1"}), ("images/a", {"data": b"2"})],
+    [("images/a", {"data": b"1"}), ("images/a", {"type": tarfile.DIRTYPE})],
+    [("images/a", {"type": tarfile.DIRTYPE}), ("images/a", {"data": b"1"})],
+    [("images", {"data": b"1"}), ("images/a", {"data": b"1"})],
+])  # fmt: skip
+def test_a_name_twice_in_one_archive_is_refused(tmp_path, members):
+    with pytest.raises(ValueError, match=r"a.tar holds 'images/a' twice, or as a file and as a folder"):
+        list(prepare.extract(several(tmp_path / "a.tar", *members), tmp_path / "out"))
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    archive = several(tmp_path / "a.tar", ("images/a", {"data": b"1", "mode": 0o6777}))
+    list(prepare.extract(archive, tmp_path / "out"))
+    (tmp_path / "usual").touch()
+    assert os.stat(tmp_path / "out" / "images" / "a").st_mode == os.stat(tmp_path / "usual").st_mode
+
+
+def test_damaged_archives(tmp_path):
+    """Each is extracted or gives an error that names it."""
+    for suffix in (".zip", ".tgz"):
+        archive = tmp_path / f"a{suffix}"
+        for number in range(4):
+            trees.write_image(tmp_path / "images" / f"{number}", number)
+        archive_of(tmp_path, archive, ["images"])
+        for number, data in enumerate(mutations(archive.read_bytes(), 140, seed=5)):
+            archive.write_bytes(data)
+            result = outcome(lambda a=archive, n=number: list(prepare.extract(a, tmp_path / f"{a.suffix}{n}")))
+            assert isinstance(result, list) or str(archive) in str(result)
+
+
+# Archives as they circulate
+
+
+def copy_of(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return target
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tgz"])
+def test_what_a_system_hides_is_left_out(tmp_path, published, suffix):
+    published("cub", train=(4, 24), eval=(3, 18))
+    original = trees.cub(tmp_path / "original")
+    for name in ("__MACOSX/CUB_200_2011/images/001.Bird_1/._a.jpg", "CUB_200_2011/images/._001.Bird_1"):
+        (original / name).parent.mkdir(parents=True, exist_ok=True)
+        (original / name).write_bytes(b"\0\5\26\7")
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini", "@eaDir/a.jpg"):
+        trees.write_image(original / "CUB_200_2011" / "images" / "101.Bird_101" / name, 0)
+        trees.write_image(original / "CUB_200_2011" / "images" / name, 0)
+    archive = archive_of(original, tmp_path / f"a{suffix}", ["CUB_200_2011", "__MACOSX"])
+    run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
+    prepared = tmp_path / "data" / "CUB_200_2011"
+    assert len([path for path in prepared.rglob("*") if path.is_file()]) == 24 + 18
+    shutil.rmtree(prepared)
+    shutil.copytree(original / "CUB_200_2011", prepared)  # by hand, with all of them
+    run("check", "cub", "--data-root", tmp_path / "data", "--workers", 0)
+
+
+@pytest.mark.parametrize("inside", ["CUB_200_2011/CUB_200_2011/images", "images/images", "a/b/images/images/images"])
+def test_a_folder_in_one_of_its_own_name(tmp_path, published, inside):
+    published("cub", train=(4, 24), eval=(3, 18))
+    original = trees.cub(tmp_path / "original")
+    copy_of(original / "CUB_200_2011" / "images", tmp_path / "packed" / inside)
+    archive = archive_of(tmp_path / "packed", tmp_path / "a.zip", [inside.split("/")[0]])
+    run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
+
+
+@pytest.mark.parametrize("name", [
+    "cars_test_annos_withlabels (1).mat", "cars_test_annos_withlabels(2).mat", "cars_test_annos_withlabels-1.mat",
+    "cars_test_annos_withlabels 2.mat", "cars_test_annos_withlabels - Copy.mat", "cars_test_annos_withlabels copy.mat",
+])  # fmt: skip
+def test_a_second_download_and_a_devkit_met_twice(tmp_path, published, name, capsys):
+    """As the devkit circulates: the labels of the test images beside it, and all of it in several archives."""
+    published("cars", train=(3, 12), eval=(3, 12))
+    original = trees.cars_devkit(tmp_path / "original")
+    labels = original / "cars196" / "devkit" / "cars_test_annos_withlabels.mat"
+    with_labels = archive_of(original / "cars196", tmp_path / "with.tgz", ["devkit", "cars_train"])
+    copy_of(labels, tmp_path / name)
+    copy_of(original / "cars196" / "cars_test", tmp_path / "packed" / "cars_test" / "cars_test")
+    copy_of(labels, tmp_path / "packed" / "a" / name)
+    copy_of(labels, tmp_path / "packed" / "devkit" / "devkit" / name)
+    second = archive_of(tmp_path / "packed", tmp_path / "second.zip", ["cars_test", "a", "devkit"])
+    labels.unlink()
+    without = archive_of(original, tmp_path / "without.tgz", ["cars196/devkit", "cars196/cars_train"])
+    for files in ([without, second], [tmp_path / name, second, with_labels, with_labels, without]):
+        run("prepare", "cars", *files, "--data-root", tmp_path / "data", "--workers", 0)
+        shutil.rmtree(tmp_path / "data")
+    (tmp_path / name).write_bytes(b"another")
+    with pytest.raises(SystemExit):
+        run("prepare", "cars", with_labels, tmp_path / name, second, "--data-root", tmp_path / "data")
+    assert "is in the archives twice, with different contents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, make, content, missing", [
+    ("cars", trees.cars, ["cars196/car_ims"], "cars_annos.mat"),
+    ("cars", trees.cars, ["cars196/cars_annos.mat"], "car_ims"),
+    ("cars", trees.cars_devkit, ["cars196/cars_train", "cars196/cars_test", "cars196/devkit/cars_train_annos.mat"],
+     "devkit/cars_test_annos_withlabels.mat"),
+    ("cars", trees.cars_devkit, ["cars196/devkit"], "cars_train, cars_test"),
+    ("Inshop", trees.inshop, ["Inshop_Clothes/Img"], "Eval/list_eval_partition.txt"),
+    ("Inshop", trees.inshop, ["Inshop_Clothes/Eval"], "Img/img"),
+    ("SOP", trees.sop, ["Stanford_Online_Products/bicycle_final", "Stanford_Online_Products/Ebay_train.txt"],
+     "Ebay_test.txt"),
+])  # fmt: skip
+def test_half_a_dataset_says_what_is_missing(tmp_path, capsys, name, make, content, missing):
+    original = make(tmp_path / "original")
+    if name == "cars" and "devkit/cars_train" in content[-1]:  # the devkit as published, without the labels
+        (original / "cars196" / "devkit" / "cars_test_annos_withlabels.mat").unlink()
+        content = [*content[:-1], "cars196/devkit"]
+    archive = archive_of(original, tmp_path / "half.tgz", content)
+    with pytest.raises(SystemExit):
+        run("prepare", name, archive, "--data-root", tmp_path / "data")
+    words = f"{archive} holds a part of {name}: give the archives of {missing} too\n"
+    assert capsys.readouterr().err.endswith(words)
+    assert not list((tmp_path / "data").iterdir())  # so that the whole can be prepared
+
+
+def test_damaged_download_is_warned_of(tmp_path, capsys):
+    """Also where it cannot be extracted."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a").write_bytes(os.urandom(100_000))
+    archive = archive_of(tmp_path, tmp_path / "CUB_200_2011 (1).tgz", ["images"])
+    os.truncate(archive, 50_000)
+    with pytest.raises(SystemExit):
+        run("prepare", "cub", archive, "--data-root", tmp_path / "data")
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("Warning: the checksum is not that of the published file: ") and archive in warning
+    assert error.startswith("python -m dataset: error: ") and archive in error
+
+
 def test_absolute_tar_names_land_inside(tmp_path):
-    """tarfile's data filter strips the slash."""
     archive = tar_with(tmp_path / "archive", name="/images/a")
     assert list(prepare.extract(archive, tmp_path / "out")) == ["/images/a"]
     assert (tmp_path / "out" / "images" / "a").read_bytes() == b"data"
@@ -237,7 +454,7 @@ def test_check_tells_of_any_name(tmp_path, capsys):
         run("check", "folder", "--data-root", tmp_path, "--workers", 0)
     output = capsys.readouterr()
     assert r"eel/\udcfe.jpg cannot be read" in output.out and r"ant/\udcff.jpg = " in output.out
-    assert "folder has 1 problem, listed above" in output.err
+    assert "One image has several labels: " in output.out and "folder has 2 problems, listed above" in output.err
 
 
 def test_usage_errors(capsys):

@@ -200,6 +200,23 @@ def test_names_may_be_of_any_bytes(tmp_path):
     assert r"\udcff," in (tmp_path / "classes.csv").read_text(encoding="utf-8")
 
 
+def test_names_bring_no_control_characters_and_no_formulas(tmp_path):
+    queries = random_set(60, 4)
+    names = ["x\x1b[2J\n</td>\r\u202ey", "=cmd|' /C calc'!A0", "\t-1+1", "-3"]
+    queries.images.classes[:] = names
+    queries.images.paths[:] = [f"a/{names[0]}.jpg" for _ in queries.images.paths]
+    text = write(tmp_path, queries, name=names[0]).read_text(encoding="utf-8")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert r"x\x1b[2J\n&lt;/td&gt;\r\u202ey" in text
+    content = (tmp_path / "classes.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(content.splitlines()))
+    expected = {r"x\x1b[2J\n</td>\r\u202ey", "'=cmd|' /C calc'!A0", r"\t-1+1", "-3"}
+    assert {row["class"] for row in rows} == expected and {row["most often taken for"] for row in rows} <= expected | {
+        ""
+    }
+    assert all(float(row["R@1"]) <= 1 and int(row["queries"]) > 0 for row in rows) and "\x1b" not in content
+
+
 def test_title_is_the_result_and_each_metric_is_explained(tmp_path):
     queries = random_set(200, 12)
     text = write(tmp_path, queries, name="<a> network").read_text()

@@ -767,3 +767,22 @@ def test_bad_image_among_queries_spoils_its_own_answer_alone(weights, images, tm
         assert end.value.code == 1 and err.startswith(f"The image {bad} cannot be read") and err.count("\n") == 1
         assert out.count("1.0000  ") == 2 or [r.get("error", "")[:9] for r in json.loads(out)] == ["The image", "", ""]
     fails(lambda: search.main([*query[:5], str(bad)]), capsys, f"error: The image {bad} cannot be read", 1)
+
+
+def test_names_forge_no_lines_of_an_answer(weights, images, tmp_path, capsys):
+    name = "x\x1b[2J\x9b31m\r\u202e\n   1  1.0000  forged"
+    for folder in (name, "ant"):
+        trees.write_image(images / folder / f"{name}.jpg", 7)
+    make(weights, images, tmp_path / "index")
+    capsys.readouterr()
+    picture = tmp_path / "a.png"
+    search.main(["query", "--index", str(tmp_path / "index"), str(images / name), "-k", "3", "--save", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and [line.split()[0] for line in lines[1:]] == ["1", "2", "3"] and picture.exists()
+    assert not any(re.search(r"[\x00-\x1f\x7f-\x9f\u202e]", line) for line in lines) and r"\x1b[2J" in lines[0]
+    (result,) = found(tmp_path / "index", capsys, images / name)
+    assert result["query"] == str(images / name / f"{name}.jpg")  # JSON is of other programs, and escapes by itself
+    fails(
+        lambda: search.main(["query", "--index", str(tmp_path / "index"), str(tmp_path / f"{name}.jpg")]),
+        capsys, r"x\x1b[2J",
+    )  # fmt: skip

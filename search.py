@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import read_image
+from dataset.files import left_out, read_image
+from dataset.folder import find
 from dataset.folder import images as images_in
 from proxy_anchor import checkpoint, console, entries, exported, figures, hardware, randomness
 from proxy_anchor.embedding import Embedder
@@ -23,6 +25,9 @@ from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
 
 BLOCK = 2**14  # images that are embedded before they are written
+AS_STORED = (
+    "Photos are taken as stored, not turned by their EXIF, because this index was made so; a new one turns them upright"
+)
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
@@ -109,6 +114,7 @@ def parse(argv=None) -> argparse.Namespace:
         expected = net.expects(args.model)
         geometry = dataset.geometry_of(args.dataset, expected) if args.split else {}
         args.contract = expected | told | geometry | contract
+        args.contract.pop("orientation", None)  # of the training; an index has its own
         if args.backbone_only:
             size = net.pooled_features(args.model, args.image_size)
             args.contract |= {"backbone_only": True, "embedding_size": size}
@@ -129,15 +135,18 @@ def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
     source = args.resume or args.pretrained
     path = source if args.backbone_only and source in net.NOT_FILES else os.path.abspath(source)
+    upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
     made = {
         "checkpoint": path, "weights": identity(args.contract, path), "network": args.contract,
-        "by_folder": args.by_folder,
+        "by_folder": args.by_folder, "orientation": dataset.ORIENTATIONS[upright],
     }  # fmt: skip
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
             index = Index.open(folder)
             index.check(made, args.index_factory)
+            if upright and not is_upright(index):
+                print(AS_STORED)
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
         paths = paths_to_index(args)
@@ -173,7 +182,8 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, path: s
     seen = added = 0
     wanted = ((entry, images_of(entry)) for entry, stamp in stamps.items() if stamp is not None)
     for block in entries.blocks(wanted, BLOCK):
-        images = unlabelled([image for paths in block.values() for image in paths], args.contract)
+        paths = [image for paths in block.values() for image in paths]
+        images = unlabelled(paths, args.contract, is_upright(index))
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if len(images):
             found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
@@ -209,19 +219,35 @@ def has_images(entry: str) -> bool:
     return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
 
 
-def images_at(place: str) -> list[str]:
-    """The image files at a place: itself, or those in a folder. Raises FileNotFoundError if there are none."""
-    if not os.path.exists(place):
-        raise FileNotFoundError(f"There is no {place}")
-    found = images_in(Path(place)) if os.path.isdir(place) else [place]
-    if not found:
-        raise FileNotFoundError(f"There are no images in {place}")
-    return found
+def images_at(*places: str) -> list[str]:
+    """The image files at these places: themselves, or those in folders, of which it prints what else is in them.
+
+    Raises FileNotFoundError for a place without images.
+    """
+    paths, others = [], Counter()
+    for place in places:
+        if not os.path.exists(place):
+            raise FileNotFoundError(f"There is no {place}")
+        if os.path.isdir(place):
+            folder = find(Path(place))
+            if not folder.images:
+                remark = left_out(folder.others)
+                raise FileNotFoundError(f"There are no images in {place}{f'. {remark}' * bool(remark)}")
+            others += folder.others
+        paths += folder.images if os.path.isdir(place) else [place]
+    if others:
+        print(left_out(others), file=sys.stderr)
+    return paths
 
 
-def unlabelled(paths: list[str], contract: dict) -> dataset.ImageDataset:
+def unlabelled(paths: list[str], contract: dict, upright: bool) -> dataset.ImageDataset:
     """Images without labels, as evaluation sees them."""
-    return dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], geometry(contract))
+    return dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], geometry(contract), upright=upright)
+
+
+def is_upright(index: Index) -> bool:
+    """Whether the images of an index are turned upright; those of an index that does not record it are not."""
+    return index.made.get("orientation") == "upright"
 
 
 def geometry(contract: dict):
@@ -281,7 +307,9 @@ def query(args: argparse.Namespace) -> None:
             f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
         )
     index.check({"weights": identity(network, path), "network": network, "checkpoint": path})
-    images = unlabelled([path for place in args.images for path in images_at(place)], network)
+    if "orientation" not in index.made:
+        print(AS_STORED, file=sys.stderr)
+    images = unlabelled(images_at(*args.images), network, is_upright(index))
     queries, embeddings = images.paths, embedder(network, path, args)(images)
     if args.by_folder:
         folders = entries.group(images.paths)
@@ -319,7 +347,7 @@ def query(args: argparse.Namespace) -> None:
             ]
             for path, neighbours in zip(queries, matches)
         ]  # fmt: skip
-        figures.draw_images(rows, read_entry, Path(args.save))
+        figures.draw_images(rows, lambda entry: read_entry(entry, is_upright(index)), Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
 
 
@@ -342,9 +370,9 @@ def is_match(value: float, threshold: float, distance: str) -> bool:
     return signed(value, distance) >= signed(threshold, distance)
 
 
-def read_entry(entry: str) -> torch.Tensor:
+def read_entry(entry: str, upright: bool) -> torch.Tensor:
     """An image or, of a folder, the first one in it."""
-    return read_image(images_at(entry)[0] if os.path.isdir(entry) else entry)
+    return read_image(next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry, upright)
 
 
 def folder_of(entry: str) -> str:

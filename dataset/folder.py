@@ -4,12 +4,12 @@
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from dataset.files import BadFile, read_lines, require
+from dataset import files
+from dataset.files import BadFile, is_hidden, is_image, read_lines, require
 
 KS = (1, 2, 4, 8, 16, 32)
 
@@ -32,11 +32,17 @@ def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tu
     found = []
     for name in classes:
         if (name in tests) == (split == "eval"):
-            paths = images(root / name)
-            if not paths:
-                raise BadFile(f"The class folder {root / name} has no images")
-            found += [(path, name) for path in paths]
+            in_class = find(root / name)
+            if not in_class.images:
+                remark = files.left_out(in_class.others)
+                raise BadFile(f"The class folder {root / name} has no images{f'. {remark}' * bool(remark)}")
+            found += [(path, name) for path in in_class.images]
     return found
+
+
+def left_out(root: Path) -> str:
+    """A line on the files that are left out because of their endings; "" if there are none."""
+    return files.left_out(sum((find(root / name).others for name in _classes(root)), Counter()))
 
 
 def images(folder: Path) -> list[str]:
@@ -48,29 +54,31 @@ class Found(NamedTuple):
     images: list[str]
     linked: int  # of the images, those in linked folders
     hidden: int  # images that are left out
+    others: Counter  # of the files that are left out because of their endings, see files.others
 
 
 def find(folder: Path) -> Found:
     """The images in a folder and the folders in it; a linked one counts once, and not if it contains this folder."""
-    images, linked, hidden = [], 0, 0
+    images, linked, hidden, others = [], 0, 0, Counter()
     seen = set(map(str, Path(os.path.realpath(folder)).parents))
     places = [folder]
     for place in places:
-        for parent, folders, files in os.walk(place):
+        for parent, folders, names in os.walk(place):
             if (real := os.path.realpath(parent)) in seen:
                 folders.clear()
                 continue
             seen.add(real)
-            here = [path for name in files if _is_image(name) and (path := Path(parent, name)).is_file()]
-            shown = [str(path) for path in here if not _is_hidden(path.name)]
+            here = [path for name in names if is_image(name) and (path := Path(parent, name)).is_file()]
+            shown = [str(path) for path in here if not is_hidden(path.name)]
             images += shown
             linked += len(shown) * os.path.islink(place)
             hidden += len(here) - len(shown)
-            for name in filter(_is_hidden, folders):
-                hidden += sum(_is_image(file) for _, _, below in os.walk(Path(parent, name)) for file in below)
-            folders[:] = sorted(name for name in folders if not _is_hidden(name))
+            others += files.others(names)
+            for name in filter(is_hidden, folders):
+                hidden += sum(is_image(file) for _, _, below in os.walk(Path(parent, name)) for file in below)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
             places += [path for name in folders if (path := Path(parent, name)).is_symlink()]  # after all others
-    return Found(sorted(images), linked, hidden)
+    return Found(sorted(images), linked, hidden, others)
 
 
 def remarks(root: Path) -> list[str]:
@@ -83,17 +91,10 @@ def remarks(root: Path) -> list[str]:
     ]
 
 
-def _is_image(name):
-    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return kind in Image.OPEN
-
-
-def _is_hidden(name):
-    return name.startswith(".")
-
-
 def _classes(root):
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    """The names of the class folders."""
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
+    return names
 
 
 def _read_classes(path, classes):

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,12 @@ from dataset import files
 from dataset.files import BadFile, is_hidden, is_image, read_lines, require
 
 KS = (1, 2, 4, 8, 16, 32)
+SHOWN = 5  # folders in an error
+NO_CLASS = re.compile(  # names of folders that are splits, or parts of a dataset
+    r"(train|training|val|valid|validate|validation|test|testing|dev|eval|query|gallery)([ _-]?(set|images|\d{4}))?"
+    r"|(image|img|mask|label|annotation)s?",
+    re.IGNORECASE,
+)
 
 
 def splits(root: Path) -> list[str]:
@@ -92,8 +99,21 @@ def remarks(root: Path) -> list[str]:
 
 
 def _classes(root):
-    """The names of the class folders."""
+    """The names of the class folders. Raises BadFile where they are no classes, or two of them are one folder."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
+    if (wrong := [name for name in names if NO_CLASS.fullmatch(name)]) and 2 * len(wrong) > len(names):
+        likely = max(wrong, key=lambda name: name.lower().startswith(("train", "im")))
+        raise BadFile(
+            f"{root} has the folders {', '.join(names[:SHOWN])}, which are no classes: choose one that has them, as by "
+            f"--data-root {root / likely}, or list the images in a table that names their splits: --dataset csv"
+        )
+    places: dict[Path, str] = {}  # of the classes: some may be links
+    for name in names:
+        if (first := places.setdefault(Path(os.path.realpath(root / name)), name)) != name:
+            raise BadFile(f"{root / first} and {root / name} are one folder, under two names: remove a link")
+    for place, name in places.items():
+        if outer := next((places[above] for above in place.parents if above in places), None):
+            raise BadFile(f"{root / name} is a folder in {root / outer}: its images would be of two classes")
     return names
 
 

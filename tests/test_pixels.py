@@ -28,7 +28,7 @@ import hubconf
 import net
 import search
 import train
-from dataset import files, transforms
+from dataset import files, folder, transforms
 from dataset.__main__ import main as dataset_main
 from dataset.files import BadFile, image_size, read_image
 from proxy_anchor import checkpoint, exported, runs
@@ -654,6 +654,56 @@ def test_photos_of_an_iphone_with_the_library(tmp_path):
     for workers in (0, 2):
         ((batch, _),) = dataset.eval_loader(images, 1, workers)
         assert np.abs(batch[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(picture(1))).max() <= 3
+
+
+# Folders that are no classes
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "val", "test"), ("Train", "TEST"), ("training", "validation", "birds"), ("images", "masks"),
+              ("train2017", "val2017"), ("train_set", "test_set"), ("query", "gallery"), ("images",), ("train",)],
+)  # fmt: skip
+def test_splits_are_no_classes(names, tmp_path):
+    for name in names:
+        trees.write_image(tmp_path / name / "ant" / "1.jpg", 0)
+    likely = next((name for name in names if name.lower().startswith(("train", "im"))), sorted(names)[0])
+    words = rf"which are no classes: .* --data-root {re.escape(str(tmp_path / likely))}, .*--dataset csv"
+    for split in ("train", "eval"):
+        with pytest.raises(BadFile, match=words):
+            dataset.load("folder", tmp_path, split)
+
+
+def test_classes_may_have_the_name_of_a_split(tmp_path):
+    for name in ("bus", "car", "train", "tram"):
+        trees.write_image(tmp_path / name / "1.jpg", 0)
+    assert dataset.load("folder", tmp_path, "eval").classes == ["train", "tram"]
+
+
+def test_what_systems_write_is_hidden(tmp_path):
+    names = ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", ".thumbnails", "#recycle")
+    trees.folder(tmp_path, classes=("ant", "bee", *names))
+    for name in names:
+        trees.write_image(tmp_path / "bee" / name / "1.jpg", 0)
+    (tmp_path / "bee" / "._1.jpg").write_bytes(b"")
+    images = dataset.load("folder", tmp_path, "eval")
+    assert images.classes == ["bee"] and len(images) == 6
+    assert len(folder.find(tmp_path).images) == 12 and files.is_hidden("thumbs.DB") and not files.is_hidden("a.jpg")
+
+
+def test_folder_reached_through_a_link_counts_once(tmp_path):
+    trees.folder(tmp_path / "photos", classes=("ant", "bee", "cat"))
+    (tmp_path / "photos" / "all").mkdir()
+    (tmp_path / "photos" / "all" / "again").symlink_to(tmp_path / "photos" / "bee")
+    assert len(search.images_at(str(tmp_path / "photos"))) == 18
+    (tmp_path / "photos" / "all" / "again").unlink()
+    (tmp_path / "photos" / "all").rmdir()
+    (tmp_path / "photos" / "dog").symlink_to(tmp_path / "photos" / "ant")
+    with pytest.raises(BadFile, match="ant and .*dog are one folder, under two names"):
+        dataset.load("folder", tmp_path / "photos", "eval")
+    (tmp_path / "photos" / "dog").unlink()
+    (tmp_path / "photos" / "dog").symlink_to(tmp_path / "photos" / "ant" / "more")
+    with pytest.raises(BadFile, match="dog is a folder in .*ant: its images would be of two classes"):
+        dataset.load("folder", tmp_path / "photos", "train")
 
 
 def test_transform_of_the_hub_is_pickled_twice():

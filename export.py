@@ -15,9 +15,10 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.folder import images as images_in
+from dataset.files import left_out
+from dataset.folder import find
 from proxy_anchor import card, console, evaluation, exported, logbook
-from proxy_anchor.checkpoint import CONTRACT, Checkpoint
+from proxy_anchor.checkpoint import CONTRACT, FORMER_ORIENTATION, Checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import locked, replacing
 
@@ -75,7 +76,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("argument --fp16: what it costs is measured on --dataset, without --check")
     args.geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
     told = {name: getattr(args, name) for name in (*CONTRACT, "distance", "head")}
-    args.contract = net.expects(args.model) | told | args.geometry | contract
+    orientation = {"orientation": FORMER_ORIENTATION}  # of a published checkpoint
+    args.contract = net.expects(args.model) | orientation | told | args.geometry | contract
     args.command = shlex.join(["python", "export.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
@@ -149,8 +151,12 @@ def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
     """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
     if args.check:
-        if not (paths := images_in(Path(args.check))):
-            raise FileNotFoundError(f"There are no images in {args.check}")
+        found = find(Path(args.check))
+        paths, remark = found.images, left_out(found.others)
+        if not paths:
+            raise FileNotFoundError(f"There are no images in {args.check}{f'. {remark}' * bool(remark)}")
+        if remark:
+            print(remark)
         transform = transforms.evaluation(args.image_size, **args.geometry)
         images = dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], transform)
     else:

@@ -7,6 +7,7 @@ torch.hub.load(REPOSITORY, "embedding", checkpoint="cub_resnet50_best.pth", sour
 import contextlib
 import hashlib
 import pathlib
+import runpy
 import sys
 import urllib.parse
 
@@ -26,9 +27,10 @@ def embedding(checkpoint: str, model: str | None = None, embedding_size: int | N
 
     checkpoint: a path, or a URL, which is downloaded once into torch.hub's cache. Published checkpoints do not record
     model and embedding_size; the others do, and other values are refused.
-    transform(PIL image of 8 bits per channel) gives uint8 (3, S, S) as evaluation sees it; network, in eval mode, maps
-    a batch of these, uint8 (N, 3, S, S), to embeddings (N, D). Normalization is inside. Raises OSError or ValueError
-    for a file that is damaged or of another network; it cannot run code.
+    transform(PIL image) gives uint8 (3, S, S) as evaluation sees one's own images, upright; it raises ValueError where
+    evaluation refuses the image. network, in eval mode, maps a batch of these, uint8 (N, 3, S, S), to embeddings
+    (N, D). Normalization is inside. Raises OSError or ValueError for a file that is damaged or of another network; it
+    cannot run code.
     """
     with _own_modules():
         from torchvision.transforms import v2
@@ -56,7 +58,21 @@ def embedding(checkpoint: str, model: str | None = None, embedding_size: int | N
         geometry = {key: contract[key] for key in checkpoints.GEOMETRY if key in contract}
         seen = transforms.evaluation(contract["image_size"], **geometry)
         served = Served(network, contract.get("distance", "cosine"))
-        return served.eval(), v2.Compose([v2.RGB(), v2.PILToTensor(), seen])
+        return served.eval(), v2.Compose([_FromPillow(), seen])
+
+
+class _FromPillow:
+    """dataset.files.to_tensor, which is pickled by this file's path: its module is none of the caller's."""
+
+    def __init__(self):
+        file = pathlib.Path(__file__).with_name("dataset") / "files.py"
+        self.to_tensor = runpy.run_path(str(file))["to_tensor"]
+
+    def __call__(self, image):
+        return self.to_tensor(image)
+
+    def __reduce__(self):
+        return eval, (f"__import__('runpy').run_path({__file__!r})['_FromPillow']()",)
 
 
 @contextlib.contextmanager

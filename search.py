@@ -17,7 +17,8 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import BadFile, read_image
+from dataset.files import BadFile, is_hidden, left_out, read_image
+from dataset.folder import find
 from dataset.folder import images as images_in
 from proxy_anchor import console, entries, exported, figures, hardware, randomness
 from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest
@@ -27,6 +28,9 @@ from proxy_anchor.pairs import signed
 from proxy_anchor.text import printable
 
 BLOCK = 2**14  # images that are embedded before they are written
+AS_STORED = (
+    "Photos are taken as stored, not turned by their EXIF, because this index was made so; a new one turns them upright"
+)
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
   python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
@@ -120,6 +124,7 @@ def parse(argv=None) -> argparse.Namespace:
         expected = net.expects(args.model)
         geometry = dataset.geometry_of(args.dataset, expected) if args.split else {}
         args.contract = expected | told | geometry | contract
+        args.contract.pop("orientation", None)  # of the training; an index has its own
         if args.backbone_only:
             size = net.pooled_features(args.model, args.image_size)
             args.contract |= {"backbone_only": True, "embedding_size": size}
@@ -143,12 +148,18 @@ def update_index(args: argparse.Namespace) -> None:
     weights = args.resume or args.pretrained
     path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
     network, identity = open_network(args.contract, path, args.checkpoint)
-    made = {"checkpoint": path, "weights": identity, "network": args.contract, "by_folder": args.by_folder}
+    upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
+    made = {
+        "checkpoint": path, "weights": identity, "network": args.contract, "by_folder": args.by_folder,
+        "orientation": dataset.ORIENTATIONS[upright],
+    }  # fmt: skip
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
             index = Index.open(folder)
             index.check(made, args.index_factory)
+            if upright and not is_upright(index):
+                print(AS_STORED)
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
         paths = paths_to_index(args)
@@ -191,7 +202,8 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     seen = added = 0
     wanted = ((entry, images_of(entry)) for entry, stamp in stamps.items() if stamp is not None)
     for block in entries.blocks(wanted, BLOCK):
-        images = unlabelled([image for paths in block.values() for image in paths], args.contract)
+        paths = [image for paths in block.values() for image in paths]
+        images = unlabelled(paths, args.contract, is_upright(index))
         console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if len(images):
             found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
@@ -260,7 +272,7 @@ class Presence:
     def missing_folder(self, entry: str) -> str | None:
         """The folder that a missing entry was indexed with, if that is gone or empty."""
         folder = next((folder for folder in self.folders if within(entry, folder)), os.path.dirname(entry))
-        there = os.path.isdir(folder) and not all(name.startswith(".") for name in os.listdir(folder))
+        there = os.path.isdir(folder) and not all(map(is_hidden, os.listdir(folder)))
         return None if there else folder
 
 
@@ -273,19 +285,35 @@ def has_images(entry: str) -> bool:
     return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
 
 
-def images_at(place: str) -> list[str]:
-    """The image files at a place: itself, or those in a folder. Raises FileNotFoundError if there are none."""
-    if not os.path.exists(place):
-        raise FileNotFoundError(f"There is no {place}")
-    found = images_in(Path(place)) if os.path.isdir(place) else [place]
-    if not found:
-        raise FileNotFoundError(f"There are no images in {place}")
-    return found
+def images_at(*places: str) -> list[str]:
+    """The image files at these places: themselves, or those in folders, of which it prints what else is in them.
+
+    Raises FileNotFoundError for a place without images.
+    """
+    paths, others = [], Counter()
+    for place in places:
+        if not os.path.exists(place):
+            raise FileNotFoundError(f"There is no {place}")
+        if os.path.isdir(place):
+            folder = find(Path(place))
+            if not folder.images:
+                remark = left_out(folder.others)
+                raise FileNotFoundError(f"There are no images in {place}{f'. {remark}' * bool(remark)}")
+            others += folder.others
+        paths += folder.images if os.path.isdir(place) else [place]
+    if others:
+        print(left_out(others), file=sys.stderr)
+    return paths
 
 
-def unlabelled(paths: list[str], contract: dict) -> dataset.ImageDataset:
+def unlabelled(paths: list[str], contract: dict, upright: bool) -> dataset.ImageDataset:
     """Images without labels, as evaluation sees them."""
-    return dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], geometry(contract))
+    return dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], geometry(contract), upright=upright)
+
+
+def is_upright(index: Index) -> bool:
+    """Whether the images of an index are turned upright; those of an index that does not record it are not."""
+    return index.made.get("orientation") == "upright"
 
 
 def geometry(contract: dict):
@@ -343,7 +371,9 @@ def query(args: argparse.Namespace) -> None:
     checkpoint = None if contract.get("backbone_only") else Checkpoint(path)
     network, identity = open_network(contract, path, checkpoint)
     index.check({"weights": identity, "network": contract, "checkpoint": path})
-    images = unlabelled([path for place in args.images for path in images_at(place)], contract)
+    if "orientation" not in index.made:
+        print(AS_STORED, file=sys.stderr)
+    images = unlabelled(images_at(*args.images), contract, is_upright(index))
     check_save(args.save, images.paths)
     bad = images.find_bad(args.workers)
     images.leave_out(bad)
@@ -388,7 +418,7 @@ def query(args: argparse.Namespace) -> None:
             ]
             for path, neighbours in zip(queries, matches)
         ]  # fmt: skip
-        figures.draw_images(rows, read_entry, Path(args.save))
+        figures.draw_images(rows, lambda entry: read_entry(entry, is_upright(index)), Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
     if bad:
         sys.exit(1)  # as for one image alone
@@ -420,9 +450,9 @@ def is_match(value: float, threshold: float, distance: str) -> bool:
     return signed(value, distance) >= signed(threshold, distance)
 
 
-def read_entry(entry: str) -> torch.Tensor:
+def read_entry(entry: str, upright: bool) -> torch.Tensor:
     """An image or, of a folder, the first one in it."""
-    return read_image(images_at(entry)[0] if os.path.isdir(entry) else entry)
+    return read_image(next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry, upright)
 
 
 def folder_of(entry: str) -> str:

@@ -78,7 +78,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # Data: zero-shot retrieval, so training and test classes are disjoint. With --fold, some training classes test.
     expected = net.expects(args.model)
     geometry = dataset.geometry_of(args.dataset, expected)
-    choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
+    choice = {
+        "allow_partial": args.allow_partial, "test_classes": args.test_classes, "upright": runs.upright(args.resume),
+    }  # fmt: skip
     with distributed.first_process_first():
         splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, geometry, **choice)
     train_set, *test_sets = splits.values()

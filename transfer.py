@@ -134,7 +134,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
     expected = net.expects(args.model)
     geometry = dataset.geometry_of(args.dataset, expected)
-    choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
+    choice = {
+        "allow_partial": args.allow_partial, "test_classes": args.test_classes, "upright": runs.upright(args.resume),
+    }  # fmt: skip
     with distributed.first_process_first():
         splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry=geometry, **choice)
     train_set, *test_sets = splits.values()

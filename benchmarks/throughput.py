@@ -76,7 +76,7 @@ class PublishedStyle(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return self.transform(Image.open(self.paths[index]).convert("RGB")), int(self.labels[index])
+        return self.transform(Image.open(self.paths[index], formats=["JPEG"]).convert("RGB")), int(self.labels[index])
 
 
 def published_step(network, criterion, optimizer, images, labels):

@@ -28,6 +28,11 @@ record = json.loads(files["record"])
 embeddings = network(torch.zeros(1, 3, {size}, {size}, dtype=torch.uint8))  # (1, {dimensions}); your images, see Input
 """,
 }
+TURNED = {
+    "upright": "Images of the training were turned upright by the orientation in their EXIF; turn yours too.",
+    "stored": "Images of the training were taken as they are stored, whatever the orientation in their EXIF; turn your "
+    "own photos upright.",
+}
 
 
 def path(file: Path) -> Path:
@@ -50,6 +55,7 @@ def text(file: Path, record: dict, measured: str, license: str, checkpoint: str)
     resized = f"its shorter side to {resize}" if isinstance(resize, int) else f"to {resize[1]} x {resize[0]}"
     values = f"{pixels['channels']} from 0 to {pixels['largest']}, mean {pixels['mean']}, std {pixels['std']}"
     inside = "The file does this" if file.suffix != ".safetensors" else "The network of torch.hub, below, does this"
+    turned = TURNED[network.get("orientation", "stored")]
     threshold = f"{record['threshold']['threshold']:.4f}" if "threshold" in record else "none"
     config, results = training(Path(checkpoint))
     if config.get("pretrained") == "none":
@@ -74,6 +80,8 @@ The sha256 of the file itself is {sha256(file)}.
 * Training: {", ".join(f"{name} {value}" for name, value in config.items()) or "not known"}
 
 ## Input
+
+{turned}
 
 Decoded images, uint8 RGB, (N, 3, {size}, {size}) for any N, which you resize and crop: each image {resized} pixels
 ({recipe["interpolation"]}, antialiased, rounded to uint8), then the central {size} x {size}.

@@ -18,18 +18,20 @@ SHOWN = 3  # differences in an error
 # How to use a network: the arguments that a checkpoint records, and those that it may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
 # crop, crop_mode, interpolation: see dataset/transforms.py. mean, std: of the pixels. distance: or cosine.
-# head: see net; or linear. backbone_only: no embedding layer. Networks of ours have no crop_mode,
-# interpolation, mean and std.
+# head: see net; or linear. backbone_only: no embedding layer. orientation: how the images of the training were seen,
+# turned upright by their EXIF or as they are stored. Networks of ours have no crop_mode, interpolation, mean and std.
 OPTIONAL = {
     "crop": float, "crop_mode": str, "interpolation": str, "mean": list, "std": list, "distance": str, "head": str,
-    "backbone_only": bool,
+    "backbone_only": bool, "orientation": str,
 }  # fmt: skip
 WORDS = {
     "crop_mode": ("center", "squash"), "interpolation": ("bilinear", "bicubic"), "distance": tuple(DISTANCES),
-    "head": ("linear", "orthogonal", "layernorm"),
+    "head": ("linear", "orthogonal", "layernorm"), "orientation": ("stored", "upright"),
 }  # fmt: skip
 GEOMETRY = ("crop", "crop_mode", "interpolation")  # how evaluation sees the images
-FORMER_CROP = 0.875  # of our checkpoints and runs that do not tell it: there was no other
+# Of our checkpoints and runs that do not record it: there was no other.
+FORMER_CROP = 0.875
+FORMER_ORIENTATION = "stored"
 # What a threshold for pairs of images is and comes from, see decisions.Calibration.record; beside it, its data.
 THRESHOLD = {
     "distance": str, "threshold": float, "interval": list, "asked_far": float, "far": float, "far_interval": list,
@@ -59,7 +61,8 @@ class Checkpoint:
             if not is_contract(network):
                 raise ValueError(f"{path} is damaged: its record of the network is {str(network)[:80]}")
             names = [name for name in CONTRACT | OPTIONAL if name in network]
-            self.contract = {"crop": FORMER_CROP} | {name: network[name] for name in names}
+            former = {"crop": FORMER_CROP, "orientation": FORMER_ORIENTATION}
+            self.contract = former | {name: network[name] for name in names}
 
     @property
     def threshold(self) -> dict:

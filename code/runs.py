@@ -20,7 +20,7 @@ MAY_CHANGE = (
 # What was so in runs that do not tell it.
 FORMER = {
     "crop": checkpoint.FORMER_CROP, "fold": None, "by": "R@1", "freeze": "", "embedding_lr": 1.0, "eps": None,
-    "head": "linear", "lr_schedule": "step", "sample_proxies": 1.0,
+    "head": "linear", "lr_schedule": "step", "sample_proxies": 1.0, "orientation": checkpoint.FORMER_ORIENTATION,
 }  # fmt: skip
 FORMER_TRANSFER = {"head": "orthogonal", "lr_schedule": "cosine"}
 
@@ -164,6 +164,13 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the configuration of a run")
     return config
+
+
+def upright(resume: str | None) -> bool | None:
+    """Whether the run of --resume has its images upright, as it then continues; None where it does not say a run."""
+    if resume in (None, "auto"):
+        return None
+    return (FORMER | read_config(Path(resume)))["orientation"] == "upright"
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -16,6 +16,8 @@ and may give
     RECIPE        {argument of train.py: its default for this dataset}
     check_images(paths)
                   raises BadFile for images that are not the benchmark's
+    UPRIGHT       whether images are turned as their EXIF says; by default they are, as people see their photos. The
+                  benchmarks' are not: published numbers depend on the images as they are stored
 Your own images, for which nothing is published, come from a module that gives KS and
     splits(root) -> [split]
                   those of train, eval, query and gallery that exist
@@ -28,6 +30,8 @@ and may give
                   the names of groups of images that must not find each other, "" for an image alone; None: no groups
     remarks(root) -> [line]
                   what `python -m dataset check` should say of them
+    left_out(root) -> line
+                  on the files that are no images by their endings, "" if there are none
 """
 
 import argparse
@@ -37,11 +41,12 @@ import numpy as np
 
 from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
-from dataset.images import ImageDataset, describe, fingerprint, record, remark, size
+from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
 
 __all__ = [
-    "ALL", "BENCHMARKS", "DATA_ROOT", "OWN", "ImageDataset", "check_arguments", "describe", "eval_loader", "eval_sets",
+    "ALL", "BENCHMARKS", "DATA_ROOT", "ORIENTATIONS", "OWN", "ImageDataset", "check_arguments", "describe",
+    "eval_loader", "eval_sets",
     "eval_splits", "fingerprint", "geometry_of", "load", "open", "options", "recipe", "record", "remark", "size",
     "splits", "train_loader", "train_set",
 ]  # fmt: skip
@@ -140,17 +145,18 @@ def load(
     transform=None,
     allow_partial: bool = False,
     test_classes: str | None = None,
+    upright: bool | None = None,
 ) -> ImageDataset:
     """Read a split (train, eval, query or gallery) of a benchmark under the data root, or of your own images.
 
     Test splits share one label space. Raises FileNotFoundError where files are missing and BadFile (a ValueError) where
     they are malformed or not those of the published split; with allow_partial any part of it that is not empty will do.
-    test_classes: a file, see dataset/folder.py.
+    test_classes: a file, see dataset/folder.py. upright: other than the dataset's UPRIGHT, for what was made otherwise.
     """
-    return _load(name, root, [split], transform, allow_partial, test_classes)[0]
+    return _load(name, root, [split], transform, allow_partial, test_classes, upright)[0]
 
 
-def _load(name, root, wanted, transform, allow_partial=False, test_classes=None):
+def _load(name, root, wanted, transform, allow_partial=False, test_classes=None, upright=None):
     """The training split, or some of the test splits; all test splits are read once, to know their classes."""
     source, choice = ALL[name], {}
     if test_classes:
@@ -166,13 +172,18 @@ def _load(name, root, wanted, transform, allow_partial=False, test_classes=None)
     samples = {split: source.samples(place, split, **choice) for split in label_space}
     classes = sorted({label for part in samples.values() for _, label in part})
     numbers = _groups(source, place, label_space)
+    upright = getattr(source, "UPRIGHT", True) if upright is None else upright
+    # With the test images, once: where a fold is held out, nothing of the test classes is even listed.
+    left_out = "" if "train" in wanted else getattr(source, "left_out", lambda place: "")(place)
     found = []
     for split in wanted:
         part, spellings = _present(name, place, split, samples[split], allow_partial)
         paths = [spellings.get(path, path) for path, _ in part]
         labels = np.searchsorted(classes, [label for _, label in part])
         groups = None if numbers is None else np.array([numbers[path] for path, _ in part])
-        found.append(ImageDataset(paths, labels, classes, transform, f"{name} {split}", groups))
+        images = ImageDataset(paths, labels, classes, transform, f"{name} {split}", groups, upright)
+        images.left_out = left_out
+        found.append(images)
     return found
 
 
@@ -219,7 +230,7 @@ def _present(name, place, split, samples, allow_partial):
 
 
 def train_set(name: str, root: str | Path, image_size: int, interpolation: str | None = None, **choice) -> ImageDataset:
-    """The training images with their random transform; choice: allow_partial and test_classes as in load."""
+    """The training images with their random transform; choice: allow_partial, test_classes and upright as in load."""
     augmentation = getattr(ALL[name], "AUGMENTATION", {}) | {"interpolation": interpolation}
     return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
 
@@ -227,7 +238,7 @@ def train_set(name: str, root: str | Path, image_size: int, interpolation: str |
 def eval_sets(
     name: str, root: str | Path, image_size: int, geometry: dict | None = None, **choice
 ) -> list[ImageDataset]:
-    """The test images: [eval], or [query, gallery]; choice: allow_partial and test_classes as in load.
+    """The test images: [eval], or [query, gallery]; choice: allow_partial, test_classes and upright as in load.
 
     geometry: see geometry_of; by default, that of the published networks.
     """

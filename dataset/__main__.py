@@ -79,7 +79,7 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     test_sets = []
     for split in dataset.splits(name, root):
         images = dataset.load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
-        found = list(console.progress(inspect(images.paths, workers, duplicates.available()), split))
+        found = list(console.progress(inspect(images.paths, workers, images.upright, duplicates.available()), split))
         parts[split], sets[split] = found, images
         if split != "train":
             test_sets.append(images)

@@ -24,13 +24,16 @@ NAME, UNFINISHED = "[0-9a-f]" * 20, ".unfinished"
 class Cache:
     """The decoded images of these files, in a folder named by their paths, sizes and times and by the format.
 
-    Where one of them changes, so does the name, and the images are decoded again.
+    Where one of them changes, so does the name, and the images are decoded again. upright: see files.to_tensor.
     """
 
-    def __init__(self, folder: Path, paths: list[str]):
-        self.paths = paths
+    def __init__(self, folder: Path, paths: list[str], upright: bool = False):
+        self.paths, self.upright = paths, upright
         stats = [os.stat(path) for path in paths]
-        identity = [FORMAT, [[path, s.st_size, s.st_mtime_ns] for path, s in zip(map(os.path.abspath, paths), stats)]]
+        identity = [
+            FORMAT + ", upright" * upright,
+            [[path, s.st_size, s.st_mtime_ns] for path, s in zip(map(os.path.abspath, paths), stats)],
+        ]
         self.folder = Path(folder, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20])
         self.opened = None
 
@@ -64,7 +67,7 @@ class Cache:
             unfinished = self.folder.with_suffix(UNFINISHED)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            sizes = parallel(image_size, self.paths, workers)
+            sizes = parallel(partial(image_size, upright=self.upright), self.paths, workers)
             shapes = np.array([(height, width) for width, height in progress(sizes, "image sizes")]).reshape(-1, 2)
             starts = offsets(shapes)
             if others := _superseded(self.folder.parent, set(map(os.path.abspath, self.paths))):
@@ -82,7 +85,7 @@ class Cache:
                 raise OSError(f"{self.folder.parent} has too little room: {need:,} bytes are needed, {free:,} are free")
             with open(unfinished / "images.bin", "wb") as file:
                 file.truncate(need)
-            write = partial(_write, unfinished / "images.bin")
+            write = partial(_write, unfinished / "images.bin", self.upright)
             images = list(zip(self.paths, starts, starts[1:]))
             for _ in progress(parallel(write, images, workers), "decoding"):
                 pass
@@ -131,10 +134,10 @@ def offsets(shapes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(shapes.astype(np.int64).prod(axis=1) * 3)])
 
 
-def _write(file, image):
+def _write(file, upright, image):
     """Decode an image (path, start, end) and write it to its place in the file."""
     path, start, end = image
-    pixels = read_image(path).permute(1, 2, 0).numpy().tobytes()
+    pixels = read_image(path, upright).permute(1, 2, 0).numpy().tobytes()
     if len(pixels) != end - start:
         raise BadFile(f"The image {path} has changed while the cache was made: start again")
     with open(file, "rb+") as opened:

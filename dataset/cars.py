@@ -12,6 +12,7 @@ from dataset.files import BadFile, require
 FOLDER = "cars196"
 SIZES = {"train": (98, 8054), "eval": (98, 8131)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
+UPRIGHT = False  # the published numbers are of the images as they are stored
 SOURCE = (
     "Needed are car_ims/ and cars_annos.mat, or in the devkit layout cars_train/, cars_test/, "
     "devkit/cars_train_annos.mat and devkit/cars_test_annos_withlabels.mat; docs/data.md tells of copies."

@@ -28,14 +28,14 @@ class Image:
     perceptual: int | None = None
 
 
-def inspect(paths: list[str], workers: int, perceptual: bool = False) -> DataLoader:
+def inspect(paths: list[str], workers: int, upright: bool = True, perceptual: bool = False) -> DataLoader:
     """An Image for each path, in their order; each file is decoded whole. perceptual: with perceptual hashes."""
-    return parallel(partial(_inspect, perceptual=perceptual), paths, workers)
+    return parallel(partial(_inspect, upright=upright, perceptual=perceptual), paths, workers)
 
 
-def _inspect(path, perceptual):
+def _inspect(path, upright, perceptual):
     try:
-        pixels = read_image(path)
+        pixels = read_image(path, upright)
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         hashed = perceptual_hash(pixels.permute(1, 2, 0).numpy()) if perceptual else None
         return Image(path, digest, pixels.shape[2], pixels.shape[1], perceptual=hashed)

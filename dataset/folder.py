@@ -4,15 +4,22 @@
 """
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from dataset.files import BadFile, read_lines, require
+from dataset import files
+from dataset.files import BadFile, is_hidden, is_image, read_lines, require
 from dataset.names import by_form, form, stripped
 
 KS = (1, 2, 4, 8, 16, 32)
+SHOWN = 5  # folders in an error
+NO_CLASS = re.compile(  # names of folders that are splits, or parts of a dataset
+    r"(train|training|val|valid|validate|validation|test|testing|dev|eval|query|gallery)([ _-]?(set|images|\d{4}))?"
+    r"|(image|img|mask|label|annotation)s?",
+    re.IGNORECASE,
+)
 
 
 def splits(root: Path) -> list[str]:
@@ -33,11 +40,17 @@ def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tu
     found = []
     for name in classes:
         if (name in tests) == (split == "eval"):
-            paths = images(root / name)
-            if not paths:
-                raise BadFile(f"The class folder {root / name} has no images")
-            found += [(path, name) for path in paths]
+            in_class = find(root / name)
+            if not in_class.images:
+                remark = files.left_out(in_class.others)
+                raise BadFile(f"The class folder {root / name} has no images{f'. {remark}' * bool(remark)}")
+            found += [(path, name) for path in in_class.images]
     return found
+
+
+def left_out(root: Path) -> str:
+    """A line on the files that are left out because of their endings; "" if there are none."""
+    return files.left_out(sum((find(root / name).others for name in _classes(root)), Counter()))
 
 
 def images(folder: Path) -> list[str]:
@@ -49,29 +62,31 @@ class Found(NamedTuple):
     images: list[str]
     linked: int  # of the images, those in linked folders
     hidden: int  # images that are left out
+    others: Counter  # of the files that are left out because of their endings, see files.others
 
 
 def find(folder: Path) -> Found:
     """The images in a folder and the folders in it; a linked one counts once, and not if it contains this folder."""
-    images, linked, hidden = [], 0, 0
+    images, linked, hidden, others = [], 0, 0, Counter()
     seen = set(map(str, Path(os.path.realpath(folder)).parents))
     places = [folder]
     for place in places:
-        for parent, folders, files in os.walk(place):
+        for parent, folders, names in os.walk(place):
             if (real := os.path.realpath(parent)) in seen:
                 folders.clear()
                 continue
             seen.add(real)
-            here = [path for name in files if _is_image(name) and (path := Path(parent, name)).is_file()]
-            shown = [str(path) for path in here if not _is_hidden(path.name)]
+            here = [path for name in names if is_image(name) and (path := Path(parent, name)).is_file()]
+            shown = [str(path) for path in here if not is_hidden(path.name)]
             images += shown
             linked += len(shown) * os.path.islink(place)
             hidden += len(here) - len(shown)
-            for name in filter(_is_hidden, folders):
-                hidden += sum(_is_image(file) for _, _, below in os.walk(Path(parent, name)) for file in below)
-            folders[:] = sorted(name for name in folders if not _is_hidden(name))
+            others += files.others(names)
+            for name in filter(is_hidden, folders):
+                hidden += sum(is_image(file) for _, _, below in os.walk(Path(parent, name)) for file in below)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
             places += [path for name in folders if (path := Path(parent, name)).is_symlink()]  # after all others
-    return Found(sorted(images), linked, hidden)
+    return Found(sorted(images), linked, hidden, others)
 
 
 def remarks(root: Path) -> list[str]:
@@ -84,17 +99,23 @@ def remarks(root: Path) -> list[str]:
     ]
 
 
-def _is_image(name):
-    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return kind in Image.OPEN
-
-
-def _is_hidden(name):
-    return name.startswith(".")
-
-
 def _classes(root):
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    """The names of the class folders. Raises BadFile where they are no classes, or two of them are one folder."""
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
+    if (wrong := [name for name in names if NO_CLASS.fullmatch(name)]) and 2 * len(wrong) > len(names):
+        likely = max(wrong, key=lambda name: name.lower().startswith(("train", "im")))
+        raise BadFile(
+            f"{root} has the folders {', '.join(names[:SHOWN])}, which are no classes: choose one that has them, as by "
+            f"--data-root {root / likely}, or list the images in a table that names their splits: --dataset csv"
+        )
+    places: dict[Path, str] = {}  # of the classes: some may be links
+    for name in names:
+        if (first := places.setdefault(Path(os.path.realpath(root / name)), name)) != name:
+            raise BadFile(f"{root / first} and {root / name} are one folder, under two names: remove a link")
+    for place, name in places.items():
+        if outer := next((places[above] for above in place.parents if above in places), None):
+            raise BadFile(f"{root / name} is a folder in {root / outer}: its images would be of two classes")
+    return names
 
 
 def _read_classes(path, classes):

@@ -20,6 +20,7 @@ from dataset.files import require
 FOLDER = "glyphs"
 SIZES = {"train": (564, 8085), "eval": (282, 4035)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
+UPRIGHT = False  # the known results are of the images as they are stored
 SOURCE = "It is drawn when it is first used."
 LIKELY_CAUSE = (
     "files were removed, or other versions of matplotlib's fonts drew them; remove the folder to draw it again"

@@ -13,6 +13,8 @@ from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import read_image
 
+ORIENTATIONS = ("stored", "upright")  # as a record says it, by ImageDataset.upright
+
 
 class ImageDataset(Dataset):
     """Images, uint8 (3, H, W), and labels, the numbers of their classes; an item is (transform(image), label).
@@ -21,12 +23,12 @@ class ImageDataset(Dataset):
     what the transform draws depends on nothing else.
 
     groups: the number of each image's group (one burst, one camera), None where the dataset has none. A query is not
-    to find images of its own group.
+    to find images of its own group. upright: whether images are turned as their EXIF says, see files.to_tensor.
     """
 
     def __init__(
         self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images",
-        groups: np.ndarray | None = None,
+        groups: np.ndarray | None = None, upright: bool = True,
     ):  # fmt: skip
         self.name = name
         self.paths = paths
@@ -34,6 +36,8 @@ class ImageDataset(Dataset):
         self.groups = groups
         self.classes = classes
         self.transform = transform
+        self.upright = upright
+        self.left_out = ""  # a line on the files beside them that are not read, see files.left_out
         self.cache = None
         self.total = len(paths)
         self.numbers = np.arange(len(paths))  # in the whole split, also when some are left out
@@ -47,7 +51,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key):
         index = key[-1] if isinstance(key, tuple) else key
-        image = read_image(self.paths[index]) if self.cache is None else self.cache[index]
+        image = read_image(self.paths[index], self.upright) if self.cache is None else self.cache[index]
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 if isinstance(key, tuple):
@@ -58,13 +62,13 @@ class ImageDataset(Dataset):
 
     def use_cache(self, folder: Path, workers: int, progress, report) -> None:
         """Take the images from a Cache in this folder, built first if necessary; see Cache.build."""
-        cache = Cache(folder, self.paths)
+        cache = Cache(folder, self.paths, self.upright)
         cache.build(workers, progress, report)
         self.cache = cache
 
     def find_bad(self, workers: int) -> dict[str, str]:
         """{path: reason} of the images that cannot be read; all are decoded to find out."""
-        return {image.path: image.problem for image in inspect(self.paths, workers) if image.problem}
+        return {image.path: image.problem for image in inspect(self.paths, workers, self.upright) if image.problem}
 
     def leave_out(self, paths) -> None:
         """Leave out these images, before a cache is used; the others keep their numbers."""
@@ -113,9 +117,11 @@ def states(images: ImageDataset) -> str:
     return hashlib.sha256(np.array(stats, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
-def record(splits: dict[str, ImageDataset], root: str | Path) -> dict[str, dict]:
-    """What a run notes of its data: the size of each split, the fingerprint, and the states of the files."""
+def record(splits: dict[str, ImageDataset], root: str | Path) -> dict:
+    """What a run notes of its data: how its images are turned; of each split its size, fingerprint and states."""
+    (upright,) = {images.upright for images in splits.values()}
     return {
+        "orientation": ORIENTATIONS[upright],
         "sizes": {split: size(images) for split, images in splits.items()},
         "data": {split: fingerprint(images, root) for split, images in splits.items()},
         "files": {split: states(images) for split, images in splits.items()},
@@ -129,7 +135,8 @@ def describe(splits: dict[str, ImageDataset]) -> str:
 
 
 def remark(test_sets: list[ImageDataset]) -> str:
-    """A line if the result of a search says nothing about the network, otherwise an empty text."""
-    if len({images.classes[label] for images in test_sets for label in np.unique(images.labels)}) > 1:
-        return ""
-    return "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"
+    """Lines on what is left out, and if the result of a search says nothing about the network; or an empty text."""
+    lines = [line for line in dict.fromkeys(images.left_out for images in test_sets) if line]
+    if len({images.classes[label] for images in test_sets for label in np.unique(images.labels)}) == 1:
+        lines.append("All test images are of one class: any network finds the right one, R@1 is 100% by definition.")
+    return "".join(f"{line}\n" for line in lines)

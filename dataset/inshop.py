@@ -3,13 +3,12 @@
 import os
 from pathlib import Path
 
-from PIL import Image
-
-from dataset.files import BadFile, read_table, require, whole_number
+from dataset.files import BadFile, image_size, read_table, require, whole_number
 
 FOLDER = "Inshop_Clothes"
 SIZES = {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)}  # classes, images
 KS = (1, 10, 20, 30, 40, 50)
+UPRIGHT = False  # the published numbers are of the images as they are stored
 SOURCE = (
     "Get the In-shop Clothes Retrieval Benchmark of DeepFashion (mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html): "
     "list_eval_partition.txt into Eval/ and img.zip extracted into Img/."
@@ -44,9 +43,9 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
 
 def check_images(paths: list[str]) -> None:
     """Raise BadFile if the images are those of img_highres.zip, known by the size of the first."""
-    with Image.open(paths[0]) as image:
-        if max(image.size) > 512:
-            raise BadFile(
-                f"{paths[0]} is {image.width} x {image.height}: expected the 256-pixel images of img.zip; "
-                "likely cause: img_highres.zip was extracted instead"
-            )
+    width, height = image_size(paths[0], UPRIGHT)
+    if max(width, height) > 512:
+        raise BadFile(
+            f"{paths[0]} is {width} x {height}: expected the 256-pixel images of img.zip; "
+            "likely cause: img_highres.zip was extracted instead"
+        )

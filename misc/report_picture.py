@@ -23,4 +23,4 @@ with sync_playwright() as driver:
     clip = {"x": 0, "y": top, "width": 1280, "height": last["y"] + last["height"] + 12 - top}
     tab.screenshot(path=picture, full_page=True, clip=clip)
     browser.close()
-Image.open(picture).convert("RGB").save(picture, optimize=True)
+Image.open(picture, formats=["PNG"]).convert("RGB").save(picture, optimize=True)

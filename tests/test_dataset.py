@@ -603,7 +603,7 @@ def test_damaged_cache_is_named(tmp_path, name, damage):
 
 def test_image_that_changes_while_it_is_cached(tmp_path, monkeypatch):
     paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
-    monkeypatch.setattr("dataset.cache.image_size", lambda path: (9, 9))  # it was, before
+    monkeypatch.setattr("dataset.cache.image_size", lambda path, upright: (9, 9))  # it was, before
     with pytest.raises(files.BadFile, match=f"{paths[0]} has changed"):
         cached(paths, tmp_path / "cache")
 

@@ -47,7 +47,7 @@ def odd_image(path, number, mode=None):
     width, height = SIZES[number % len(SIZES)]
     pixels = random.integers(0, 256, 3) * 0.7 + random.integers(0, 76, (height, width, 3))
     image, mode = Image.fromarray(pixels.astype(np.uint8)), mode or MODES[number // 3 % len(MODES)]
-    gray = Image.fromarray((pixels[..., 0] * 250).astype(np.uint16))
+    gray = Image.fromarray((32768 + pixels[..., 0] * 125).astype(np.uint16))
     (gray if mode == "I;16" else image.convert(mode)).save(path, format="TIFF")
 
 
@@ -237,7 +237,7 @@ def test_record(made, tmp_path, capsys):
         for held in ("session", "sha256", "model_state_dict"):
             record.pop(held, None)
         contract = checkpoint.Checkpoint(made / f"a{ending}").contract
-        assert contract == CONTRACT | {"distance": "cosine", "head": "linear"}
+        assert contract == CONTRACT | {"distance": "cosine", "head": "linear", "orientation": "stored"}
         assert record["source"] == checkpoint.Checkpoint(made / "a.pth").identity and "threshold" not in record
         assert record["preprocessing"] == {"resize": 36, "interpolation": "bilinear", "crop": 32}
         assert record["normalization"]["mean"] == [0.485, 0.456, 0.406] and "torch" in record["versions"]

@@ -347,7 +347,7 @@ def test_the_record_is_the_contract_and_needs_no_flags(run, letters, tmp_path, c
     assert record == {
         "model": "test_vit", "embedding_size": 64, "image_size": 32, "l2_norm": 1, "crop": 1.0, "crop_mode": "center",
         "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
-        "head": "linear",
+        "head": "linear", "orientation": "stored",
     }  # fmt: skip
     pytest.importorskip("sklearn")
     metrics = evaluate.main(of_letters(letters, "--resume", best_of(run), "--report", tmp_path / "report"))

@@ -76,7 +76,7 @@ def test_folder_and_schedule(logs, teacher):
     rows = read_metrics(logs)
     assert [row["lr"] for row in rows] == pytest.approx([1e-4 * (1 + math.cos(math.pi * e / 2)) / 2 for e in (0, 1)])
     expected = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 0, "crop": 0.875}
-    expected["head"] = "orthogonal"
+    expected |= {"head": "orthogonal", "orientation": "stored"}
     assert checkpoint.Checkpoint(folder / "cub_resnet18_best.pth").contract == expected | {"distance": "euclidean"}
     assert (folder / "curves.png").exists()
 

@@ -117,7 +117,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         with distributed.first_process_first():
             network = net.create(args.model, None, args.pretrained, image_size=args.image_size)
         source, identity = f"{args.model} alone, pretrained: {args.pretrained}", checkpoint.digest(network.state_dict())
-        print(f"{source}; {network.embedding_size} pooled features.")
+        print(f"{source}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
         networks = [network]
     else:
         networks = [load(path, args) for path in args.resume]

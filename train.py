@@ -96,6 +96,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             args.model, args.embedding_size, args.pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
             args.image_size,
         )  # fmt: skip
+    print(network.model.remark, end="")
     network.freeze(args.freeze)
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from proxy_anchor import distributed, runs
-from proxy_anchor.checkpoint import CONTRACT, GEOMETRY
+from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, LARGEST
 from proxy_anchor.stopping import Interrupted
 
 POSITIVE = (
@@ -63,9 +63,10 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with a usage error if a number on the command line is out of its range, or a path is empty."""
     for name, value in vars(args).items():
         flag = "argument --" + (name if name.isupper() else name.replace("_", "-"))
-        limit = 2**31 if name in ("image_size", "embedding_size") else math.inf  # torch's numbers end somewhere
-        if name in POSITIVE and value is not None and not 0 < value < limit:
+        if name in POSITIVE and value is not None and not (0 < value < math.inf):
             parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
+        if value is not None and (largest := LARGEST.get(name.removeprefix("source_"))) and value > largest:
+            parser.error(f"{flag}: {value} is too large; it can be {largest:,} at most")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             parser.error(f"{flag}: {value} is negative or too large")
         if name == "mrg" and not math.isfinite(value):

@@ -55,14 +55,16 @@ def create(name: str, image_size: int | None = None, pretrained: str | Path | No
     else:
         path = hub_file(name, config.hf_hub_id) if pretrained == "imagenet" else Path(pretrained)
         with torch.device("meta"):
-            head = create(name).state_dict().keys() - create(name, num_classes=0).state_dict().keys()
-        state = {key: value for key, value in read_weights(path).items() if key not in head}
+            whole, expected = create(name).state_dict(), create(name, num_classes=0, **sized).state_dict()
+        head = {key.rpartition(".")[0] for key in whole.keys() - expected.keys()}
+        state, remark = read_weights(path, name, expected, head)
         overlay = {"state_dict": state, "classifier": None}  # with a classifier, timm would not load strictly
         try:
             network = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sized)
         except RuntimeError as error:
             raise ValueError(f"{path} is of another network: {' '.join(str(error).split())[:300]}") from error
         del network.pretrained_cfg["state_dict"]
+        network.remark = remark if pretrained != "imagenet" else ""  # its classifier is left out of each
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
     if image_size and image_size % (patch if isinstance(patch, int) else patch[0]):  # timm leaves out the remainder
         raise ValueError(f"{image_size} pixels are not a multiple of the patches of {name}")

@@ -93,6 +93,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.far = 0.01 if args.far is None else args.far
     if not 0 < args.far < 1:
         parser.error(f"argument --far: {args.far} is not between 0 and 1")
+    args.command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
@@ -168,7 +169,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
 
     if args.report and distributed.rank() == 0:
         environment = {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": args.command,
             "checkpoint": source,
             "weights": identity,
             "device": hardware.describe(device),
@@ -198,7 +199,7 @@ def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets:
 
 def main(argv=None):
     args = parse(argv)
-    distributed.launch_on_all_gpus(args.gpu_id)
+    distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with console.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))

@@ -5,9 +5,11 @@ import math
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
-from contextlib import contextmanager
+import traceback
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ POSITIVE = (
     "eps",
 )
 PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save", "check")
+SHOWN, LONGEST = 200, 2000  # characters of an error beside advice, and of one without
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 
@@ -177,18 +180,79 @@ def errors_in_one_line(script: str, debug: bool):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+        sys.stdout.flush()
     except Interrupted as interruption:
-        print(f"{script}: {interruption}; everything is saved, --resume auto continues from here", file=sys.stderr)
+        _say(f"{script}: {interruption}; everything is saved, --resume auto continues from here")
         sys.exit(128 + interruption.signum)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
+        _say(f"{script}: interrupted")
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and (closed := list(filter(_has_no_reader, (sys.stdout, sys.stderr)))):
+            for stream in closed:
+                _to_nowhere(stream)  # or Python would complain when it ends
+            sys.exit(128 + signal.SIGPIPE)
         if debug:
             raise
-        print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
+        _say(f"{script}: error: {in_one_line(error)}")
         kill_workers()
+        with _silent_destructors():
+            traceback.clear_frames(error.__traceback__)
         sys.exit(1)
+
+
+def _say(text: str) -> None:
+    with suppress(BrokenPipeError):
+        print(text, file=sys.stderr)
+
+
+@contextmanager
+def _silent_destructors():
+    """In this context, what was made by half may go without a complaint, as a DataLoader that got no workers."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+@contextmanager
+def output_may_close():
+    """In this context, what is printed goes nowhere once nobody reads it, as after `| head`: a run goes on."""
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
+        yield
+
+
+class _Output:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self._attempt(self.stream.write, text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except BrokenPipeError:
+            _to_nowhere(self.stream)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def _has_no_reader(stream) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _to_nowhere(stream) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def kill_workers() -> None:
@@ -204,13 +268,22 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
     text = str(error)
+    shown = " ".join(text.split())
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile cannot compile the network here: leave out --compile ({shown[:SHOWN]})"
+    places = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, OSError) and places and places[-1].filename.endswith("multiprocessing/synchronize.py"):
+        return (
+            "The workers cannot be started, because /dev/shm is full or cannot be written: choose --workers 0, or make "
+            f"it writable and larger (docker run --shm-size=8g) ({shown[:SHOWN]})"
+        )
     for words, advice in ADVICE.items():
         if re.search(words, text):
-            return f"{advice} ({' '.join(text.split())[:200]})"
+            return f"{advice} ({shown[:SHOWN]})"
     if "in DataLoader worker process" in text:  # a traceback: indented lines, then "package.ErrorType: message"
         text = text.rpartition("Traceback (most recent call last):\n")[2]
         text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join(text.split())[:LONGEST] or type(error).__name__
 
 
 class Bar(tqdm):

@@ -96,6 +96,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.far = 0.01 if args.far is None else args.far
     if not 0 < args.far < 1:
         parser.error(f"argument --far: {args.far} is not between 0 and 1")
+    args.command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
@@ -120,7 +121,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         with distributed.first_process_first():
             network = net.create(args.model, None, args.pretrained, image_size=args.image_size)
         source, identity = f"{args.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())
-        print(f"{source}; {network.embedding_size} pooled features.")
+        print(f"{source}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
         networks = [network]
     else:
         networks = [load(checkpoint, args) for checkpoint in args.checkpoints]
@@ -171,7 +172,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
 
     if args.report and distributed.rank() == 0:
         environment = {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": args.command,
             "checkpoint": source,
             "weights": identity,
             "device": hardware.describe(device),
@@ -201,7 +202,7 @@ def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets:
 
 def main(argv=None):
     args = parse(argv)
-    distributed.launch_on_all_gpus(args.gpu_id)
+    distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with console.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))

@@ -2,94 +2,84 @@
 
 torch.hub.load(REPOSITORY, "proxy_anchor", num_classes=100, embedding_size=512, source="local")
 torch.hub.load(REPOSITORY, "embedding", checkpoint="cub_resnet50_best.pth", source="local")
+Modules have private names, see hub/proxy_anchor_hub.py.
 """
 
 import contextlib
 import hashlib
+import importlib
 import pathlib
-import runpy
 import sys
 import urllib.parse
 
 dependencies = ["torch", "torchvision", "numpy", "PIL"]
+_REPOSITORY = pathlib.Path(__file__).resolve().parent
 
 
 def proxy_anchor(num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
     """The Proxy-Anchor loss: embeddings (B, D), labels (B,) -> scalar. Its proxies are parameters to optimize too."""
-    with _own_modules():
-        from proxy_anchor.losses import ProxyAnchor
-
-    return ProxyAnchor(num_classes, embedding_size, margin, alpha)
+    with _only_our_names():
+        return _module("proxy_anchor.losses").ProxyAnchor(num_classes, embedding_size, margin, alpha)
 
 
-def embedding(checkpoint: str, model: str | None = None, embedding_size: int | None = None):
+def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int | None = None):
     """(network, transform) of a checkpoint of train.py, its .safetensors file, or a published checkpoint.
 
     checkpoint: a path, or a URL, which is downloaded once into torch.hub's cache. Published checkpoints do not record
-    model and embedding_size; the others do, and other values are refused.
+    backbone (train.py's --model) and embedding_size; the others do, and other values are refused.
     transform(PIL image) gives uint8 (3, S, S) as evaluation sees one's own images, upright; it raises ValueError where
     evaluation refuses the image. network, in eval mode, maps a batch of these, uint8 (N, 3, S, S), to embeddings
     (N, D). Normalization is inside. Raises OSError or ValueError for a file that is damaged or of another network; it
     cannot run code.
     """
-    with _own_modules():
+    with _only_our_names():
         from torchvision.transforms import v2
 
-        import net
-        from dataset import transforms
-        from proxy_anchor import checkpoint as checkpoints
-        from proxy_anchor.exported import Served
+        checkpoints, exported = _module("proxy_anchor.checkpoint"), _module("proxy_anchor.exported")
+        net, transforms = _module("net"), _module("dataset.transforms")
 
         path = _download(checkpoint, checkpoints.read) if "://" in checkpoint else checkpoint
         read = checkpoints.Checkpoint(path)
-        contract, told = read.contract, {"model": model, "embedding_size": embedding_size}
-        for name, value in told.items():
+        contract, given = read.contract, {"model": backbone, "embedding_size": embedding_size}
+        for name, value in given.items():
+            keyword = "backbone" if name == "model" else name  # torch.hub.load has a `model` of its own
             if value is None and name not in contract:
-                raise ValueError(f"{checkpoint} does not record its {name}: give it to torch.hub.load")
+                raise ValueError(f"{checkpoint} does not record its {keyword}: give torch.hub.load {keyword}=...")
             if value not in (None, contract.setdefault(name, value)):
-                raise ValueError(f"{checkpoint} was trained with {name} {contract[name]}, not {value}")
+                raise ValueError(f"{checkpoint} was trained with {keyword} {contract[name]}, not {value}")
         net.check_record(contract["model"], contract)
         contract = net.expects(contract["model"]) | contract
         network = net.create(
             contract["model"], contract["embedding_size"], l2_norm=bool(contract.get("l2_norm", 1)),
             head=contract.get("head", "linear"), image_size=contract["image_size"],
         )  # fmt: skip
-        read.load(network, "model and embedding_size")
+        read.load(network, "backbone and embedding_size")
         geometry = {key: contract[key] for key in checkpoints.GEOMETRY if key in contract}
         seen = transforms.evaluation(contract["image_size"], **geometry)
-        served = Served(network, contract.get("distance", "cosine"))
-        return served.eval(), v2.Compose([_FromPillow(), seen])
+        served = exported.Served(network, contract.get("distance", "cosine"))
+        return served.eval(), v2.Compose([_module("dataset.files").to_tensor, seen])
 
 
-class _FromPillow:
-    """dataset.files.to_tensor, which is pickled by this file's path: its module is none of the caller's."""
-
-    def __init__(self):
-        file = pathlib.Path(__file__).with_name("dataset") / "files.py"
-        self.to_tensor = runpy.run_path(str(file))["to_tensor"]
-
-    def __call__(self, image):
-        return self.to_tensor(image)
-
-    def __reduce__(self):
-        return eval, (f"__import__('runpy').run_path({__file__!r})['_FromPillow']()",)
+def _module(name: str):
+    """A module of this repository, under a name that only it has; other processes that unpickle find it there too."""
+    folder = str(_REPOSITORY / "hub")
+    if folder not in sys.path:
+        sys.path.append(folder)  # processes that this one spawns get it
+    ours = importlib.import_module("proxy_anchor_hub")
+    if pathlib.Path(ours.__file__).resolve().parent != _REPOSITORY / "hub":
+        raise ImportError(f"{ours.__path__[0]} is in use already: one process can load one checkout of this repository")
+    return importlib.import_module(f"proxy_anchor_hub.{name}")
 
 
 @contextlib.contextmanager
-def _own_modules():
-    """In this context modules of these names are this repository's; the caller's stay his own."""
-    theirs = _taken()
+def _only_our_names():
+    """torch.hub has the repository at the front of sys.path meanwhile; here, other threads find nothing in it."""
+    here = [place for place in sys.path[:1] if pathlib.Path(place).resolve() == _REPOSITORY]
+    del sys.path[: len(here)]
     try:
         yield
     finally:
-        _taken()
-        sys.modules.update(theirs)
-
-
-def _taken() -> dict:
-    """Take the modules of these names, with all in them, out of sys.modules."""
-    names = [name for name in sys.modules if name.partition(".")[0] in ("net", "dataset", "proxy_anchor")]
-    return {name: sys.modules.pop(name) for name in names}
+        sys.path[:0] = here  # torch.hub takes it away
 
 
 def _download(url: str, check) -> pathlib.Path:

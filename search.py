@@ -329,6 +329,7 @@ def open_network(contract: dict, path: str, checkpoint: Checkpoint | None) -> tu
     if checkpoint is None:
         randomness.seed(1)  # for --pretrained none: the same network each time
         network = net.create(contract["model"], None, path, image_size=contract["image_size"])
+        print(network.model.remark, end="", file=sys.stderr)
         return network, digest(network.state_dict())
     if session := checkpoint.content.get("session"):
         network = exported.open_onnx(path, session, contract["image_size"], contract["embedding_size"])

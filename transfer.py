@@ -169,6 +169,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             args.model, args.embedding_size, pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
             args.image_size,
         )  # fmt: skip
+    print(network.model.remark, end="")
     network.freeze(args.freeze)
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
@@ -217,8 +218,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv=None):
     args = parse(argv)
-    distributed.launch_on_all_gpus(args.gpu_id)
-    with console.errors_in_one_line("transfer.py", args.debug), distributed.processes(args.gpu_id) as device:
+    distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
+    with (
+        console.errors_in_one_line("transfer.py", args.debug), console.output_may_close(),
+        distributed.processes(args.gpu_id) as device,
+    ):  # fmt: skip
         try:
             train(args, device)
         except runs.Finished as finished:

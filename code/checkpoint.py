@@ -1,8 +1,10 @@
 """Checkpoints in the published layout, {"model_state_dict": ...}, with a record of how to use their network."""
 
+import argparse
 import hashlib
 import math
 import pickle
+import re
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ from proxy_anchor.files import locked, replacing
 from proxy_anchor.tiles import DISTANCES
 
 SHOWN = 3  # differences in an error
+WRAPPERS = ("module", "_orig_mod")  # parts of names that DataParallel and torch.compile put there
 # How to use a network: the arguments that a checkpoint records, and those that it may lack.
 CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": int}
 # crop, crop_mode, interpolation: see dataset/transforms.py. mean, std: of the pixels. distance: or cosine.
@@ -28,6 +31,9 @@ WORDS = {
     "crop_mode": ("center", "squash"), "interpolation": ("bilinear", "bicubic"), "distance": tuple(DISTANCES),
     "head": ("linear", "orthogonal", "layernorm"), "orientation": ("stored", "upright"),
 }  # fmt: skip
+LARGEST = {"embedding_size": 2**16, "image_size": 2**14}  # larger ones would fill the memory before they are an error
+SMALLEST_CROP = 0.1
+LONGEST_NAME = 200  # of a network
 GEOMETRY = ("crop", "crop_mode", "interpolation")  # how evaluation sees the images
 # Of our checkpoints and runs that do not record it: there was no other.
 FORMER_CROP = 0.875
@@ -58,8 +64,8 @@ class Checkpoint:
         self.content = read(path)
         self.contract: dict = {}
         if (network := self.content.get("network", {})) != {}:
-            if not is_contract(network):
-                raise ValueError(f"{path} is damaged: its record of the network is {str(network)[:80]}")
+            if wrong := fault(network):
+                raise ValueError(f"{path} is damaged: its record of the network has {wrong}")
             names = [name for name in CONTRACT | OPTIONAL if name in network]
             former = {"crop": FORMER_CROP, "orientation": FORMER_ORIENTATION}
             self.contract = former | {name: network[name] for name in names}
@@ -86,7 +92,8 @@ class Checkpoint:
     def load(self, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
         """Load its weights into a network, strictly; returns the number of tensors, all of which matched.
 
-        Keys may carry the `module.` prefix of DataParallel. flags: those that say the network, for messages.
+        Names of weights may hold what DataParallel and torch.compile put into them, see WRAPPERS. flags: those that say
+        the network, for messages.
         Raises ValueError if they are of another network, which is left as it was.
         """
         return load_weights(self.path, self.content, network, flags)
@@ -116,14 +123,36 @@ def is_threshold(found) -> bool:
 
 
 def is_contract(found) -> bool:
-    """Whether this says how to use a network: all of CONTRACT, what it has of OPTIONAL, with values of their types."""
-    if not isinstance(found, dict) or not CONTRACT.keys() <= found.keys():
-        return False
-    right_types = all(isinstance(found[name], kind) for name, kind in (CONTRACT | OPTIONAL).items() if name in found)
-    if not right_types or any(found.get(name, words[0]) not in words for name, words in WORDS.items()):
-        return False
-    channels = [found[name] for name in ("mean", "std") if name in found]
-    return all(len(values) == 3 and all(isinstance(value, float) for value in values) for values in channels)
+    """Whether this says how to use a network: all of CONTRACT, what it has of OPTIONAL, with values in their ranges."""
+    return not fault(found)
+
+
+def fault(found) -> str:
+    """The first entry with which this does not say how to use a network, in words; "" where it does."""
+    if not isinstance(found, dict):
+        return f"no entries: {str(found)[:80]!r}"
+    for name, kind in (CONTRACT | OPTIONAL).items():
+        if name in found and not (type(found[name]) is kind and in_range(name, found[name])):
+            return f"{name} {str(found[name])[:80]!r}"
+        if name in CONTRACT and name not in found:
+            return f"no {name}"
+    return ""
+
+
+def in_range(name: str, value) -> bool:
+    """Whether an entry of CONTRACT or OPTIONAL, of the right type, may have this value."""
+    if name in LARGEST:
+        return 0 < value <= LARGEST[name]
+    if name in WORDS:
+        return value in WORDS[name]
+    if name in ("mean", "std"):
+        numbers = len(value) == 3 and all(isinstance(part, float) and math.isfinite(part) for part in value)
+        return numbers and (name == "mean" or min(value) > 0)
+    if name == "crop":
+        return SMALLEST_CROP <= value <= 1
+    if name == "model":
+        return value.isprintable() and 0 < len(value) <= LONGEST_NAME
+    return name != "l2_norm" or value in (0, 1)
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -158,14 +187,14 @@ def read(path: str | Path, mmap: bool = False) -> dict:
                         raise ValueError(f"the checksum of its part {part} is wrong")
             file.seek(0)
             settings: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-            if is_zip and mmap:  # by a name that torch takes, which those of any bytes are not
-                content = torch.load(f"/dev/fd/{file.fileno()}", mmap=True, **settings)
-            else:
-                content = torch.load(file, **settings)
+            # The arguments of a training script, as timm's: they are unpickled into attributes, which runs nothing.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                if is_zip and mmap:  # by a name that torch takes, which those of any bytes are not
+                    content = torch.load(f"/dev/fd/{file.fileno()}", mmap=True, **settings)
+                else:
+                    content = torch.load(file, **settings)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a checkpoint, or it holds more than tensors and is refused, because it could run code"
-        ) from error
+        raise ValueError(refusal(path, str(error))) from error
     except Exception as error:  # torch.load raises nearly anything on damaged files
         raise ValueError(
             f"{path} is damaged or not a checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}"
@@ -175,22 +204,75 @@ def read(path: str | Path, mmap: bool = False) -> dict:
     return content
 
 
-def weights(path: str | Path, content: dict) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint's content, without DataParallel's prefix; path is for messages. Raises ValueError."""
+def refusal(path: str | Path, reason: str) -> str:
+    """Why torch.load does not read a file with weights_only, and what to do about it."""
+    if not (held := re.search(r"GLOBAL ([\w.]{1,100})", reason)):
+        return f"{path} is not a checkpoint, or it holds more than tensors and is refused, because it could run code"
+    return (
+        f"{path} is refused, because it could run code: it holds {held[1]}. Where you trust it, two lines save its "
+        f"weights alone: content = torch.load({str(path)!r}, weights_only=False); "
+        "torch.save({'model_state_dict': content['model_state_dict']}, 'weights.pth') (the entry may have another "
+        "name; a whole network has content.state_dict() instead)"
+    )
+
+
+def weights(path: str | Path, content: dict, expected=()) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint's content, see unwrapped; path is for messages. Raises ValueError."""
     state = content.get("model_state_dict")
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
+    if not is_state_dict(state):
         raise ValueError(f"{path} is not a checkpoint: expected an entry 'model_state_dict' of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return unwrapped(path, state, expected)
+
+
+def is_state_dict(found) -> bool:
+    """Whether this is a dict of tensors by their names."""
+    return isinstance(found, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()
+    )
+
+
+def unwrapped(path: str | Path, state: dict[str, torch.Tensor], expected=()) -> dict[str, torch.Tensor]:
+    """The weights under their names without WRAPPERS, wherever these are; the names in `expected` stay what they are.
+
+    The count of torch's AveragedModel is left out. Raises ValueError where two get one name; path is for messages.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        if key == "n_averaged" and key not in expected:
+            continue
+        name = key if key in expected else ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        if name in plain:
+            raise ValueError(f"{path} has two tensors {name}: under this name and behind {' or '.join(WRAPPERS)}")
+        plain[name] = value
+    return plain
+
+
+def check_types(path: str | Path, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError for weights that are not floating-point numbers where the network's are; path is for messages.
+
+    load_state_dict would cast integers, and drop imaginary parts.
+    """
+    for key, value in state.items():
+        if key in expected and expected[key].is_floating_point() and not value.is_floating_point():
+            raise ValueError(
+                f"{path} has {key} as {str(value.dtype).removeprefix('torch.')}: expected floating-point numbers, as "
+                "the network was trained with"
+            )
+
+
+def with_counts(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with BatchNorm's counts of batches, which old files lack and nothing here uses."""
+    return {key: value for key, value in expected.items() if key.endswith(".num_batches_tracked")} | state
 
 
 def load_weights(
     path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size"
 ) -> int:
     """Load the weights of a checkpoint's content; path and flags are for messages. Raises and returns as load does."""
-    state = weights(path, content)
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    wanted = network.state_dict()
+    state = weights(path, content, wanted)
+    count, state = len(state), with_counts(state, wanted)
+    expected = {key: tuple(value.shape) for key, value in wanted.items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     differing = [key for key in expected | found if expected.get(key) != found.get(key)]
     if differing:
@@ -201,5 +283,6 @@ def load_weights(
             f"{path} is of another network: {len(differing)} of {len(expected | found)} tensors differ ({listed}). "
             f"Check {flags}"
         )
+    check_types(path, state, wanted)
     network.load_state_dict(state)
-    return len(state)
+    return count

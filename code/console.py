@@ -5,16 +5,18 @@ import math
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
-from contextlib import contextmanager
+import traceback
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from proxy_anchor import distributed, runs
-from proxy_anchor.checkpoint import CONTRACT, GEOMETRY
+from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, LARGEST
 from proxy_anchor.stopping import Interrupted
 from proxy_anchor.text import printable
 
@@ -37,7 +39,7 @@ POSITIVE = (
     "eps",
 )
 PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save", "check")
-LONGEST = 800  # characters of an error
+SHOWN, LONGEST = 200, 800  # characters of an error beside advice, and of one without
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
 
 
@@ -72,10 +74,11 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with a usage error if a number on the command line is out of its range, or a path is empty."""
     for name, value in vars(args).items():
         flag = "argument --" + (name if name.isupper() else name.replace("_", "-"))
-        # torch's numbers end somewhere.
-        limit = 2**31 if name in ("image_size", "embedding_size") else torch.finfo(torch.float).max
+        limit = torch.finfo(torch.float).max  # torch's numbers end somewhere
         if name in POSITIVE and value is not None and not 0 < value < limit:
             parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
+        if value is not None and (largest := LARGEST.get(name.removeprefix("source_"))) and value > largest:
+            parser.error(f"{flag}: {value} is too large; it can be {largest:,} at most")
         if name in NOT_NEGATIVE and not 0 <= value < 2**63:
             parser.error(f"{flag}: {value} is negative or too large")
         if name == "mrg" and not abs(value) < limit:
@@ -186,18 +189,79 @@ def errors_in_one_line(script: str, debug: bool):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+        sys.stdout.flush()
     except Interrupted as interruption:
-        print(f"{script}: {interruption}; everything is saved, --resume auto continues from here", file=sys.stderr)
+        _say(f"{script}: {interruption}; everything is saved, --resume auto continues from here")
         sys.exit(128 + interruption.signum)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
+        _say(f"{script}: interrupted")
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and (closed := list(filter(_has_no_reader, (sys.stdout, sys.stderr)))):
+            for stream in closed:
+                _to_nowhere(stream)  # or Python would complain when it ends
+            sys.exit(128 + signal.SIGPIPE)
         if debug:
             raise
-        print(f"{script}: error: {in_one_line(error)}", file=sys.stderr)
+        _say(f"{script}: error: {in_one_line(error)}")
         kill_workers()
+        with _silent_destructors():
+            traceback.clear_frames(error.__traceback__)
         sys.exit(1)
+
+
+def _say(text: str) -> None:
+    with suppress(BrokenPipeError):
+        print(text, file=sys.stderr)
+
+
+@contextmanager
+def _silent_destructors():
+    """In this context, what was made by half may go without a complaint, as a DataLoader that got no workers."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+@contextmanager
+def output_may_close():
+    """In this context, what is printed goes nowhere once nobody reads it, as after `| head`: a run goes on."""
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
+        yield
+
+
+class _Output:
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self._attempt(self.stream.write, text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except BrokenPipeError:
+            _to_nowhere(self.stream)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def _has_no_reader(stream) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _to_nowhere(stream) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def kill_workers() -> None:
@@ -214,9 +278,18 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
     text = str(error)
+    shown = printable(" ".join(text.split()), SHOWN)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile cannot compile the network here: leave out --compile ({shown})"
+    places = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, OSError) and places and places[-1].filename.endswith("multiprocessing/synchronize.py"):
+        return (
+            "The workers cannot be started, because /dev/shm is full or cannot be written: choose --workers 0, or make "
+            f"it writable and larger (docker run --shm-size=8g) ({shown})"
+        )
     for words, advice in ADVICE.items():
         if re.search(words, text):
-            return f"{advice} ({printable(' '.join(text.split()), 200)})"
+            return f"{advice} ({shown})"
     if "in DataLoader worker process" in text:  # a traceback: indented lines, then "package.ErrorType: message"
         text = text.rpartition("Traceback (most recent call last):\n")[2]
         text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)

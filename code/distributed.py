@@ -34,9 +34,17 @@ def group():
 
 @contextmanager
 def processes(gpu_id: int):
-    """Join the processes that torchrun started, if it did; yields this process's device. Only the first one prints."""
+    """Join the processes that torchrun started, if it did; yields this process's device. Only the first one prints.
+
+    Raises ValueError where srun started several that know nothing of each other.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield hardware.select(0 if gpu_id == -1 else gpu_id)
+        if (tasks := tasks_of_srun()) > 1:
+            raise ValueError(
+                f"srun started {tasks} tasks that would each do the same work: start one task per machine, and let "
+                "torchrun start a process per GPU: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT ..."
+            )
+        yield hardware.select(gpu_id)
         return
     device = hardware.select(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
@@ -58,11 +66,22 @@ def processes(gpu_id: int):
         dist.destroy_process_group()
 
 
-def launch_on_all_gpus(gpu_id: int) -> None:
-    """With --gpu-id -1 and several GPUs: start this command again under torchrun, one process each. Does not return."""
+def tasks_of_srun() -> int:
+    """How many tasks of this command srun started: 1 without it, though sbatch and salloc may set SLURM_NTASKS."""
+    if steps := os.environ.get("SLURM_STEP_NUM_TASKS"):
+        return int(steps)
+    return int(os.environ.get("SLURM_NTASKS", 1)) if int(os.environ.get("SLURM_PROCID", 0)) > 0 else 1
+
+
+def launch_on_all_gpus(gpu_id: int, script: str, argv: list[str] | None) -> None:
+    """With --gpu-id -1 and several GPUs: run the script in this process's place under torchrun, one process per GPU.
+
+    Does not return then. argv: the arguments of the script's main, None for those of this process.
+    """
     if gpu_id == -1 and torch.cuda.device_count() > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torch.cuda.device_count()}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, *torchrun, script, *arguments])
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Embedder:
         self.network.eval()
         bar = console.progress(loader, description)
         if stop:
-            bar = stop.after_each(bar, everywhere=False)
+            bar = stop.after_each(bar)
         embeddings = [torch.empty(0, self.network.embedding_size, device=self.device)]
         labels = [torch.empty(0, dtype=torch.long, device=self.device)]
         for images, batch_labels in self.batches(bar):

@@ -32,7 +32,8 @@ class FromPixels(nn.Module):
 class Served(FromPixels):
     """A network of net/ from pixels to embeddings (N, D) as they are compared: of unit length for cosine.
 
-    Weights in half precision are made float32 before they are used, so that results depend on their rounding alone.
+    Weights and buffers in half precision, of export.py --fp16 or of half() and bfloat16(), are made float32 before they
+    are used, so that results depend on their rounding alone.
     """
 
     def __init__(self, network, distance: str):
@@ -42,8 +43,8 @@ class Served(FromPixels):
         self.unit_length = distance == "cosine" and not network.l2_norm  # else it is so already
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        weights = self.network.named_parameters()
-        single = {name: weight.float() for name, weight in weights if weight.dtype == torch.float16}
+        tensors = (*self.network.named_parameters(), *self.network.named_buffers())
+        single = {name: tensor.float() for name, tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)}
         embeddings = torch.func.functional_call(self.network, single, self.network.normalize(images))
         return F.normalize(embeddings) if self.unit_length else embeddings
 
@@ -78,6 +79,7 @@ def save(path: Path, ending: str, served: Served, image_size: int, record: dict)
     """
     metadata = {RECORD: json.dumps(record)}
     if ending == ".safetensors":
+        metadata["format"] = "pt"  # transformers and others read no file without it
         _require("safetensors")
         from safetensors.torch import save as to_bytes
 
@@ -150,13 +152,18 @@ def read(path: str | Path) -> dict:
             f"{path} is a program of torch.export, which could run code when it is loaded; "
             "give the checkpoint, or its .onnx or .safetensors"
         )
+    return record_in(path, metadata) | held
+
+
+def record_in(path: str | Path, metadata: dict | None) -> dict:
+    """The record in a file's metadata; path is for messages. Raises ValueError if there is none."""
     try:
         record = json.loads((metadata or {})[RECORD])
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} has no record of its network: export.py writes it") from error
     if not isinstance(record, dict) or not isinstance(record.get("network"), dict):
         raise ValueError(f"{path} is damaged: its record is {str(record)[:80]}")
-    return record | held
+    return record
 
 
 def open_onnx(path: str | Path, session, image_size: int, embedding_size: int) -> Program:
@@ -176,6 +183,11 @@ def open_onnx(path: str | Path, session, image_size: int, embedding_size: int) -
             (embeddings,) = session.run(None, {"images": images.contiguous().cpu().numpy()})
         except Exception as error:  # onnxruntime's errors have no common class
             raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
+        if embeddings.shape != (len(images), embedding_size) or embeddings.dtype != "float32":
+            raise ValueError(
+                f"{path} is not an embedding network of export.py: expected float32 {(len(images), embedding_size)} "
+                f"of {len(images)} images, found {embeddings.dtype} {embeddings.shape}"
+            )
         return torch.from_numpy(embeddings).to(images.device)
 
     return Program(run, embedding_size)

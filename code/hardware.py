@@ -16,7 +16,7 @@ def options() -> argparse.ArgumentParser:
         default=0,
         type=int,
         metavar="N",
-        help="CUDA device, -1 for all of them; without CUDA, Apple's GPU or the CPU is used",
+        help="CUDA device, -1 for all of them (search.py: the first); without CUDA, Apple's GPU or the CPU",
     )
     group.add_argument(
         "--amp",
@@ -44,14 +44,15 @@ def memory_format(device: torch.device, image_size: int) -> torch.memory_format:
 
 
 def select(gpu_id: int) -> torch.device:
-    """CUDA device `gpu_id`; without CUDA Apple's GPU or the CPU. Raises ValueError for an id that does not exist.
+    """CUDA device `gpu_id`, the first one for -1; without CUDA Apple's GPU or the CPU.
 
+    Raises ValueError for an id that does not exist.
     TF32 is turned off: convolutions would use it by default, and the published results are of float32.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
+        gpu_id, count = 0 if gpu_id == -1 else gpu_id, torch.cuda.device_count()
         if not 0 <= gpu_id < count:
             raise ValueError(f"There is no CUDA device {gpu_id}: --gpu-id can be 0 to {count - 1} here")
         torch.cuda.set_device(gpu_id)  # else code that names no device would use the first one too

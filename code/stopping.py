@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from itertools import chain, repeat
 
 from proxy_anchor import distributed
 
@@ -40,18 +41,19 @@ class Stop:
         if distributed.rank() == 0:
             print(f"{signal.Signals(signum).name}: stopping at the end of this step", file=sys.stderr, flush=True)
 
-    def after_each(self, batches, everywhere: bool = True):
+    def after_each(self, batches):
         """Yield the batches, up to the first that ends with a signal noted.
 
-        Where several processes share the work, they agree on it at each batch, so all need the same number of batches.
-        Where that is not so, everywhere=False makes them finish the loop.
+        Where several processes share the work, they agree on it at each batch; one that has fewer of them than another
+        takes part until that one has done its last.
         """
-        for batch in batches:
-            yield batch
-            if everywhere or distributed.count() == 1:
-                self.agreed = distributed.maximum(self.signum)
-                if self.agreed:
-                    return
+        missing = distributed.maximum(len(batches)) - len(batches)
+        for batch in chain(batches, repeat(None, missing)):
+            if batch is not None:
+                yield batch
+            self.agreed = distributed.maximum(self.signum)
+            if self.agreed:
+                return
 
     def check(self) -> None:
         """Raise Interrupted if a loop was ended."""

@@ -163,7 +163,7 @@ def options(training: bool) -> argparse.ArgumentParser:
         default="imagenet",
         metavar="imagenet|none|PATH",
         help="weights that the backbone starts from: ImageNet's (of a timm network: its own), none (from scratch) or "
-        "those of a file" + ("" if training else "; with --backbone-only"),
+        "those of a file, a checkpoint of yours too" + ("" if training else "; with --backbone-only"),
     )
     return parser
 
@@ -192,7 +192,8 @@ def create(
     """Build an embedding network or, with embedding_size None, one that gives its backbone's pooled features.
 
     pretrained: "imagenet" (for timm's networks their own weights; downloaded once into a cache), "none" or None, or the
-    path of a backbone weights file. image_size: of its images, which some networks of timm are made for.
+    path of a file of weights, see pretrained.read_weights. image_size: of its images, which some networks of timm are
+    made for.
     bn_freeze: BatchNorm keeps its statistics; its weights and biases start with requires_grad False, as published.
     head: "linear", "orthogonal" (a start with rows of length 1) or "layernorm" (before an orthogonal start).
     Raises OSError or ValueError if the weights cannot be loaded, ImportError where timm is missing.
@@ -200,7 +201,7 @@ def create(
     if name in BACKBONES:
         backbone: Backbone = BACKBONES[name]()
         if pretrained not in ("none", None):
-            load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained))
+            load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained), name)
     else:
         backbone = timm_backbones.create(name, image_size, pretrained)
     if embedding_size is None:

@@ -10,12 +10,15 @@ class Backbone:
     """Mix-in of a backbone, which adds num_features, C, and features(images (B, 3, H, W)) -> (B, C, H', W').
 
     mean, std, bgr: how its ImageNet weights expect images, see Normalize. epsilon: of the l2 norm that follows.
+    unused: its layers that never run. remark: a line on what a file of weights has beside the backbone's.
     """
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
     bgr = False
     epsilon = 1e-12
+    unused: tuple[str, ...] = ("fc",)
+    remark = ""
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> (B, C): global average + global max pooling, as published."""

@@ -69,6 +69,7 @@ class BNInception(Backbone, nn.Module):
 
     num_features = 1024
     mean, std, bgr = (104.0, 117.0, 128.0), (1.0, 1.0, 1.0), True  # Caffe's format
+    unused = ("last_linear",)
 
     def __init__(self):
         super().__init__()

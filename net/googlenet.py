@@ -12,6 +12,7 @@ class GoogLeNet(Backbone, torchvision.models.GoogLeNet):
     """
 
     epsilon = 1e-5  # of the l2 norm, as published for this network alone
+    unused = ("fc", "aux1", "aux2")
 
     def __init__(self):
         super().__init__(aux_logits=True, transform_input=False, init_weights=True)

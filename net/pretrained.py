@@ -1,14 +1,18 @@
 """Pretrained weights of the backbones: where they are published, and how a file of them is loaded."""
 
-import hashlib
 import socket
 import urllib.error
 import urllib.request
-import zipfile
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from net.backbone import Backbone
+from proxy_anchor import checkpoint, exported
+from proxy_anchor.files import sha256
 
 URLS = {
     "bn_inception": "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth",
@@ -19,6 +23,10 @@ URLS = {
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
+# Where files hold weights beside other things: those of MoCo and timm's train.py, of MAE, ours, and of DINO, whose
+# teacher is the better network.
+ENTRIES = ("state_dict", "model", "model_state_dict", "teacher", "student")
+LISTED = 5  # parts of a file in a message
 TIMEOUT = 60  # seconds without a byte
 HUB_TIMEOUT = 10  # seconds until timm's hub answers
 
@@ -31,20 +39,20 @@ def imagenet_file(name: str) -> Path:
     """
     url = URLS[name]
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    sha256 = path.stem.rsplit("-", 1)[1]  # its first digits
-    by_hand = f"Fetch {url} by hand (sha256 {sha256}...) and put it at {path}"
+    digits = path.stem.rsplit("-", 1)[1]  # the first of its sha256
+    by_hand = f"Fetch {url} by hand (sha256 {digits}...) and put it at {path}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         timeout = socket.getdefaulttimeout()
         try:
             socket.setdefaulttimeout(TIMEOUT)  # torch.hub has no timeout of its own
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash does not agree
             raise OSError(f"The ImageNet weights of {name} could not be downloaded: {error}. {by_hand}.") from error
         finally:
             socket.setdefaulttimeout(timeout)
-    elif not (digest := _sha256(path)).startswith(sha256):
-        raise OSError(f"{path} is damaged (its sha256 is {digest[: len(sha256)]}...). {by_hand}, or remove it.")
+    elif not (digest := sha256(path)).startswith(digits):
+        raise OSError(f"{path} is damaged (its sha256 is {digest[: len(digits)]}...). {by_hand}, or remove it.")
     return path
 
 
@@ -72,58 +80,102 @@ def hub_file(name: str, repository: str | None) -> Path:
         ) from error
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def read_weights(path: Path, name: str, expected: dict, unused: Iterable[str]) -> tuple[dict[str, torch.Tensor], str]:
+    """The backbone weights in a file, under the network's names, and a line on what was left out, or "".
 
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file of weights, .pth or .safetensors; it cannot run code.
-
-    Raises FileNotFoundError, or ValueError if the file is not a state dict.
+    path: a state dict, alone or in one of ENTRIES, .pth or .safetensors; it cannot run code. Its names may begin with
+    anything that is common to the backbone's, as model. in our checkpoints or encoder_q. in MoCo's. name, expected: of
+    the network and of its own weights. unused: layers that never run, which the file may lack.
+    Raises FileNotFoundError, or ValueError if the file has no weights or is another network's by its record.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no weights file {path}")
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # comes with timm
-
-            return load_file(path)
-        if zipfile.is_zipfile(path):  # torch does not look at the checksums
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():
-                    raise ValueError(f"the checksum of its part {part} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise ImportError(f"{path} is read with safetensors, which is missing: pip install safetensors") from error
-    except Exception as error:  # torch.load raises nearly anything on damaged files, with advice that is not ours
-        raise ValueError(
-            f"{path} cannot be read as a weights file: it is damaged, or holds more than tensors"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise ValueError(
-            f"{path} is not a state dict of backbone weights; --pretrained takes those, --resume takes checkpoints"
-        )
-    return state
+    content = _read(path)
+    told = content["network"].get("model") if isinstance(content.get("network"), dict) else None
+    if told not in (None, name):
+        raise ValueError(f"{path} is of a network {str(told)[:80]!a}, and this one is {name}: choose --model by it")
+    state = checkpoint.unwrapped(path, _weights(path, content), expected)
+    prefix = _prefix(state, expected)
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    left_out = [key for key in state if not key.startswith(prefix)]
+    for layer in (*unused, "embedding"):  # ours is no part of the backbone
+        theirs, ours = _shapes(inside, layer), _shapes(expected, layer)
+        if theirs != ours:
+            left_out += theirs
+            inside = {key: value for key, value in inside.items() if key not in theirs}
+    checkpoint.check_types(path, inside, expected)
+    if not left_out:
+        return inside, ""
+    counts = Counter(key.removeprefix(prefix).split(".")[0] for key in left_out)
+    listed = ", ".join(f"{part} ({count})" for part, count in counts.most_common(LISTED))
+    others = f" and {len(counts) - LISTED} more" if len(counts) > LISTED else ""
+    behind = f" behind {prefix}" if prefix else ""
+    anew = "; an embedding layer starts anew" if "embedding" in counts else ""
+    line = f"Of {path} the backbone takes {len(inside)} tensors{behind}; left out: {listed}{others}{anew}.\n"
+    return inside, line
 
 
-def load_weights(backbone: torch.nn.Module, path: Path) -> None:
+def load_weights(backbone: Backbone, path: Path, name: str = "") -> None:
     """Load a file of backbone weights (keys as in torchvision, or BN-Inception's Caffe names), strictly.
 
-    Raises as read_weights, and ValueError if they are another network's.
+    Only layers that never run may be missing, or have other shapes. Raises as read_weights, and ValueError if they are
+    another network's.
     """
-    state, expected = read_weights(path), backbone.state_dict()
+    expected = backbone.state_dict()
+    state, backbone.remark = read_weights(path, name, expected, backbone.unused)
     # Older copies of the BN-Inception file store BatchNorm tensors as [1, C].
     state = {
         key: value.squeeze(0) if key in expected and value.ndim == 2 and expected[key].ndim == 1 else value
         for key, value in state.items()
     }
+    never_run = {key: value for layer in backbone.unused for key, value in _inside(expected, layer).items()}
     try:
-        backbone.load_state_dict(state)
+        backbone.load_state_dict(checkpoint.with_counts(never_run | state, expected))
     except RuntimeError as error:
         raise ValueError(f"{path} holds weights of another network: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read(path: Path) -> dict:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no weights file {path}")
+    if Path(path).suffix != ".safetensors":
+        if exported.is_exported(path):
+            raise ValueError(f"{path} is no file that a backbone starts from: give its checkpoint, or its .safetensors")
+        return checkpoint.read(path)
+    metadata, state = exported.read_tensors(path)
+    content: dict = {ENTRIES[0]: state}
+    with suppress(ValueError):  # others' files have no record
+        content |= exported.record_in(path, metadata)
+    return content
+
+
+def _weights(path: Path, content: dict) -> dict[str, torch.Tensor]:
+    for state in (content, *(content.get(entry) for entry in ENTRIES)):
+        if state and checkpoint.is_state_dict(state):
+            return state
+    entries = ", ".join(f"{str(key)[:40]!a}" for key in [*content][:LISTED]) or "none"
+    raise ValueError(
+        f"{path} has no state dict of backbone weights, alone or as an entry {', '.join(ENTRIES)}; it has {entries}"
+    )
+
+
+def _prefix(state: dict, expected) -> str:
+    """What most of the names of `expected` begin with here: the first one of equals.
+
+    Files of timm may have other names, which it translates: what few of them begin with says nothing.
+    """
+    counts: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in expected:
+                counts["".join(f"{part}." for part in parts[:start])] += 1
+    prefix = max(counts, key=counts.__getitem__, default="")
+    return prefix if 2 * counts[prefix] > len(expected) else ""
+
+
+def _inside(state: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if key.startswith(f"{layer}.")}
+
+
+def _shapes(state: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Size]:
+    counts = "num_batches_tracked"  # which old files lack
+    return {key: value.shape for key, value in _inside(state, layer).items() if not key.endswith(counts)}

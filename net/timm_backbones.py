@@ -17,6 +17,9 @@ class TimmBackbone(Backbone):
         """Images (B, 3, H, W) -> (B, C), pooled as the network itself does."""
         return self(images)
 
+    def __reduce__(self):
+        return _empty, (type(self).__bases__[1],), self.__dict__  # else pickle looks for its class in this module
+
     def synchronize_norms(self) -> None:
         _timm().layers.convert_sync_batchnorm(self)  # torch's would lose the activations in timm's BatchNorm
 
@@ -55,21 +58,33 @@ def create(name: str, image_size: int | None = None, pretrained: str | Path | No
     else:
         path = hub_file(name, config.hf_hub_id) if pretrained == "imagenet" else Path(pretrained)
         with torch.device("meta"):
-            head = create(name).state_dict().keys() - create(name, num_classes=0).state_dict().keys()
-        state = {key: value for key, value in read_weights(path).items() if key not in head}
+            whole, expected = create(name).state_dict(), create(name, num_classes=0, **sized).state_dict()
+        head = {key.rpartition(".")[0] for key in whole.keys() - expected.keys()}
+        state, remark = read_weights(path, name, expected, head)
         overlay = {"state_dict": state, "classifier": None}  # with a classifier, timm would not load strictly
         try:
             network = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sized)
         except RuntimeError as error:
             raise ValueError(f"{path} is of another network: {' '.join(str(error).split())[:300]}") from error
         del network.pretrained_cfg["state_dict"]
+        network.remark = remark if pretrained != "imagenet" else ""  # its classifier is left out of each
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
     if image_size and image_size % (patch if isinstance(patch, int) else patch[0]):  # timm leaves out the remainder
         raise ValueError(f"{image_size} pixels are not a multiple of the patches of {name}")
-    network.__class__ = type(type(network).__name__, (TimmBackbone, type(network)), {})
+    network.__class__ = _class(type(network))
     network.mean, network.std = (expects(name)[key] for key in ("mean", "std"))
     network.num_features = network.head_hidden_size
     return network
+
+
+@cache
+def _class(network_class):
+    """The class of timm as a TimmBackbone."""
+    return type(network_class.__name__, (TimmBackbone, network_class), {})
+
+
+def _empty(network_class):
+    return _class(network_class).__new__(_class(network_class))
 
 
 def _config(name):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ import torch.multiprocessing as mp
 from torch.utils.data import TensorDataset
 
 import dataset
+import evaluate
 import net
 import train as script
+import transfer
 from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, distributed, evaluation, losses, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
+from proxy_anchor.stopping import Interrupted, Stop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
@@ -165,6 +169,25 @@ def test_evaluation_is_the_same():
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
 
 
+def batches_until_a_signal(at, *numbers):
+    """How many batches each process does, of its own number of them, when the first process gets a signal at one."""
+    stop, rank, done = Stop(), distributed.rank(), 0
+    for done, _ in enumerate(stop.after_each(["batch"] * numbers[rank]), start=1):
+        if rank == 0 and done == at:
+            stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted) if at <= max(numbers) else nullcontext():
+        stop.check()
+    counts = [torch.zeros((), dtype=torch.long) for _ in numbers]
+    dist.all_gather(counts, torch.tensor(done))
+    return {"counts": torch.stack(counts)}
+
+
+@pytest.mark.parametrize("at, counts", [(2, [2, 2, 0]), (5, [5, 4, 0]), (6, [6, 4, 0]), (9, [6, 4, 0])])
+def test_signal_in_an_evaluation_is_obeyed_at_once(at, counts):
+    """Though the processes have different numbers of batches, one of them none."""
+    assert in_processes(3, batches_until_a_signal, at, 6, 4, 0)["counts"].tolist() == counts
+
+
 def test_silent_processes_print_names_of_any_bytes(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -190,9 +213,6 @@ def read_metrics(folder):
 
 def test_torchrun(cub_root, tmp_path):
     """The scripts under torchrun: the same figures, one folder, one voice."""
-    import evaluate
-    import train as script
-
     common = [
         "--allow-partial",
         "--data-root",
@@ -323,14 +343,51 @@ def test_batch_of_several_per_class_smaller_than_the_processes(cub_root, tmp_pat
 
 
 def test_all_gpus_start_torchrun(monkeypatch):
+    """With the arguments of main: those of another program, such as a notebook's, are not run again."""
     started = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--gpu-id", "-1"])
-    distributed.launch_on_all_gpus(0)
+    monkeypatch.setattr(sys, "argv", ["notebook.py", "--its", "own"])
+    distributed.launch_on_all_gpus(0, "train.py", None)
     assert not started
-    distributed.launch_on_all_gpus(-1)
-    assert started == [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", *sys.argv]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    distributed.launch_on_all_gpus(-1, "train.py", None)
+    assert started.pop() == [*torchrun, "train.py", "--its", "own"]
+    monkeypatch.setattr(distributed, "processes", lambda gpu_id: sys.exit("the processes would start here"))
+    for module, argv in (
+        (script, []), (evaluate, ["--backbone-only", "--model", "resnet18"]),
+        (transfer, ["--source-ckpt", "none.pth"]),
+    ):  # fmt: skip
+        argv = [*argv, "--gpu-id", "-1", "--dataset", "glyphs"]
+        with pytest.raises(SystemExit):
+            module.main(argv)
+        assert started.pop() == [*torchrun, str(REPOSITORY / f"{module.__name__}.py"), *argv]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "already")
-    distributed.launch_on_all_gpus(-1)
-    assert len(started) == 1
+    distributed.launch_on_all_gpus(-1, "train.py", None)
+    assert not started
+
+
+@pytest.mark.parametrize("environment, refused", [
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, True),  # srun
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, True),
+    ({"SLURM_NTASKS": "4"}, False),  # salloc
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # sbatch, whose script is one process
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc in a step; srun -n 1
+    ({}, False),
+], ids=str)  # fmt: skip
+def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(environment, refused, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = "srun started 4 tasks .*: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT"
+    with pytest.raises(ValueError, match=words) if refused else nullcontext(), distributed.processes(0):
+        pass
+
+
+def test_all_gpus_are_the_first_one_where_a_script_uses_one(monkeypatch):
+    """As search.py does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert distributed.hardware.select(-1) == torch.device("cuda", 0)

@@ -450,6 +450,45 @@ def test_damaged_and_hostile_files_are_one_line(ending, made, tmp_path, capsys):
         assert not (tmp_path / "exploded").exists(), name
 
 
+def of_rows(path, made, change, outputs):
+    """An ONNX file with the record of a.onnx; change(helper) -> nodes from `images`, cast to float, to `embeddings`."""
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT), *change(helper)], "rows",
+        [helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["N", 3, 32, 32])],
+        [helper.make_tensor_value_info("embeddings", onnx.TensorProto.FLOAT, outputs)],
+        [helper.make_tensor("few", onnx.TensorProto.INT64, [2], [-1, 16]),
+         helper.make_tensor("start", onnx.TensorProto.INT64, [1], [0]),
+         helper.make_tensor("end", onnx.TensorProto.INT64, [1], [16])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, {"record": onnx.load(made / "a.onnx").metadata_props[0].value})
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("rows", ["one", "many"])
+def test_onnx_of_another_number_of_rows_than_images_is_refused(rows, made, tmp_path, capsys):
+    """By evaluate.py and search.py alike."""
+    many = lambda helper: [helper.make_node("Reshape", ["pixels", "few"], ["embeddings"])]  # noqa: E731
+    one = lambda helper: [  # noqa: E731
+        helper.make_node("Reshape", ["pixels", "few"], ["all"]),
+        helper.make_node("ReduceMean", ["all", "start"], ["embeddings"]),
+    ]
+    path = tmp_path / "rows.onnx"
+    of_rows(path, made, {"one": one, "many": many}[rows], ["N", 16])
+    words = f"{path} is not an embedding network of export.py: expected float32 ("
+    flags = ["--dataset", "folder", "--data-root", str(made / "images"), "--workers", "0"]
+    fails(lambda: evaluate.main(["--resume", str(path), *flags]), capsys, words)
+    index = ["index", "--resume", str(path), "--images", str(made / "images"), "--out", str(tmp_path / "index")]
+    fails(lambda: search.main([*index, "--workers", "0"]), capsys, words)
+
+
+def test_safetensors_say_that_they_are_of_torch(made):
+    """Without this entry, other libraries refuse them."""
+    with safetensors.safe_open(made / "a.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt" and "record" in file.metadata()
+
+
 def test_loss_of_the_hub_needs_neither_net_nor_dataset(tmp_path):
     program = f"""
 import sys, torch
@@ -488,6 +527,67 @@ torch.save([batch, network(batch).detach(), network.training], "out.pth")
     seen = transforms.evaluation(32)(read_image(str(tmp_path / "1.jpg")))
     assert torch.equal(batch[0], seen) and torch.equal(batch[1], seen) and not training
     assert (embeddings - by_hand(made / "a.pth", batch)).abs().max() < 1e-5
+
+
+def test_other_threads_import_nothing_of_this_repository_meanwhile(made, tmp_path):
+    """At each import of its modules, neither they nor their folder are to be found under their usual names."""
+    program = f"""
+import sys, torch
+repository, seen = {str(REPOSITORY)!r}, []
+
+def look(event, arguments):
+    if event == "import" and arguments[0].startswith("proxy_anchor_hub."):
+        seen.append(repository in sys.path or {{"net", "dataset", "proxy_anchor"}} & set(sys.modules))
+
+sys.addaudithook(look)
+before = [*sys.path]
+torch.hub.load(repository, "embedding", {str(made / "a.pth")!r}, source="local")
+assert len(seen) > 10 and not any(seen)
+assert sys.path == [*before, repository + "/hub"]
+"""
+    fresh(program, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+def test_what_the_hub_returns_is_pickled_spawned_and_halved(name, tmp_path):
+    """In this process, in one that it spawns, and in another one that has the folder hub/ in its path."""
+    if name == "test_vit":
+        pytest.importorskip("timm")
+    contract = net.expects(name) | {"model": name, "embedding_size": 16, "image_size": 32, "l2_norm": 1}
+    checkpoint.save(tmp_path / "a.pth", net.create(name, 16, image_size=32), contract)
+    (tmp_path / "main.py").write_text(f"""
+import copy, pickle, torch
+from PIL import Image
+
+def run(network, transform, loss):
+    images = torch.stack([transform(Image.new("RGB", (50, 40), color)) for color in ("red", "blue")])
+    embeddings = network(images)
+    return embeddings.detach(), loss(embeddings, torch.arange(2)).detach()
+
+if __name__ == "__main__":
+    loss = torch.hub.load({str(REPOSITORY)!r}, "proxy_anchor", num_classes=3, embedding_size=16, source="local")
+    network, transform = torch.hub.load({str(REPOSITORY)!r}, "embedding", "a.pth", source="local")
+    expected = run(network, transform, loss)
+    same = lambda found: torch.testing.assert_close(found, expected)
+    same(run(*pickle.loads(pickle.dumps((network, transform, loss)))))
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        same(pool.apply(run, (network, transform, loss)))
+    for half in (copy.deepcopy(network).half(), copy.deepcopy(network).bfloat16()):
+        assert (run(half, transform, loss)[0] - expected[0]).abs().max() < 0.05
+    torch.save([network, transform, loss, expected], "whole.pth")
+""")
+    command = [sys.executable, "main.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    program = f"""
+import sys, torch
+from main import run
+sys.path.append({str(REPOSITORY / "hub")!r})
+*parts, expected = torch.load("whole.pth", weights_only=False)
+torch.testing.assert_close(run(*parts), expected)
+assert not {{"net", "dataset", "proxy_anchor"}} & set(sys.modules)
+"""
+    fresh(program, tmp_path)
 
 
 def fresh(program, folder):
@@ -540,21 +640,22 @@ def test_checkpoint_at_a_url(made, tmp_path, monkeypatch):
 
 def test_published_checkpoint_in_the_hub(tmp_path):
     torch.save({"model_state_dict": net.create("resnet18", 8).state_dict()}, tmp_path / "a.pth")
-    network, transform = hubconf.embedding(str(tmp_path / "a.pth"), model="resnet18", embedding_size=8)
+    path, given = str(tmp_path / "a.pth"), {"backbone": "resnet18", "embedding_size": 8}
+    network, transform = torch.hub.load(str(REPOSITORY), "embedding", checkpoint=path, source="local", **given)
     assert transform(Image.new("L", (300, 250))).shape == (3, 224, 224) and network.embedding_size == 8
-    for told, words in (
-        ({}, "does not record its model"),
-        ({"model": "resnet18"}, "does not record its embedding_size"),
-        ({"model": "resnet18", "embedding_size": 16}, "is of another network.* Check model and embedding_size"),
+    for given, words in (
+        ({}, "does not record its backbone: give torch.hub.load backbone=..."),
+        ({"backbone": "resnet18"}, "does not record its embedding_size"),
+        ({"backbone": "resnet18", "embedding_size": 16}, "of another network.* Check backbone and embedding_size"),
     ):
         with pytest.raises(ValueError, match=words):
-            hubconf.embedding(str(tmp_path / "a.pth"), **told)
+            torch.hub.load(str(REPOSITORY), "embedding", str(tmp_path / "a.pth"), source="local", **given)
     assert net is sys.modules["net"] and dataset is sys.modules["dataset"]
 
 
 def test_hub_refuses_what_a_checkpoint_contradicts(made):
-    with pytest.raises(ValueError, match="was trained with model resnet18, not resnet50"):
-        hubconf.embedding(str(made / "a.pth"), model="resnet50")
+    with pytest.raises(ValueError, match="was trained with backbone resnet18, not resnet50"):
+        hubconf.embedding(str(made / "a.pth"), backbone="resnet50")
     with pytest.raises(ValueError, match="not a checkpoint"):
         hubconf.embedding(str(made / "a.onnx"))
 

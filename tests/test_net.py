@@ -1,3 +1,4 @@
+import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torchvision
 
 import net
 import net.pretrained
+from proxy_anchor import checkpoint, exported
 
 FACTS = Path(__file__).with_name("facts")
 KEYS = json.loads((FACTS / "state_dict_keys.json").read_text())
@@ -169,10 +171,93 @@ def test_wrong_weights_files_are_errors(tmp_path):
     (tmp_path / "text.pth").write_text("not weights")
     with pytest.raises(ValueError, match="another network"):
         net.create("resnet34", 16, pretrained=tmp_path / "resnet18.pth")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="text.pth is not a checkpoint"):
         net.create("resnet18", 16, pretrained=tmp_path / "text.pth")
     with pytest.raises(FileNotFoundError):
         net.create("resnet18", 16, pretrained=tmp_path / "none.pth")
+
+
+def behind(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def without_classifier(name):
+    unused = net.BACKBONES[name]().unused
+    return {key: value for key, value in backbone_state(name).items() if key.split(".")[0] not in unused}
+
+
+@pytest.mark.parametrize("content, left_out", [
+    (lambda state: behind("module.", state), ""),
+    (lambda state: behind("_orig_mod.", state), ""),
+    (lambda state: behind("module._orig_mod.", state), ""),
+    (lambda state: behind("_orig_mod.module.", state), ""),
+    (lambda state: {"state_dict": behind("backbone.module.", state)}, ""),
+    (lambda state: {"model": state, "epoch": 3}, ""),
+    (lambda state: {"state_dict": state, "args": argparse.Namespace(lr=1.0, sizes=[1, 2])}, ""),
+    (lambda state: state | {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}, "fc (2)"),
+    (lambda state: behind("module.", state) | {"n_averaged": torch.tensor(3)}, ""),
+    (lambda state: {
+        "state_dict": behind("module.encoder_q.", state) | behind("module.encoder_k.", behind("", state))
+        | {"module.queue": torch.zeros(4, 4), "module.encoder_q.fc.0.weight": torch.zeros(3, 3)}
+    }, "left out: encoder_k (100), queue (1), fc (1)."),
+    (lambda state: {
+        "student": {}, "teacher": behind("backbone.", state) | {"head.mlp.0.weight": torch.zeros(3)}
+    }, "behind backbone.; left out: head (1)"),
+], ids=range(11))  # fmt: skip
+def test_weights_as_others_save_them(content, left_out, tmp_path):
+    """Behind prefixes, within entries, with another classifier or none, which never runs."""
+    state = without_classifier("resnet18")
+    torch.save(content(state), tmp_path / "a.pth")
+    backbone = net.create("resnet18", 8, tmp_path / "a.pth").model
+    assert all(torch.equal(backbone.state_dict()[key], value) for key, value in state.items())
+    assert left_out in backbone.remark and bool(left_out) == bool(backbone.remark)
+
+
+@pytest.mark.parametrize("name", ["bn_inception", "googlenet"])
+def test_weights_without_the_layers_that_never_run(name, tmp_path):
+    state = without_classifier(name)
+    torch.save(state, tmp_path / "a.pth")
+    loaded = net.create(name, 8, tmp_path / "a.pth").model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_backbone_of_ones_own_checkpoint(ending, tmp_path):
+    """The embedding layer starts anew; another network is refused by the record, with both names."""
+    trained, path = net.create("resnet18", 8), tmp_path / f"a{ending}"
+    record = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+    if ending == ".pth":
+        checkpoint.save(path, trained, record)
+    else:
+        pytest.importorskip("safetensors")
+        exported.save(path, ending, exported.Served(trained, "cosine"), 32, {"network": record})
+    network = net.create("resnet18", 16, path)
+    assert torch.equal(network.model.conv1.weight, trained.model.conv1.weight)
+    assert network.model.remark.endswith("behind model.; left out: embedding (2); an embedding layer starts anew.\n")
+    with pytest.raises(ValueError, match=f"a{ending} is of a network 'resnet18', and this one is resnet34"):
+        net.create("resnet34", 8, path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state | {"more.weight": torch.zeros(1)}, "Unexpected key.*more.weight"),
+    (lambda state: {key: value for key, value in state.items() if key != "bn1.weight"}, "Missing key.*bn1.weight"),
+    (lambda state: {"model": {key: value for key, value in state.items() if key != "bn1.weight"}}, "Missing key"),
+    (lambda state: state | behind("module.", state), "two tensors conv1.weight"),
+    (lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.int8)}, "conv1.weight as int8"),
+    (lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.complex64)}, "conv1.weight as complex64"),
+    (lambda state: {"optimizer": state, "epoch": 3}, "no state dict .* state_dict, model, .*; it has 'optimizer', "),
+    (lambda state: {}, "it has none"),
+], ids=range(8))  # fmt: skip
+def test_weights_that_do_not_fit_are_errors(change, words, tmp_path):
+    torch.save(change(without_classifier("resnet18")), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"a.pth .*{words}"):
+        net.create("resnet18", 8, tmp_path / "a.pth")
+
+
+def test_exported_program_is_no_weights_file(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a.onnx is no file that a backbone starts from: give its checkpoint, or"):
+        net.create("resnet18", 8, tmp_path / "a.onnx")
 
 
 # Download, from a server of the test's own

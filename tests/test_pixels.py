@@ -293,12 +293,12 @@ def test_orientation_that_a_checkpoint_does_not_record_is_as_stored(tmp_path):
     network = net.create("resnet18", 8)
     for orientation in ("stored", "upright"):
         checkpoint.save(tmp_path / "a.pth", network, RECORD | {"orientation": orientation})
-        assert checkpoint.contract(tmp_path / "a.pth")["orientation"] == orientation
+        assert checkpoint.Checkpoint(tmp_path / "a.pth").contract["orientation"] == orientation
     checkpoint.save(tmp_path / "a.pth", network, RECORD)
-    assert checkpoint.contract(tmp_path / "a.pth")["orientation"] == "stored"
+    assert checkpoint.Checkpoint(tmp_path / "a.pth").contract["orientation"] == "stored"
     checkpoint.save(tmp_path / "a.pth", network, RECORD | {"orientation": "sideways"})
     with pytest.raises(ValueError, match="damaged: its record of the network"):
-        checkpoint.contract(tmp_path / "a.pth")
+        checkpoint.Checkpoint(tmp_path / "a.pth")
 
 
 def train_on(root, logs, *more, epochs=1):
@@ -321,7 +321,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
     train_on(turned, tmp_path)
     (run,) = (tmp_path / "logs_folder").iterdir()
     assert runs.read_config(run)["orientation"] == "upright" and seen.pop() == {True}
-    assert checkpoint.contract(run / "folder_resnet18_best.pth")["orientation"] == "upright"
+    assert checkpoint.Checkpoint(run / "folder_resnet18_best.pth").contract["orientation"] == "upright"
     config = json.loads((run / "config.json").read_text())
     del config["orientation"]
     (run / "config.json").write_text(json.dumps(config))

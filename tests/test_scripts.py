@@ -17,7 +17,7 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint, runs
+from proxy_anchor import checkpoint, console, runs, tracking
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank
 
@@ -270,9 +270,62 @@ def test_wandb_credentials_are_found_without_wandb(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert has_credentials()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://[bad")
+    assert not has_credentials()
+    monkeypatch.delenv("WANDB_BASE_URL")
+    (tmp_path / "netrc").write_bytes(b"machine api.wandb.ai login caf\xe9 password key\n")
+    assert not has_credentials()
     monkeypatch.delenv("NETRC")
     monkeypatch.setenv("WANDB_API_KEY", "key")
     assert has_credentials()
+
+
+class Told(Exception):
+    """What wandb.init was called with."""
+
+
+@pytest.mark.parametrize("variable, setting", [
+    ("WANDB_PROJECT", "project"), ("WANDB_NOTES", "notes"), ("WANDB_DIR", "dir"), ("WANDB_RUN_ID", "id"),
+    ("WANDB_RESUME", "resume"),
+])  # fmt: skip
+def test_variables_of_wandb_come_first(variable, setting, monkeypatch, tmp_path):
+    import wandb
+
+    def init(**settings):
+        raise Told(settings)
+
+    monkeypatch.setattr(wandb, "init", init)
+    ours = {"project", "notes", "dir", "id", "resume"}
+    for name in ("WANDB_PROJECT", "WANDB_NOTES", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    for expected in (ours, ours - {setting}):
+        with pytest.raises(Told) as told:
+            tracking.start("offline", tmp_path, "project", "name", {}, run_id="id")
+        assert told.value.args[0].keys() == expected | {"mode", "config"}
+        monkeypatch.setenv(variable, "mine")
+
+
+def test_who_never_asked_for_wandb_reads_no_word_of_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert tracking.start(None, tmp_path, "project", "name", {}) is None
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_wandb_that_does_not_start_is_one_short_line(error, monkeypatch, tmp_path):
+    """As for an address that is none: what it raises then are pages."""
+    import wandb
+
+    def init(**settings):
+        raise error("Invalid\nURL " * 1000)
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(
+        RuntimeError, match="^wandb does not start: Invalid URL .{1,190}. Choose --wandb offline or dis"
+    ):
+        tracking.start("offline", tmp_path, "project", "name", {})
 
 
 # Evaluation of published checkpoints
@@ -456,6 +509,62 @@ def test_closed_streams(cub_root, tmp_path):
     flags = [*arguments(cub_root, epochs=1, LOG_DIR=tmp_path), "--pretrained", "none"]
     assert run_limited("exec >&- 2>&-", *flags).returncode == 0
     assert (tmp_path / "logs_cub" / RUN / "last.pth").exists()
+
+
+@pytest.mark.parametrize("options", ["ro", "size=4k"])
+def test_shared_memory_that_workers_cannot_have(cub_root, tmp_path, options):
+    """One line, and not another one of the loader that was made by half."""
+    namespace = ["unshare", "-m", "bash", "-c"]
+    mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm"
+    if subprocess.run([*namespace, mount], capture_output=True).returncode != 0:
+        pytest.skip("mounting needs to be root")
+    flags = [*arguments(cub_root, workers=2), "--pretrained", "none", "--LOG_DIR", tmp_path]
+    command = shlex.join([sys.executable, str(REPOSITORY / "train.py"), *map(str, flags)])
+    done = subprocess.run([*namespace, f"{mount}; {command}"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "/dev/shm is full or cannot be written: choose --workers 0" in done.stderr
+
+
+def test_compiler_that_fails_is_one_short_line(cub_root, tmp_path):
+    compiler = tmp_path / "compiler"
+    answer = "sys.exit(0 if '--version' in sys.argv else 'error: ' * 20_000)"
+    compiler.write_text(f"#!{sys.executable}\nimport sys\nprint('g++ 12.0')\n{answer}\n")
+    compiler.chmod(0o755)
+    flags = [*arguments(cub_root, LOG_DIR=tmp_path / "logs"), "--pretrained", "none", "--compile"]
+    cache = f"export TORCHINDUCTOR_CACHE_DIR={tmp_path}/cache CXX={compiler}"
+    done = run_limited(cache, *flags)
+    *remarks_of_torch, line = done.stderr.splitlines()
+    assert done.returncode == 1 and len(line) < 400 and len("".join(remarks_of_torch)) < 1000, done.stderr[:2000]
+    assert "torch.compile cannot compile the network here: leave out --compile (" in line
+
+
+def without_reader(command, lines, **streams):
+    """A command whose output is read up to this many lines, then no more; what it leaves in stderr, if it is read."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **streams) as process:
+        for _ in range(lines):
+            process.stdout.readline()
+        process.stdout.close()
+        return process.wait(timeout=100), process.stderr.read() if process.stderr else ""
+
+
+@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT])
+def test_training_goes_on_when_nobody_reads_its_output(cub_root, tmp_path, errors):
+    flags = [*arguments(cub_root, epochs=2, LOG_DIR=tmp_path), "--pretrained", "none"]
+    command = [sys.executable, "-u", REPOSITORY / "train.py", *flags]
+    assert without_reader(command, 1, stderr=errors) == (0, "")
+    assert len(read_metrics(tmp_path / "logs_cub" / RUN)) == 2
+
+
+def test_other_output_that_nobody_reads_ends_silently(cub_root, tmp_path):
+    command = [sys.executable, "-u", REPOSITORY / "evaluate.py", "--backbone-only", "--pretrained", "none"]
+    command += [flag for flag in arguments(cub_root) if flag not in ("--embedding-size", "8", "--batch-size")]
+    assert without_reader(command, 1, stderr=subprocess.PIPE) == (128 + signal.SIGPIPE, "")
+
+
+def test_broken_pipe_of_something_else_is_an_error(capfd):
+    with pytest.raises(SystemExit) as error, console.errors_in_one_line("a.py", debug=False):
+        raise BrokenPipeError("the manager is gone")
+    assert error.value.code == 1 and capfd.readouterr().err == "a.py: error: the manager is gone\n"
 
 
 def test_batchnorm_on_a_single_image(cub_root, tmp_path, capsys):

@@ -145,11 +145,28 @@ def test_files_of_other_weights_are_errors(tmp_path):
     with pytest.raises(ValueError, match="another network"):
         net.create("test_vit2", 8, save(path, state))
     torch.save({"weights": Path("code")}, path)  # not a tensor: it would have to run code
-    with pytest.raises(ValueError, match="damaged, or holds more than tensors"):
+    with pytest.raises(ValueError, match="could run code: it holds pathlib"):
         net.create("test_vit", 8, path)
     (tmp_path / "weights.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="damaged, or holds more than tensors"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         net.create("test_vit", 8, tmp_path / "weights.safetensors")
+
+
+def test_weights_as_others_save_them(tmp_path):
+    """Of DataParallel, DINO and our checkpoints: heads are ignored, all else fits."""
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    ours = net.create("test_vit", 8)
+    for content, left_out in (
+        ({f"module.{key}": value for key, value in state.items()}, ""),
+        ({"teacher": {f"backbone.{key}": value for key, value in state.items()} | {"head.mlp.0.weight": torch.ones(1)}},
+         "behind backbone.; left out: head (1)"),
+        ({"model_state_dict": ours.state_dict(), "network": {"model": "test_vit"}}, "left out: embedding (2)"),
+        (state | {"head.weight": torch.zeros(7, 64), "head.bias": torch.zeros(7)}, "left out: head (2)"),
+    ):  # fmt: skip
+        network = net.create("test_vit", 16, save(tmp_path / "weights.pth", content))
+        wanted = ours.model.cls_token if "network" in content else state["cls_token"]
+        assert torch.equal(network.model.cls_token, wanted)
+        assert left_out in network.model.remark and bool(left_out) == bool(network.model.remark)
 
 
 def test_weights_come_from_the_hub(tmp_path, monkeypatch):
@@ -161,6 +178,7 @@ def test_weights_come_from_the_hub(tmp_path, monkeypatch):
     network = net.create("test_vit", 8, "imagenet", image_size=160)
     assert torch.equal(network.model.cls_token, theirs["cls_token"])
     wanted = {"repo_id": "timm/test_vit.r160_in1k", "filename": "model.safetensors", "local_files_only": True}
+    assert not network.model.remark
     assert asked == [wanted]  # what is in its cache needs no network
 
 
@@ -343,7 +361,7 @@ def test_a_tiny_transformer_learns(run, letters):
 
 
 def test_the_record_is_the_contract_and_needs_no_flags(run, letters, tmp_path, capsys):
-    record = checkpoint.contract(best_of(run))
+    record = checkpoint.Checkpoint(best_of(run)).contract
     assert record == {
         "model": "test_vit", "embedding_size": 64, "image_size": 32, "l2_norm": 1, "crop": 1.0, "crop_mode": "center",
         "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],

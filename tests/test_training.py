@@ -1,10 +1,12 @@
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import net
-from proxy_anchor import checkpoint, losses, training
+from proxy_anchor import checkpoint, exported, losses, training
 from proxy_anchor.embedding import Embedder
 
 CPU = torch.device("cpu")
@@ -148,7 +150,7 @@ def test_checkpoint_has_the_published_layout(network, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_checkpoints_of_the_published_code_load(network, tmp_path, prefix, zip_format):
     state = {prefix + key: value for key, value in network.state_dict().items()}
@@ -156,6 +158,40 @@ def test_checkpoints_of_the_published_code_load(network, tmp_path, prefix, zip_f
     other = net.create("resnet18", 8)
     assert checkpoint.load(tmp_path / "a.pth", other) == len(state)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values()))
+
+
+def test_checkpoints_of_wrapped_parts_and_of_old_versions_load(network, tmp_path):
+    """Prefixes inside the names; BatchNorm's counts, which old files lack; weights in other precisions."""
+    state = network.state_dict()
+    for change in (
+        lambda key, value: {key.replace("model.", "model._orig_mod."): value},
+        lambda key, value: {key.replace("model.", "model.module."): value},
+        lambda key, value: {} if key.endswith("num_batches_tracked") else {key: value},
+        lambda key, value: {key: value.half()},
+        lambda key, value: {key: value.bfloat16()},
+        lambda key, value: {key: value.double()},
+    ):
+        changed = {name: part for key, value in state.items() for name, part in change(key, value).items()}
+        torch.save({"model_state_dict": changed}, tmp_path / "a.pth")
+        other = net.create("resnet18", 8)
+        assert checkpoint.load(tmp_path / "a.pth", other) == len(changed)
+        for key, value in other.state_dict().items():
+            torch.testing.assert_close(value, state[key], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(network, tmp_path, dtype):
+    state = {key: value.to(dtype) for key, value in network.state_dict().items()}
+    torch.save({"model_state_dict": state}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"a.pth has model.conv1.weight as {str(dtype)[6:]}: expected floating-point"):
+        checkpoint.load(tmp_path / "a.pth", network)
+
+
+def test_prefix_that_hides_another_tensor_is_refused(network, tmp_path):
+    state = network.state_dict()
+    torch.save({"model_state_dict": state | {"module.model.conv1.weight": state["model.conv1.weight"]}}, tmp_path / "a")
+    with pytest.raises(ValueError, match="two tensors model.conv1.weight"):
+        checkpoint.load(tmp_path / "a", network)
 
 
 def test_other_network_is_refused_and_nothing_loaded(network, tmp_path):
@@ -180,6 +216,51 @@ def test_pickle_that_runs_code_is_refused(network, tmp_path, capsys, zip_format)
     with pytest.raises(ValueError, match="could run code"):
         checkpoint.load(tmp_path / "a.pth", network)
     assert "this must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra, held", [
+    ({"best": np.float64(1)}, r"numpy\.\w+\.multiarray\.scalar"), ({"path": Path("a")}, r"pathlib\.\w+"),
+    (None, "net.EmbeddingNet"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_refused_file_is_named_with_what_it_holds_and_the_lines_that_save_its_weights(
+    network, tmp_path, monkeypatch, extra, held, zip_format
+):
+    """The two lines are run here: what they save loads."""
+    monkeypatch.chdir(tmp_path)
+    content = network if extra is None else {"model_state_dict": network.state_dict()} | extra
+    torch.save(content, "a.pth", _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(ValueError, match=f"a.pth is refused, because it could run code: it holds {held}") as error:
+        checkpoint.load("a.pth", network)
+    message = str(error.value)
+    lines = message[message.index("content = ") : message.index(" (the entry")]
+    if extra is None:
+        lines = lines.replace("content['model_state_dict']", "content.state_dict()")
+    exec(lines, {"torch": torch})
+    assert checkpoint.load("weights.pth", net.create("resnet18", 8)) == len(network.state_dict())
+
+
+@pytest.mark.parametrize("record", [
+    {"crop": math.nan}, {"crop": 0.0}, {"crop": math.inf}, {"crop": 1e-9}, {"crop": 5.0}, {"crop": -0.5},
+    {"l2_norm": -1}, {"l2_norm": 2}, {"image_size": 0}, {"image_size": 10**6}, {"embedding_size": 3_000_000},
+    {"embedding_size": 2**31 - 1}, {"embedding_size": -8}, {"embedding_size": True}, {"mean": [0.5, 0.5, math.nan]},
+    {"std": [0.5, 0.0, 0.5]}, {"std": [0.5, -0.5, 0.5]}, {"std": [math.inf] * 3}, {"model": "a\nTraceback: b"},
+    {"model": "a" * 10**7}, {"model": ""},
+], ids=lambda record: str(record)[:40])  # fmt: skip
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_values_of_a_record_that_are_out_of_range_are_named(network, tmp_path, record, ending):
+    whole = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+    path = tmp_path / f"a{ending}"
+    if ending == ".pth":
+        checkpoint.save(path, network, whole | record)
+    else:
+        pytest.importorskip("safetensors")
+        exported.save(path, ending, exported.Served(network, "cosine"), 32, {"network": whole | record})
+    ((name, _),) = record.items()
+    with pytest.raises(ValueError, match=f"a{ending} is damaged: its record of the network has {name} ") as error:
+        checkpoint.Checkpoint(path)
+    assert len(str(error.value)) < 300 + len(str(path)) and str(error.value).isprintable()
+    assert checkpoint.is_contract(whole) and not checkpoint.is_contract(whole | record)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 neither"])

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from dataset.files import is_hidden
+from proxy_anchor.files import locked
 
 MAX_BYTES = 50e9  # that an archive may extract to; the largest dataset has about 3 GB
 MAX_FILES = 1_000_000
@@ -156,29 +157,33 @@ def prepare(name: str, root: Path, folder: str, archives: list[Path]) -> Iterato
     exists already or a part of the dataset is in none of the archives.
     """
     target, staging = root / folder, root / f"{folder}.preparing"
-    if target.is_symlink() or (target.is_dir() and any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already; remove it to prepare it again")
-    if staging.is_symlink():
-        raise FileExistsError(f"{staging} is a link, which may lead anywhere; remove it")
     for archive in archives:
         if not archive.is_file():
             raise FileNotFoundError(f"There is no archive {archive}")
-    shutil.rmtree(staging, ignore_errors=True)  # of an interrupted attempt
     root.mkdir(parents=True, exist_ok=True)
-    staging.mkdir(mode=0o700)  # a new folder, in which nobody else can plant a link
-    try:
-        for number, archive in enumerate(archives):
-            yield from extract(archive, staging / str(number))
-            _place(staging / str(number), staging / "ready", LAYOUTS[name])
-        sources = ", ".join(map(str, archives))
-        if not (staging / "ready").exists():
-            raise ValueError(f"Nothing of {name} is in {sources}: expected {', '.join(LAYOUTS[name])}")
-        if missing := _missing(staging / "ready", NEEDED[name]):
-            hint = ". The benchmark uses img.zip, not img_highres.zip" * any(staging.glob("ready/*/img_highres"))
-            raise ValueError(f"{sources} holds a part of {name}: give the archives of {', '.join(missing)} too{hint}")
-        os.replace(staging / "ready", target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with locked(target):  # two that prepare it take turns
+        if target.is_symlink() or (target.is_dir() and any(target.iterdir())):
+            raise FileExistsError(f"{target} exists already; remove it to prepare it again")
+        if staging.is_symlink():
+            raise FileExistsError(f"{staging} is a link, which may lead anywhere; remove it")
+        if staging.exists() and not all(re.fullmatch(r"ready|extracted|\d+", path.name) for path in staging.iterdir()):
+            raise FileExistsError(f"{staging} holds other files than an interrupted attempt leaves; move it away")
+        shutil.rmtree(staging, ignore_errors=True)  # of an interrupted attempt
+        staging.mkdir(mode=0o700)  # a new folder, in which nobody else can plant a link
+        try:
+            for number, archive in enumerate(archives):
+                yield from extract(archive, staging / str(number))
+                _place(staging / str(number), staging / "ready", LAYOUTS[name])
+            sources = ", ".join(map(str, archives))
+            if not (staging / "ready").exists():
+                raise ValueError(f"Nothing of {name} is in {sources}: expected {', '.join(LAYOUTS[name])}")
+            if missing := _missing(staging / "ready", NEEDED[name]):
+                hint = ". The benchmark uses img.zip, not img_highres.zip" * any(staging.glob("ready/*/img_highres"))
+                listed = ", ".join(missing)
+                raise ValueError(f"{sources} holds a part of {name}: give the archives of {listed} too{hint}")
+            os.replace(staging / "ready", target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _place(source: Path, target: Path, layout: dict[str, str]) -> None:

@@ -4,7 +4,9 @@ import resource
 import shutil
 import stat
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import trees
@@ -395,6 +397,32 @@ def test_interrupted_it_starts_again(tmp_path, published, monkeypatch):
     run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
     with pytest.raises(SystemExit):
         run("prepare", "cub", archive, "--data-root", tmp_path / "data")  # it is there already
+
+
+def test_what_lies_in_the_way_is_kept(tmp_path):
+    archive = tmp_path / "a.tgz"
+    archive_of(trees.cub(tmp_path / "original"), archive, ["CUB_200_2011"])
+    notes = tmp_path / "data" / "CUB_200_2011.preparing" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"preparing holds other files than an interrupted attempt leaves"):
+        list(prepare.prepare("cub", tmp_path / "data", "CUB_200_2011", [archive]))
+    assert notes.read_text() == "mine" and os.listdir(tmp_path / "data") == ["CUB_200_2011.preparing"]
+
+
+def test_two_attempts_at_once_take_turns(tmp_path):
+    archive = tmp_path / "a.tgz"
+    archive_of(trees.cub(tmp_path / "original"), archive, ["CUB_200_2011"])
+    first = prepare.prepare("cub", tmp_path / "data", "CUB_200_2011", [archive])
+    next(first)
+    with ThreadPoolExecutor() as threads:
+        second = threads.submit(lambda: list(prepare.prepare("cub", tmp_path / "data", "CUB_200_2011", [archive])))
+        time.sleep(0.5)
+        assert not second.done()
+        names = list(first)
+        with pytest.raises(FileExistsError, match="exists already"):
+            second.result()
+    assert names and len(list((tmp_path / "data" / "CUB_200_2011" / "images").iterdir())) == 7
 
 
 def test_full_disk_names_the_file(tmp_path, capsys):

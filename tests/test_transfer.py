@@ -170,7 +170,8 @@ def test_two_processes_are_one(teacher, cub_root, tmp_path):
     assert "2 processes: each takes 4 of the 8 images of a batch" in done.stdout
     transfer.main(arguments(teacher, cub_root, tmp_path / "one", **flags))
     for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
-        assert ours == pytest.approx(expected, abs=1e-4)
+        # A CPU may round by the size of the batch; the mean of the gradients would change the loss by 18%.
+        assert ours == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_evaluation_of_the_student_is_that_of_its_run(logs, cub_root):

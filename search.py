@@ -239,7 +239,7 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
 
 def canonical(path: str) -> str:
     """The absolute path of a file, through no linked folder; a link to a file is a file."""
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(real_folder(folder), name)
 
 

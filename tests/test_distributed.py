@@ -342,6 +342,7 @@ def test_batch_of_several_per_class_smaller_than_the_processes(cub_root, tmp_pat
     assert "A batch of 2 images cannot be divided among 3 processes" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_checkpoint_needed")
 def test_all_gpus_start_torchrun(monkeypatch):
     """With the arguments of main: those of another program, such as a notebook's, are not run again."""
     started = []

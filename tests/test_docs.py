@@ -125,13 +125,13 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
 def test_commands_that_check_data_run(tmp_path, monkeypatch):
     """As printed, but for the folder of the data."""
     trees.cub(tmp_path / "data")
+    monkeypatch.setattr("dataset.cub.SIZES", {"train": (4, 24), "eval": (3, 18)})
     trees.folder(tmp_path / "data" / "glyphs" / "train", images=4)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
     checks = [argv for argv in commands("python -m dataset", [REPOSITORY / "docs" / "data.md"]) if argv[0] == "check"]
     for argv in checks:
-        more = [] if "--data-root" in argv else ["--data-root", "data", "--allow-partial"]
-        data.main([*argv, *more])
+        data.main([*argv, *([] if "--data-root" in argv else ["--data-root", "data"])])
     (training,) = commands("python train.py", [REPOSITORY / "docs" / "data.md"])
     train.main([*training, "--batch-size", "8", "--epochs", "1", "--workers", "0"])
     assert len(checks) == 2 and len(list((tmp_path / "logs").glob("*/*/*_best.pth"))) == 1

@@ -57,12 +57,11 @@ def test_every_dataset_is_prepared_on_the_page():
     assert {("prepare", name) for name in ("cub", "cars", "SOP", "Inshop")} < found and ("check", "folder") in found
 
 
-def test_setup_lines_and_length_of_the_readme():
+def test_setup_lines_of_the_readme():
     """.ci/run looks for the two lines."""
     lines = README.read_text().splitlines()
     assert "pip install -r requirements.txt && python train.py --dataset glyphs" in lines
     assert "pip install -r requirements-dev.txt && python -m pytest" in lines
-    assert len(lines) <= 150
 
 
 def test_commands_for_photos_run(tmp_path, monkeypatch):

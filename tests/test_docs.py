@@ -41,6 +41,24 @@ def test_commands_parse(start):
         SCRIPTS[start].parse(argv)
 
 
+@pytest.mark.parametrize("name, script, count", [("recipes.md", train, 12), ("transfer.md", transfer, 9)])
+@pytest.mark.usefixtures("no_checkpoint_needed")
+def test_tables_of_recipes_are_changes_of_the_first_command(name, script, count):
+    """Each network with each dataset is a command; the other complete command of the page is one of them."""
+    page = REPOSITORY / "docs" / name
+
+    def recipe(argv):  # but for the teacher, whose file is in a column of its own
+        return {k: v for k, v in vars(script.parse(argv)).items() if k not in ("source_ckpt", "teacher")}
+
+    lines = commands(f"python {script.__name__}.py", [page])
+    first, example = [argv for argv in lines if {"--alpha", "--sigma"} & set(argv)]
+    rows = [shlex.split(row) for row in re.findall(r"^\| [^|]* \| `(--[^`]* .*?)` \|", page.read_text(), re.MULTILINE)]
+    networks, datasets = ([row for row in rows if row[0] == flag] for flag in ("--model", "--dataset"))
+    recipes = [recipe([*first, *network, *data]) for network in networks for data in datasets]
+    assert recipes[0] == recipe(first) and recipe(example) in recipes
+    assert len(recipes) == count == len({str(one) for one in recipes})
+
+
 def test_there_are_no_other_commands():
     """What none of the tests would look at."""
     known = (

@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import pickle
 import re
-import runpy
 import struct
 import subprocess
 import sys
@@ -704,11 +702,3 @@ def test_folder_reached_through_a_link_counts_once(tmp_path):
     (tmp_path / "photos" / "dog").symlink_to(tmp_path / "photos" / "ant" / "more")
     with pytest.raises(BadFile, match="dog is a folder in .*ant: its images would be of two classes"):
         dataset.load("folder", tmp_path / "photos", "train")
-
-
-def test_transform_of_the_hub_is_pickled_twice():
-    names = runpy.run_path(str(REPOSITORY / "hubconf.py"))
-    to_tensor = names["_FromPillow"]()
-    for _ in range(2):
-        to_tensor = pickle.loads(pickle.dumps(to_tensor))
-    assert np.array_equal(to_tensor(picture()).permute(1, 2, 0), np.asarray(picture()))

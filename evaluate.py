@@ -1,8 +1,5 @@
 """Evaluate a checkpoint, or a backbone before training: Recall@K beside the published results, thresholds for pairs."""
 
-import proxy_anchor.startup  # noqa: F401 (before the slow imports)
-
-# isort: split
 import argparse
 import shlex
 import sys
@@ -25,20 +22,20 @@ from proxy_anchor import (
     randomness,
     report,
 )
-from proxy_anchor.checkpoint import Checkpoint, digest, save_threshold
+from proxy_anchor.checkpoint import Checkpoint, digest, in_run, save_threshold
 from proxy_anchor.embedding import Embedder
 
 EXAMPLES = """examples:
   a published checkpoint:
     python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
   a checkpoint of train.py, which records its network; with a report:
-    python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --report report
+    python evaluate.py --dataset cub --resume logs/logs_cub/RUN --report report
   the networks of four folds, one by one and together:
     python evaluate.py --dataset cub --resume A.pth B.pth C.pth D.pth
   what a pretrained backbone can do before it is trained:
     python evaluate.py --dataset cub --model resnet50 --backbone-only
   choose the similarity from which two images show one thing, for 1% false accepts, and keep it in the checkpoint:
-    python evaluate.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --calibrate --far 0.01
+    python evaluate.py --dataset cub --resume logs/logs_cub/RUN --calibrate --far 0.01
 """
 
 
@@ -54,9 +51,9 @@ def parse(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--resume", nargs="+", metavar="PATH", default=[],
-        help="checkpoint to evaluate, or its .onnx or .safetensors; those of train.py record --model, "
-        "--embedding-size, --image-size and --l2-norm. Several of one kind, such as those of folds, are evaluated one "
-        "by one and together",
+        help="checkpoint to evaluate, the folder of its run, or its .onnx or .safetensors; those of train.py record "
+        "--model, --embedding-size, --image-size and --l2-norm. Several of one kind, such as those of folds, are "
+        "evaluated one by one and together",
     )  # fmt: skip
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
@@ -74,14 +71,15 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
     with console.errors_in_one_line("evaluate.py", args.debug):
-        checkpoints = [Checkpoint(path) for path in args.resume]
+        paths = [in_run(path) for path in args.resume]
+        checkpoints = [Checkpoint(path) for path in paths]
     contract, *others = [each.contract for each in checkpoints] or [{}]
-    for path, other in zip(args.resume[1:], others):
+    for path, other in zip(paths[1:], others):
         if different := [name for name in contract | other if contract.get(name) != other.get(name)]:
             listed = ", ".join(f"{name} {other.get(name)} instead of {contract.get(name)}" for name in different)
-            parser.error(f"argument --resume: {path} is of another kind than {args.resume[0]} ({listed})")
+            parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({listed})")
     args = console.parse_with_contract(parser, argv, contract)
-    args.checkpoints = checkpoints
+    args.resume, args.checkpoints = paths, checkpoints
     console.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)

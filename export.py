@@ -1,8 +1,5 @@
 """Export a checkpoint as ONNX, safetensors or a torch.export program, checked to give the same embeddings."""
 
-import proxy_anchor.startup  # noqa: F401 (before the slow imports)
-
-# isort: split
 import argparse
 import shlex
 import sys
@@ -18,7 +15,7 @@ from dataset import transforms
 from dataset.files import left_out
 from dataset.folder import find
 from proxy_anchor import card, console, evaluation, exported, logbook
-from proxy_anchor.checkpoint import CONTRACT, FORMER_ORIENTATION, Checkpoint
+from proxy_anchor.checkpoint import CONTRACT, FORMER_ORIENTATION, Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import locked, replacing
 
@@ -26,7 +23,7 @@ CHECKED = 64  # images, spread over those there are
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
 TOLERANCE = {False: 1e-5, True: 1e-3}  # of exported.difference, by --fp16
 EXAMPLES = """examples:
-  python export.py --dataset cub --resume logs/logs_cub/RUN/cub_resnet50_best.pth --out cub.onnx
+  python export.py --dataset cub --resume logs/logs_cub/RUN --out cub.onnx
   without the dataset, checked with other images:
   python export.py --resume cub_resnet50_best.pth --check photos --out cub.onnx
   half the size, and what that costs:
@@ -41,7 +38,7 @@ def parse(argv=None) -> argparse.Namespace:
         parents=[dataset.options(training=False), net.options(training=False), console.options()],
     )  # fmt: skip
     group = parser.add_argument_group("export")
-    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export")
+    group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export, or the folder of its run")
     group.add_argument(
         "--out", required=True, metavar="FILE",
         help="file to write, ending in .onnx, .safetensors or .pt2; the card of model.onnx, model-card.md, is written "
@@ -58,10 +55,11 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
     with console.errors_in_one_line("export.py", args.debug):
-        checkpoint = Checkpoint(args.resume)
+        path = in_run(args.resume)
+        checkpoint = Checkpoint(path)
     contract = checkpoint.contract
     args = console.parse_with_contract(parser, argv, contract)
-    args.checkpoint = checkpoint
+    args.resume, args.checkpoint = path, checkpoint
     console.check_ranges(parser, args)
     if not args.check:
         dataset.check_arguments(parser, args, args.dataset)

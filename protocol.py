@@ -1,8 +1,5 @@
 """An honest result: choose the epoch on held-out training classes, train on all of them for as long, test once."""
 
-import proxy_anchor.startup  # noqa: F401 (before the slow imports)
-
-# isort: split
 import argparse
 import json
 import os

@@ -1,8 +1,5 @@
 """Search images by their content: build an index with a network, then find the neighbours of other images."""
 
-import proxy_anchor.startup  # noqa: F401 (before the slow imports)
-
-# isort: split
 import argparse
 import json
 import os
@@ -21,7 +18,7 @@ from dataset.files import BadFile, is_hidden, left_out, read_image
 from dataset.folder import find
 from dataset.folder import images as images_in
 from proxy_anchor import console, entries, exported, figures, hardware, randomness
-from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest
+from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
@@ -33,12 +30,12 @@ AS_STORED = (
 )
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
-  python search.py index --resume RUN/cub_bn_inception_best.pth --images photos --out photos.index
+  python search.py index --resume logs/logs_cub/RUN --images photos --out photos.index
   python search.py query --index photos.index new.jpg --save neighbours.png
   before anything is trained, with a pretrained backbone:
   python search.py index --backbone-only --model resnet50 --images photos --out photos.index
 with several photos of each thing, in one folder per thing:
-  python search.py index --resume RUN/cub_bn_inception_best.pth --images things --by-folder --out things.index
+  python search.py index --resume logs/logs_cub/RUN --images things --by-folder --out things.index
   python search.py query --index things.index --by-folder new
 """
 
@@ -64,7 +61,9 @@ def parse(argv=None) -> argparse.Namespace:
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
     )  # fmt: skip
     group = make.add_argument_group("index")
-    group.add_argument("--resume", metavar="PATH", help="checkpoint to embed with, or its .onnx or .safetensors")
+    group.add_argument(
+        "--resume", metavar="PATH", help="checkpoint to embed with, the folder of its run, or its .onnx or .safetensors"
+    )
     group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
     group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
     group.add_argument(
@@ -115,10 +114,11 @@ def parse(argv=None) -> argparse.Namespace:
     if args.command == "index":
         net.check_weights(make, args)
         with console.errors_in_one_line("search.py", args.debug):
-            checkpoint = Checkpoint(args.resume) if args.resume else None
+            path = in_run(args.resume) if args.resume else None
+            checkpoint = Checkpoint(path) if path else None
         contract = checkpoint.contract if checkpoint else {}
         args = console.parse_with_contract(parser, argv, contract, at=1)
-        args.checkpoint = checkpoint
+        args.resume, args.checkpoint = path, checkpoint
         net.check_arguments(parser, args, contract)
         told = {name: getattr(args, name) for name in (*CONTRACT, "distance")}
         expected = net.expects(args.model)
@@ -364,7 +364,7 @@ def query(args: argparse.Namespace) -> None:
         raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
     if contract["image_size"] < 1:
         raise ValueError(f"The index in {args.index} is damaged: its network is {contract}")
-    path = args.resume or index.made["checkpoint"]
+    path = in_run(args.resume) if args.resume else index.made["checkpoint"]
     if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
         raise FileNotFoundError(
             f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"

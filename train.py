@@ -1,8 +1,5 @@
 """Train an embedding network with the Proxy-Anchor loss, or another, and measure Recall@K after every epoch."""
 
-import proxy_anchor.startup  # noqa: F401 (before the slow imports)
-
-# isort: split
 import argparse
 
 import torch

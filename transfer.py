@@ -1,8 +1,5 @@
 """Train a smaller or better network, the student, on how a trained one, its teacher, relates images to each other."""
 
-import proxy_anchor.startup  # noqa: F401 (before the slow imports)
-
-# isort: split
 import argparse
 import os
 
@@ -21,7 +18,7 @@ from proxy_anchor import (
     runs,
     training,
 )
-from proxy_anchor.checkpoint import Checkpoint
+from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.running import Run
 
@@ -102,7 +99,7 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     """Complete the teacher's arguments from its checkpoint, or as published; other words are a usage error."""
     if not args.source_ckpt:
         parser.error("argument --source-ckpt: whose checkpoint is the teacher?")
-    args.source_ckpt = os.path.abspath(args.source_ckpt)  # the run may be resumed from another folder
+    args.source_ckpt = os.path.abspath(in_run(args.source_ckpt))  # the run may be resumed from another folder
     args.teacher = Checkpoint(args.source_ckpt)
     contract = args.teacher.contract
     published = {"model": "resnet50" if args.model.startswith("resnet") else "bn_inception", "embedding_size": 512}

@@ -51,6 +51,18 @@ def save(path: Path, network: torch.nn.Module, contract: dict) -> None:
         torch.save({"model_state_dict": network.state_dict(), "network": contract}, file)
 
 
+def in_run(path: str) -> str:
+    """The best checkpoint in the folder of a run, or the path itself. Raises FileNotFoundError for another folder."""
+    if not Path(path).is_dir():
+        return path
+    checkpoints = sorted(Path(path).glob("*_best.pth"))
+    if len(checkpoints) != 1:
+        raise FileNotFoundError(
+            f"{path} is a folder with {len(checkpoints)} files *_best.pth, expected one: give the checkpoint itself"
+        )
+    return str(checkpoints[0])
+
+
 class Checkpoint:
     """One reading of a checkpoint, ours or a published one, or of an exported file.
 

@@ -185,8 +185,6 @@ def errors_in_one_line(script: str, debug: bool):
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
         if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be of any bytes
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see startup.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()

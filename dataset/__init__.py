@@ -35,6 +35,7 @@ and may give
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": 
 OWN = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | OWN
 OWN_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # what --data-root is
+WORKERS = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
 GEOMETRY = ("crop", "crop_mode", "interpolation")  # of transforms.evaluation
 
 
@@ -106,10 +108,10 @@ def options(training: bool) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--workers",
-        default=4,
+        default=WORKERS,
         type=int,
         metavar="N",
-        help="processes that read images; about as many as there are CPU cores, 0 for none",
+        help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
     if training:
         group.add_argument(

@@ -33,7 +33,10 @@ def parse(argv=None) -> argparse.Namespace:
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
-    common.add_argument("--workers", default=4, type=int, metavar="N", help="processes that read images; 0 for none")
+    common.add_argument(
+        "--workers", default=dataset.WORKERS, type=int, metavar="N",
+        help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
+    )  # fmt: skip
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
     check.set_defaults(archives=[])
     check.add_argument("name", choices=dataset.ALL)

@@ -50,6 +50,20 @@ def trained(cub_root, tmp_path_factory):
     return logs / "logs_cub" / RUN
 
 
+def test_folder_of_a_run_stands_for_its_best_checkpoint(cub_root, trained, tmp_path, capsys):
+    best = trained / "cub_resnet18_best.pth"
+    flags = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume"]
+    assert evaluate.main([*flags, str(trained)]) == evaluate.main([*flags, str(best)])
+    assert checkpoint.in_run(str(trained)) == str(best) and checkpoint.in_run("none.pth") == "none.pth"
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main([*flags, str(tmp_path)])
+    assert f"{tmp_path} is a folder with 0 files *_best.pth, expected one" in capsys.readouterr().err
+    for name in ("a_best.pth", "b_best.pth"):
+        (tmp_path / name).write_bytes(best.read_bytes())
+    with pytest.raises(FileNotFoundError, match="is a folder with 2 files"):
+        checkpoint.in_run(str(tmp_path))
+
+
 # Training
 
 
@@ -247,8 +261,9 @@ def test_default_paths_are_the_repositorys():
 
 def test_defaults_are_the_published():
     published = {
-        "dataset": "cub", "embedding_size": 512, "batch_size": 150, "epochs": 60, "gpu_id": 0, "workers": 4,
+        "dataset": "cub", "embedding_size": 512, "batch_size": 150, "epochs": 60, "gpu_id": 0,
         "model": "bn_inception", "loss": "Proxy_Anchor", "optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-4,
+        "workers": dataset.WORKERS,
         "lr_decay_step": 10, "lr_decay_gamma": 0.5, "alpha": 32, "mrg": 0.1, "IPC": None, "warm": 1, "bn_freeze": 1,
         "l2_norm": 1, "remark": "", "image_size": 224, "seed": 1, "pretrained": "imagenet",
     }  # fmt: skip
@@ -727,24 +742,3 @@ def test_best_epoch_is_the_first_of_equals(cub_root, tmp_path, monkeypatch):
     monkeypatch.setattr(train.evaluation, "measure", lambda *args: result)
     run_train(cub_root, tmp_path, epochs=2)
     assert next(tmp_path.glob("**/*_best_results.txt")).read_text() == "Best Epoch: 0\nBest Recall@1: 50.0000\n"
-
-
-# Before the slow imports
-
-
-def test_interrupt_during_the_imports_ends_without_a_traceback():
-    for script in ("train.py", "evaluate.py", "search.py"):
-        command = [sys.executable, "-X", "importtime", REPOSITORY / script, "--help"]  # a line for each import
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in process.stderr:
-            if "proxy_anchor.startup" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        output, error = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGINT and not output and "Traceback" not in error
-
-
-def test_windows_is_refused_in_one_line():
-    code = "import sys; sys.platform = 'win32'; import proxy_anchor.startup"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Linux and macOS" in done.stderr

@@ -210,7 +210,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             run.stop.check()
             result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, distance)
             run.end_epoch(loss, result)
-    print(run.summary())
+    print(run.summary(dataset.chosen_flags(args)))
 
 
 def main(argv=None):

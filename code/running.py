@@ -1,5 +1,6 @@
 """A run: the epochs still to do and the results so far; nothing is lost when it is stopped."""
 
+import shlex
 import time
 from contextlib import ExitStack
 
@@ -107,8 +108,11 @@ class Run:
         if self.best is self.rows[-1]:
             self.log.save_best(self.best, self.network)
 
-    def summary(self) -> str:
-        """A table of the backbone alone, the best epoch and the last one, and where the best network is."""
+    def summary(self, data_flags: list[str]) -> str:
+        """A table of the backbone alone, the best epoch and the last one, and the command to run next.
+
+        data_flags: those by which evaluate.py finds the data.
+        """
         best, last = self.best, self.rows[-1]
         ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({last['epoch']})": last}
         rows = {name: metrics.of(row) for name, row in ends.items()}
@@ -117,4 +121,8 @@ class Run:
             rows = {logbook.BACKBONE: self.backbone} | rows
             if metrics.plain(last)["R@1"] < metrics.plain(self.backbone)["R@1"]:
                 remark += "The last epoch is below the backbone alone: training has taken more than it gave.\n"
-        return f"{logbook.table(rows)}\n{remark}The best network is in {self.log.folder}"
+        text = f"{logbook.table(rows)}\n{remark}The best network is in {self.log.folder}"
+        if metrics.prefix(last):  # of a fold: the test set stays untouched
+            return text
+        command = shlex.join(["python", "evaluate.py", *data_flags, "--resume", str(self.log.folder)])
+        return f"{text}\nNext: {command} --report report"

@@ -46,7 +46,8 @@ from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, re
 from dataset.loading import eval_loader, train_loader
 
 __all__ = [
-    "ALL", "BENCHMARKS", "DATA_ROOT", "ORIENTATIONS", "OWN", "ImageDataset", "check_arguments", "describe",
+    "ALL", "BENCHMARKS", "DATA_ROOT", "ORIENTATIONS", "OWN", "ImageDataset", "check_arguments", "chosen_flags",
+    "describe",
     "eval_loader", "eval_sets",
     "eval_splits", "fingerprint", "geometry_of", "load", "open", "options", "recipe", "record", "remark", "size",
     "splits", "train_loader", "train_set",
@@ -128,6 +129,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, n
     if args.data_root is None and name in OWN:
         parser.error(f"argument --data-root: for your own images it is required: {OWN_ROOTS[name]}")
     args.data_root = args.data_root or str(DATA_ROOT)
+
+
+def chosen_flags(args: argparse.Namespace) -> list[str]:
+    """The flags that another script needs to read the same data; those with their default values are left out."""
+    flags = ["--dataset", args.dataset]
+    if args.data_root != str(DATA_ROOT):
+        flags += ["--data-root", args.data_root]
+    if args.test_classes:
+        flags += ["--test-classes", args.test_classes]
+    return flags + ["--allow-partial"] * args.allow_partial + ["--skip-bad-images"] * args.skip_bad_images
 
 
 def splits(name: str, root: str | Path) -> list[str]:

@@ -64,6 +64,15 @@ def test_folder_of_a_run_stands_for_its_best_checkpoint(cub_root, trained, tmp_p
         checkpoint.in_run(str(tmp_path))
 
 
+def test_training_ends_with_the_next_command(cub_root, tmp_path, capsys):
+    run_train(cub_root, tmp_path / "two words", epochs=1)
+    line = capsys.readouterr().out.splitlines()[-1]
+    start, *argv = shlex.split(line.removeprefix("Next: python "))
+    args = evaluate.parse(argv)
+    assert start == "evaluate.py" and (args.data_root, args.report) == (str(cub_root), "report") and args.allow_partial
+    assert Path(args.resume[0]).parent.parent.parent == tmp_path / "two words"
+
+
 # Training
 
 

@@ -60,6 +60,11 @@ def parse(argv=None) -> argparse.Namespace:
         "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
     )
     group.add_argument(
+        "--verify", action="store_true",
+        help="also print how well a threshold tells pairs of images of one class from others; takes three times as "
+        "long as the recalls, and comes with --calibrate and --report",
+    )  # fmt: skip
+    group.add_argument(
         "--calibrate", action="store_true",
         help="choose a threshold for pairs of images on half of the classes, check it on the other half, and record it "
         "in the checkpoint, for search.py",
@@ -155,9 +160,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         # Never the row above under the same name.
         authors = "published by the authors" if name == "published" else "published"
         shown[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
-    pairs = decisions.verify(**evaluation.arguments(embedded, distance, groups), group=distributed.group())
     print(logbook.table(shown) + "\n" + result.remark() + dataset.remark(test_sets), end="")
-    print(pairs.text(), end="")
+    if args.verify or args.calibrate or args.report:
+        pairs = decisions.verify(**evaluation.arguments(embedded, distance, groups), group=distributed.group())
+        print(pairs.text(), end="")
     if reference and (networks[0].embedding_size, args.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:

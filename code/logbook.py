@@ -11,6 +11,7 @@ from pathlib import Path
 
 from proxy_anchor import checkpoint, distributed, figures, metrics, resuming, runs, tracking
 from proxy_anchor.files import replacing
+from proxy_anchor.stopping import Interrupted
 
 BACKBONE = "backbone alone"  # what it is called
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -84,9 +85,9 @@ def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
 class Logbook:
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
-    The files are whole at any moment: metrics.csv (a row per epoch), its curves.png, classes.csv, config.json,
-    {dataset}_{model}_best_results.txt, checkpoints. folder: of the run; resumes: whether it continues from the last.pth
-    that is there. As a context, it ends with the run.
+    The files are whole at any moment: metrics.csv (a row per epoch), classes.csv, config.json,
+    {dataset}_{model}_best_results.txt, checkpoints. curves.png is drawn when the run ends or stops. folder: of the run;
+    resumes: whether it continues from the last.pth that is there. As a context, it ends with the run.
     resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see tracking.start. Raises
     runs.Locked if another process writes the run.
     """
@@ -122,6 +123,9 @@ class Logbook:
         return self
 
     def __exit__(self, *error):
+        ends_or_stops = error[0] is None or issubclass(error[0], Interrupted)
+        if ends_or_stops and (self.folder / "metrics.csv").exists():
+            figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
         if self.wandb:
             self.wandb.finish(exit_code=int(error[0] is not None))
         self.lock.close()
@@ -150,7 +154,6 @@ class Logbook:
             flush=True,
         )
         self._write_rows("metrics.csv", with_backbone(rows, backbone))
-        figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
 

@@ -76,6 +76,14 @@ def test_both_halves_are_printed_and_another_threshold_replaces_the_first(calibr
     assert f"{kind} at " in out and "ROC AUC" in out and f"recorded in {tmp_path / 'link.pth'}" in out
 
 
+def test_pairs_are_compared_where_it_is_asked_for(photos, tmp_path, capsys):
+    path = new_checkpoint(tmp_path / "a.pth")
+    evaluate.main(flags(photos, path))
+    assert "ROC AUC" not in capsys.readouterr().out
+    evaluate.main(flags(photos, path, "--verify"))
+    assert "ROC AUC" in capsys.readouterr().out
+
+
 def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
     """In the old format, from several GPUs, without a record of its network."""
     state = {f"module.{key}": value for key, value in net.create("resnet18", 8).state_dict().items()}

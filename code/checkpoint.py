@@ -131,7 +131,9 @@ def is_threshold(found) -> bool:
         return False
     intervals = found["interval"], found["far_interval"]
     ends = all(len(interval) == 2 and all(isinstance(end, float) for end in interval) for interval in intervals)
-    return ends and math.isfinite(found["threshold"]) and found["distance"] in DISTANCES
+    rates = found["asked_far"], found["far"], *found["far_interval"]
+    in_ranges = ends and not any(rate < 0 or rate > 1 for rate in rates)  # the ends may be NaN
+    return in_ranges and math.isfinite(found["threshold"]) and found["distance"] in DISTANCES
 
 
 def is_contract(found) -> bool:
@@ -232,15 +234,19 @@ def weights(path: str | Path, content: dict, expected=()) -> dict[str, torch.Ten
     """The weights in a checkpoint's content, see unwrapped; path is for messages. Raises ValueError."""
     state = content.get("model_state_dict")
     if not is_state_dict(state):
-        raise ValueError(f"{path} is not a checkpoint: expected an entry 'model_state_dict' of tensors")
+        raise ValueError(f"{path} is not a checkpoint: expected an entry 'model_state_dict' of dense tensors")
     return unwrapped(path, state, expected)
 
 
 def is_state_dict(found) -> bool:
-    """Whether this is a dict of tensors by their names."""
-    return isinstance(found, dict) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()
-    )
+    """Whether this is a dict of tensors, with all their numbers, by their names."""
+    return isinstance(found, dict) and all(isinstance(key, str) and is_dense(value) for key, value in found.items())
+
+
+def is_dense(value) -> bool:
+    """Whether this is a tensor with a number for each of its places, neither sparse nor nested nor without any."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return dense and not (value.is_meta or value.is_nested)
 
 
 def unwrapped(path: str | Path, state: dict[str, torch.Tensor], expected=()) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ identity of the checkpoint) and "versions". No file holds a pickle.
 import hashlib
 import importlib
 import json
+import os
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,6 +218,8 @@ def open_session(path: str | Path, content: bytes):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # errors are raised
+    # No weights from other files, which the identity does not cover: there are none in this folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class

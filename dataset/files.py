@@ -35,7 +35,8 @@ TURNS = {  # by the orientation in EXIF
 SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 FULL_RANGE = 2**15  # what the largest of 16-bit values must reach; if none does, they may be of 9 to 15 bits
 CONVERT = "convert it to 8 bits per channel"
-BITS, PLANAR = 258, 284  # tags of TIFF: bits per channel, and whether channels are stored together (1) or apart (2)
+# Tags of TIFF: bits per channel, whether 0 is white (0) or black, and whether channels are together (1) or apart (2).
+BITS, PHOTOMETRIC, PLANAR = 258, 262, 284
 LARGEST = {"L;2": 3, "L;4": 15}  # of gray PNGs
 
 # Pillow warns of large images and damaged metadata in each worker; errors, which matter, name the file.
@@ -142,7 +143,7 @@ def left_out(counts: Counter) -> str:
         return ""
     listed = [f"{count:,} {ending or 'without an ending'}" for ending, count in counts.most_common(SHOWN)]
     if more := counts.total() - sum(count for _, count in counts.most_common(SHOWN)):
-        listed.append(f"{more:,} others")
+        listed.append(f"{more:,} other{'s' * (more > 1)}")
     remedies: dict[str, list[str]] = {}
     for ending in counts:
         remedies.setdefault(REMEDIES.get(ending, ""), []).append(ending)
@@ -210,6 +211,8 @@ def to_tensor(image: Image.Image, upright: bool = True) -> torch.Tensor:
     image.load()
     turn = TURNS.get(_orientation(image)) if upright else None
     if image.mode.startswith(("I", "F")):
+        if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+            raise ValueError(f"its white is stored as 0 in 16 bits, which Pillow takes for black; {CONVERT}")
         image = Image.fromarray(_to_8_bits(np.asarray(image), image.info.get("transparency"), known))
     elif largest > 255 and not known:
         _check_range(image)

@@ -15,11 +15,11 @@ from dataset.names import by_form, form, stripped
 
 KS = (1, 2, 4, 8, 16, 32)
 SHOWN = 5  # folders in an error
-NO_CLASS = re.compile(  # names of folders that are splits, or parts of a dataset
-    r"(train|training|val|valid|validate|validation|test|testing|dev|eval|query|gallery)([ _-]?(set|images|\d{4}))?"
-    r"|(image|img|mask|label|annotation)s?",
-    re.IGNORECASE,
-)
+NO_CLASSES = {  # words in the names of folders that are splits, or parts of a dataset
+    "train", "training", "trainset", "val", "valid", "validate", "validation", "valset", "test", "testing", "testset",
+    "dev", "eval", "query", "gallery", "image", "images", "img", "imgs", "mask", "masks", "label", "labels",
+    "annotation", "annotations",
+}  # fmt: skip
 
 
 def splits(root: Path) -> list[str]:
@@ -102,8 +102,11 @@ def remarks(root: Path) -> list[str]:
 def _classes(root):
     """The names of the class folders. Raises BadFile where they are no classes, or two of them are one folder."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
-    if (wrong := [name for name in names if NO_CLASS.fullmatch(name)]) and 2 * len(wrong) > len(names):
-        likely = max(wrong, key=lambda name: name.lower().startswith(("train", "im")))
+    words = {name: NO_CLASSES.intersection(re.split(r"[\W\d_]+", name.lower())) for name in names}
+    wrong = [name for name in names if words[name]]
+    # One word alone may be of classes: freight_train, steam_train.
+    if 2 * len(wrong) > len(names) and (len(names) == 1 or len(set.union(*words.values())) > 1):
+        likely = max(wrong, key=lambda name: bool(re.search("train|^im", name.lower())))
         raise BadFile(
             f"{root} has the folders {', '.join(names[:SHOWN])}, which are no classes: choose one that has them, as by "
             f"--data-root {root / likely}, or list the images in a table that names their splits: --dataset csv"

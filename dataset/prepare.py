@@ -3,28 +3,21 @@
 import filecmp
 import fnmatch
 import hashlib
-import lzma
 import os
 import re
 import shutil
 import stat
-import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from dataset.files import is_hidden
+from dataset.files import BadFile, is_hidden
 from proxy_anchor.files import locked
 
 MAX_BYTES = 50e9  # that an archive may extract to; the largest dataset has about 3 GB
 MAX_FILES = 1_000_000
-DAMAGED = (  # what tarfile and zipfile raise, beside OSError
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError,
-    UnicodeError,
-)  # fmt: skip
 
 # Dataset: {file or folder in an archive: the folder below the dataset's that it goes to}.
 LAYOUTS = {
@@ -81,27 +74,26 @@ def differs(path: Path) -> bool:
 def extract(archive: Path, folder: Path) -> Iterator[str]:
     """Extract a tar or zip archive, or copy any other file, into a new folder; yields the names as they are written.
 
-    Hidden members, such as those of macOS, are left out. Raises ValueError for an archive that is damaged, too large,
-    or has members that are no plain files and folders within it; OSError, naming the member, where it cannot be
-    written.
+    Hidden members, such as those of macOS, are left out. Raises BadFile for an archive that is damaged, too large, or
+    has members that are no plain files and folders within it; OSError, naming the member, where it cannot be written.
     """
     folder.mkdir()
     room = min(MAX_BYTES, shutil.disk_usage(folder).free)
     name = ""
     try:
-        if zipfile.is_zipfile(archive):
-            members = _zip_members(archive)
-        elif tarfile.is_tarfile(archive):
+        if tarfile.is_tarfile(archive):  # first: the end of a tar, where zip looks, may be a zip archive in it
             members = _tar_members(archive)
+        elif zipfile.is_zipfile(archive):
+            members = _zip_members(archive)
         else:
             members = iter([(archive.name, archive.stat().st_size, True, partial(open, archive, "rb"))])
         for count, (name, size, is_plain, open_member) in enumerate(members, start=1):
             target = _target(folder, name)
             if target is None or not is_plain or size < 0:
-                raise ValueError(f"{archive} is refused: its member {name[:200]!r} is not a plain file within it")
+                raise BadFile(f"{archive} is refused: its member {name[:200]!r} is not a plain file within it")
             room -= size
             if room < 0 or count > MAX_FILES:
-                raise ValueError(
+                raise BadFile(
                     f"{archive} holds more than {MAX_BYTES / 1e9:.0f} GB, more than {MAX_FILES:,} files, "
                     f"or more than the disk of {folder} has room for"
                 )
@@ -115,12 +107,14 @@ def extract(archive: Path, folder: Path) -> Iterator[str]:
                 with open_member() as source, open(target, "xb") as file:
                     shutil.copyfileobj(source, file)
             yield name
-    except DAMAGED as error:
-        raise ValueError(f"{archive} cannot be extracted: {name[:200]}: {error}") from error
+    except BadFile:
+        raise
     except FileExistsError as error:
-        raise ValueError(f"{archive} holds {name[:200]!r} twice, or as a file and as a folder") from error
+        raise BadFile(f"{archive} holds {name[:200]!r} twice, or as a file and as a folder") from error
     except OSError as error:  # also what gzip and zlib raise on damaged data
         raise OSError(f"{archive}: {name[:200]!r} cannot be extracted to {folder}: {error}") from error
+    except Exception as error:  # tarfile and zipfile raise nearly anything on damaged archives
+        raise BadFile(f"{archive} cannot be extracted: {name[:200]}: {error}") from error
 
 
 def _target(folder: Path, name: str) -> Path | None:

@@ -90,7 +90,7 @@ def _read(path):
     rows, lines_of, lines_of_form = [], {}, {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)  # also before a quote
             reader.fieldnames = [stripped(name) for name in reader.fieldnames or []]
             columns = sorted(reader.fieldnames)
             if columns not in (sorted(COLUMNS), sorted([*COLUMNS, GROUP])):
@@ -103,6 +103,8 @@ def _read(path):
                 row = {name: stripped(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
                 if None in row or not all(row[name] for name in COLUMNS) or row.get(GROUP, "") is None:
                     raise BadFile(f"{where}: expected a path, a label and a split, found {list(row.values())}")
+                if any(row[name].startswith('"') and not cells[name].startswith('"') for name in row):
+                    raise BadFile(f"{where}: a quote must follow its comma at once, found {list(cells.values())}")
                 if row["split"] not in SPLITS:
                     raise BadFile(f"{where}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
                 image = os.path.normpath(path.parent / row["path"])

@@ -13,6 +13,7 @@ import torch
 from net.backbone import Backbone
 from proxy_anchor import checkpoint, exported
 from proxy_anchor.files import sha256
+from proxy_anchor.text import printable
 
 URLS = {
     "bn_inception": "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth",
@@ -26,6 +27,8 @@ URLS = {
 # Where files hold weights beside other things: those of MoCo and timm's train.py, of MAE, ours, and of DINO, whose
 # teacher is the better network.
 ENTRIES = ("state_dict", "model", "model_state_dict", "teacher", "student")
+# Layers behind the backbone that are left out, whatever their shapes: they never run.
+HEADS = ("fc", "classifier", "head", "last_linear", "projection_head", "prototypes")
 LISTED = 5  # parts of a file in a message
 TIMEOUT = 60  # seconds without a byte
 HUB_TIMEOUT = 10  # seconds until timm's hub answers
@@ -109,18 +112,18 @@ def read_weights(path: Path, name: str, expected: dict, unused: Iterable[str]) -
     others = f" and {len(counts) - LISTED} more" if len(counts) > LISTED else ""
     behind = f" behind {prefix}" if prefix else ""
     anew = "; an embedding layer starts anew" if "embedding" in counts else ""
-    line = f"Of {path} the backbone takes {len(inside)} tensors{behind}; left out: {listed}{others}{anew}.\n"
-    return inside, line
+    line = f"Of {path} the backbone takes {len(inside)} tensors{behind}; left out: {listed}{others}{anew}."
+    return inside, f"{printable(line)}\n"
 
 
 def load_weights(backbone: Backbone, path: Path, name: str = "") -> None:
     """Load a file of backbone weights (keys as in torchvision, or BN-Inception's Caffe names), strictly.
 
-    Only layers that never run may be missing, or have other shapes. Raises as read_weights, and ValueError if they are
-    another network's.
+    Only layers that never run, see HEADS, may be missing, or have other shapes. Raises as read_weights, and ValueError
+    if they are another network's.
     """
     expected = backbone.state_dict()
-    state, backbone.remark = read_weights(path, name, expected, backbone.unused)
+    state, backbone.remark = read_weights(path, name, expected, dict.fromkeys((*backbone.unused, *HEADS)))
     # Older copies of the BN-Inception file store BatchNorm tensors as [1, C].
     state = {
         key: value.squeeze(0) if key in expected and value.ndim == 2 and expected[key].ndim == 1 else value

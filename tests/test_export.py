@@ -466,6 +466,15 @@ def of_rows(path, made, change, outputs):
     onnx.save(model, path)
 
 
+def test_onnx_with_weights_in_another_file_is_refused(made, tmp_path, monkeypatch):
+    """Even beside it: its sha256 would not be that of its weights."""
+    model = onnx.load(made / "a.onnx")
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="weights", size_threshold=1000)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"a.onnx is damaged or not an ONNX file: .* [Ee]xternal data"):
+        checkpoint.Checkpoint("a.onnx")
+
+
 @pytest.mark.parametrize("rows", ["one", "many"])
 def test_onnx_of_another_number_of_rows_than_images_is_refused(rows, made, tmp_path, capsys):
     """By evaluate.py and search.py alike."""

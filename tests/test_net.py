@@ -203,7 +203,14 @@ def without_classifier(name):
     (lambda state: {
         "student": {}, "teacher": behind("backbone.", state) | {"head.mlp.0.weight": torch.zeros(3)}
     }, "behind backbone.; left out: head (1)"),
-], ids=range(11))  # fmt: skip
+    (lambda state: behind("module.", state) | {
+        "module.projection_head.0.weight": torch.zeros(3), "module.prototypes.weight": torch.zeros(3)
+    }, "left out: projection_head (1), prototypes (1)."),
+    (lambda state: state | {"last_linear.weight": torch.zeros(3, 512), "last_linear.bias": torch.zeros(3)},
+     "left out: last_linear (2)."),
+    (lambda state: behind("a\x1b[31m.", state) | {"b\n\x1b[2J": torch.zeros(1)},
+     "behind a\\x1b[31m.; left out: b\\n\\x1b[2J (1)."),
+], ids=range(14))  # fmt: skip
 def test_weights_as_others_save_them(content, left_out, tmp_path):
     """Behind prefixes, within entries, with another classifier or none, which never runs."""
     state = without_classifier("resnet18")
@@ -245,9 +252,11 @@ def test_backbone_of_ones_own_checkpoint(ending, tmp_path):
     (lambda state: state | behind("module.", state), "two tensors conv1.weight"),
     (lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.int8)}, "conv1.weight as int8"),
     (lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.complex64)}, "conv1.weight as complex64"),
+    (lambda state: state | {"conv1.weight": state["conv1.weight"].to_sparse()}, "has no state dict of backbone"),
+    (lambda state: {"model": state | {"conv1.weight": state["conv1.weight"].to("meta")}}, "has no state dict of"),
     (lambda state: {"optimizer": state, "epoch": 3}, "no state dict .* state_dict, model, .*; it has 'optimizer', "),
     (lambda state: {}, "it has none"),
-], ids=range(8))  # fmt: skip
+], ids=range(10))  # fmt: skip
 def test_weights_that_do_not_fit_are_errors(change, words, tmp_path):
     torch.save(change(without_classifier("resnet18")), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=f"a.pth .*{words}"):

@@ -241,6 +241,19 @@ def test_check(tmp_path, table, capsys):
 # Spellings
 
 
+def test_blanks_before_quotes_do_not_count(tmp_path):
+    """They are no part of the cell, nor are the quotes; what csv cannot tell is refused."""
+    trees.folder(tmp_path, classes=("ant", "bee"))
+    path = tmp_path / "a.csv"
+    path.write_text('path, label, split\n"ant/1.jpg", "ant", train\nbee/1.jpg,  "bee", "eval"\nbee/2.jpg, bee, eval\n')
+    assert dataset.load("csv", path, "eval").classes == ["bee"]
+    assert dataset.load("csv", path, "train").classes == ["ant"]
+    for blank in ("\t", "\u00a0"):
+        path.write_text(f'path,label,split\nant/1.jpg,ant,train\nbee/1.jpg,{blank}"bee",eval\n')
+        with pytest.raises(BadFile, match="line 3: a quote must follow its comma at once"):
+            dataset.load("csv", path, "eval")
+
+
 @pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u3000", "\u2009", "\u200b", "\ufeff", "\u202a", " \u00a0\t"])
 def test_white_space_around_cells_does_not_count(tmp_path, blank):
     trees.folder(tmp_path, classes=("ant", "bee"))

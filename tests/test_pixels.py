@@ -501,6 +501,14 @@ def test_16_bit_colours_that_are_apart_are_refused(tmp_path):
 # Warnings and limits
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_16_bit_gray_whose_white_is_0_is_refused(compression, tmp_path):
+    """Pillow takes it for black; of 8 bits it does not."""
+    Image.new("I;16", (8, 8)).save(tmp_path / "a.tiff", compression=compression, tiffinfo={262: 0})
+    with pytest.raises(BadFile, match="its white is stored as 0 in 16 bits"):
+        read_image(tmp_path / "a.tiff")
+
+
 def test_no_warnings_of_libraries(tmp_path):
     """In a process of its own: pytest has its own filters."""
     palette = picture().quantize(8)
@@ -659,12 +667,14 @@ def test_photos_of_an_iphone_with_the_library(tmp_path):
 
 @pytest.mark.parametrize(
     "names", [("train", "val", "test"), ("Train", "TEST"), ("training", "validation", "birds"), ("images", "masks"),
-              ("train2017", "val2017"), ("train_set", "test_set"), ("query", "gallery"), ("images",), ("train",)],
+              ("train2017", "val2017"), ("train_set", "test_set"), ("query", "gallery"), ("images",), ("train",),
+              ("train", "test1"), ("images_train", "images_val"), ("x-train", "x-test"),
+              ("bounding_box_train", "bounding_box_test", "query", "gt_bbox")],
 )  # fmt: skip
 def test_splits_are_no_classes(names, tmp_path):
     for name in names:
         trees.write_image(tmp_path / name / "ant" / "1.jpg", 0)
-    likely = next((name for name in names if name.lower().startswith(("train", "im"))), sorted(names)[0])
+    likely = next((name for name in names if re.search("^im|train", name.lower())), sorted(names)[0])
     words = rf"which are no classes: .* --data-root {re.escape(str(tmp_path / likely))}, .*--dataset csv"
     for split in ("train", "eval"):
         with pytest.raises(BadFile, match=words):
@@ -675,6 +685,12 @@ def test_classes_may_have_the_name_of_a_split(tmp_path):
     for name in ("bus", "car", "train", "tram"):
         trees.write_image(tmp_path / name / "1.jpg", 0)
     assert dataset.load("folder", tmp_path, "eval").classes == ["train", "tram"]
+
+
+def test_classes_may_all_have_the_word_of_a_split(tmp_path):
+    for name in ("freight_train", "steam train"):
+        trees.write_image(tmp_path / name / "1.jpg", 0)
+    assert dataset.load("folder", tmp_path, "eval").classes == ["steam train"]
 
 
 def test_what_systems_write_is_hidden(tmp_path):

@@ -142,6 +142,9 @@ HOSTILE = {
     "sparse by its header": lambda path: tar_with(
         path, pax_headers={"GNU.sparse.map": "0,4", "GNU.sparse.size": "9999999999"}
     ),
+    "sparse without a map": lambda path: tar_with(
+        path, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    ),
     "contiguous": lambda path: tar_with(path, type=tarfile.CONTTYPE),
     "unknown type": lambda path: tar_with(path, type=b"Z"),
     "negative size": lambda path: tar_with(path, pax_headers={"size": "-512"}),
@@ -240,6 +243,14 @@ def test_planted_links_are_not_followed(tmp_path, capsys, place):
 def test_a_name_twice_in_one_archive_is_refused(tmp_path, members):
     with pytest.raises(ValueError, match=r"a.tar holds 'images/a' twice, or as a file and as a folder"):
         list(prepare.extract(several(tmp_path / "a.tar", *members), tmp_path / "out"))
+
+
+def test_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as file:
+        file.writestr("other", "")
+    archive = several(tmp_path / "a.tar", ("images/a", {"data": b"1"}), ("more.zip", {"data": inner.getvalue()}))
+    assert list(prepare.extract(archive, tmp_path / "out")) == ["images/a", "more.zip"]
 
 
 def test_files_get_the_usual_permissions(tmp_path):

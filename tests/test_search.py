@@ -1,6 +1,7 @@
 """search.py: the index, its neighbours, and what it refuses."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -512,6 +513,9 @@ def test_threshold_of_the_checkpoint_is_used_unless_another_is_given(weights, im
     query = ["query", "--index", str(tmp_path / "index"), str(images), "--threshold"]
     for text in ("high", "nan", "inf"):
         fails(lambda text=text: search.main([*query, text]), capsys, f"invalid threshold value: '{text}'", code=2)
+    for changed in ({"far": 7.0}, {"asked_far": -0.1}, {"far_interval": [0.0, 1.5]}, {"threshold": math.nan}):
+        calibrated(weights, tmp_path / "own", **changed)
+        fails(lambda: search.main(query[:-1]), capsys, "a.pth is damaged: its record of the threshold is {'distance'")
     torch.save(checkpoint.read(tmp_path / "own" / "a.pth") | {"threshold": 3}, tmp_path / "own" / "a.pth")
     fails(lambda: search.main(query[:-1]), capsys, "a.pth is damaged: its record of the threshold is 3")
     make(tmp_path / "own", images, tmp_path / "index")  # does not ask for it

@@ -187,6 +187,15 @@ def test_weights_that_are_no_real_numbers_are_refused(network, tmp_path, dtype):
         checkpoint.load(tmp_path / "a.pth", network)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda value: value.to("meta")])
+def test_weights_without_their_numbers_are_refused(network, tmp_path, change):
+    state = network.state_dict()
+    state["model.conv1.weight"] = change(state["model.conv1.weight"])
+    torch.save({"model_state_dict": state}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth is not a checkpoint: expected an entry 'model_state_dict' of dense"):
+        checkpoint.load(tmp_path / "a.pth", network)
+
+
 def test_prefix_that_hides_another_tensor_is_refused(network, tmp_path):
     state = network.state_dict()
     torch.save({"model_state_dict": state | {"module.model.conv1.weight": state["model.conv1.weight"]}}, tmp_path / "a")

@@ -170,7 +170,8 @@ def update_index(args: argparse.Namespace) -> None:
         presence = Presence(stamps, index.folders, args.drop_missing)
         new, changed, deleted, done = index.compare(stamps, presence.of)
         source = os.path.realpath(args.images or args.data_root)
-        index.folders = sorted({*index.folders, source if os.path.isdir(source) else os.path.dirname(source)})
+        source = source if os.path.isdir(source) else os.path.dirname(source)
+        is_known, index.folders = source in index.folders, sorted({*index.folders, source})
         kind = "folders" if args.by_folder else "images"
         print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         for missing, entries_there in presence.missing.items():
@@ -182,6 +183,8 @@ def update_index(args: argparse.Namespace) -> None:
         try:
             done += embed_blocks(index, stamps, images_of, network, args)
             if not (done or changed or deleted):
+                if not is_known:
+                    index.describe()
                 return
             index = index.finish()
         except KeyboardInterrupt:

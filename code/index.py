@@ -10,6 +10,7 @@ block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added 
 import hashlib
 import itertools
 import json
+import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +58,7 @@ class Index:
         index = cls(folder, made, factory, number=0)
         index._new_faiss_index()
         rows.write(*index._files(), [])
-        index._describe()
+        index.describe()
         index._delete_others()
         return cls.open(folder)
 
@@ -175,7 +176,7 @@ class Index:
         except Exception:
             self._delete_others()
             raise
-        index._describe()  # from here on, it is the new one
+        index.describe()  # from here on, it is the new one
         index._delete_others()
         return index
 
@@ -220,7 +221,8 @@ class Index:
     def _faiss_files(self) -> list[Path]:
         return list(itertools.takewhile(Path.exists, runs.numbered(self._file("vectors", "faiss"))))
 
-    def _describe(self):
+    def describe(self) -> None:
+        """Write images.json: by what it says, the files are those of the index."""
         self.files = {file.name: seal(file) for file in (*self._files(), *self._faiss_files())}
         content = {name: getattr(self, name) for name in LAYOUT | SINCE if name != "sha256"}
         content["sha256"] = _digest(content)
@@ -311,9 +313,12 @@ class Index:
 
 
 def lock(folder: Path):
-    """Hold the folder, so that no other process writes to it; see runs.lock. Raises FileExistsError for a file."""
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file: an index is written to a folder, which need not exist")
+    """Hold the folder, so that no other process writes to it; see runs.lock.
+
+    Raises FileExistsError for anything but a folder, and for one that holds something else.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
+        raise FileExistsError(f"{folder} is no folder: an index is written to one, which need not exist")
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -351,7 +351,9 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(lambda: make(weights, tmp_path / "empty", tmp_path / "index"), capsys, "There are no images in")
     fails(lambda: make(weights, images, tmp_path / "index", "--split", "eval"), capsys, "what to index", code=2)
     fails(lambda: make(weights, images, tmp_path / "index", "--model", "resnet50"), capsys, "was trained with", code=2)
-    fails(lambda: make(weights, images, weights / "a.pth"), capsys, "a.pth is a file: an index is written to a folder")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for out in (weights / "a.pth", tmp_path / "link"):
+        fails(lambda out=out: make(weights, images, out), capsys, f"{out} is no folder: an index is written to one")
     monkeypatch.setitem(sys.modules, "faiss", None)
     fails(lambda: make(weights, images, tmp_path / "new"), capsys, "pip install faiss-cpu")
 
@@ -741,15 +743,16 @@ def test_disk_that_is_not_mounted_is_not_deleted(weights, images, tmp_path, caps
     assert "new: 0, changed: 0, deleted: 18\n" in capsys.readouterr().out
 
 
-def test_disk_below_another_folder_and_links_to_a_disk(weights, images, tmp_path, capsys):
+@pytest.mark.parametrize("first", ["disk", "home"])
+def test_disk_below_another_folder_and_links_to_a_disk(weights, images, tmp_path, capsys, first):
     """Both folders were indexed, and the outer one is there and not empty; links to files are there, too."""
     home, disk = tmp_path / "home", tmp_path / "home" / "disk"
     trees.folder(home / "own", classes=("ant",), images=2)
     shutil.copytree(images, disk)
     (home / "links").mkdir()
     (home / "links" / "1.jpg").symlink_to(disk / "ant" / "1.jpg")
-    make(weights, disk, tmp_path / "index")
-    make(weights, home, tmp_path / "index")
+    for folder in (disk, home) if first == "disk" else (home, disk):  # which then has no image that is new
+        make(weights, folder, tmp_path / "index")
     assert len(described(tmp_path / "index")["images"]) == 21
     disk.rename(tmp_path / "away")
     disk.mkdir()

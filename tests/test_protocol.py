@@ -283,6 +283,8 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
         (["--seeds", "1", "1"], "argument --seeds: expected different numbers"),
+        (["--seeds", "1", str(2**63)], "argument --seeds: expected different numbers"),  # not after the first training
+        (["--", f"--remark={'x' * 170}"], "argument --remark: the name of a run's folder would have"),
         (["--seeds", "-1"], "argument --seeds"),
         (["--folds", "1"], "argument --folds: expected 2, 4 or another number"),
         (["--folds", "2/2"], "argument --folds"),
@@ -336,6 +338,15 @@ def test_folder_of_any_bytes(root, tmp_path):
     assert "\udcff" in content["command"]
     (folder,) = (logs / "protocol_cub").iterdir()
     assert {"results.md", "results.json", "results.png"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_results_go_into_a_folder(root, tmp_path, capsys, link):
+    out = tmp_path / "out"
+    out.symlink_to("nothing") if link else out.write_text("mine")
+    with pytest.raises(SystemExit, match="1"):
+        protocol.main(["--seeds", "1", "--out", str(out), "--", *flags(root, tmp_path / "logs")])
+    assert f"{out} is no folder: results are written to one" in capsys.readouterr().err
 
 
 def test_results_of_somebody_else_are_kept(root, tmp_path, capsys):

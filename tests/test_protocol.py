@@ -15,6 +15,7 @@ import poison
 import pytest
 import torch
 import trees
+from test_scripts import without_reader
 
 import dataset
 import evaluate
@@ -316,6 +317,12 @@ def test_results_of_other_settings_are_kept(root, finished):
 
 
 # What it is given
+
+
+def test_protocol_goes_on_when_nobody_reads_its_output(root, tmp_path):
+    command = [sys.executable, "-u", protocol.__file__, "--seeds", "1", "--", *flags(root, tmp_path, epochs=1)]
+    assert without_reader(command, 1, stderr=subprocess.STDOUT) == (0, "")
+    assert list(tmp_path.glob("protocol_cub/*/results.json"))
 
 
 def test_remark_that_begins_with_a_hyphen(root, tmp_path):

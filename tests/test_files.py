@@ -195,7 +195,7 @@ def test_index_is_of_the_weights_that_it_names(photos, replaced, tmp_path):
     index = search.Index.open(tmp_path / "index")
     assert index.made["weights"] == identity
     torch.manual_seed(0)
-    image = search.unlabelled([index.images[0][0]], index.made["network"])[0][0]
+    image = search.unlabelled([index.images[0][0]], index.made["network"], upright=True)[0][0]
     network = net.create("resnet18", 8).eval()
     with torch.inference_mode():
         expected = network(network.normalize(image[None]))[0]

@@ -24,6 +24,7 @@ from proxy_anchor import (
 )
 from proxy_anchor.checkpoint import Checkpoint, digest, in_run, save_threshold
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.text import printable
 
 EXAMPLES = """examples:
   a published checkpoint:
@@ -106,13 +107,13 @@ def parse(argv=None) -> argparse.Namespace:
 def load(checkpoint: Checkpoint, args: argparse.Namespace) -> torch.nn.Module:
     if session := checkpoint.content.get("session"):
         program = exported.open_onnx(checkpoint.path, session, args.image_size, args.embedding_size)
-        print(f"Loaded {checkpoint.path}: onnxruntime runs it on the CPU.")
+        print(f"Loaded {printable(str(checkpoint.path))}: onnxruntime runs it on the CPU.")
         return program
     network = net.create(
         args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
     )
     matched = checkpoint.load(network)
-    print(f"Loaded {checkpoint.path}: all {matched} tensors match.")
+    print(f"Loaded {printable(str(checkpoint.path))}: all {matched} tensors match.")
     return network
 
 
@@ -124,7 +125,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         with distributed.first_process_first():
             network = net.create(args.model, None, args.pretrained, image_size=args.image_size)
         source, identity = f"{args.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())
-        print(f"{source}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
+        print(f"{printable(source)}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
         networks = [network]
     else:
         networks = [load(checkpoint, args) for checkpoint in args.checkpoints]
@@ -191,7 +192,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
                 for i, images in enumerate(test_sets)
             ),
         )  # fmt: skip
-        print(f"The report is {page}")
+        print(f"The report is {printable(str(page))}")
     return rows
 
 
@@ -201,7 +202,7 @@ def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets:
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
     save_threshold(args.resume[0], found.record() | data, args.checkpoints[0].identity)
-    print(f"{found.text()}The threshold is recorded in {args.resume[0]}")
+    print(f"{found.text()}The threshold is recorded in {printable(args.resume[0])}")
 
 
 def main(argv=None):

@@ -25,6 +25,7 @@ EXAMPLES = """examples:
     python protocol.py --seeds 1 2 3 --folds 4 -- --dataset cub --model bn_inception --batch-size 180
 """
 RESULTS = "results.json"
+LONGEST_NAME = 255 - len("_999")  # in bytes, of a folder; those of repeated runs have a number behind it
 DECIDED = {"--seed": "--seeds", "--fold": "--folds", "--by": "--by", "--resume": "nothing: it is always auto"}
 # Of train.py's arguments, those that evaluate.py needs too, beside what checkpoints record.
 EVALUATION = (
@@ -57,8 +58,8 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv[:end])
     console.check_ranges(parser, args)
     args.flags, args.command = argv[end + 1 :], shlex.join(["python", "protocol.py", *argv])
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("argument --seeds: expected different numbers from 0")
+    if not 0 <= min(args.seeds) <= max(args.seeds) < 2**63 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: expected different numbers from 0, below 2**63")
     if not re.fullmatch(r"val|[2-9]|[1-9][0-9]{1,8}", args.folds):
         parser.error(f"argument --folds: expected 2, 4 or another number of parts, or val, found '{args.folds}'")
     for flag in args.flags:
@@ -69,6 +70,12 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("argument --lr-schedule: a cosine hangs on the number of epochs, which is chosen here")
     if args.training.epochs < 1:
         parser.error("argument --epochs: expected at least 1, found 0")
+    # Else the longest name, that of the last training, would be the first to fail.
+    longest = train.run_name(train.parse(on_all(args, max(args.seeds), args.training.epochs).argv))
+    if (length := len(os.fsencode(longest))) > LONGEST_NAME:
+        parser.error(
+            f"argument --remark: the name of a run's folder would have {length} bytes; it can have {LONGEST_NAME}"
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("start protocol.py without torchrun, and give --gpu-id -1 after -- for all GPUs")
     return args
@@ -174,6 +181,8 @@ def open_folder(args: argparse.Namespace) -> Path:
 def settings_in(folder: Path) -> dict | None:
     """Those of the results in a folder, if it has any. Raises ValueError where they, or other files, are not ours."""
     path = folder / RESULTS
+    if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
+        raise ValueError(f"{folder} is no folder: results are written to one, which need not exist")
     if folder.is_dir() and not path.exists() and not all(file.name.startswith(".") for file in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a folder of protocol.py's results: choose another --out")
     try:
@@ -228,7 +237,7 @@ def protocol(args: argparse.Namespace) -> None:
 
 def main(argv=None):
     args = parse(argv)
-    with console.errors_in_one_line("protocol.py", args.debug):
+    with console.errors_in_one_line("protocol.py", args.debug), console.output_may_close():
         try:
             protocol(args)
         except Interrupted as interruption:

@@ -170,9 +170,11 @@ def update_index(args: argparse.Namespace) -> None:
         presence = Presence(stamps, index.folders, args.drop_missing)
         new, changed, deleted, done = index.compare(stamps, presence.of)
         source = os.path.realpath(args.images or args.data_root)
-        index.folders = sorted({*index.folders, source if os.path.isdir(source) else os.path.dirname(source)})
+        source = source if os.path.isdir(source) else os.path.dirname(source)
+        is_known, index.folders = source in index.folders, sorted({*index.folders, source})
         kind = "folders" if args.by_folder else "images"
-        print(f"{len(index.images):,} {kind} are in {folder}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
+        place = printable(str(folder))
+        print(f"{len(index.images):,} {kind} are in {place}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         for missing, entries_there in presence.missing.items():
             print(
                 f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them"
@@ -182,6 +184,8 @@ def update_index(args: argparse.Namespace) -> None:
         try:
             done += embed_blocks(index, stamps, images_of, network, args)
             if not (done or changed or deleted):
+                if not is_known:
+                    index.describe()
                 return
             index = index.finish()
         except KeyboardInterrupt:
@@ -251,7 +255,8 @@ def real_folder(folder: str) -> str:
 class Presence:
     """Whether what was indexed is still there.
 
-    What is in a folder that is gone as a whole, or empty, counts as present: its disk may not be mounted.
+    What is in a folder that is gone as a whole, or empty, counts as present: its disk may not be mounted. So does a
+    link to a file in such a folder.
     stamps: of what is to be indexed now. folders: those whose images were indexed, [] where an older index does not
     say so. missing: {folder that is gone or empty: how many entries are in it}.
     """
@@ -270,10 +275,13 @@ class Presence:
         return missing is not None
 
     def missing_folder(self, entry: str) -> str | None:
-        """The folder that a missing entry was indexed with, if that is gone or empty."""
-        folder = next((folder for folder in self.folders if within(entry, folder)), os.path.dirname(entry))
-        there = os.path.isdir(folder) and not all(map(is_hidden, os.listdir(folder)))
-        return None if there else folder
+        """A folder that a missing entry, or the file that it links to, was indexed with, if that is gone or empty."""
+        for path in dict.fromkeys((entry, os.path.realpath(entry))):
+            indexed = [folder for folder in self.folders if within(path, folder)]
+            for folder in indexed or [os.path.dirname(path)]:
+                if not os.path.isdir(folder) or all(map(is_hidden, os.listdir(folder))):
+                    return folder
+        return None
 
 
 def within(path: str, folder: str) -> bool:
@@ -362,8 +370,6 @@ def query(args: argparse.Namespace) -> None:
         net.check_record(contract["model"], contract)
     except ValueError as error:
         raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
-    if contract["image_size"] < 1:
-        raise ValueError(f"The index in {args.index} is damaged: its network is {contract}")
     path = in_run(args.resume) if args.resume else index.made["checkpoint"]
     if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
         raise FileNotFoundError(
@@ -375,7 +381,7 @@ def query(args: argparse.Namespace) -> None:
     if "orientation" not in index.made:
         print(AS_STORED, file=sys.stderr)
     images = unlabelled(images_at(*args.images), contract, is_upright(index))
-    check_save(args.save, images.paths)
+    check_save(args.save, images.paths, index)
     bad = images.find_bad(args.workers)
     images.leave_out(bad)
     if not len(images):
@@ -425,10 +431,17 @@ def query(args: argparse.Namespace) -> None:
         sys.exit(1)  # as for one image alone
 
 
-def check_save(file: str | None, queries: list[str]) -> None:
-    """Raise FileExistsError if the picture would be written over one of the queries, also through a link."""
-    if file and os.path.exists(file) and any(os.path.samefile(file, path) for path in queries if os.path.exists(path)):
+def check_save(file: str | None, queries: list[str], index: Index) -> None:
+    """Raise FileExistsError if the picture would be written over a query or an indexed image, also through a link."""
+    if not file or not os.path.exists(file):
+        return
+    if any(os.path.samefile(file, path) for path in queries if os.path.exists(path)):
         raise FileExistsError(f"--save {file} would overwrite a query: choose another name")
+    places = {canonical(os.path.abspath(file)), os.path.realpath(file)}
+    if index.made["by_folder"]:
+        places = set(map(os.path.dirname, places))
+    if any(path in places for path, _ in index.images):
+        raise FileExistsError(f"--save {file} would overwrite an indexed image: choose another name")
 
 
 def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpoint | None) -> float | None:

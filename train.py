@@ -104,6 +104,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             args.model, args.embedding_size, pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
             args.image_size,
         )  # fmt: skip
+    net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))

@@ -21,6 +21,7 @@ from proxy_anchor import (
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.running import Run
+from proxy_anchor.text import printable
 
 EXAMPLES = """examples:
   64 dimensions instead of 512, from a published network or one of train.py:
@@ -166,6 +167,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             args.model, args.embedding_size, pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
             args.image_size,
         )  # fmt: skip
+    net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
     network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
@@ -174,7 +176,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.source_model, args.source_embedding_size, head=args.source_head, image_size=args.image_size
     ).eval()
     matched = args.teacher.load(teacher, SOURCE_FLAGS)
-    print(f"The teacher is {args.source_ckpt}: all {matched} tensors match.")
+    print(f"The teacher is {printable(args.source_ckpt)}: all {matched} tensors match.")
     teacher = Embedder(teacher, device, args.amp, args.compile)
     criterion = distillation.create(args.loss, args.sigma, args.delta)
     optimizer = training.create_optimizer(

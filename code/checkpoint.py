@@ -8,7 +8,7 @@ import re
 import zipfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -238,7 +238,7 @@ def weights(path: str | Path, content: dict, expected=()) -> dict[str, torch.Ten
     return unwrapped(path, state, expected)
 
 
-def is_state_dict(found) -> bool:
+def is_state_dict(found) -> TypeGuard[dict[str, torch.Tensor]]:
     """Whether this is a dict of tensors, with all their numbers, by their names."""
     return isinstance(found, dict) and all(isinstance(key, str) and is_dense(value) for key, value in found.items())
 

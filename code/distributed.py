@@ -68,9 +68,11 @@ def processes(gpu_id: int):
 
 def tasks_of_srun() -> int:
     """How many tasks of this command srun started: 1 without it, though sbatch and salloc may set SLURM_NTASKS."""
-    if steps := os.environ.get("SLURM_STEP_NUM_TASKS"):
-        return int(steps)
-    return int(os.environ.get("SLURM_NTASKS", 1)) if int(os.environ.get("SLURM_PROCID", 0)) > 0 else 1
+    step, tasks, number = (
+        int(value) if (value := os.environ.get(f"SLURM_{name}", "")).isdecimal() else 0
+        for name in ("STEP_NUM_TASKS", "NTASKS", "PROCID")
+    )
+    return step or (tasks if number else 1)
 
 
 def launch_on_all_gpus(gpu_id: int, script: str, argv: list[str] | None) -> None:

@@ -57,6 +57,8 @@ def _new_temporary(path: Path) -> tuple[Path, int]:
 def _remove_leftovers(path: Path) -> None:
     """Remove the temporary files for `path` that no process holds."""
     for leftover in path.parent.glob(f".{glob.escape(path.name[:40])}.{'[0-9a-f]' * 16}.tmp"):
+        if leftover.is_symlink() or not leftover.is_file():  # planted: to open a pipe may take for ever
+            continue
         with suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
@@ -96,7 +98,8 @@ def locked(path: Path):
             try:
                 yield
             finally:
-                lock.unlink()
+                if not os.fstat(file.fileno()).st_size:  # else it is another's file
+                    lock.unlink()
             return
 
 

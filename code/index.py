@@ -7,8 +7,10 @@ number is new and images.json is replaced last. Until then, new rows wait in blo
 block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added to.
 """
 
+import hashlib
 import itertools
 import json
+import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +27,7 @@ from proxy_anchor.tiles import comparable
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
 LAYOUT = {"made": MADE, "factory": str, "number": int}  # of images.json
-SINCE = {"folders": list, "files": dict}  # what older ones lack
+SINCE = {"folders": list, "files": dict, "sha256": str}  # what older ones lack; sha256: of all other entries
 UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was not begun for long
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
@@ -56,7 +58,7 @@ class Index:
         index = cls(folder, made, factory, number=0)
         index._new_faiss_index()
         rows.write(*index._files(), [])
-        index._describe()
+        index.describe()
         index._delete_others()
         return cls.open(folder)
 
@@ -69,9 +71,13 @@ class Index:
         try:
             content = json.loads(text)
             _check(content, LAYOUT | {name: kind for name, kind in SINCE.items() if name in content})
+            if unknown := content.keys() - LAYOUT.keys() - SINCE.keys():
+                raise ValueError(f"it has an entry {sorted(unknown)[0][:80]!r}")
             if not checkpoint.is_contract(network := content["made"]["network"]):
                 raise ValueError(f"'network' is {str(network)[:80]}")
-            index = cls(folder, **{name: content[name] for name in LAYOUT | SINCE if name in content})
+            if content.pop("sha256", None) not in (None, _digest(content)):
+                raise ValueError(f"{IMAGES} has changed since it was written")
+            index = cls(folder, **content)
             index._check_files()
             index._read_vectors()
         except (ValueError, RuntimeError, FileNotFoundError) as error:
@@ -170,7 +176,7 @@ class Index:
         except Exception:
             self._delete_others()
             raise
-        index._describe()  # from here on, it is the new one
+        index.describe()  # from here on, it is the new one
         index._delete_others()
         return index
 
@@ -215,9 +221,11 @@ class Index:
     def _faiss_files(self) -> list[Path]:
         return list(itertools.takewhile(Path.exists, runs.numbered(self._file("vectors", "faiss"))))
 
-    def _describe(self):
+    def describe(self) -> None:
+        """Write images.json: by what it says, the files are those of the index."""
         self.files = {file.name: seal(file) for file in (*self._files(), *self._faiss_files())}
-        content = {name: getattr(self, name) for name in LAYOUT | SINCE}
+        content = {name: getattr(self, name) for name in LAYOUT | SINCE if name != "sha256"}
+        content["sha256"] = _digest(content)
         with replacing(self.folder / IMAGES) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -305,9 +313,12 @@ class Index:
 
 
 def lock(folder: Path):
-    """Hold the folder, so that no other process writes to it; see runs.lock. Raises FileExistsError for a file."""
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file: an index is written to a folder, which need not exist")
+    """Hold the folder, so that no other process writes to it; see runs.lock.
+
+    Raises FileExistsError for anything but a folder, and for one that holds something else.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
+        raise FileExistsError(f"{folder} is no folder: an index is written to one, which need not exist")
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,6 +330,10 @@ def _is_ours(folder: Path) -> bool:
     if (folder / IMAGES).exists():
         return all(f'"{name}"'.encode() in (folder / IMAGES).read_bytes() for name in LAYOUT)
     return all(re.fullmatch(UNFINISHED, file.name) for file in folder.iterdir())
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _check(content, layout, name=IMAGES):

@@ -12,6 +12,7 @@ from pathlib import Path
 from proxy_anchor import checkpoint, distributed, figures, metrics, resuming, runs, tracking
 from proxy_anchor.files import replacing
 from proxy_anchor.stopping import Interrupted
+from proxy_anchor.text import printable
 
 BACKBONE = "backbone alone"  # what it is called
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -110,7 +111,7 @@ class Logbook:
         if resume is None:
             self.folder, self.lock = runs.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
-            print(f"Logging to {self.folder}{other}")
+            print(printable(f"Logging to {self.folder}{other}"))
         self.resumes = (self.folder / runs.LAST).exists()
         began_with = {name: old[name] for name in old if name == "pretrained_sha256"}  # the file may be gone by now
         config = began_with | config | {
@@ -132,7 +133,7 @@ class Logbook:
 
     def resume(self, progress: dict) -> None:
         """Say where the run continues, and bring metrics.csv there."""
-        print(f"Resuming {self.folder} at epoch {progress['epoch']}, step {len(progress['losses'])}")
+        print(f"Resuming {printable(str(self.folder))} at epoch {progress['epoch']}, step {len(progress['losses'])}")
         if progress["rows"]:  # the file may have one more, of an epoch that was not saved
             self._write_rows("metrics.csv", with_backbone(progress["rows"], progress.get("backbone")))
 

@@ -14,10 +14,10 @@ def equation(
 ) -> torch.Tensor:
     """Equation 4 of the paper, see ProxyAnchor, on the whole matrix of similarities.
 
-    It has derivatives of any order, also with respect to margin and alpha.
+    It has derivatives of any order, also with respect to margin and alpha. Raises ValueError as ProxyAnchor does.
     """
     s = embeddings / norms(embeddings) @ (proxies / norms(proxies)).T  # (B, C)
-    positive = F.one_hot(labels, len(proxies)).bool()
+    positive = F.one_hot(checked(labels, embeddings, *proxies.shape), len(proxies)).bool()
     one = torch.zeros_like(s[:1])  # log(1 + sum exp(z)) is logsumexp over z and a 0
     pull = torch.cat([one, (-alpha * (s - margin)).masked_fill(~positive, -torch.inf)]).logsumexp(dim=0)
     push = torch.cat([one, (alpha * (s + margin)).masked_fill(positive, -torch.inf)]).logsumexp(dim=0)
@@ -40,6 +40,26 @@ def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
         found = kind if isinstance(kind, torch.dtype) else kind.__name__
         raise ValueError(f"Expected {name} as a tensor of whole numbers, found {found}")
     return labels.long()
+
+
+def checked(labels: torch.Tensor, embeddings: torch.Tensor, num_classes: int, embedding_size: int) -> torch.Tensor:
+    """The labels of a batch as int64. Raises ValueError for others than 0 ... num_classes - 1 and for other shapes.
+
+    On CUDA, labels out of range end the process by an assertion on the device, for which the host does not wait.
+    """
+    labels = whole_numbers(labels)
+    fits = embeddings.ndim == 2 and embeddings.shape[1] == embedding_size and labels.shape == embeddings.shape[:1]
+    if not fits or not len(labels):
+        raise ValueError(
+            f"Expected embeddings (B, {embedding_size}) and labels (B,) of one or more images, "
+            f"found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
+        )
+    in_range = ((labels >= 0) & (labels < num_classes)).all()
+    if labels.is_cuda:
+        torch._assert_async(in_range, f"Expected labels from 0 to {num_classes - 1}")
+    elif not in_range:
+        raise ValueError(f"Expected labels from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")
+    return labels
 
 
 class ProxyAnchor(nn.Module):
@@ -68,27 +88,8 @@ class ProxyAnchor(nn.Module):
         return nn.init.kaiming_normal_(torch.empty(self.num_classes, embedding_size), mode="fan_out")
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels.
-
-        On CUDA, labels out of range end the process by an assertion on the device, for which the host does not wait.
-        """
-        labels, embedding_size = whole_numbers(labels), self.proxies.shape[1]
-        if (
-            embeddings.ndim != 2
-            or embeddings.shape[1] != embedding_size
-            or labels.shape != embeddings.shape[:1]
-            or not len(labels)
-        ):
-            raise ValueError(
-                f"Expected embeddings (B, {embedding_size}) and labels (B,) of one or more images, "
-                f"found {tuple(embeddings.shape)} and {tuple(labels.shape)}"
-            )
-        in_range = ((labels >= 0) & (labels < self.num_classes)).all()
-        if labels.is_cuda:
-            torch._assert_async(in_range, f"Expected labels from 0 to {self.num_classes - 1}")
-        elif not in_range:
-            found = f"{labels.min()} to {labels.max()}"
-            raise ValueError(f"Expected labels from 0 to {self.num_classes - 1}, found {found}")
+        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels."""
+        labels = checked(labels, embeddings, self.num_classes, self.proxies.shape[1])
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, self.proxies.dtype))
             embeddings = embeddings.to(dtype)

@@ -7,6 +7,7 @@ until the new one, which has its own folder of pictures, is complete.
 import csv
 import html
 import math
+import os
 import re
 import secrets
 import shutil
@@ -81,6 +82,8 @@ def open_folder(folder: Path) -> None:
 
     Raises ValueError for a folder that holds anything else, and OSError where nothing can be written.
     """
+    if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
+        raise ValueError(f"{folder} is no folder: a report is written to one, which need not exist")
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     content = f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>".encode()

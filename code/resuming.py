@@ -23,9 +23,9 @@ PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict, parts: dict, progress: dict) -> None:
-    """Write a checkpoint to resume from: that of checkpoint.save, the parts (which have state_dict), progress, and
+    """Write a checkpoint to resume from: that of checkpoint.save, the parts, the progress and the random states.
 
-    random states; each process its own rows of classes, and the first one the rest.
+    parts: each has a state_dict. Each process writes its own rows of classes, and the first one the rest.
     """
     content = {"model_state_dict": network.state_dict(), "network": contract}
     content |= {name: part.state_dict() for name, part in parts.items()}

@@ -11,6 +11,7 @@ from proxy_anchor.checkpoint import digest
 from proxy_anchor.evaluation import Result
 from proxy_anchor.logbook import Logbook
 from proxy_anchor.stopping import Interrupted, Stop
+from proxy_anchor.text import printable
 
 
 class Run:
@@ -121,8 +122,8 @@ class Run:
             rows = {logbook.BACKBONE: self.backbone} | rows
             if metrics.plain(last)["R@1"] < metrics.plain(self.backbone)["R@1"]:
                 remark += "The last epoch is below the backbone alone: training has taken more than it gave.\n"
-        text = f"{logbook.table(rows)}\n{remark}The best network is in {self.log.folder}"
+        text = f"{logbook.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
         if metrics.prefix(last):  # of a fold: the test set stays untouched
             return text
         command = shlex.join(["python", "evaluate.py", *data_flags, "--resume", str(self.log.folder)])
-        return f"{text}\nNext: {command} --report report"
+        return f"{text}\nNext: {printable(command)} --report report"

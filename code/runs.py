@@ -83,13 +83,18 @@ def to_resume(name: str, config: dict) -> Path | None:
 
     For "auto" it is the latest of the folders of this name, name_2, ... that holds a run of this configuration,
     unfinished ones first. Raises Finished where it has no epochs left, and ValueError where the run of --resume is
-    another experiment.
+    another experiment, or the only run that "auto" might mean is one of before photos were turned upright.
     """
     resume, path = config["resume"], place(Path(config["LOG_DIR"]), config["dataset"], name)
     if resume is None:
         return None
     if resume == "auto":
         folders = of_experiment(path, config)
+        if not folders and (former := of_experiment(path, config | {"orientation": FORMER["orientation"]})):
+            raise ValueError(
+                f"{former[-1]} has its photos as stored, not turned by their EXIF: --resume {former[-1]} continues it "
+                "so; choose another --remark to train with upright photos"
+            )
     elif different := differences(read_config(Path(resume)), config):
         raise ValueError(f"{resume} is another experiment ({'; '.join(different)}); start a new one")
     else:

@@ -256,6 +256,12 @@ def identity(pretrained: str) -> dict:
     return {"pretrained_sha256": sha256(pretrained)} if is_file else {}
 
 
+def check_identity(pretrained: str | None, noted: dict) -> None:
+    """Raise ValueError if the file that a backbone was just loaded from is not the one that a run has noted."""
+    if pretrained and noted | identity(pretrained) != noted:
+        raise ValueError(f"{pretrained} was replaced while it was read: start again")
+
+
 def pooled_features(name: str, image_size: int) -> int:
     """How many numbers the backbone pools an image into."""
     with torch.device("meta"):

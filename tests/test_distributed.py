@@ -374,6 +374,7 @@ def test_all_gpus_start_torchrun(monkeypatch):
     ({"SLURM_NTASKS": "4"}, False),  # salloc
     ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # sbatch, whose script is one process
     ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc in a step; srun -n 1
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": "x"}, False),
     ({}, False),
 ], ids=str)  # fmt: skip
 def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(environment, refused, monkeypatch):

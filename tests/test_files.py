@@ -66,6 +66,19 @@ def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, "a.txt"])
 
 
+def test_names_of_ours_that_are_others(tmp_path):
+    """A pipe, which nobody writes to, and a link at the name of a leftover; a file of the user's at that of a lock."""
+    os.mkfifo(tmp_path / ".a.txt.0123456789abcdef.tmp")
+    (tmp_path / ".a.txt.0000000000000000.tmp").symlink_to(tmp_path / "victim")
+    for name in ("victim", ".a.txt.lock"):
+        (tmp_path / name).write_text("precious")
+    before = set(os.listdir(tmp_path))
+    with files.locked(tmp_path / "a.txt"), files.replacing(tmp_path / "a.txt") as path:
+        path.write_text("new")
+    assert set(os.listdir(tmp_path)) == before | {"a.txt"}
+    assert (tmp_path / "victim").read_text() == (tmp_path / ".a.txt.lock").read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", ["a" * 255, "ü" * 127, "[a]*?.pth", os.fsdecode(b"\xff.pth"), ".hidden"])
 def test_any_name_can_be_replaced(tmp_path, name):
     for text in ("one", "two"):

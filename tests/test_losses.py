@@ -186,6 +186,16 @@ def test_other_labels_are_an_error(labels, found):
         ProxyAnchor(6, 8)(torch.randn(4, 8), labels)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_equation_takes_what_the_loss_takes(dtype):
+    loss, x = ProxyAnchor(4, 8), torch.randn(6, 8)
+    labels = torch.tensor([0, 0, 1, 2, 2, 1])
+    torch.testing.assert_close(equation(x, loss.proxies, labels.to(dtype)), loss(x, labels))
+    for wrong in (labels[:0], labels + 2, labels - 1, labels.float(), labels.bool()):
+        with pytest.raises(ValueError, match=r"^Expected (embeddings \(B, 8\)|labels from 0 to 3|labels as a tensor)"):
+            equation(x[: len(wrong)], loss.proxies, wrong)
+
+
 def test_an_empty_batch_is_an_error():
     with pytest.raises(ValueError, match=r"one or more images, found \(0, 8\) and \(0,\)"):
         ProxyAnchor(6, 8)(torch.randn(0, 8), torch.zeros(0, dtype=torch.long))

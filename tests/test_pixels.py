@@ -243,7 +243,7 @@ def test_index_of_before_goes_on_as_stored(turned, tmp_path, capsys):
     command = ["index", *ALONE, "--images", str(turned), "--out", str(index)]
     search.main(command)
     content = json.loads((index / "images.json").read_text())
-    del content["made"]["orientation"]
+    del content["made"]["orientation"], content["folders"], content["files"], content["sha256"]
     (index / "images.json").write_text(json.dumps(content))
     (turned / "ant" / "6.png").write_bytes((turned / "bee" / "6.png").read_bytes())
     capsys.readouterr()
@@ -306,7 +306,7 @@ def train_on(root, logs, *more, epochs=1):
 
 
 def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, capsys):
-    """A run of before, on photos as stored: --resume PATH goes on with them, auto starts a new run."""
+    """A run of before, on photos as stored: --resume PATH goes on with them, auto says so; with a remark it is new."""
     seen = []
     open_data = dataset.open
 
@@ -326,9 +326,12 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
     train_on(turned, tmp_path, "--resume", str(run), epochs=2)
     assert seen.pop() == {False} and "Resuming" in capsys.readouterr().out
     assert runs.read_config(run)["orientation"] == "stored"
-    train_on(turned, tmp_path, "--resume", "auto", epochs=2)
+    with pytest.raises(SystemExit, match="1"):
+        train_on(turned, tmp_path, "--resume", "auto", epochs=2)
+    assert f"not turned by their EXIF: --resume {run} continues it so; choose another --r" in capsys.readouterr().err
+    train_on(turned, tmp_path, "--resume", "auto", "--remark", "_upright", epochs=2)
     assert seen.pop() == {True} and "Logging to" in capsys.readouterr().out
-    assert runs.read_config(run.with_name(f"{run.name}_2"))["orientation"] == "upright"
+    assert runs.read_config(run.with_name(f"{run.name}_upright"))["orientation"] == "upright"
 
 
 def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root):

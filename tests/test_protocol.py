@@ -15,6 +15,7 @@ import poison
 import pytest
 import torch
 import trees
+from test_scripts import without_reader
 
 import dataset
 import evaluate
@@ -283,6 +284,8 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
         (["--seeds", "1", "1"], "argument --seeds: expected different numbers"),
+        (["--seeds", "1", str(2**63)], "argument --seeds: expected different numbers"),  # not after the first training
+        (["--", f"--remark={'x' * 170}"], "argument --remark: the name of a run's folder would have"),
         (["--seeds", "-1"], "argument --seeds"),
         (["--folds", "1"], "argument --folds: expected 2, 4 or another number"),
         (["--folds", "2/2"], "argument --folds"),
@@ -316,6 +319,12 @@ def test_results_of_other_settings_are_kept(root, finished):
 # What it is given
 
 
+def test_protocol_goes_on_when_nobody_reads_its_output(root, tmp_path):
+    command = [sys.executable, "-u", protocol.__file__, "--seeds", "1", "--", *flags(root, tmp_path, epochs=1)]
+    assert without_reader(command, 1, stderr=subprocess.STDOUT) == (0, "")
+    assert list(tmp_path.glob("protocol_cub/*/results.json"))
+
+
 def test_remark_that_begins_with_a_hyphen(root, tmp_path):
     _, content, _ = run_here(root, tmp_path, "--seeds", "1", remark="-x")
     assert "-x_retrained" in content["seeds"][0]["runs"][-1]
@@ -336,6 +345,15 @@ def test_folder_of_any_bytes(root, tmp_path):
     assert "\udcff" in content["command"]
     (folder,) = (logs / "protocol_cub").iterdir()
     assert {"results.md", "results.json", "results.png"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_results_go_into_a_folder(root, tmp_path, capsys, link):
+    out = tmp_path / "out"
+    out.symlink_to("nothing") if link else out.write_text("mine")
+    with pytest.raises(SystemExit, match="1"):
+        protocol.main(["--seeds", "1", "--out", str(out), "--", *flags(root, tmp_path / "logs")])
+    assert f"{out} is no folder: results are written to one" in capsys.readouterr().err
 
 
 def test_results_of_somebody_else_are_kept(root, tmp_path, capsys):

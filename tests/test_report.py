@@ -389,6 +389,8 @@ def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
         with pytest.raises(SystemExit):
             evaluate.main([*flags, "--report", str(folder)])
         assert "neither empty nor a report" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a.pth is no folder: a report is written to one"):
+        report.open_folder(tmp_path / "a.pth")
     report.open_folder(tmp_path / "page")  # as by an evaluation that then failed
     for _ in range(2):
         evaluate.main([*flags, "--report", str(tmp_path / "page")])

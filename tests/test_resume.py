@@ -445,6 +445,23 @@ def test_pretrained_file_is_known_by_its_content(cub_root, tmp_path, capsys):
     assert "pretrained_sha256: other pretrained weights than the run began with" in capsys.readouterr().err
 
 
+def test_pretrained_file_that_is_replaced_while_it_is_read(cub_root, tmp_path, capsys, monkeypatch):
+    """The run would have noted another than it began with."""
+    weights, create = tmp_path / "w.pth", net.create
+    torch.save(create("resnet18", 8).state_dict(), weights)
+
+    def replaced_before(name, size, pretrained=None, *more, **others):
+        if pretrained:
+            torch.save(create("resnet18", 8).state_dict(), weights)
+        return create(name, size, pretrained, *more, **others)
+
+    monkeypatch.setattr(net, "create", replaced_before)
+    with pytest.raises(SystemExit, match="1"):
+        train.main(arguments(cub_root, tmp_path / "logs", pretrained=weights))
+    assert f"{weights} was replaced while it was read: start again" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.parametrize("moment", [2, 14])
 def test_run_goes_on_without_the_file_that_it_began_with(cub_root, tmp_path, monkeypatch, moment):
     weights = backbone_weights(tmp_path / "w.pth", 0)

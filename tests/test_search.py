@@ -62,6 +62,7 @@ def describe(out, content):
     """Write what described reads; the images may be damaged, which their seals would tell."""
     if isinstance(content, dict):
         content.pop("files", None)
+        content.pop("sha256", None)
     for old in out.glob("images*"):
         old.unlink()
     images = content.pop("images", None) if isinstance(content, dict) else None
@@ -236,7 +237,7 @@ def test_interrupted_update_leaves_the_old_index(weights, images, tmp_path, caps
     before = found(index, capsys, images / "ant")
     trees.write_image(images / "bee" / "1.jpg", 1000)
     with monkeypatch.context() as patch:
-        patch.setattr("proxy_anchor.index.json.dumps", lambda *args, **more: sys.exit(9))  # when all else is written
+        patch.setattr("proxy_anchor.index.seal", lambda file: sys.exit(9))  # when all else is written
         with pytest.raises(SystemExit):
             make(weights, images, index)
     assert len(list(index.glob("vectors*"))) == 4
@@ -351,7 +352,9 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(lambda: make(weights, tmp_path / "empty", tmp_path / "index"), capsys, "There are no images in")
     fails(lambda: make(weights, images, tmp_path / "index", "--split", "eval"), capsys, "what to index", code=2)
     fails(lambda: make(weights, images, tmp_path / "index", "--model", "resnet50"), capsys, "was trained with", code=2)
-    fails(lambda: make(weights, images, weights / "a.pth"), capsys, "a.pth is a file: an index is written to a folder")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for out in (weights / "a.pth", tmp_path / "link"):
+        fails(lambda out=out: make(weights, images, out), capsys, f"{out} is no folder: an index is written to one")
     monkeypatch.setitem(sys.modules, "faiss", None)
     fails(lambda: make(weights, images, tmp_path / "new"), capsys, "pip install faiss-cpu")
 
@@ -694,13 +697,30 @@ def test_damage_of_any_file_is_noticed(weights, images, tmp_path, capsys, factor
     assert found(copy, capsys, images) == found(tmp_path / "index", capsys, images)
 
 
+def test_damage_of_any_byte_of_the_description_is_noticed(weights, images, tmp_path):
+    """Also where it then says something else: that photos are taken as stored, say, or another crop."""
+    make(weights, images, tmp_path / "index")
+    file = tmp_path / "index" / "images.json"
+    content = file.read_bytes()
+    meant = json.loads(content)
+    for place in range(len(content)):
+        damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        file.write_bytes(damaged)
+        try:
+            Index.open(tmp_path / "index")
+        except ValueError as error:
+            assert "is damaged, of an older version or no index" in str(error)
+        else:  # white space, or a seal that says less about the files than they do themselves
+            assert json.loads(damaged) == meant, damaged[place - 20 : place + 20]
+
+
 @pytest.mark.parametrize("gone", ["moved", "empty", "hidden files only", "of an index of before"])
 def test_disk_that_is_not_mounted_is_not_deleted(weights, images, tmp_path, capsys, gone):
     index, other = tmp_path / "index", trees.folder(tmp_path / "laptop", classes=("ant", "dog"), images=3)
     make(weights, images, index)
     if gone == "of an index of before":
         content = json.loads((index / "images.json").read_text())
-        del content["folders"], content["files"]
+        del content["folders"], content["files"], content["sha256"]
         (index / "images.json").write_text(json.dumps(content))
     make(weights, other, index)
     images.rename(tmp_path / "away")
@@ -725,6 +745,27 @@ def test_disk_that_is_not_mounted_is_not_deleted(weights, images, tmp_path, caps
     shutil.rmtree(images)
     make(weights, other, index, "--drop-missing")
     assert "new: 0, changed: 0, deleted: 18\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", ["disk", "home"])
+def test_disk_below_another_folder_and_links_to_a_disk(weights, images, tmp_path, capsys, first):
+    """Both folders were indexed, and the outer one is there and not empty; links to files are there, too."""
+    home, disk = tmp_path / "home", tmp_path / "home" / "disk"
+    trees.folder(home / "own", classes=("ant",), images=2)
+    shutil.copytree(images, disk)
+    (home / "links").mkdir()
+    (home / "links" / "1.jpg").symlink_to(disk / "ant" / "1.jpg")
+    for folder in (disk, home) if first == "disk" else (home, disk):  # which then has no image that is new
+        make(weights, folder, tmp_path / "index")
+    assert len(described(tmp_path / "index")["images"]) == 21
+    disk.rename(tmp_path / "away")
+    disk.mkdir()
+    capsys.readouterr()
+    make(weights, home, tmp_path / "index")
+    out = capsys.readouterr().out
+    assert "new: 0, changed: 0, deleted: 0\n" in out and f"{disk} is gone or empty: its images (19) stay" in out
+    make(weights, home, tmp_path / "index", "--drop-missing")
+    assert "deleted: 19\n" in capsys.readouterr().out
 
 
 def test_folder_that_is_reached_through_a_link_counts_once(weights, images, tmp_path, capsys):
@@ -755,6 +796,18 @@ def test_picture_is_not_written_over_a_query(weights, images, tmp_path, capsys):
     assert (tmp_path / "photo.jpg").read_bytes() == before
     query = ["query", "--index", str(tmp_path / "index"), str(images), "--save", str(images / "bee" / "2.jpg")]
     fails(lambda: search.main(query), capsys, "would overwrite a query")
+
+
+@pytest.mark.parametrize("kind", [[], ["--by-folder"]])
+def test_picture_is_not_written_over_an_indexed_image(weights, images, tmp_path, capsys, kind):
+    make(weights, images, tmp_path / "index", *kind)
+    photo, save = shutil.copy(images / "ant" / "1.jpg", tmp_path / "photo.jpg"), images / "cat" / "2.jpg"
+    (tmp_path / "link.jpg").symlink_to(save)
+    before = save.read_bytes()
+    for file in (save, tmp_path / "link.jpg"):
+        query = ["query", "--index", str(tmp_path / "index"), str(photo), "--save", str(file)]
+        fails(lambda query=query: search.main(query), capsys, f"--save {file} would overwrite an indexed image")
+    assert save.read_bytes() == before
 
 
 def test_bad_image_among_queries_spoils_its_own_answer_alone(weights, images, tmp_path, capsys):

@@ -62,8 +62,8 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group.add_argument(
         "--verify", action="store_true",
-        help="also print how well a threshold tells pairs of images of one class from others; takes three times as "
-        "long as the recalls, and comes with --calibrate and --report",
+        help="also print how well a threshold tells same-class from different-class pairs of images; takes three times "
+        "as long as the recalls, and comes with --calibrate and --report",
     )  # fmt: skip
     group.add_argument(
         "--calibrate", action="store_true",
@@ -72,7 +72,7 @@ def parse(argv=None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument(
         "--far", type=float, metavar="RATE",
-        help="with --calibrate: the share of pairs of two classes that the threshold may accept (default: 0.01)",
+        help="with --calibrate: the share of different-class pairs that the threshold may accept (default: 0.01)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
@@ -96,7 +96,7 @@ def parse(argv=None) -> argparse.Namespace:
             "argument --calibrate: the threshold is recorded in a checkpoint: calibrate it and export it again"
         )
     if args.far is not None and not args.calibrate:
-        parser.error("argument --far: it is for --calibrate")
+        parser.error("--far requires --calibrate")
     args.far = 0.01 if args.far is None else args.far
     if not 0 < args.far < 1:
         parser.error(f"argument --far: {args.far} is not between 0 and 1")

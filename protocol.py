@@ -1,4 +1,4 @@
-"""An honest result: choose the epoch on held-out training classes, train on all of them for as long, test once."""
+"""Choose the number of epochs on held-out training classes, train on all of them for as many, and test once."""
 
 import argparse
 import json

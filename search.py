@@ -129,7 +129,7 @@ def parse(argv=None) -> argparse.Namespace:
             size = net.pooled_features(args.model, args.image_size)
             args.contract |= {"backbone_only": True, "embedding_size": size}
         if bool(args.images) == bool(args.split):
-            parser.error("what to index: --images DIR, or --dataset NAME --split SPLIT")
+            parser.error("one of --images or --split is required")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
     console.check_ranges(parser, args)

@@ -99,7 +99,7 @@ def recipe(name: str) -> dict:
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Complete the teacher's arguments from its checkpoint, or as published; other words are a usage error."""
     if not args.source_ckpt:
-        parser.error("argument --source-ckpt: whose checkpoint is the teacher?")
+        parser.error("the following argument is required: --source-ckpt")
     args.source_ckpt = os.path.abspath(in_run(args.source_ckpt))  # the run may be resumed from another folder
     args.teacher = Checkpoint(args.source_ckpt)
     contract = args.teacher.contract

@@ -159,7 +159,9 @@ def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: in
     for images in image_sets if skip_bad_images else ():
         bad = distributed.from_first(lambda images=images: images.find_bad(workers))
         images.leave_out(bad)
-        print(f"Left out: {len(bad)} unreadable images", *map(printable, bad.values()), sep="\n  ")
+        print(
+            f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
+        )
     for images in image_sets if cache else ():
         images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
 

@@ -1,7 +1,7 @@
-"""One thing or two: what a threshold on the nearness of two images achieves over all pairs, and how certain that is.
+"""Verification: true accepts at false accepts over all pairs of images, with bootstrap intervals.
 
-A pair is accepted if its images are at least as near as the threshold. Of the pairs of one class, the share accepted is
-the true-accept rate (TAR); of the pairs of two classes, it is the false-accept rate (FAR).
+A pair is accepted if its images are at least as near as the threshold. Of the same-class pairs, the share accepted is
+the true-accept rate (TAR); of the different-class pairs, it is the false-accept rate (FAR).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from proxy_anchor.pairs import Pairs, Scale, signed
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-FEWEST = 10  # pairs of two classes that a threshold must accept: the rate of fewer is little more than chance
+FEWEST = 10  # different-class pairs that a threshold must accept: the rate of fewer is little more than chance
 REPLICATES = 500  # of the bootstrap
 LEVEL = 0.95  # of the intervals
 FAR_STEPS, TAR_STEPS = 40, 24  # thresholds of the bootstrap's curves, chosen by either
@@ -48,10 +48,10 @@ class Estimate(NamedTuple):
 class Verification:
     """What thresholds achieve on the pairs of some classes, with intervals by a bootstrap over these classes.
 
-    same, other: the numbers of pairs of one class and of two in each bin of the scale.
+    same, other: the numbers of same-class and different-class pairs in each bin of the scale.
     auc: the ROC's area. equal_error: the rate where FAR = 1 - TAR, at its threshold.
     at_far: {FAR: (threshold, TAR)}; the threshold is the lowest edge of the scale that accepts no more than this share
-    of the pairs of two classes. too_rare: the FARs that these pairs are too few for. at_threshold: {threshold:
+    of the different-class pairs. too_rare: the FARs that these pairs are too few for. at_threshold: {threshold:
     (FAR, TAR)}. All thresholds are of nearness, see pairs.signed. Without pairs of both kinds there are no estimates.
     """
 
@@ -77,14 +77,14 @@ class Verification:
         """A line on the pairs, and one on rates that they are too few for."""
         same, other = (f"{counts.sum():,}" for counts in (self.same, self.other))
         if self.auc is None:
-            return f"Pairs of images: {same} of one class, {other} of two; thresholds need pairs of both kinds.\n"
+            return f"{same} same-class and {other} different-class pairs; thresholds need both kinds.\n"
         lines = (
-            f"Pairs of images: {same} of one class, {other} of two. In brackets: {100 * LEVEL:g}% intervals, by a "
-            f"bootstrap over the {self.classes:,} classes.\n"
+            f"{same} same-class and {other} different-class pairs; brackets: {100 * LEVEL:g}% bootstrap intervals over "
+            f"{self.classes:,} classes\n"
         )
         if self.too_rare:
             rates = ", ".join(f"{100 * far:g}%" for far in self.too_rare)
-            lines += f"The pairs of two classes are too few for thresholds with {rates} false accepts.\n"
+            lines += f"There are too few different-class pairs for thresholds with {rates} false accepts.\n"
         return lines
 
     def text(self) -> str:
@@ -117,7 +117,7 @@ class Curve:
             return cls(thresholds, *(counts / counts[0] for counts in accepted))
 
     def auc(self) -> np.ndarray:
-        """The ROC's area: how often a pair of one class is nearer than a pair of two; of equals, one half."""
+        """The ROC's area: how often a same-class pair is nearer than a different-class pair; of equals, one half."""
         return ((self.tar[1:] + self.tar[:-1]) * (self.far[:-1] - self.far[1:])).sum(axis=0) / 2
 
     def equal_errors(self) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +156,7 @@ def verify(
     replicates: int = REPLICATES,
     group: dist.ProcessGroup | None = None,
 ) -> Verification:
-    """Tell pairs of one class from pairs of two by their nearness, at these rates and thresholds.
+    """Tell same-class from different-class pairs by their nearness, at these rates and thresholds.
 
     Arguments and errors as for retrieval.best_positive_rank; the pairs are each query with each image of the gallery
     or, without one, all pairs of two queries, but for those of one group. The rates are exact at the edges of the
@@ -260,21 +260,21 @@ def calibrate(
     """Choose the threshold with this FAR on one half of the classes, and check it on the other.
 
     embedded, groups: as for evaluation.measure. The first half of a shuffle of the classes with this seed chooses.
-    Raises ValueError where a half has too few classes or pairs, and where no pair of one class would be accepted.
+    Raises ValueError where a half has too few classes or pairs, and where no same-class pair would be accepted.
     """
     classes = torch.unique(torch.cat([labels.cpu() for labels in embedded[1::2]])).numpy()
     first, second = np.array_split(np.random.default_rng(seed).permutation(classes), 2)
     chosen = verify(*of_classes(embedded, first, distance, groups), fars=[far])
     if far not in chosen.at_far:
         raise ValueError(
-            f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} pairs of one class and "
-            f"{chosen.other.sum():,} of two: too few for a threshold with {100 * far:g}% false accepts, which takes "
-            f"{FEWEST} false accepts"
+            f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} same-class and "
+            f"{chosen.other.sum():,} different-class pairs: too few for a threshold with {100 * far:g}% false accepts, "
+            f"which takes {FEWEST} false accepts"
         )
     threshold, true_accepts = chosen.at_far[far]
     if not true_accepts.value:
         raise ValueError(
-            f"No threshold with at most {100 * far:g}% false accepts accepts a pair of one class: pairs of two classes "
+            f"No threshold with at most {100 * far:g}% false accepts accepts a same-class pair: different-class pairs "
             "are as near as the nearest, as where a network maps all images to one point. Train it further, or ask for "
             "a larger --far"
         )

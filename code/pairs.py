@@ -112,9 +112,9 @@ class Pairs:
         return cls(queries, targets, within, Scale.of(queries.points, targets.points, parts), classes, parts)
 
     def tiles(self):
-        """Of each tile: the labels of its rows and columns, whether it has more than pairs of two classes, its bins.
+        """Of each tile: the labels of its rows and columns, whether it has more than different-class pairs, its bins.
 
-        The bins of pairs of two classes come first, then those of one class, then one for what is no pair.
+        The bins of different-class pairs come first, then those of one class, then one for what is no pair.
         """
         targets, no_pair = self.targets, 2 * len(self.scale)
         for owner, queries in enumerate(self.queries.of_each(self.parts)):
@@ -142,7 +142,7 @@ class Pairs:
         return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.parts.rank)
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of pairs of one class and of two in each bin of the scale."""
+        """The numbers of same-class and different-class pairs in each bin of the scale."""
         total = torch.zeros(2 * len(self.scale) + 1, dtype=torch.long)
         for *_, bins in self.tiles():
             total += torch.bincount(bins.flatten(), minlength=len(total)).cpu()
@@ -150,7 +150,7 @@ class Pairs:
         return same, other
 
     def resampled(self, edges: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of pairs of one class and of two between neighbouring edges, with weighted classes: (K - 1, R).
+        """The numbers of same-class and different-class pairs between edges, with weighted classes: (K - 1, R) each.
 
         edges (K,): numbers of the scale's; the first and the last are its first and last. weights (C, R): how often
         each class was drawn. A pair of class c counts w_c, one of classes c and c' counts w_c w_c': two copies of a

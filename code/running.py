@@ -121,7 +121,8 @@ class Run:
         if self.backbone:
             rows = {logbook.BACKBONE: self.backbone} | rows
             if metrics.plain(last)["R@1"] < metrics.plain(self.backbone)["R@1"]:
-                remark += "The last epoch is below the backbone alone: training has taken more than it gave.\n"
+                remark += "Training made it worse: the last epoch is below the untrained backbone. "
+                remark += "Try fewer epochs or a lower --lr.\n"
         text = f"{logbook.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
         if metrics.prefix(last):  # of a fold: the test set stays untouched
             return text

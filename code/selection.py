@@ -21,7 +21,7 @@ def choose(of_folds: list[list[dict]], by: str) -> tuple[int, dict[str, float]]:
 
 
 def result_of(seed: int, epochs: int, validation: dict[str, float], rows: list[dict]) -> dict:
-    """What a retrained run shows: honest, its last epoch; what its best epoch on the test set would have claimed."""
+    """The result of a retrained run, under "honest": its last epoch. And what its best epoch on the test set claims."""
     best, last, names = metrics.best(rows), rows[-1], validation.keys()
     return {
         "seed": seed, "epochs": epochs, "validation": validation, "honest": {name: last[name] for name in names},
@@ -71,15 +71,15 @@ def report(content: dict) -> str:
     held_out = {
         "2": "the second half of the training classes", "val": "the classes of the split val",
     }.get(folds, f"each of {folds} parts of the training classes in turn, by the mean over them")  # fmt: skip
-    honest = {f"honest {name}": ("honest", name) for name in SHOWN}
+    result = {name: ("honest", name) for name in SHOWN}
     claim = {"best epoch on test: R@1": ("best_epoch_on_test", "R@1"), "gap": ("gap", "R@1")}
     parts = [
-        f"# An honest result: {settings['dataset']}, {settings['model']}",
+        f"# Without test-set selection: {settings['dataset']}, {settings['model']}",
         f"    {content['command']}",
         f"The number of epochs, at most {settings['epochs']}, was chosen by {by} on {held_out}. Then the network was "
-        "trained on all training classes for as many epochs; its test after the last one is the honest result. "
+        "trained on all training classes for as many epochs; its test after the last one is the result. "
         "In percent; mean ± standard deviation over the seeds.",
-        table(content, honest | claim, ("epochs",)),
+        table(content, result | claim, ("epochs",)),
         "**Best epoch on test** is not a result: it is what the same run would have claimed if R@1 on the test set had "
         "chosen among its epochs, read off afterwards. The gap is what that choice adds, at the least: a search over "
         "more epochs can only claim more.",
@@ -98,10 +98,10 @@ def report(content: dict) -> str:
 
 
 def draw(content: dict, path: Path) -> None:
-    """Draw each seed's honest result and what its best epoch on test would have claimed, and the means of both."""
+    """Draw each seed's result and what its best epoch on test would have claimed, and the means of both."""
     settings, results, spreads = content["settings"], content["seeds"], content["over_seeds"]
     kinds = {
-        "honest": ("honest", {"color": figures.STRONG[0], "markersize": 6}),
+        "honest": ("without test-set selection", {"color": figures.STRONG[0], "markersize": 6}),
         "best_epoch_on_test": (
             "best epoch on test, not a result",
             {"color": figures.STRONG[1], "markersize": 10, "markeredgewidth": 1.6, "fillstyle": "none"},

@@ -1,4 +1,4 @@
-"""How near images of one class are, and of two, and the thresholds between them: a part of the report."""
+"""Similarities within and between classes, and the thresholds between them: a part of the report."""
 
 import html
 import math
@@ -46,7 +46,7 @@ def chart(pairs: Verification, threshold: dict) -> str:
     legend = "".join(
         f'<li class="{kind}">{text}: mean {signed(np.average(nearness, weights=counts[kind]), distance):.2f}, '
         f"{counts[kind].sum():,} pairs"
-        for kind, text in (("right", "one class"), ("wrong", "two classes")) if kind in counts
+        for kind, text in (("right", "same class"), ("wrong", "different classes")) if kind in counts
     )  # fmt: skip
     lines = {}
     text = "<p>There are no pairs of both kinds, so there is no AUC and no threshold.</p>"
@@ -55,10 +55,11 @@ def chart(pairs: Verification, threshold: dict) -> str:
         at = at.measured(distance)
         lines["threshold"] = f"equal errors at {at.value:.2f}", at.value
         text = (
-            f"<p>AUC {pairs.auc.percent()}: how often a pair of one class is "
-            f"{words['nearer']} than a pair of two classes; by chance, 50%.</p>"
-            f"<p>At the threshold {at.text('{:.3f}')} the two error rates are equal: {rate.percent()} of the pairs of "
-            f"one class are {words['farther']}, and as many of the pairs of two classes {words['not_farther']}.</p>"
+            f"<p>AUC {pairs.auc.percent()}: how often a same-class pair is "
+            f"{words['nearer']} than a different-class pair; by chance, 50%.</p>"
+            f"<p>At the threshold {at.text('{:.3f}')} the two error rates are equal: {rate.percent()} of the "
+            f"same-class pairs are {words['farther']}, and as many of the different-class pairs "
+            f"{words['not_farther']}.</p>"
         )
     if threshold:
         value, asked = threshold["threshold"], f"{100 * threshold['asked_far']:g}%"

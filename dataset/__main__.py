@@ -113,7 +113,7 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
         problems += with_several_labels(parts, sets)
     tests = [image for split, images in parts.items() if split != "train" for image in images]
     twice = in_several({"train": parts["train"], "test": tests})
-    print(f"{len(twice)} images are in both training and test")
+    print(f"Images in both training and test: {len(twice)}")
     for both in twice[:SHOWN]:
         print_line(f"  {' = '.join(both)}")
     for line in duplicate_lines(parts, sets):

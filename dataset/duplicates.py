@@ -106,7 +106,7 @@ def describe(images: list, tests: list[bool], classes: list, groups: list[int]) 
         lines.append(f"{flat:,} images are nearly uniform: among them, only the same files were looked for")
     if not found.worst:
         return [*lines, "No image is there twice" + f", nor within {THRESHOLD} of 64 bits" * available()]
-    lines.append(f"{'pairs of images':<30}" + "".join(f"  {place:>7}" for place in PLACES) + "  of two classes")
+    lines.append(f"{'pairs of images':<30}" + "".join(f"  {place:>7}" for place in PLACES) + "  classes differ")
     for name, counts, two in zip(
         ("the same file", f"at most {THRESHOLD} of 64 bits apart"), (found.same, found.near), found.in_two_classes
     ):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The six published recipes, and glyphs, on the datasets that are there: each with several seeds, once as published (the
-# best epoch on the test set) and once honestly (protocol.py). Ends in a table, logs/reproduce/results.md. It may be
+# best epoch on the test set) and once without test-set selection (protocol.py). Ends in a table, logs/reproduce/results.md. It may be
 # stopped or killed at any time: the same command continues.
 #   misc/reproduce.sh                                    everything
 #   misc/reproduce.sh --workers 8 --amp bf16             with more flags of train.py, for all recipes

@@ -21,7 +21,8 @@ import train
 from proxy_anchor import console, figures, published, runs
 
 COLUMNS = [
-    "R@1, %", "published", "ours, best epoch on test", "ours, honest", "seeds", "commit", "versions", "command", "logs",
+    "R@1, %", "published", "ours, best epoch on test", "ours, without test-set selection", "seeds", "commit",
+    "versions", "command", "logs",
 ]  # fmt: skip
 VERSIONS = ("python", "torch", "torchvision")
 NONE = "pending"
@@ -50,7 +51,7 @@ def finished(logs: Path, args: argparse.Namespace, seeds: list[int]) -> list[Fin
     return [found[seed] for seed in sorted(found)]
 
 
-def honest(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None:
+def of_protocol(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None:
     """The result of protocol.py for a recipe, and its folder."""
     for path in sorted(logs.glob(f"protocol_{args.dataset}/*/results.json")):
         content = json.loads(path.read_text())
@@ -69,7 +70,7 @@ def spread(values: list[float]) -> str:
 
 def row(logs: Path, recipe: str, seeds: list[int]) -> list[str]:
     args = train.parse(shlex.split(recipe))
-    found, protocol = finished(logs, args, seeds), honest(logs, args)
+    found, protocol = finished(logs, args, seeds), of_protocol(logs, args)
     reference = published.RESULTS.get((args.dataset, args.model), {}).get(1)
     folders = [run.folder for run in found] + ([protocol[1]] if protocol else [])
     return [

@@ -242,7 +242,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, c
 def check_weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error unless the arguments say one network: a checkpoint, or a pretrained backbone alone."""
     if bool(args.resume) == args.backbone_only:
-        parser.error("which network: --resume PATH for a checkpoint, or --backbone-only for a backbone before training")
+        parser.error("one of --resume or --backbone-only is required")
     for name in ("pretrained",) if args.resume else ("embedding_size",):
         if getattr(args, name) != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"

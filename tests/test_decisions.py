@@ -251,7 +251,7 @@ def test_network_that_maps_all_images_to_one_point(distance):
     assert tar.value == 0 and threshold.value > (1 if distance == "cosine" else 0)
     for estimate in (found.auc, *found.equal_error, threshold, tar):
         assert estimate.low <= estimate.value <= estimate.high
-    with pytest.raises(ValueError, match="No threshold with at most 10% false accepts accepts a pair of one class"):
+    with pytest.raises(ValueError, match="No threshold with at most 10% false accepts accepts a same-class pair"):
         calibrate([torch.ones(80, 3), torch.arange(80) % 8], 0.1, distance)
 
 
@@ -341,5 +341,5 @@ def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
 def test_calibration_needs_pairs_enough():
     with pytest.raises(ValueError, match="too few for a threshold with 0.1% false accepts"):
         calibrate([*SETS["themselves"]], 0.001)
-    with pytest.raises(ValueError, match="have 0 pairs of one class"):
+    with pytest.raises(ValueError, match="have 0 same-class and"):
         calibrate([torch.randn(100, 2), torch.arange(100)], 0.1)

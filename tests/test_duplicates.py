@@ -61,7 +61,7 @@ def check(table, capsys, problems=0):
 
 def test_duplicates_are_found_and_the_worst_listed(table, capsys):
     first, listed, flat, head, same, near, worst, *rows, end = check(table, capsys, problems=1)
-    assert first == "1 images are in both training and test" and listed == "  1.jpg = copy of 1.jpg"
+    assert first == "Images in both training and test: 1" and listed == "  1.jpg = copy of 1.jpg"
     assert flat == "3 images are nearly uniform: among them, only the same files were looked for"
     assert head.split() == ["pairs", "of", "images", "train", "test", "both", "of", "two", "classes"]
     assert same.split()[-4:] == ["1", "1", "1", "1"] and near.split()[-4:] == ["0", "1", "0", "1"]

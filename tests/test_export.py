@@ -360,7 +360,7 @@ def test_usage_errors(made, tmp_path, capsys):
     for more, words in (
         (["--model", "resnet50"], "--model: the checkpoint was trained with resnet18"),
         (["--embedding-size", 8], "--embedding-size: the checkpoint was trained with 16"),
-        (["--backbone-only"], "which network"),
+        (["--backbone-only"], "one of --resume or --backbone-only is required"),
         (["--fp16", "--check", made], "argument --fp16"),
         (["--check", ""], "argument --check: expected a path"),
     ):

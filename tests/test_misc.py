@@ -108,17 +108,17 @@ def test_comparison_that_only_draws(commands_of, script):
     assert [name for name, _ in commands_of(script, "draw")] == ["misc/compare.py"]
 
 
-def test_gap_of_honest_results(commands_of, tmp_path):
+def test_gap_of_selection_on_the_test_set(commands_of, tmp_path):
     """On every 14th letter to train and every 7th to test; started again it continues."""
     for _ in range(2):
-        commands = commands_of("honest_gap.sh")
+        commands = commands_of("selection_gap.sh")
     assert [name for name, _ in commands] == ["protocol.py"] * 2 and commands[0] == commands[1]
     args = protocol.parse(commands[0][1])
     letters = {
-        split: len(list((tmp_path / "logs/honest_gap/data/glyphs" / split).iterdir())) for split in ("train", "eval")
+        split: len(list((tmp_path / "logs/selection_gap/data/glyphs" / split).iterdir())) for split in ("train", "eval")
     }
     assert letters == {"train": 3, "eval": 5} and len(args.seeds) == 10
-    assert (tmp_path / "misc" / "honest_gap.png").exists()
+    assert (tmp_path / "misc" / "selection_gap.png").exists()
 
 
 def test_thresholds(tmp_path, monkeypatch, capsys):

@@ -469,7 +469,7 @@ def test_check_finds_what_is_wrong(tmp_path, published, capsys):
     published("cub", train=(4, 24), eval=(3, 18))
     images = trees.cub(tmp_path) / "CUB_200_2011" / "images"
     run("check", "cub", "--data-root", tmp_path, "--workers", 2)
-    assert "0 images are in both training and test" in capsys.readouterr().out
+    assert "Images in both training and test: 0" in capsys.readouterr().out
     (images / "001.Bird_1" / "Bird_1_0000.jpg").write_bytes(b"")
     (images / "101.Bird_101" / "Bird_101_0000.jpg").write_bytes(
         (images / "002.Bird_2" / "Bird_2_0000.jpg").read_bytes()
@@ -479,7 +479,7 @@ def test_check_finds_what_is_wrong(tmp_path, published, capsys):
         run("check", "cub", "--data-root", tmp_path, "--workers", 0)
     output = capsys.readouterr()
     assert failed.value.code == 1 and "cub has 2 problems" in output.err
-    assert "1 images are in both training and test" in output.out and "Bird_101_0000.jpg" in output.out
+    assert "Images in both training and test: 1" in output.out and "Bird_101_0000.jpg" in output.out
     assert "Bird_1_0000.jpg cannot be read" in output.out and "eval is not the published split" in output.out
 
 

@@ -173,7 +173,7 @@ def test_page_of_a_euclidean_network(tmp_path, gallery):
     of_two = distances[targets.labels != queries.labels[:, None]]
     assert sorted(means) == pytest.approx(sorted([float(of_one.mean()), float(of_two.mean())]), abs=0.006)
     threshold = float(re.search(r"At the threshold ([\d.]+) ", text)[1])
-    rate = float(re.search(r"are equal: ([\d.]+)% \[[^]]*\] of the pairs of one class are above it", text)[1])
+    rate = float(re.search(r"are equal: ([\d.]+)% \[[^]]*\] of the same-class pairs are above it", text)[1])
     assert rate / 100 == pytest.approx(float((of_one > threshold).double().mean()), abs=0.01)
     assert rate / 100 == pytest.approx(float((of_two <= threshold).double().mean()), abs=0.01)
     farthest = max(float(value) for value in re.findall(r"%\">([\d.]+)</span>", text))
@@ -249,8 +249,8 @@ def test_similarities_say_how_many_pairs_they_are_of_and_the_threshold_is_drawn(
     alike = queries.labels[:, None].numpy() == gallery.labels.numpy()
     same, other = similarity[alike], similarity[~alike]
     assert f"AUC {100 * roc_auc_score(alike.ravel(), similarity.ravel()):.2f}% [" in text
-    assert f"one class: mean {same.mean():.2f}, {len(same):,} pairs" in text
-    assert f"two classes: mean {other.mean():.2f}, {len(other):,} pairs" in text
+    assert f"same class: mean {same.mean():.2f}, {len(same):,} pairs" in text
+    assert f"different classes: mean {other.mean():.2f}, {len(other):,} pairs" in text
     threshold, rate = map(float, re.search(r"At the threshold ([\d.]+) .*? are equal: ([\d.]+)%", text).groups())
     assert rate == pytest.approx(100 * (same < threshold).mean(), abs=0.3)
     assert rate == pytest.approx(100 * (other >= threshold).mean(), abs=0.1)

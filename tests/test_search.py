@@ -350,7 +350,12 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(lambda: search.main([*query, "-k", "0"]), capsys, "argument --neighbours: 0 is not positive", code=2)
     (tmp_path / "empty").mkdir()
     fails(lambda: make(weights, tmp_path / "empty", tmp_path / "index"), capsys, "There are no images in")
-    fails(lambda: make(weights, images, tmp_path / "index", "--split", "eval"), capsys, "what to index", code=2)
+    fails(
+        lambda: make(weights, images, tmp_path / "index", "--split", "eval"),
+        capsys,
+        "one of --images or --split is required",
+        code=2,
+    )
     fails(lambda: make(weights, images, tmp_path / "index", "--model", "resnet50"), capsys, "was trained with", code=2)
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for out in (weights / "a.pth", tmp_path / "link"):

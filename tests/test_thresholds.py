@@ -134,7 +134,7 @@ def test_damaged_record_is_one_line(calibrated, damage, tmp_path):
 @pytest.mark.parametrize(
     "more, words, code",
     [
-        (["--far", "0.1"], "argument --far: it is for --calibrate", 2),
+        (["--far", "0.1"], "--far requires --calibrate", 2),
         (["--calibrate", "--far", "1"], "argument --far: 1.0 is not between 0 and 1", 2),
         (["--calibrate", "--far", "nan"], "argument --far: nan is not between 0 and 1", 2),
         (["--calibrate", "--far", "0.0001"], "too few for a threshold with 0.01% false accepts", 1),

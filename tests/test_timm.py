@@ -496,8 +496,8 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
 
 def test_a_backbone_alone_is_not_a_checkpoint(capsys):
     for flags, words in {
-        (): "which network: --resume PATH for a checkpoint, or --backbone-only",
-        ("--resume", "a.pth", "--backbone-only"): "which network: ",
+        (): "one of --resume or --backbone-only is required",
+        ("--resume", "a.pth", "--backbone-only"): "one of --resume or --backbone-only is required",
         ("--resume", "a.pth", "--pretrained", "none"): "argument --pretrained: a checkpoint has its own weights",
         (
             "--backbone-only",

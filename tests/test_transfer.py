@@ -240,7 +240,9 @@ def test_bad_arguments(teacher, cub_root, tmp_path, capsys, changed, words):
 
 
 def test_bad_teachers(teacher, cub_root, tmp_path, capsys):
-    fails(arguments(teacher, cub_root, tmp_path)[:1], capsys, "argument --source-ckpt: whose checkpoint", code=2)
+    fails(
+        arguments(teacher, cub_root, tmp_path)[:1], capsys, "the following argument is required: --source-ckpt", code=2
+    )
     missing, damaged, other = (tmp_path / name for name in ("missing.pth", "damaged.pth", "other.pth"))
     damaged.write_bytes(teacher.read_bytes()[:-1000])
     torch.save({"model_state_dict": net.create("resnet18", 12).state_dict()}, other)

@@ -226,7 +226,7 @@ def random_classes(count, seed):
 def test_rates_that_the_pairs_are_too_few_for():
     found = verify(*SETS["themselves"], fars=[0.1, 1e-3, 1e-6])
     assert found.too_rare == [1e-3, 1e-6] and list(found.at_far) == [0.1]
-    assert "too few for thresholds with 0.1%, 0.0001% false accepts" in found.text()
+    assert "too few different-class pairs for thresholds with 0.1%, 0.0001% false accepts" in found.text()
 
 
 FEW = {
@@ -240,7 +240,7 @@ FEW = {
 def test_pairs_of_one_kind_have_no_threshold(kind):
     embeddings, labels = map(torch.tensor, FEW[kind])
     found = verify(embeddings, labels)
-    assert found.auc is None and not found.at_far and "thresholds need pairs of both kinds" in found.text()
+    assert found.auc is None and not found.at_far and "thresholds need both kinds" in found.text()
 
 
 @pytest.mark.parametrize("distance", tiles.DISTANCES)

@@ -262,7 +262,7 @@ def test_similarities_say_how_many_pairs_they_are_of_and_the_threshold_is_drawn(
     for far, tar, threshold in rows:
         assert float(tar) == pytest.approx(100 * (same >= float(threshold)).mean(), abs=0.2)
         assert float(far) == pytest.approx(100 * (other >= float(threshold)).mean(), abs=0.02)
-    assert "too few for thresholds with 0.01% false accepts" in text and 0 < at < 1
+    assert "too few different-class pairs for thresholds with 0.01% false accepts" in text and 0 < at < 1
     for kind, height in (("right", same), ("wrong", other)):  # the drawing is their histogram
         drawn = re.search(rf'<path class="{kind}" d="M0 100(.*?)V100Z', text)[1]
         heights = [100 - float(y) for y in re.findall(r"V([\d.]+)H", drawn)]

@@ -211,7 +211,7 @@ def test_ending_below_the_backbone_is_said(weights, cub_root, tmp_path, monkeypa
 
     monkeypatch.setattr(train.evaluation, "evaluate", evaluate)
     run_train(cub_root, tmp_path, pretrained=weights)
-    assert "The last epoch is below the backbone alone" in capsys.readouterr().out
+    assert "Training made it worse: the last epoch is below the untrained backbone" in capsys.readouterr().out
 
 
 def test_other_epochs_do_not_continue_a_cosine(logs, weights, cub_root, capsys):

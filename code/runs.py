@@ -62,7 +62,7 @@ def new(path: Path):
     """Create the folder or, where it holds anything, the first of path_2, path_3, ... that is empty: (folder, lock)."""
     for folder in numbered(path):
         folder.mkdir(parents=True, exist_ok=True)
-        if any(file.name != LOCK for file in folder.iterdir()):
+        if any(not file.name.startswith(".") for file in folder.iterdir()):  # the lock, what a killed start has left
             continue
         try:
             held = lock(folder)

@@ -536,6 +536,14 @@ def test_new_run_takes_no_folder_that_holds_something_else(cub_root, tmp_path):
     assert (wanted / "metrics.csv").read_text() == "mine" and wanted.with_name(f"{wanted.name}_2").exists()
 
 
+def test_start_that_was_killed_before_its_configuration_leaves_the_folder_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.0123456789abcdef.tmp").write_text("{")
+    folder, lock = runs.new(tmp_path / "run")
+    lock.close()
+    assert folder == tmp_path / "run"
+
+
 def test_run_in_a_folder_of_any_bytes(cub_root, tmp_path, uninterrupted):
     logs = tmp_path / os.fsdecode(b"bad\xff dir")
     train.main(arguments(cub_root, logs, epochs=2))

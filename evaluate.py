@@ -10,20 +10,11 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import (
-    console,
-    decisions,
-    distributed,
-    evaluation,
-    exported,
-    hardware,
-    logbook,
-    published,
-    randomness,
-    report,
-)
+from proxy_anchor import cli, distributed, evaluation, exported, hardware, published, randomness, verification
 from proxy_anchor.checkpoint import Checkpoint, digest, in_run, save_threshold
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.report import page
+from proxy_anchor.runs import logbook
 from proxy_anchor.text import printable
 
 EXAMPLES = """examples:
@@ -41,13 +32,13 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = console.Parser(
+    parser = cli.Parser(
         usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
         allow_abbrev=False,
-        formatter_class=console.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), hardware.options(), console.options()],
+        formatter_class=cli.HelpFormatter,
+        parents=[dataset.options(training=False), net.options(training=False), hardware.options(), cli.options()],
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -76,7 +67,7 @@ def parse(argv=None) -> argparse.Namespace:
     )  # fmt: skip
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
-    with console.errors_in_one_line("evaluate.py", args.debug):
+    with cli.errors_in_one_line("evaluate.py", args.debug):
         paths = [in_run(path) for path in args.resume]
         checkpoints = [Checkpoint(path) for path in paths]
     contract, *others = [each.contract for each in checkpoints] or [{}]
@@ -84,9 +75,9 @@ def parse(argv=None) -> argparse.Namespace:
         if different := [name for name in contract | other if contract.get(name) != other.get(name)]:
             listed = ", ".join(f"{name} {other.get(name)} instead of {contract.get(name)}" for name in different)
             parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({listed})")
-    args = console.parse_with_contract(parser, argv, contract)
+    args = cli.parse_with_contract(parser, argv, contract)
     args.resume, args.checkpoints = paths, checkpoints
-    console.check_ranges(parser, args)
+    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
     if args.calibrate and len(args.resume) != 1:
@@ -136,11 +127,11 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     with distributed.first_process_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, geometry, **choice)
-    console.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     share = distributed.rank(), distributed.count()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     if args.report and distributed.rank() == 0:
-        report.open_folder(Path(args.report))  # before the work is done
+        page.open_folder(Path(args.report))  # before the work is done
     ks, distance = dataset.ALL[args.dataset].KS, args.distance
     of_each = [[tensor for loader in loaders for tensor in embedder.embed(loader)] for embedder in embedders]
     groups = [images.groups for images in test_sets]
@@ -163,7 +154,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         shown[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(shown) + "\n" + result.remark() + dataset.remark(test_sets), end="")
     if args.verify or args.calibrate or args.report:
-        pairs = decisions.verify(**evaluation.arguments(embedded, distance, groups), group=distributed.group())
+        pairs = verification.verify(**evaluation.arguments(embedded, distance, groups), group=distributed.group())
         print(pairs.text(), end="")
     if reference and (networks[0].embedding_size, args.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
@@ -184,21 +175,21 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
             "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
         }
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
-        page = report.write(
+        path = page.write(
             Path(args.report), f"{args.model} on {args.dataset}", f"{source}; {' searched in '.join(sizes)}",
             shown, result, pairs, args.checkpoints[0].threshold if len(args.resume) == 1 else {}, environment,
             *(
-                report.TestSet(*embedded[2 * i : 2 * i + 2], images, distance)
+                page.TestSet(*embedded[2 * i : 2 * i + 2], images, distance)
                 for i, images in enumerate(test_sets)
             ),
         )  # fmt: skip
-        print(f"The report is {printable(str(page))}")
+        print(f"The report is {printable(str(path))}")
     return rows
 
 
 def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets: list, groups: list) -> None:
     """Choose and check a threshold, and record it in the checkpoint."""
-    found = decisions.calibrate(embedded, args.far, args.distance, groups)
+    found = verification.calibrate(embedded, args.far, args.distance, groups)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
     save_threshold(args.resume[0], found.record() | data, args.checkpoints[0].identity)
@@ -208,7 +199,7 @@ def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with console.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
+    with cli.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))
 

@@ -14,10 +14,12 @@ import net
 from dataset import transforms
 from dataset.files import left_out
 from dataset.folder import find
-from proxy_anchor import card, console, evaluation, exported, logbook
+from proxy_anchor import cli, evaluation, exported
 from proxy_anchor.checkpoint import CONTRACT, FORMER_ORIENTATION, Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import locked, replacing
+from proxy_anchor.report import card
+from proxy_anchor.runs import logbook
 
 CHECKED = 64  # images, spread over those there are
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
@@ -32,10 +34,10 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = console.Parser(
+    parser = cli.Parser(
         usage="export.py --resume PATH --out FILE [--flag value ...]", description=__doc__, epilog=EXAMPLES,
-        allow_abbrev=False, formatter_class=console.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), console.options()],
+        allow_abbrev=False, formatter_class=cli.HelpFormatter,
+        parents=[dataset.options(training=False), net.options(training=False), cli.options()],
     )  # fmt: skip
     group = parser.add_argument_group("export")
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export, or the folder of its run")
@@ -54,13 +56,13 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
-    with console.errors_in_one_line("export.py", args.debug):
+    with cli.errors_in_one_line("export.py", args.debug):
         path = in_run(args.resume)
         checkpoint = Checkpoint(path)
     contract = checkpoint.contract
-    args = console.parse_with_contract(parser, argv, contract)
+    args = cli.parse_with_contract(parser, argv, contract)
     args.resume, args.checkpoint = path, checkpoint
-    console.check_ranges(parser, args)
+    cli.check_ranges(parser, args)
     if not args.check:
         dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
@@ -142,7 +144,7 @@ def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.geometry, **choice)
-    console.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     return test_sets
 
 
@@ -205,7 +207,7 @@ def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
     # All files of a stem have one card.
-    with console.errors_in_one_line("export.py", args.debug), locked(out.with_name(out.stem)):
+    with cli.errors_in_one_line("export.py", args.debug), locked(out.with_name(out.stem)):
         export(args)
 
 

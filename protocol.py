@@ -14,9 +14,10 @@ from typing import NamedTuple
 import evaluate
 import net
 import train
-from proxy_anchor import child, console, figures, logbook, runs, selection
+from proxy_anchor import cli, figures
 from proxy_anchor.files import replacing
-from proxy_anchor.stopping import Interrupted
+from proxy_anchor.runs import child, logbook, run_folders, selection
+from proxy_anchor.runs.stopping import Interrupted
 
 EXAMPLES = """examples:
   as ProxyNCA++: the second half of the training classes chooses the epoch; flags after -- are those of train.py:
@@ -34,9 +35,9 @@ EVALUATION = (
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = console.Parser(
+    parser = cli.Parser(
         usage="protocol.py [--flag value ...] -- [flags of train.py]", description=__doc__, epilog=EXAMPLES,
-        allow_abbrev=False, formatter_class=console.HelpFormatter, parents=[console.options()],
+        allow_abbrev=False, formatter_class=cli.HelpFormatter, parents=[cli.options()],
     )  # fmt: skip
     group = parser.add_argument_group("protocol")
     group.add_argument(
@@ -56,7 +57,7 @@ def parse(argv=None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
-    console.check_ranges(parser, args)
+    cli.check_ranges(parser, args)
     args.flags, args.command = argv[end + 1 :], shlex.join(["python", "protocol.py", *argv])
     if not 0 <= min(args.seeds) <= max(args.seeds) < 2**63 or len(set(args.seeds)) < len(args.seeds):
         parser.error("argument --seeds: expected different numbers from 0, below 2**63")
@@ -95,8 +96,8 @@ class Training(NamedTuple):
     def folder(self) -> Path:
         """Where it is, once it has run. Raises FileNotFoundError where it has not."""
         args = train.parse(self.argv)
-        place = runs.place(Path(args.LOG_DIR), args.dataset, train.run_name(args))
-        if found := runs.of_experiment(place, vars(args) | net.identity(args.pretrained)):
+        place = run_folders.place(Path(args.LOG_DIR), args.dataset, train.run_name(args))
+        if found := run_folders.of_experiment(place, vars(args) | net.identity(args.pretrained)):
             return found[-1]
         raise FileNotFoundError(f"There is no run {place}")
 
@@ -162,7 +163,7 @@ def evaluate_folds(args: argparse.Namespace, trainings: list[Training]) -> dict[
 
 def settings(args: argparse.Namespace) -> dict:
     """What the results depend on, beside the seeds."""
-    decided = (*runs.SURROUNDINGS, *runs.MAY_CHANGE, "seed", "fold", "by")
+    decided = (*run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE, "seed", "fold", "by")
     given = {name: value for name, value in vars(args.training).items() if name not in decided}
     given |= net.identity(args.training.pretrained)
     return given | {"epochs": args.training.epochs, "folds": args.folds, "by": args.by}
@@ -173,7 +174,7 @@ def open_folder(args: argparse.Namespace) -> Path:
     given = args.training
     name = train.run_name(argparse.Namespace(**vars(given) | {"seed": 1}))  # which is not in the name
     path = Path(args.out or Path(given.LOG_DIR) / f"protocol_{given.dataset}" / f"{name}_folds{args.folds}")
-    folder = next(folder for folder in runs.numbered(path) if settings_in(folder) in (None, settings(args)))
+    folder = next(folder for folder in run_folders.numbered(path) if settings_in(folder) in (None, settings(args)))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -237,7 +238,7 @@ def protocol(args: argparse.Namespace) -> None:
 
 def main(argv=None):
     args = parse(argv)
-    with console.errors_in_one_line("protocol.py", args.debug), console.output_may_close():
+    with cli.errors_in_one_line("protocol.py", args.debug), cli.output_may_close():
         try:
             protocol(args)
         except Interrupted as interruption:

@@ -17,10 +17,11 @@ from dataset import transforms
 from dataset.files import BadFile, is_hidden, left_out, read_image
 from dataset.folder import find
 from dataset.folder import images as images_in
-from proxy_anchor import console, entries, exported, figures, hardware, randomness
+from proxy_anchor import cli, exported, figures, hardware, randomness
 from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest, in_run
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.index import EXACT, IMAGES, RECALL_AT, Index, lock
+from proxy_anchor.index import entries
+from proxy_anchor.index.store import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.pairs import signed
 from proxy_anchor.text import printable
 
@@ -41,14 +42,14 @@ with several photos of each thing, in one folder per thing:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = console.Parser(
+    parser = cli.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=console.HelpFormatter,
+        formatter_class=cli.HelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
     form = {
-        "parents": [hardware.options(), console.options()],
-        "allow_abbrev": False, "formatter_class": console.HelpFormatter,
+        "parents": [hardware.options(), cli.options()],
+        "allow_abbrev": False, "formatter_class": cli.HelpFormatter,
     }  # fmt: skip
 
     make = commands.add_parser(
@@ -113,11 +114,11 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "index":
         net.check_weights(make, args)
-        with console.errors_in_one_line("search.py", args.debug):
+        with cli.errors_in_one_line("search.py", args.debug):
             path = in_run(args.resume) if args.resume else None
             checkpoint = Checkpoint(path) if path else None
         contract = checkpoint.contract if checkpoint else {}
-        args = console.parse_with_contract(parser, argv, contract, at=1)
+        args = cli.parse_with_contract(parser, argv, contract, at=1)
         args.resume, args.checkpoint = path, checkpoint
         net.check_arguments(parser, args, contract)
         told = {name: getattr(args, name) for name in (*CONTRACT, "distance")}
@@ -132,7 +133,7 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error("one of --images or --split is required")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
-    console.check_ranges(parser, args)
+    cli.check_ranges(parser, args)
     return args
 
 
@@ -208,7 +209,7 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     for block in entries.blocks(wanted, BLOCK):
         paths = [image for paths in block.values() for image in paths]
         images = unlabelled(paths, args.contract, is_upright(index))
-        console.make_ready([images], args.skip_bad_images, args.cache, args.workers)
+        cli.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if len(images):
             found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
             index.add({entry: stamps[entry] for entry in found}, embeddings)
@@ -477,7 +478,7 @@ def folder_of(entry: str) -> str:
 
 def main(argv=None):
     args = parse(argv)
-    with console.errors_in_one_line("search.py", args.debug):
+    with cli.errors_in_one_line("search.py", args.debug):
         (update_index if args.command == "index" else query)(args)
 
 

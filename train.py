@@ -6,20 +6,10 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import (
-    console,
-    distributed,
-    evaluation,
-    hardware,
-    logbook,
-    losses,
-    randomness,
-    runs,
-    sharded,
-    training,
-)
+from proxy_anchor import cli, distributed, evaluation, hardware, losses, randomness, sharded, training
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.running import Run
+from proxy_anchor.runs import logbook, run_folders
+from proxy_anchor.runs.run import Run
 
 EXAMPLES = """examples:
   a first run, without a download:
@@ -32,19 +22,19 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = console.Parser(
+    parser = cli.Parser(
         usage="train.py [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
         allow_abbrev=False,
-        formatter_class=console.HelpFormatter,
+        formatter_class=cli.HelpFormatter,
         parents=[
             dataset.options(training=True), dataset.validation.options(), net.options(training=True), losses.options(),
-            training.options(), hardware.options(), logbook.options(), console.options(),
+            training.options(), hardware.options(), logbook.options(), cli.options(),
         ],
     )  # fmt: skip
-    args = console.parse_with_recipe(parser, argv, dataset.recipe)
-    console.check_ranges(parser, args)
+    args = cli.parse_with_recipe(parser, argv, dataset.recipe)
+    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args)
     losses.check_arguments(parser, args)
@@ -76,12 +66,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     expected = net.expects(args.model)
     geometry = dataset.geometry_of(args.dataset, expected)
     choice = {
-        "allow_partial": args.allow_partial, "test_classes": args.test_classes, "upright": runs.upright(args.resume),
-    }  # fmt: skip
+        "allow_partial": args.allow_partial,
+        "test_classes": args.test_classes,
+        "upright": run_folders.upright(args.resume),
+    }
     with distributed.first_process_first():
         splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, geometry, **choice)
     train_set, *test_sets = splits.values()
-    console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
+    cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
     # Without gradients, twice the images fit into the memory.
@@ -95,8 +87,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         "device": str(device), "processes": distributed.count(),
         "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
     } | net.identity(args.pretrained)  # fmt: skip
-    resume = runs.to_resume(run_name(args), config)
-    pretrained = None if resume and (resume / runs.LAST).exists() else args.pretrained
+    resume = run_folders.to_resume(run_name(args), config)
+    pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Network, loss, optimizer.
     with distributed.first_process_first():
@@ -151,12 +143,12 @@ def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
-        console.errors_in_one_line("train.py", args.debug), console.output_may_close(),
+        cli.errors_in_one_line("train.py", args.debug), cli.output_may_close(),
         distributed.processes(args.gpu_id) as device,
     ):  # fmt: skip
         try:
             train(args, device)
-        except runs.Finished as finished:
+        except run_folders.Finished as finished:
             print(finished)
 
 

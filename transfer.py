@@ -7,20 +7,11 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import (
-    console,
-    distillation,
-    distributed,
-    evaluation,
-    hardware,
-    logbook,
-    randomness,
-    runs,
-    training,
-)
+from proxy_anchor import cli, distillation, distributed, evaluation, hardware, randomness, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.running import Run
+from proxy_anchor.runs import logbook, run_folders
+from proxy_anchor.runs.run import Run
 from proxy_anchor.text import printable
 
 EXAMPLES = """examples:
@@ -62,20 +53,20 @@ def options() -> argparse.ArgumentParser:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = console.Parser(
+    parser = cli.Parser(
         usage="transfer.py --source-ckpt PATH [--flag value ...]",
         description=__doc__,
         epilog=EXAMPLES,
         allow_abbrev=False,
-        formatter_class=console.HelpFormatter,
+        formatter_class=cli.HelpFormatter,
         parents=[
             options(), dataset.options(training=True), net.options(training=True), distillation.options(),
-            training.options(), hardware.options(), logbook.options(), console.options(),
+            training.options(), hardware.options(), logbook.options(), cli.options(),
         ],
     )  # fmt: skip
     parser.set_defaults(**DEFAULTS)
-    args = console.parse_with_recipe(parser, argv, recipe)
-    console.check_ranges(parser, args)
+    args = cli.parse_with_recipe(parser, argv, recipe)
+    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args)
     training.check_arguments(parser, args)
@@ -85,7 +76,7 @@ def parse(argv=None) -> argparse.Namespace:
         )
     if args.epochs == 0 and args.resume:
         parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
-    with console.errors_in_one_line("transfer.py", args.debug):
+    with cli.errors_in_one_line("transfer.py", args.debug):
         describe_teacher(parser, args)
     return args
 
@@ -133,12 +124,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     expected = net.expects(args.model)
     geometry = dataset.geometry_of(args.dataset, expected)
     choice = {
-        "allow_partial": args.allow_partial, "test_classes": args.test_classes, "upright": runs.upright(args.resume),
-    }  # fmt: skip
+        "allow_partial": args.allow_partial,
+        "test_classes": args.test_classes,
+        "upright": run_folders.upright(args.resume),
+    }
     with distributed.first_process_first():
         splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry=geometry, **choice)
     train_set, *test_sets = splits.values()
-    console.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
+    cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share, args.view)
     # Without gradients, twice the images fit into the memory.
@@ -158,8 +151,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         "device": str(device), "processes": distributed.count(), "distance": distance, "teacher": args.teacher.identity,
         "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
     } | net.identity(args.pretrained)  # fmt: skip
-    resume = runs.to_resume(name, config)
-    pretrained = None if resume and (resume / runs.LAST).exists() else args.pretrained
+    resume = run_folders.to_resume(name, config)
+    pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Student, teacher, loss, optimizer.
     with distributed.first_process_first():
@@ -219,12 +212,12 @@ def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
-        console.errors_in_one_line("transfer.py", args.debug), console.output_may_close(),
+        cli.errors_in_one_line("transfer.py", args.debug), cli.output_may_close(),
         distributed.processes(args.gpu_id) as device,
     ):  # fmt: skip
         try:
             train(args, device)
-        except runs.Finished as finished:
+        except run_folders.Finished as finished:
             print(finished)
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor.index import RECALL_AT, Index
-from proxy_anchor.neighbours import Exact, faiss
+from proxy_anchor.index.neighbours import Exact, faiss
+from proxy_anchor.index.store import RECALL_AT, Index
 
 BLOCK, PER_CLASS, INTRINSIC, NOISE = 2**14, 20, 32, 0.6
 NPROBES = (1, 4, 16, 64)

@@ -2,8 +2,9 @@
 
 import torch
 
-from proxy_anchor import console, distributed, hardware
+from proxy_anchor import distributed, hardware
 from proxy_anchor.exported import Program
+from proxy_anchor.progress import progress
 
 
 class Scaler(torch.amp.GradScaler):
@@ -67,7 +68,7 @@ class Embedder:
         Stop, which may end it early; check it before the embeddings are used.
         """
         self.network.eval()
-        bar = console.progress(loader, description)
+        bar = progress(loader, description)
         if stop:
             bar = stop.after_each(bar)
         embeddings = [torch.empty(0, self.network.embedding_size, device=self.device)]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from proxy_anchor import distributed
+from proxy_anchor.collectives import Parts
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.parts import Parts
 from proxy_anchor.retrieval import recall_of_ranks, search
-from proxy_anchor.stopping import Stop
+from proxy_anchor.runs.stopping import Stop
 from proxy_anchor.tiles import unit_vectors
 
 

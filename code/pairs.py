@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from proxy_anchor.parts import Parts
+from proxy_anchor.collectives import Parts
 from proxy_anchor.retrieval import groups_searched, searched
 from proxy_anchor.tiles import Points, Tiled, origin_of
 

@@ -7,8 +7,8 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
+from proxy_anchor.collectives import Parts
 from proxy_anchor.losses import whole_numbers
-from proxy_anchor.parts import Parts
 from proxy_anchor.tiles import Panel, Points, Tiled, finite, origin_of
 
 PANEL = 1 << 25  # similarities that are kept at a time, at least those with the positives of a tile's rows

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from proxy_anchor.collectives import Parts
 from proxy_anchor.losses import norms
-from proxy_anchor.parts import Parts
 
 # Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
 # the kernels' width: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.

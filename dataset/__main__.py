@@ -7,7 +7,8 @@ from pathlib import Path
 import dataset
 from dataset import duplicates, files, names, prepare
 from dataset.check import Image, in_several, inspect, with_several_labels
-from proxy_anchor import console
+from proxy_anchor import cli
+from proxy_anchor.progress import progress
 from proxy_anchor.text import printable
 
 SHOWN = 10  # of a kind of problem
@@ -22,12 +23,12 @@ EXAMPLES = """examples:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = console.Parser(
+    parser = cli.Parser(
         prog="python -m dataset", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=console.HelpFormatter,
+        formatter_class=cli.HelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
-    common = argparse.ArgumentParser(add_help=False, parents=[console.options()])
+    common = argparse.ArgumentParser(add_help=False, parents=[cli.options()])
     common.add_argument(
         "--data-root",
         metavar="DIR",
@@ -50,14 +51,14 @@ def parse(argv=None) -> argparse.Namespace:
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"
     )
     args = parser.parse_args(argv)
-    console.check_ranges(parser, args)
+    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.name)
     return args
 
 
 def run_prepare(name: str, root: str, archives: list[Path]) -> None:
     folder = dataset.BENCHMARKS[name].FOLDER
-    for _ in console.progress(prepare.prepare(name, Path(root), folder, archives), "extracting"):
+    for _ in progress(prepare.prepare(name, Path(root), folder, archives), "extracting"):
         pass
     print(f"Laid out in {Path(root) / folder}")
 
@@ -82,7 +83,7 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     test_sets = []
     for split in dataset.splits(name, root):
         images = dataset.load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
-        found = list(console.progress(inspect(images.paths, workers, images.upright, duplicates.available()), split))
+        found = list(progress(inspect(images.paths, workers, images.upright, duplicates.available()), split))
         parts[split], sets[split] = found, images
         if split != "train":
             test_sets.append(images)
@@ -127,7 +128,7 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
 
 def print_line(text: str) -> None:
     """Print a text with names from files as one line that is not too long."""
-    print(printable(text, console.LONGEST))
+    print(printable(text, cli.LONGEST))
 
 
 def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.ImageDataset]) -> list[str]:
@@ -143,7 +144,7 @@ def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.Image
 
 def main(argv=None):
     args = parse(argv)
-    with console.errors_in_one_line("python -m dataset", args.debug):
+    with cli.errors_in_one_line("python -m dataset", args.debug):
         warning = checksum_warning(args.archives)
         try:
             if args.command == "prepare":

@@ -20,7 +20,7 @@ import dataset
 import evaluate
 import train
 from misc import efficientnet_lite0
-from proxy_anchor import console, figures
+from proxy_anchor import cli, figures
 
 SIZE, WARM, EPOCHS = 64, 1, 3  # pixels, as glyphs are drawn; epochs
 NETWORK = ("--model", "tf_efficientnet_lite0", "--image-size", str(SIZE))
@@ -63,7 +63,7 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[console.options()]
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cli.options()]
     )
     parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="S")
@@ -71,7 +71,7 @@ def main(argv=None):
     parser.add_argument("--save", default="backbones.svg", metavar="FILE")
     args = parser.parse_args(argv)
     data = ["--dataset", "glyphs", "--data-root", args.data_root, "--workers", str(args.workers)]
-    with console.errors_in_one_line("backbones.py", args.debug), tempfile.TemporaryDirectory() as folder:
+    with cli.errors_in_one_line("backbones.py", args.debug), tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "efficientnet_lite0.pth")
         torch.save(efficientnet_lite0.convert(), weights)
         found = recalls(data, weights, args.seeds, folder)

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import console, figures, logbook, metrics, runs, significance
+from proxy_anchor import cli, figures, metrics
+from proxy_anchor.runs import logbook, run_folders, significance
 
-NOT_COMPARED = ("seed", "by", *runs.SURROUNDINGS, *runs.MAY_CHANGE)
+NOT_COMPARED = ("seed", "by", *run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {
@@ -61,9 +62,9 @@ def read(folders: list[str]) -> list[Run]:
     """The runs in these folders, each once. Raises FileNotFoundError or ValueError if there is none."""
     found = {}
     for folder in map(Path, folders):
-        config = runs.read_config(folder)
+        config = run_folders.read_config(folder)
         if not isinstance(config.get("loss"), str):
-            raise ValueError(f'{folder / runs.CONFIG} names no "loss"; expected what train.py writes')
+            raise ValueError(f'{folder / run_folders.CONFIG} names no "loss"; expected what train.py writes')
         if config.get("lr_schedule", "step") != "step":  # recorded, but without effect
             config = {name: value for name, value in config.items() if not name.startswith("lr_decay_")}
         rows, backbone = figures.read(folder / "metrics.csv")
@@ -190,7 +191,7 @@ def table(groups: list[Group]) -> str:
 def in_encoding(text: str, encoding: str) -> str:
     """The text, with +- of the same width instead of ± where a terminal of this encoding cannot show it.
 
-    What else it cannot show is escaped by the stream, see console.errors_in_one_line.
+    What else it cannot show is escaped by the stream, see cli.errors_in_one_line.
     """
     try:
         text.encode(encoding)
@@ -232,7 +233,7 @@ def count_of_runs(groups: list[Group]) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[console.options()],
+        parents=[cli.options()],
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -240,7 +241,7 @@ def main(argv=None):
         help="the chart as .png, .svg or .pdf; may be given several times (default: comparison.png)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    with console.errors_in_one_line("compare.py", args.debug):
+    with cli.errors_in_one_line("compare.py", args.debug):
         groups = pool(read(args.runs))
         lines = [table(groups), *remarks(groups), *differences(groups)]
         print(in_encoding("\n".join(lines), sys.stdout.encoding or "utf-8"))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import net
 from dataset import transforms
-from proxy_anchor import console, figures, losses, randomness, training
+from proxy_anchor import cli, figures, losses, randomness, training
 
 LETTERS, ANCHOR = "AMST", 2  # the classes, and the one whose proxy has arrows
 SHOWN = 7  # images of each
@@ -132,7 +132,7 @@ def draw_arrows(ax, embeddings, proxy, weights, labels) -> None:
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[console.options()],
+        parents=[cli.options()],
     )  # fmt: skip
     parser.add_argument(
         "--data-root",
@@ -144,7 +144,7 @@ def main(argv=None):
         "--save", action="append", required=True, metavar="FILE", help="the picture; may be given several times"
     )
     args = parser.parse_args(argv)
-    with console.errors_in_one_line("idea.py", args.debug):
+    with cli.errors_in_one_line("idea.py", args.debug):
         images, labels = read_letters(args.data_root)
         moments = train(images, labels, [EARLY, STEPS])
         shown = torch.cat([torch.where(labels == c)[0][:: 16 // SHOWN][:SHOWN] for c in range(len(LETTERS))])

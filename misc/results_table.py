@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from proxy_anchor import console, figures, published, runs
+from proxy_anchor import cli, figures, published
+from proxy_anchor.runs import run_folders
 
 COLUMNS = [
     "R@1, %", "published", "ours, best epoch on test", "ours, without test-set selection", "seeds", "commit",
@@ -40,11 +41,11 @@ def finished(logs: Path, args: argparse.Namespace, seeds: list[int]) -> list[Fin
     """The finished runs of a recipe, the latest of each seed."""
     found = {}
     for folder in sorted((logs / f"logs_{args.dataset}").glob("*")):
-        if not (folder / runs.CONFIG).exists() or not (folder / "metrics.csv").exists():
+        if not (folder / run_folders.CONFIG).exists() or not (folder / "metrics.csv").exists():
             continue
-        config = runs.read_config(folder)
+        config = run_folders.read_config(folder)
         seed = config.get("seed")
-        if seed in seeds and not runs.differences(config, vars(args) | {"seed": seed}):
+        if seed in seeds and not run_folders.differences(config, vars(args) | {"seed": seed}):
             rows, _ = figures.read(folder / "metrics.csv")
             if len(rows) == args.epochs:
                 found[seed] = Finished(folder, config, max(row["R@1"] for row in rows))
@@ -57,7 +58,7 @@ def of_protocol(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None
         content = json.loads(path.read_text())
         settings = content["settings"]
         wanted = vars(args) | {"by": settings["by"]}  # what chose the epoch
-        if not runs.differences(settings, wanted) and settings["epochs"] == args.epochs:
+        if not run_folders.differences(settings, wanted) and settings["epochs"] == args.epochs:
             recalls = [100 * result["honest"]["R@1"] for result in content["seeds"]]
             return f"{spread(recalls)} ({len(recalls)} seed{'s' * (len(recalls) > 1)})", path.parent
     return None
@@ -98,13 +99,13 @@ def versions(recorded: dict[str, str]) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[console.options()],
+        parents=[cli.options()],
     )  # fmt: skip
     parser.add_argument("--logs", required=True, type=Path, metavar="DIR", help="--LOG_DIR of the runs")
     parser.add_argument("--seeds", default=[1], type=int, nargs="+", metavar="S", help="seeds of the runs that count")
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="flags of train.py, in quotes")
     args = parser.parse_args(argv)
-    with console.errors_in_one_line("results_table.py", args.debug):
+    with cli.errors_in_one_line("results_table.py", args.debug):
         lines = [COLUMNS, ["---"] * len(COLUMNS), *(row(args.logs, recipe, args.seeds) for recipe in args.recipes)]
         for line in lines:
             print("| " + " | ".join(line) + " |")

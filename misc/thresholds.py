@@ -13,10 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import net
-from proxy_anchor import console, decisions, retrieval
+from proxy_anchor import cli, retrieval, verification
 from proxy_anchor.checkpoint import Checkpoint
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.entries import embeddings_of, group
+from proxy_anchor.index.entries import embeddings_of, group
 
 SPLITS, FAR = 20, 0.01
 
@@ -42,7 +42,7 @@ def calibrations(embeddings: torch.Tensor, labels: torch.Tensor) -> None:
     """Choose a threshold on half of the classes and check it on the other half, for several halves."""
     rates, held = [], 0
     for seed in range(SPLITS):
-        found = decisions.calibrate([embeddings, labels], FAR, seed=seed)
+        found = verification.calibrate([embeddings, labels], FAR, seed=seed)
         rates.append(found.far.value)
         held += found.far.low <= FAR <= found.far.high
         print(f"seed {seed:2}  threshold {found.threshold.text()}  false accepts {found.far.percent()}", flush=True)
@@ -76,12 +76,12 @@ def folders(embeddings: torch.Tensor, labels: torch.Tensor, paths: list[str]) ->
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[console.options()]
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cli.options()]
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
     args = parser.parse_args(argv)
-    with console.errors_in_one_line("thresholds.py", args.debug):
+    with cli.errors_in_one_line("thresholds.py", args.debug):
         embeddings, labels, paths = embed(args.checkpoint, args.data_root)
         folders(embeddings, labels, paths)
         calibrations(embeddings, labels)

@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from proxy_anchor import pairs, tiles
-from proxy_anchor.decisions import Curve, calibrate, verify
 from proxy_anchor.pairs import Pairs, Scale
+from proxy_anchor.verification import Curve, calibrate, verify
 
 
 def random_set(count, classes, seed, dimensions=8):

@@ -24,7 +24,7 @@ from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, distributed, evaluation, losses, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
-from proxy_anchor.stopping import Interrupted, Stop
+from proxy_anchor.runs.stopping import Interrupted, Stop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch

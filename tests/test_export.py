@@ -27,7 +27,8 @@ import net
 import search
 from dataset import transforms
 from dataset.files import read_image
-from proxy_anchor import card, checkpoint, exported
+from proxy_anchor import checkpoint, exported
+from proxy_anchor.report import card
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")

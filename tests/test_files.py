@@ -17,7 +17,8 @@ import export
 import net
 import search
 import transfer
-from proxy_anchor import checkpoint, files, report
+from proxy_anchor import checkpoint, files
+from proxy_anchor.report import page
 
 RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1, "crop": 0.875}
 
@@ -277,7 +278,7 @@ def test_report_deletes_only_the_pictures_of_the_former_page(photos, tmp_path):
     evaluate.main(flags)
     left = {path.name for path in folder.glob("images-*")}
     assert own < left and former.name not in left and len(left) == 4
-    assert report.GENERATOR in (folder / "index.html").read_text()
+    assert page.GENERATOR in (folder / "index.html").read_text()
 
 
 def test_checkpoint_in_a_folder_of_any_bytes(tmp_path):

@@ -18,7 +18,8 @@ import evaluate
 import net
 import train
 from dataset.__main__ import main as dataset_main
-from proxy_anchor import checkpoint, confusion, decisions, distributed, evaluation, report, retrieval, tiles
+from proxy_anchor import checkpoint, distributed, evaluation, retrieval, tiles, verification
+from proxy_anchor.report import confusion, page
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 
 
@@ -188,7 +189,7 @@ def test_neighbours_and_pairs_of_the_report_are_of_other_groups(tmp_path):
     first, second = np.triu_indices(60, 1)
     apart = groups[first] != groups[second]
     one_class = (labels[first] == labels[second])[apart]
-    pairs = decisions.verify(*tensors[:2], distance="euclidean", groups=tensors[2])
+    pairs = verification.verify(*tensors[:2], distance="euclidean", groups=tensors[2])
     distances = np.linalg.norm(x[first] - x[second], axis=1)[apart]
     for counts, chosen in ((pairs.same, one_class), (pairs.other, ~one_class)):
         assert counts.sum() == chosen.sum()
@@ -197,12 +198,12 @@ def test_neighbours_and_pairs_of_the_report_are_of_other_groups(tmp_path):
 
     images = Numbers(labels, groups)
     result = evaluation.measure(tensors[:2], [1], groups=[groups])
-    report.open_folder(tmp_path)
-    queries = report.TestSet(*tensors[:2], images)
-    pictures = report.Pictures(tmp_path, queries, queries)
+    page.open_folder(tmp_path)
+    queries = page.TestSet(*tensors[:2], images)
+    pictures = page.Pictures(tmp_path, queries, queries)
     shown = []
     pictures.figure = lambda images, index, caption, kind="": shown.append((index, kind)) or ""
-    report.query_rows(queries, queries, True, result, pictures)
+    page.query_rows(queries, queries, True, result, pictures)
     query = None
     for index, kind in shown[::-1]:  # a row is the neighbours, then the query
         query = index if not kind else query

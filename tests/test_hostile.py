@@ -21,7 +21,8 @@ import transfer
 from dataset.__main__ import main as dataset_main
 from dataset.files import read_image
 from net import pretrained
-from proxy_anchor import checkpoint, console, resuming
+from proxy_anchor import checkpoint, cli
+from proxy_anchor.runs import resuming
 from proxy_anchor.text import csv_cell, printable
 
 SHOWN_IN_ONE_LINE = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)  # as in console
@@ -182,7 +183,7 @@ def test_path_of_several_lines_is_told_whole(tmp_path):
     images = dataset.ImageDataset([path], np.zeros(1, dtype=int), [""])
     for workers in (0, 1):
         error = outcome(lambda workers=workers: list(dataset.eval_loader(images, 1, workers)))
-        assert console.in_one_line(error) == f"The image {tmp_path}/a Traceback: b.jpg is missing"
+        assert cli.in_one_line(error) == f"The image {tmp_path}/a Traceback: b.jpg is missing"
 
 
 def test_network_stays_as_it_was(tmp_path):

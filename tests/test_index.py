@@ -16,9 +16,10 @@ from test_search import described, fails, found, make
 
 import net
 import search
-from proxy_anchor import checkpoint, neighbours, rows
+from proxy_anchor import checkpoint
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.index import Index
+from proxy_anchor.index import neighbours, rows
+from proxy_anchor.index.store import Index
 
 faiss = pytest.importorskip("faiss")
 MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_size": 16}, "by_folder": False}

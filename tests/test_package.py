@@ -31,9 +31,10 @@ def site(tmp_path_factory):
 
 def test_wheel_holds_code_as_proxy_anchor_and_nothing_else(site):
     assert {path.name.partition("-")[0] for path in site.iterdir()} == {"proxy_anchor"}
-    installed = {path.name for path in (site / "proxy_anchor").iterdir()}
-    assert installed == {path.name for path in (REPOSITORY / "code").iterdir() if path.suffix in (".py", ".html")}
-    assert {"losses.py", "retrieval.py"} <= installed
+    installed, code = site / "proxy_anchor", REPOSITORY / "code"
+    found = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    assert found == {str(path.relative_to(code)) for path in code.rglob("*") if path.suffix in (".py", ".html")}
+    assert {"losses.py", "retrieval.py"} <= found
 
 
 def test_loss_and_recall_of_the_package_need_torch_alone(site):

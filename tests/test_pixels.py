@@ -29,8 +29,9 @@ import train
 from dataset import files, folder, transforms
 from dataset.__main__ import main as dataset_main
 from dataset.files import BadFile, image_size, read_image
-from proxy_anchor import checkpoint, exported, runs
-from proxy_anchor.index import Index
+from proxy_anchor import checkpoint, exported
+from proxy_anchor.index.store import Index
+from proxy_anchor.runs import run_folders
 
 T = Image.Transpose
 STORED = {  # how a camera stores a picture with this orientation in EXIF
@@ -318,20 +319,20 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
     monkeypatch.setattr(dataset, "open", watch)
     train_on(turned, tmp_path)
     (run,) = (tmp_path / "logs_folder").iterdir()
-    assert runs.read_config(run)["orientation"] == "upright" and seen.pop() == {True}
+    assert run_folders.read_config(run)["orientation"] == "upright" and seen.pop() == {True}
     assert checkpoint.Checkpoint(run / "folder_resnet18_best.pth").contract["orientation"] == "upright"
     config = json.loads((run / "config.json").read_text())
     del config["orientation"]
     (run / "config.json").write_text(json.dumps(config))
     train_on(turned, tmp_path, "--resume", str(run), epochs=2)
     assert seen.pop() == {False} and "Resuming" in capsys.readouterr().out
-    assert runs.read_config(run)["orientation"] == "stored"
+    assert run_folders.read_config(run)["orientation"] == "stored"
     with pytest.raises(SystemExit, match="1"):
         train_on(turned, tmp_path, "--resume", "auto", epochs=2)
     assert f"not turned by their EXIF: --resume {run} continues it so; choose another --r" in capsys.readouterr().err
     train_on(turned, tmp_path, "--resume", "auto", "--remark", "_upright", epochs=2)
     assert seen.pop() == {True} and "Logging to" in capsys.readouterr().out
-    assert runs.read_config(run.with_name(f"{run.name}_upright"))["orientation"] == "upright"
+    assert run_folders.read_config(run.with_name(f"{run.name}_upright"))["orientation"] == "upright"
 
 
 def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root):

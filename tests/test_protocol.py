@@ -22,8 +22,9 @@ import evaluate
 import net
 import protocol
 import train
-from proxy_anchor import checkpoint, child, runs, selection
-from proxy_anchor.stopping import Interrupted
+from proxy_anchor import checkpoint
+from proxy_anchor.runs import child, run_folders, selection
+from proxy_anchor.runs.stopping import Interrupted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCHS = 3
@@ -102,10 +103,10 @@ def test_epoch_is_chosen_on_the_fold_and_the_retraining_has_as_many(root, finish
     for seed, result in zip((1, 2), content["seeds"], strict=True):
         fold, retrained = (logs / place for place in result["runs"])
         rows = rows_of(fold)
-        assert runs.read_config(fold)["fold"] == "2/2" and len(rows) == EPOCHS
+        assert run_folders.read_config(fold)["fold"] == "2/2" and len(rows) == EPOCHS
         best = max(range(EPOCHS), key=lambda epoch: rows[epoch]["val/MAP@R"])  # the first of equals
         assert result["epochs"] == best + 1 and result["validation"]["MAP@R"] == rows[best]["val/MAP@R"]
-        config = runs.read_config(retrained)
+        config = run_folders.read_config(retrained)
         assert (config["seed"], config["epochs"], config["fold"]) == (seed, best + 1, None)
         assert config["sizes"] == {"train": [30, 6], "eval": [20, 4]}
         assert [row["lr"] for row in rows_of(retrained)] == [3e-3, 1.5e-3, 7.5e-4][: best + 1]
@@ -236,9 +237,9 @@ def test_stopped_killed_and_started_again(root, finished, tmp_path):
     (folder,) = (tmp_path / "logs_cub").iterdir()
     for _ in range(100):  # the kernel ends the training, and with it the lock
         try:
-            runs.lock(folder).close()
+            run_folders.lock(folder).close()
             break
-        except runs.Locked:
+        except run_folders.Locked:
             time.sleep(0.05)
     else:
         pytest.fail("the training outlives protocol.py")

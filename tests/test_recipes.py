@@ -16,8 +16,9 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint, figures, losses, runs, training
+from proxy_anchor import checkpoint, figures, losses, training
 from proxy_anchor.evaluation import Result
+from proxy_anchor.runs import run_folders
 
 PEAK, STEPS, EPOCHS = 1e-3, 2, 4
 HALF_CIRCLE = [(1 + math.cos(math.pi * epoch / EPOCHS)) / 2 for epoch in range(EPOCHS)]
@@ -227,9 +228,9 @@ def test_run_of_an_earlier_version_is_not_continued_as_another_experiment(script
     """It does not tell these settings, which had one value then; transfer.py had its own."""
     then = vars(train.parse([])) | script
     earlier = {name: value for name, value in then.items() if name not in ("head", "freeze", "lr_schedule", "eps")}
-    assert runs.differences(earlier, then) == []
+    assert run_folders.differences(earlier, then) == []
     if change != {name: then[name] for name in change}:
-        assert [line.split(":")[0] for line in runs.differences(earlier, then | change)] == list(change)
+        assert [line.split(":")[0] for line in run_folders.differences(earlier, then | change)] == list(change)
 
 
 def test_given_defaults_are_recorded_as_defaults_are():

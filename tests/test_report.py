@@ -17,8 +17,10 @@ from test_scripts import arguments
 
 import evaluate
 import net
-from proxy_anchor import checkpoint, confusion, decisions, layout, report, similarities
+from proxy_anchor import checkpoint, verification
 from proxy_anchor.evaluation import measure
+from proxy_anchor.report import confusion, layout, similarities
+from proxy_anchor.report import page as report_page
 from proxy_anchor.retrieval import best_positive_rank
 
 RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
@@ -40,15 +42,15 @@ def random_set(count, classes, seed=0, distance="cosine"):
     labels = random.integers(0, classes, count)
     embeddings = random.normal(size=(classes, 16))[labels] + random.normal(size=(count, 16))
     images = Squares(labels, [f"<b>class & {c}</b>" for c in range(classes)])
-    return report.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images, distance)
+    return report_page.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images, distance)
 
 
 def write(folder, queries, gallery=None, name="a network", threshold=None, **rows):
     embedded = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
     result = measure(embedded, [1, 2], queries.distance)
-    pairs = decisions.verify(*[*embedded, None, None][:4], queries.distance)
-    report.open_folder(folder)
-    return report.write(
+    pairs = verification.verify(*[*embedded, None, None][:4], queries.distance)
+    report_page.open_folder(folder)
+    return report_page.write(
         folder,
         name,
         "",
@@ -163,7 +165,7 @@ def test_page_of_a_euclidean_network(tmp_path, gallery):
     for row in rows:
         shown = [float(value) for value in re.findall(r"[✓✗] ([\d.]+) ", row)]
         query = int(re.search(r'alt="(\d+).jpg"', row)[1])
-        expected = distances[query].topk(report.NEIGHBOURS, largest=False).values.tolist()
+        expected = distances[query].topk(report_page.NEIGHBOURS, largest=False).values.tolist()
         assert shown == pytest.approx(expected, abs=0.006)
     same = targets.labels == queries.labels[:, None]
     if gallery is None:
@@ -185,7 +187,7 @@ def test_page_escapes_names_and_frames_neighbours(tmp_path):
     text = write(tmp_path, queries).read_text()
     assert "<b>class" not in text and "&lt;b&gt;class &amp; 3&lt;/b&gt;" in text and "a &lt;CPU&gt;" in text
     text = text[text.index('id="queries"') : text.index('id="classes"')]
-    assert text.count('<div class="row">') == 3 * report.QUERIES
+    assert text.count('<div class="row">') == 3 * report_page.QUERIES
     assert text.count('<figure class="right">') == text.count("✓ ")  # and one of each in the words above them
     assert text.count('<figure class="right">') + text.count('<figure class="wrong">') == 3 * 6 * 8
     ranks = [int(place.replace(",", "")) for place in re.findall(r"first match: place ([\d,]+)", text)]
@@ -332,7 +334,7 @@ def test_earlier_report_stays_until_the_new_one_is_complete(tmp_path):
 
 def set_of(embeddings, labels, distance="cosine"):
     embeddings, labels = torch.tensor(embeddings, dtype=torch.float32), torch.tensor(labels)
-    return report.TestSet(embeddings, labels, Squares(labels.numpy(), "abcde"), distance)
+    return report_page.TestSet(embeddings, labels, Squares(labels.numpy(), "abcde"), distance)
 
 
 FOUR_CLASSES = [0, 1, 2, 3] * 10
@@ -390,8 +392,8 @@ def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
             evaluate.main([*flags, "--report", str(folder)])
         assert "neither empty nor a report" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a.pth is no folder: a report is written to one"):
-        report.open_folder(tmp_path / "a.pth")
-    report.open_folder(tmp_path / "page")  # as by an evaluation that then failed
+        report_page.open_folder(tmp_path / "a.pth")
+    report_page.open_folder(tmp_path / "page")  # as by an evaluation that then failed
     for _ in range(2):
         evaluate.main([*flags, "--report", str(tmp_path / "page")])
     assert "not finished" not in (tmp_path / "page" / "index.html").read_text()

@@ -14,7 +14,8 @@ from pages import commands
 
 import dataset
 import train
-from proxy_anchor import figures, logbook, runs
+from proxy_anchor import figures
+from proxy_anchor.runs import logbook, run_folders
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
 import results_table
@@ -46,7 +47,11 @@ def data(tmp_path_factory):
 def test_recipes_are_the_published_ones(data):
     def experiment(argv):
         args = vars(train.parse(argv))
-        return {name: value for name, value in args.items() if name not in (*runs.MAY_CHANGE, *runs.SURROUNDINGS)}
+        return {
+            name: value
+            for name, value in args.items()
+            if name not in (*run_folders.MAY_CHANGE, *run_folders.SURROUNDINGS)
+        }
 
     page = commands("python train.py", [REPOSITORY / "docs" / "training.md"])
     documented = [experiment(argv) for argv in page if "--gpu-id" in argv and "--resume" not in argv]
@@ -99,7 +104,7 @@ def test_small_trees_reach_the_table(data, tmp_path, capsys, monkeypatch):
 def test_results_of_the_protocol_and_the_published_ones_are_shown(tmp_path, capsys):
     recipe = "--dataset cub --batch-size 180"
     args = vars(train.parse(shlex.split(recipe)))
-    settings = {k: v for k, v in args.items() if k not in (*runs.MAY_CHANGE, *runs.SURROUNDINGS, "seed")}
+    settings = {k: v for k, v in args.items() if k not in (*run_folders.MAY_CHANGE, *run_folders.SURROUNDINGS, "seed")}
     for name, change in {"a": {"lr": 1.0}, "b": {}}.items():
         folder = tmp_path / "protocol_cub" / name
         folder.mkdir(parents=True)

@@ -20,10 +20,11 @@ import trees
 
 import net
 import train
-from proxy_anchor import checkpoint, files, randomness, resuming, runs, stopping
+from proxy_anchor import checkpoint, files, randomness
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.logbook import Logbook
-from proxy_anchor.running import Run
+from proxy_anchor.runs import resuming, run_folders, stopping
+from proxy_anchor.runs.logbook import Logbook
+from proxy_anchor.runs.run import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -72,7 +73,7 @@ def test_wandb_is_told_how_a_run_ends(tmp_path, error, code):
         for _ in run.epochs(1):
             if error:
                 raise error
-    assert codes == [code] and (run.log.folder / runs.LAST).exists() == isinstance(error, stopping.Interrupted)
+    assert codes == [code] and (run.log.folder / run_folders.LAST).exists() == isinstance(error, stopping.Interrupted)
 
 
 # An epoch is 6 batches of training and 3 of evaluation.
@@ -236,7 +237,7 @@ def test_auto_finds_the_run(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto", warm=0))  # another experiment of the same name
     train.main(arguments(cub_root, tmp_path, epochs=1))
     name = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch4"
-    folders = runs.existing(tmp_path / "logs_cub" / name)
+    folders = run_folders.existing(tmp_path / "logs_cub" / name)
     assert [folder.name[-2:] for folder in folders] == ["h4", "_2", "_3"]
     shutil.rmtree(folders[0])
     capsys.readouterr()
@@ -294,7 +295,7 @@ def test_damaged_last_checkpoint_is_an_error(cub_root, tmp_path, capsys, damage)
 def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
-    held = runs.lock(folder)
+    held = run_folders.lock(folder)
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(folder), "--epochs", "2"])
     assert refused.value.code == 1
@@ -305,7 +306,7 @@ def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
 
 def test_child_does_not_hold_the_lock(tmp_path):
     """A worker that outlives its killed parent must not keep others from the run."""
-    held = runs.lock(tmp_path)
+    held = run_folders.lock(tmp_path)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -315,18 +316,18 @@ def test_child_does_not_hold_the_lock(tmp_path):
     try:
         os.read(reading, 4)
         held.close()
-        runs.lock(tmp_path).close()
+        run_folders.lock(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
 def test_new_run_takes_no_folder_of_another(tmp_path):
-    first, lock = runs.new(tmp_path / "run")
-    second, _ = runs.new(tmp_path / "run")  # the first has no config.json yet, but is held
+    first, lock = run_folders.new(tmp_path / "run")
+    second, _ = run_folders.new(tmp_path / "run")  # the first has no config.json yet, but is held
     assert [first.name, second.name] == ["run", "run_2"]
     lock.close()
-    third, _ = runs.new(tmp_path / "run")  # given up before it began
+    third, _ = run_folders.new(tmp_path / "run")  # given up before it began
     assert third.name == "run"
 
 
@@ -474,7 +475,7 @@ def test_run_goes_on_without_the_file_that_it_began_with(cub_root, tmp_path, mon
     weights.unlink()
     train.main(["--resume", str(run_folder(logs[1]))])
     kills.assert_identical(kills.outcome(logs[1]), kills.outcome(logs[0]))
-    assert "pretrained_sha256" in runs.read_config(run_folder(logs[1]))
+    assert "pretrained_sha256" in run_folders.read_config(run_folder(logs[1]))
 
 
 @pytest.mark.parametrize("exchange", ["contents", "names"])
@@ -539,7 +540,7 @@ def test_new_run_takes_no_folder_that_holds_something_else(cub_root, tmp_path):
 def test_start_that_was_killed_before_its_configuration_leaves_the_folder_free(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.0123456789abcdef.tmp").write_text("{")
-    folder, lock = runs.new(tmp_path / "run")
+    folder, lock = run_folders.new(tmp_path / "run")
     lock.close()
     assert folder == tmp_path / "run"
 

@@ -5,8 +5,8 @@ import torch
 import evaluate
 import net
 from proxy_anchor import checkpoint, evaluation, published, retrieval, tiles
-from proxy_anchor.decisions import verify
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
+from proxy_anchor.verification import verify
 
 
 def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="cosine"):

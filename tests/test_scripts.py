@@ -17,9 +17,10 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint, console, runs, tracking
+from proxy_anchor import checkpoint, cli
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank
+from proxy_anchor.runs import run_folders, tracking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8"
@@ -187,8 +188,8 @@ def test_crop_that_a_checkpoint_or_a_run_does_not_tell_is_the_former(tmp_path):
     former = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
     checkpoint.save(tmp_path / "former.pth", network, former)
     assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).geometry == {"crop": 0.875}
-    assert runs.differences(former, former | {"crop": 0.875}) == []
-    assert runs.differences(former, former | dataset.geometry_of("glyphs")) == ["crop: 0.875, now 1.0"]
+    assert run_folders.differences(former, former | {"crop": 0.875}) == []
+    assert run_folders.differences(former, former | dataset.geometry_of("glyphs")) == ["crop: 0.875, now 1.0"]
     checkpoint.save(tmp_path / "damaged.pth", network, None)
     with pytest.raises(ValueError, match="damaged: its record of the network has no entries: 'None'"):
         checkpoint.Checkpoint(tmp_path / "damaged.pth")
@@ -288,7 +289,7 @@ def test_wandb_offline(cub_root, tmp_path):
 
 
 def test_wandb_credentials_are_found_without_wandb(monkeypatch, tmp_path):
-    from proxy_anchor.tracking import has_credentials
+    from proxy_anchor.runs.tracking import has_credentials
 
     assert not has_credentials()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
@@ -586,7 +587,7 @@ def test_other_output_that_nobody_reads_ends_silently(cub_root, tmp_path):
 
 
 def test_broken_pipe_of_something_else_is_an_error(capfd):
-    with pytest.raises(SystemExit) as error, console.errors_in_one_line("a.py", debug=False):
+    with pytest.raises(SystemExit) as error, cli.errors_in_one_line("a.py", debug=False):
         raise BrokenPipeError("the manager is gone")
     assert error.value.code == 1 and capfd.readouterr().err == "a.py: error: the manager is gone\n"
 

@@ -19,9 +19,10 @@ import dataset
 import net
 import search
 from dataset import transforms
-from proxy_anchor import checkpoint, runs
+from proxy_anchor import checkpoint
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.index import Index
+from proxy_anchor.index.store import Index
+from proxy_anchor.runs import run_folders
 
 pytest.importorskip("faiss")
 
@@ -237,7 +238,7 @@ def test_interrupted_update_leaves_the_old_index(weights, images, tmp_path, caps
     before = found(index, capsys, images / "ant")
     trees.write_image(images / "bee" / "1.jpg", 1000)
     with monkeypatch.context() as patch:
-        patch.setattr("proxy_anchor.index.seal", lambda file: sys.exit(9))  # when all else is written
+        patch.setattr("proxy_anchor.index.store.seal", lambda file: sys.exit(9))  # when all else is written
         with pytest.raises(SystemExit):
             make(weights, images, index)
     assert len(list(index.glob("vectors*"))) == 4
@@ -262,7 +263,7 @@ def test_index_that_is_written_while_it_is_opened(factory, weights, images, tmp_
 
 def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, capsys):
     (tmp_path / "index").mkdir()
-    held = runs.lock(tmp_path / "index")
+    held = run_folders.lock(tmp_path / "index")
     words = (
         f"is being written by process {os.getpid()} on {socket.gethostname()}; end that first, or choose another --out"
     )

@@ -12,7 +12,8 @@ from test_distributed import assert_close, in_processes
 from torch import nn
 
 import train
-from proxy_anchor import distributed, losses, resuming, sharded, training
+from proxy_anchor import distributed, losses, sharded, training
+from proxy_anchor.runs import resuming
 
 SIZE, EPOCHS = 8, 5
 # Classes, images in a batch, share of the classes: neither is divided by 2, 3 or 4; fewer classes than processes.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_figures import compare, write_run
 
-from proxy_anchor import significance
+from proxy_anchor.runs import significance
 
 
 def test_all_draws_of_three_classes(monkeypatch):

@@ -23,8 +23,9 @@ import transfer
 from dataset import glyphs, transforms
 from dataset.files import read_image
 from net.backbone import Normalize
-from proxy_anchor import checkpoint, logbook, retrieval
+from proxy_anchor import checkpoint, retrieval
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.runs import logbook
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 SIZES = {"test_vit": 32, "test_convnext": 32, "test_efficientnet": 32, "resnet10t": 64, "convnext_atto": 64,

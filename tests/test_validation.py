@@ -15,7 +15,8 @@ import dataset
 import train
 from dataset import transforms, validation
 from dataset.images import ImageDataset
-from proxy_anchor import figures, metrics, resuming, runs
+from proxy_anchor import figures, metrics
+from proxy_anchor.runs import resuming, run_folders
 
 # Classes of the training split, and the first of each part: the ranges of the two reference protocols.
 HALVES = {"cub": (100, [0, 50]), "cars": (98, [0, 49]), "SOP": (11318, [0, 5659]), "Inshop": (3997, [0, 1998])}
@@ -149,7 +150,7 @@ def test_test_set_stays_untouched(name, tmp_path, monkeypatch):
             assert splits["train"][0, 0, 0]  # the training images may be read
             list(splits.values())[1][0]
     (folder,) = (tmp_path / "logs" / f"logs_{name}").iterdir()
-    config = runs.read_config(folder)
+    config = run_folders.read_config(folder)
     assert config["fold"] == fold and config["sizes"].keys() == config["data"].keys() == {"train", "val"}
     assert folder.name.endswith("_foldval" if name == "csv" else "_fold2of2")
 
@@ -172,7 +173,7 @@ def test_run_on_a_fold(on_fold, capsys):
     best = max(range(3), key=lambda epoch: float(rows[epoch]["val/MAP@R"]))
     lines = (on_fold / "cub_resnet18_best_results.txt").read_text().splitlines()
     assert lines[:2] == [f"Best Epoch: {best}", f"Best val/Recall@1: {100 * float(rows[best]['val/R@1']):.4f}"]
-    assert runs.is_finished(on_fold, 3)
+    assert run_folders.is_finished(on_fold, 3)
     assert resuming.progress(on_fold / "last.pth")["rows"][1]["val/R@1"] == float(rows[1]["val/R@1"])
     assert metrics.plain(figures.read(on_fold / "metrics.csv")[0][2])["R@1"] == float(rows[2]["val/R@1"])
     assert (on_fold / "curves.png").exists()

@@ -9,14 +9,15 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from proxy_anchor import checkpoint, distributed, figures, metrics, resuming, runs, tracking
+from proxy_anchor import checkpoint, distributed, figures, metrics
 from proxy_anchor.files import replacing
-from proxy_anchor.stopping import Interrupted
+from proxy_anchor.runs import resuming, run_folders, tracking
+from proxy_anchor.runs.stopping import Interrupted
 from proxy_anchor.text import printable
 
 BACKBONE = "backbone alone"  # what it is called
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
-LOG_DIR = Path(__file__).resolve().parent.parent / "logs"
+LOG_DIR = Path(__file__).resolve().parents[2] / "logs"
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
 
 
@@ -60,7 +61,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The git commit of this code, ending in -dirty where files differ from it; None where that is not known."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # maybe inside another project's
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
@@ -99,26 +100,26 @@ class Logbook:
     ):  # fmt: skip
         self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
         self.contract = {name: config[name] for name in checkpoint.CONTRACT | checkpoint.OPTIONAL if name in config}
-        wanted = runs.place(log_dir, dataset, name)
+        wanted = run_folders.place(log_dir, dataset, name)
         old = {}
         if resume is not None:
-            self.folder, self.lock = resume, runs.lock(resume)
-            old = runs.read_config(resume)
+            self.folder, self.lock = resume, run_folders.lock(resume)
+            old = run_folders.read_config(resume)
             if (then := old.get("versions")) != (now := versions()):
                 print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
         # Before anything is written, because it may fail.
         self.wandb = tracking.start(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
         if resume is None:
-            self.folder, self.lock = runs.new(wanted)
+            self.folder, self.lock = run_folders.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
             print(printable(f"Logging to {self.folder}{other}"))
-        self.resumes = (self.folder / runs.LAST).exists()
+        self.resumes = (self.folder / run_folders.LAST).exists()
         began_with = {name: old[name] for name in old if name == "pretrained_sha256"}  # the file may be gone by now
         config = began_with | config | {
             "versions": versions(), "commit": commit(),
             "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id"),
         }  # fmt: skip
-        self._write(runs.CONFIG, json.dumps(config, indent=2) + "\n")
+        self._write(run_folders.CONFIG, json.dumps(config, indent=2) + "\n")
 
     def __enter__(self):
         return self
@@ -160,7 +161,7 @@ class Logbook:
 
     def save_classes(self, epoch: int, classes: list[dict]) -> None:
         """What the best epoch so far finds of each class, see evaluation.Result.by_class."""
-        self._write_rows(runs.CLASSES, [{"epoch": epoch} | row for row in classes])
+        self._write_rows(run_folders.CLASSES, [{"epoch": epoch} | row for row in classes])
 
     def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
@@ -175,7 +176,7 @@ class Logbook:
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
         """Where the run is, to resume it from; each process writes its part."""
-        resuming.save(self.folder / runs.LAST, network, self.contract, parts, progress)
+        resuming.save(self.folder / run_folders.LAST, network, self.contract, parts, progress)
 
     def _write_rows(self, name, rows):
         with replacing(self.folder / name) as path, open(path, "w", newline="") as file:

@@ -6,11 +6,13 @@ from contextlib import ExitStack
 
 import torch
 
-from proxy_anchor import console, logbook, metrics, resuming, runs
+from proxy_anchor import metrics
 from proxy_anchor.checkpoint import digest
 from proxy_anchor.evaluation import Result
-from proxy_anchor.logbook import Logbook
-from proxy_anchor.stopping import Interrupted, Stop
+from proxy_anchor.progress import progress
+from proxy_anchor.runs import logbook, resuming, run_folders
+from proxy_anchor.runs.logbook import Logbook
+from proxy_anchor.runs.stopping import Interrupted, Stop
 from proxy_anchor.text import printable
 
 
@@ -35,7 +37,7 @@ class Run:
             contexts.enter_context(self.stop)
             contexts.push(self._save_if_interrupted)
             if self.log.resumes:
-                self.progress = resuming.load(self.log.folder / runs.LAST, self.network, self.parts)
+                self.progress = resuming.load(self.log.folder / run_folders.LAST, self.network, self.parts)
                 self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
                 self.log.resume(self.progress)
                 if self.rows and not self.losses and self.best is self.rows[-1]:  # maybe killed before it was saved
@@ -86,7 +88,7 @@ class Run:
         """The epoch's batches from the step where it stopped, with a progress bar, up to a signal."""
         epoch = self.progress["epoch"]
         loader.batch_sampler.set_epoch(epoch, done=len(self.losses))
-        self.bar = console.progress(loader, f"epoch {epoch}")
+        self.bar = progress(loader, f"epoch {epoch}")
         return self.stop.after_each(self.bar)
 
     def show_loss(self, loss: float) -> None:

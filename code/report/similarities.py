@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 
-from proxy_anchor.decisions import BOUNDS, KINDS, Estimate, Verification
 from proxy_anchor.pairs import signed
 from proxy_anchor.text import printable
+from proxy_anchor.verification import BOUNDS, KINDS, Estimate, Verification
 
 BINS = 80  # of the drawing
 # How a page speaks of nearness, see pairs.signed.

@@ -1,4 +1,4 @@
-"""What the scripts share at the command line: checks of arguments, errors in one line, progress bars."""
+"""What the scripts share at the command line: checks of arguments, errors in one line."""
 
 import argparse
 import math
@@ -13,11 +13,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from proxy_anchor import distributed, runs
+from proxy_anchor import distributed
 from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, LARGEST
-from proxy_anchor.stopping import Interrupted
+from proxy_anchor.progress import progress
+from proxy_anchor.runs import run_folders
+from proxy_anchor.runs.stopping import Interrupted
 from proxy_anchor.text import printable
 
 POSITIVE = (
@@ -123,9 +124,9 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
         args.recipe = " ".join(kept)
         return args
     try:
-        folder = runs.folder(args.resume)
-        config = runs.read_config(folder)
-        recorded = recorded_flags(parser, config, folder / runs.CONFIG)
+        folder = run_folders.folder(args.resume)
+        config = run_folders.read_config(folder)
+        recorded = recorded_flags(parser, config, folder / run_folders.CONFIG)
     except (OSError, ValueError) as error:
         parser.error(f"argument --resume: {error}")
     args = parser.parse_args([*recorded, *argv])  # arguments that are not given stay as they were
@@ -294,32 +295,3 @@ def in_one_line(error: Exception) -> str:
         text = text.rpartition("Traceback (most recent call last):\n")[2]
         text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)
     return printable(" ".join(text.split()), LONGEST) or type(error).__name__
-
-
-class Bar(tqdm):
-    """A progress bar that shows the loss."""
-
-    def show_loss(self, loss: float) -> None:
-        self.set_postfix(loss=f"{loss:.5g}", refresh=False)
-
-
-def progress(batches, description: str) -> Bar:
-    """A progress bar over the batches; where stderr is not a terminal, a plain line every half minute."""
-    if distributed.rank() > 0:
-        return Bar(batches, disable=True)
-    if sys.stderr.isatty():
-        return Bar(batches, description, leave=False, dynamic_ncols=True)
-    return Bar(
-        batches, description, leave=False, ncols=80, ascii=True, file=_Lines(), delay=30, mininterval=30, maxinterval=30
-    )
-
-
-class _Lines:
-    """stderr for a tqdm bar, one line per state."""
-
-    def write(self, text):
-        if text := text.replace("\r", "").strip():
-            sys.stderr.write(text + "\n")
-
-    def flush(self):
-        sys.stderr.flush()

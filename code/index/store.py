@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from proxy_anchor import checkpoint, neighbours, rows, runs
+from proxy_anchor import checkpoint
 from proxy_anchor.files import is_intact, replacing, seal
-from proxy_anchor.neighbours import EXACT, Exact, FaissFiles
-from proxy_anchor.rows import Rows
+from proxy_anchor.index import neighbours, rows
+from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
+from proxy_anchor.index.rows import Rows
+from proxy_anchor.runs import run_folders
 from proxy_anchor.tiles import comparable
 
 IMAGES = "images.json"
@@ -219,7 +221,7 @@ class Index:
         return self._file("vectors", "float32"), self._file("images", "jsonl")
 
     def _faiss_files(self) -> list[Path]:
-        return list(itertools.takewhile(Path.exists, runs.numbered(self._file("vectors", "faiss"))))
+        return list(itertools.takewhile(Path.exists, run_folders.numbered(self._file("vectors", "faiss"))))
 
     def describe(self) -> None:
         """Write images.json: by what it says, the files are those of the index."""
@@ -322,7 +324,7 @@ def lock(folder: Path):
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    return runs.lock(folder, instead="choose another --out")
+    return run_folders.lock(folder, instead="choose another --out")
 
 
 def _is_ours(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proxy_anchor import runs
+from proxy_anchor.runs import run_folders
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -62,16 +62,16 @@ def read(folder: Path, config: dict, rows: list[dict]) -> tuple[str, np.ndarray,
 
     Raises ValueError where the run did not write them, or where they do not belong to the rows.
     """
-    path = folder / runs.CLASSES
+    path = folder / run_folders.CLASSES
     if not path.is_file():
-        raise ValueError(f"{folder} has no {runs.CLASSES}: an earlier version wrote it")
+        raise ValueError(f"{folder} has no {run_folders.CLASSES}: an earlier version wrote it")
     try:
         with open(path, newline="") as file:
             head, *cells = csv.reader(file)
         table = np.array(cells, dtype=np.int64).T
         epochs, classes, queries, hits = table if head == COLUMNS else []
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path} is not the {runs.CLASSES} of a run: {error}") from error
+        raise ValueError(f"{path} is not the {run_folders.CLASSES} of a run: {error}") from error
     recalls = [row["R@1"] for row in rows if row["epoch"] == epochs[0]]
     if len(set(epochs)) > 1 or not np.isclose(recalls, hits.sum() / queries.sum(), rtol=0, atol=1e-9).any():
         raise ValueError(f"{path} does not belong to the metrics.csv beside it; train again to compare this run")

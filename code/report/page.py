@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from proxy_anchor import confusion, layout, similarities
-from proxy_anchor.confusion import ClassResult
-from proxy_anchor.decisions import Verification
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import replacing
 from proxy_anchor.pairs import nearness, signed
+from proxy_anchor.report import confusion, layout, similarities
+from proxy_anchor.report.confusion import ClassResult
 from proxy_anchor.text import csv_cell, printable
 from proxy_anchor.tiles import comparable
+from proxy_anchor.verification import Verification
 
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from proxy_anchor import runs
 from proxy_anchor.files import sha256
+from proxy_anchor.runs import run_folders
 from proxy_anchor.text import printable
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
@@ -113,10 +113,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def training(checkpoint: Path) -> tuple[dict, str]:
     """The settings of the run that wrote a checkpoint and a sentence on its results, if its files lie beside it."""
-    results, config = checkpoint.with_name(f"{checkpoint.stem}_results.txt"), checkpoint.with_name(runs.CONFIG)
+    results, config = checkpoint.with_name(f"{checkpoint.stem}_results.txt"), checkpoint.with_name(run_folders.CONFIG)
     if not checkpoint.stem.endswith("_best") or not results.is_file() or not config.is_file():
         return {}, ""
-    settings = runs.read_config(checkpoint.parent)
+    settings = run_folders.read_config(checkpoint.parent)
     listed = ", ".join(map(printable, results.read_text().splitlines()))
     return (
         {name: printable(str(settings[name])) for name in SETTINGS if name in settings},

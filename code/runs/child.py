@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from proxy_anchor.stopping import SIGNALS, Interrupted
+from proxy_anchor.runs.stopping import SIGNALS, Interrupted
 
 PR_SET_PDEATHSIG = 1  # of Linux
 

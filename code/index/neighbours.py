@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from proxy_anchor.files import replacing
-from proxy_anchor.rows import Rows
-from proxy_anchor.runs import numbered
+from proxy_anchor.index.rows import Rows
+from proxy_anchor.runs.run_folders import numbered
 
 EXACT = "Flat"
 PART = 2**27  # bytes of vectors, or of their codes, that are in memory at a time

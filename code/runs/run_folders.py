@@ -6,8 +6,9 @@ import re
 import socket
 from pathlib import Path
 
-from proxy_anchor import checkpoint, metrics, resuming
+from proxy_anchor import checkpoint, metrics
 from proxy_anchor.files import hold
+from proxy_anchor.runs import resuming
 
 CONFIG, CLASSES, LAST, LOCK = "config.json", "classes.csv", "last.pth", ".lock"
 # Entries of the configuration that are not part of the experiment.

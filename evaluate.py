@@ -42,29 +42,36 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--resume", nargs="+", metavar="PATH", default=[],
+        "--resume",
+        nargs="+",
+        metavar="PATH",
+        default=[],
         help="checkpoint to evaluate, the folder of its run, or its .onnx or .safetensors; those of train.py record "
         "--model, --embedding-size, --image-size and --l2-norm. Several of one kind, such as those of folds, are "
         "evaluated one by one and together",
-    )  # fmt: skip
+    )
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
         "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
     )
     group.add_argument(
-        "--verify", action="store_true",
+        "--verify",
+        action="store_true",
         help="also print how well a threshold tells same-class from different-class pairs of images; takes three times "
         "as long as the recalls, and comes with --calibrate and --report",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--calibrate", action="store_true",
+        "--calibrate",
+        action="store_true",
         help="choose a threshold for pairs of images on half of the classes, check it on the other half, and record it "
         "in the checkpoint, for search.py",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--far", type=float, metavar="RATE",
+        "--far",
+        type=float,
+        metavar="RATE",
         help="with --calibrate: the share of different-class pairs that the threshold may accept (default: 0.01)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
     with cli.errors_in_one_line("evaluate.py", args.debug):
@@ -176,13 +183,16 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         }
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
         path = page.write(
-            Path(args.report), f"{args.model} on {args.dataset}", f"{source}; {' searched in '.join(sizes)}",
-            shown, result, pairs, args.checkpoints[0].threshold if len(args.resume) == 1 else {}, environment,
-            *(
-                page.TestSet(*embedded[2 * i : 2 * i + 2], images, distance)
-                for i, images in enumerate(test_sets)
-            ),
-        )  # fmt: skip
+            Path(args.report),
+            f"{args.model} on {args.dataset}",
+            f"{source}; {' searched in '.join(sizes)}",
+            shown,
+            result,
+            pairs,
+            args.checkpoints[0].threshold if len(args.resume) == 1 else {},
+            environment,
+            *(page.TestSet(*embedded[2 * i : 2 * i + 2], images, distance) for i, images in enumerate(test_sets)),
+        )
         print(f"The report is {printable(str(path))}")
     return rows
 

@@ -35,22 +35,28 @@ EXAMPLES = """examples:
 
 def parse(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        usage="export.py --resume PATH --out FILE [--flag value ...]", description=__doc__, epilog=EXAMPLES,
-        allow_abbrev=False, formatter_class=cli.HelpFormatter,
+        usage="export.py --resume PATH --out FILE [--flag value ...]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=cli.HelpFormatter,
         parents=[dataset.options(training=False), net.options(training=False), cli.options()],
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("export")
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export, or the folder of its run")
     group.add_argument(
-        "--out", required=True, metavar="FILE",
+        "--out",
+        required=True,
+        metavar="FILE",
         help="file to write, ending in .onnx, .safetensors or .pt2; the card of model.onnx, model-card.md, is written "
         "beside it",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--check", metavar="DIR",
+        "--check",
+        metavar="DIR",
         help="folder of images to check the file with; without it, the test images of --dataset check the file and "
         "measure it for its card",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--fp16", action="store_true", help="weights in half precision: half the size; prints what that costs"
     )
@@ -130,13 +136,15 @@ def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
         "network": args.contract,
         "preprocessing": transforms.recipe(args.image_size, **args.geometry),
         "normalization": {
-            "channels": "BGR" if backbone.bgr else "RGB", "largest": 255 if backbone.bgr else 1,
-            "mean": list(backbone.mean), "std": list(backbone.std),
+            "channels": "BGR" if backbone.bgr else "RGB",
+            "largest": 255 if backbone.bgr else 1,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
         },
         "weights": "float16" if args.fp16 else "float32",
         "source": args.checkpoint.identity,
         "versions": logbook.versions(),
-    }  # fmt: skip
+    }
     threshold = args.checkpoint.threshold
     return record | ({"threshold": threshold} if threshold else {})
 

@@ -50,9 +50,12 @@ def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int 
         net.check_record(contract["model"], contract)
         contract = net.expects(contract["model"]) | contract
         network = net.create(
-            contract["model"], contract["embedding_size"], l2_norm=bool(contract.get("l2_norm", 1)),
-            head=contract.get("head", "linear"), image_size=contract["image_size"],
-        )  # fmt: skip
+            contract["model"],
+            contract["embedding_size"],
+            l2_norm=bool(contract.get("l2_norm", 1)),
+            head=contract.get("head", "linear"),
+            image_size=contract["image_size"],
+        )
         read.load(network, "backbone and embedding_size")
         geometry = {key: contract[key] for key in checkpoints.GEOMETRY if key in contract}
         seen = transforms.evaluation(contract["image_size"], **geometry)

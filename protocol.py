@@ -30,24 +30,38 @@ LONGEST_NAME = 255 - len("_999")  # in bytes, of a folder; those of repeated run
 DECIDED = {"--seed": "--seeds", "--fold": "--folds", "--by": "--by", "--resume": "nothing: it is always auto"}
 # Of train.py's arguments, those that evaluate.py needs too, beside what checkpoints record.
 EVALUATION = (
-    "dataset", "data_root", "test_classes", "allow_partial", "skip_bad_images", "cache", "batch_size", "workers", "amp",
-)  # fmt: skip
+    "dataset",
+    "data_root",
+    "test_classes",
+    "allow_partial",
+    "skip_bad_images",
+    "cache",
+    "batch_size",
+    "workers",
+    "amp",
+)
 
 
 def parse(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        usage="protocol.py [--flag value ...] -- [flags of train.py]", description=__doc__, epilog=EXAMPLES,
-        allow_abbrev=False, formatter_class=cli.HelpFormatter, parents=[cli.options()],
-    )  # fmt: skip
+        usage="protocol.py [--flag value ...] -- [flags of train.py]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=cli.HelpFormatter,
+        parents=[cli.options()],
+    )
     group = parser.add_argument_group("protocol")
     group.add_argument(
         "--seeds", default=[1, 2, 3], type=int, nargs="+", metavar="S", help="a result for each of these seeds"
     )
     group.add_argument(
-        "--folds", default="2", metavar="N",
+        "--folds",
+        default="2",
+        metavar="N",
         help="2: the second half of the training classes is held out; 4 and so on: each of as many parts in turn; "
         "val: the split of that name in your CSV file",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--by", default="MAP@R", choices=("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
     )
@@ -225,9 +239,13 @@ def protocol(args: argparse.Namespace) -> None:
         results.append(result | {"runs": places})
 
     content = {
-        "command": args.command, "settings": settings(args), "versions": logbook.versions(), "seeds": results,
-        "over_seeds": selection.over_seeds(results), "seconds": round(sum(row["seconds"] for row in series.done), 2),
-    }  # fmt: skip
+        "command": args.command,
+        "settings": settings(args),
+        "versions": logbook.versions(),
+        "seeds": results,
+        "over_seeds": selection.over_seeds(results),
+        "seconds": round(sum(row["seconds"] for row in series.done), 2),
+    }
     text = selection.report(content)
     for name, written in {RESULTS: json.dumps(content, indent=2) + "\n", "results.md": text}.items():
         with replacing(folder / name) as path:

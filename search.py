@@ -43,24 +43,21 @@ with several photos of each thing, in one folder per thing:
 
 def parse(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=cli.HelpFormatter,
-    )  # fmt: skip
+        prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
-    form = {
-        "parents": [hardware.options(), cli.options()],
-        "allow_abbrev": False, "formatter_class": cli.HelpFormatter,
-    }  # fmt: skip
+    form = {"parents": [hardware.options(), cli.options()], "allow_abbrev": False, "formatter_class": cli.HelpFormatter}
 
     make = commands.add_parser(
-        "index", help="embed images into an index",
+        "index",
+        help="embed images into an index",
         usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
         "[--flag value ...]",
         epilog=EXAMPLES,
         description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
         "those that are new or have changed, and to drop those whose files are gone.",
         **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
-    )  # fmt: skip
+    )
     group = make.add_argument_group("index")
     group.add_argument(
         "--resume", metavar="PATH", help="checkpoint to embed with, the folder of its run, or its .onnx or .safetensors"
@@ -68,39 +65,49 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
     group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
     group.add_argument(
-        "--by-folder", action="store_true",
+        "--by-folder",
+        action="store_true",
         help="one entry for each folder with images: the mean of the images that lie in it, of unit length again",
-    )  # fmt: skip
+    )
     group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
-        "--drop-missing", action="store_true",
+        "--drop-missing",
+        action="store_true",
         help="also drop images whose whole folder is gone or empty; without it they stay, as the disk of that folder "
         "may not be mounted",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--index-factory", metavar="STRING",
+        "--index-factory",
+        metavar="STRING",
         help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",
-    )  # fmt: skip
+    )
 
     ask = commands.add_parser(
-        "query", help="find the neighbours of images",
-        usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]", epilog=EXAMPLES,
-        description="Print the images of an index that are most similar to each of yours.", **form,
-    )  # fmt: skip
+        "query",
+        help="find the neighbours of images",
+        usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]",
+        epilog=EXAMPLES,
+        description="Print the images of an index that are most similar to each of yours.",
+        **form,
+    )
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
     group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
     group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
     group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
     group.add_argument(
-        "--nprobe", type=int, metavar="N",
+        "--nprobe",
+        type=int,
+        metavar="N",
         help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--threshold", type=threshold, metavar="T",
+        "--threshold",
+        type=threshold,
+        metavar="T",
         help="list only neighbours with at least this similarity (at most this distance), or say 'no match'; 'none' "
         "lists all (default: the threshold that evaluate.py --calibrate recorded in the checkpoint, if any)",
-    )  # fmt: skip
+    )
     group.add_argument("--by-folder", action="store_true", help="one query for each folder with images: their mean")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
@@ -151,9 +158,12 @@ def update_index(args: argparse.Namespace) -> None:
     network, identity = open_network(args.contract, path, args.checkpoint)
     upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
     made = {
-        "checkpoint": path, "weights": identity, "network": args.contract, "by_folder": args.by_folder,
+        "checkpoint": path,
+        "weights": identity,
+        "network": args.contract,
+        "by_folder": args.by_folder,
         "orientation": dataset.ORIENTATIONS[upright],
-    }  # fmt: skip
+    }
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
@@ -344,9 +354,13 @@ def open_network(contract: dict, path: str, checkpoint: Checkpoint | None) -> tu
         network = exported.open_onnx(path, session, contract["image_size"], contract["embedding_size"])
     else:
         network = net.create(
-            contract["model"], contract["embedding_size"], None, bool(contract["l2_norm"]),
-            head=contract.get("head", "linear"), image_size=contract["image_size"],
-        )  # fmt: skip
+            contract["model"],
+            contract["embedding_size"],
+            None,
+            bool(contract["l2_norm"]),
+            head=contract.get("head", "linear"),
+            image_size=contract["image_size"],
+        )
         checkpoint.load(network)
     return network, checkpoint.identity
 
@@ -401,13 +415,23 @@ def query(args: argparse.Namespace) -> None:
     ]
     name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity
     if args.json:
-        print(json.dumps([
-            *({"query": path, "error": reason} for path, reason in bad.items()),
-            *({
-                "query": path, "threshold": limit, "match": None if limit is None else bool(neighbours),
-                "neighbours": [{"path": other, index.measure: value} for other, value in neighbours],
-            } for path, neighbours in zip(queries, matches)),
-        ], indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                [
+                    *({"query": path, "error": reason} for path, reason in bad.items()),
+                    *(
+                        {
+                            "query": path,
+                            "threshold": limit,
+                            "match": None if limit is None else bool(neighbours),
+                            "neighbours": [{"path": other, index.measure: value} for other, value in neighbours],
+                        }
+                        for path, neighbours in zip(queries, matches)
+                    ),
+                ],
+                indent=1,
+            )
+        )
     else:
         for path, neighbours, nearest in zip(queries, matches, found):
             print(printable(path))
@@ -420,12 +444,14 @@ def query(args: argparse.Namespace) -> None:
                 print(f"  no match{best}")
     if args.save:
         rows = [
-            [(path, ("query\n" if neighbours or limit is None else "no match\n") + folder_of(path))] + [
+            [(path, ("query\n" if neighbours or limit is None else "no match\n") + folder_of(path))]
+            + [
                 (other, f"{name}{value:.3f}\n{folder_of(other)}")
-                for other, value in neighbours if other != os.path.abspath(path)
+                for other, value in neighbours
+                if other != os.path.abspath(path)
             ]
             for path, neighbours in zip(queries, matches)
-        ]  # fmt: skip
+        ]
         figures.draw_images(rows, lambda entry: read_entry(entry, is_upright(index)), Path(args.save))
         print(f"The picture is {args.save}", file=sys.stderr)
     if bad:

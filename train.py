@@ -29,10 +29,16 @@ def parse(argv=None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
         parents=[
-            dataset.options(training=True), dataset.validation.options(), net.options(training=True), losses.options(),
-            training.options(), hardware.options(), logbook.options(), cli.options(),
+            dataset.options(training=True),
+            dataset.validation.options(),
+            net.options(training=True),
+            losses.options(),
+            training.options(),
+            hardware.options(),
+            logbook.options(),
+            cli.options(),
         ],
-    )  # fmt: skip
+    )
     args = cli.parse_with_recipe(parser, argv, dataset.recipe)
     cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
@@ -50,9 +56,17 @@ def parse(argv=None) -> argparse.Namespace:
 def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run."""
     return logbook.run_name(
-        args.model, args.loss, args.embedding_size, f"alpha{args.alpha:g}_mrg{args.mrg:g}",
-        args.optimizer, args.lr, args.batch_size, args.seed, args.remark, args.fold,
-    )  # fmt: skip
+        args.model,
+        args.loss,
+        args.embedding_size,
+        f"alpha{args.alpha:g}_mrg{args.mrg:g}",
+        args.optimizer,
+        args.lr,
+        args.batch_size,
+        args.seed,
+        args.remark,
+        args.fold,
+    )
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -83,19 +97,32 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(distributed.describe(batch_size), end="")
 
     # A run to resume has its weights in its own checkpoint.
-    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
-        "device": str(device), "processes": distributed.count(),
-        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
-    } | net.identity(args.pretrained)  # fmt: skip
+    config = (
+        expected
+        | vars(args)
+        | geometry
+        | dataset.record(splits, args.data_root)
+        | {
+            "device": str(device),
+            "processes": distributed.count(),
+            "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
+        }
+        | net.identity(args.pretrained)
+    )
     resume = run_folders.to_resume(run_name(args), config)
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Network, loss, optimizer.
     with distributed.first_process_first():
         network = net.create(
-            args.model, args.embedding_size, pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
+            args.model,
+            args.embedding_size,
+            pretrained,
+            bool(args.l2_norm),
+            bool(args.bn_freeze),
+            args.head,
             args.image_size,
-        )  # fmt: skip
+        )
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
@@ -129,9 +156,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(
-                network, loss_of, embedder.batches(run.batches(train_loader)), optimizer, embedder.scaler,
-                epoch, clipped, run.losses, run.show_loss,
-            )  # fmt: skip
+                network,
+                loss_of,
+                embedder.batches(run.batches(train_loader)),
+                optimizer,
+                embedder.scaler,
+                epoch,
+                clipped,
+                run.losses,
+                run.show_loss,
+            )
             print(embedder.scaler.remark(), end="")
             run.stop.check()
             result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, prefix=prefix)
@@ -143,9 +177,10 @@ def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
-        cli.errors_in_one_line("train.py", args.debug), cli.output_may_close(),
+        cli.errors_in_one_line("train.py", args.debug),
+        cli.output_may_close(),
         distributed.processes(args.gpu_id) as device,
-    ):  # fmt: skip
+    ):
         try:
             train(args, device)
         except run_folders.Finished as finished:

@@ -21,9 +21,16 @@ EXAMPLES = """examples:
     python transfer.py --source-ckpt cub_resnet50_best.pth --dataset cub --model resnet18 --embedding-size 128
 """
 DEFAULTS = {  # published
-    "batch_size": 90, "IPC": 2, "epochs": 90, "warm": 0, "seed": 0, "bn_freeze": 0, "l2_norm": 0, "head": "orthogonal",
+    "batch_size": 90,
+    "IPC": 2,
+    "epochs": 90,
+    "warm": 0,
+    "seed": 0,
+    "bn_freeze": 0,
+    "l2_norm": 0,
+    "head": "orthogonal",
     "lr_schedule": "cosine",
-}  # fmt: skip
+}
 EPOCHS = {"SOP": 150}  # published
 SOURCE_FLAGS = "--source-model and --source-embedding-size"
 
@@ -36,17 +43,23 @@ def options() -> argparse.ArgumentParser:
         "--source-ckpt", metavar="PATH", help="checkpoint of the teacher, a published one or one of ours; required"
     )
     group.add_argument(
-        "--source-model", metavar="NAME",
+        "--source-model",
+        metavar="NAME",
         help="a teacher's backbone, if its checkpoint does not say it (default: resnet50 for ResNets, or bn_inception)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--source-embedding-size", type=int, metavar="D",
+        "--source-embedding-size",
+        type=int,
+        metavar="D",
         help="a teacher's dimensions, if its checkpoint does not say them (default: 512)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--view", default=2, type=int, metavar="N",
+        "--view",
+        default=2,
+        type=int,
+        metavar="N",
         help="random crops of each image in a batch; more show more relations and take longer",
-    )  # fmt: skip
+    )
     group.add_argument("--save", default=1, type=int, choices=(1,), help="as published; every run is saved here")
     group.add_argument("--target-norm", dest="l2_norm", type=int, choices=(0, 1), help="as published: --l2-norm")
     return parser
@@ -60,10 +73,16 @@ def parse(argv=None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
         parents=[
-            options(), dataset.options(training=True), net.options(training=True), distillation.options(),
-            training.options(), hardware.options(), logbook.options(), cli.options(),
+            options(),
+            dataset.options(training=True),
+            net.options(training=True),
+            distillation.options(),
+            training.options(),
+            hardware.options(),
+            logbook.options(),
+            cli.options(),
         ],
-    )  # fmt: skip
+    )
     parser.set_defaults(**DEFAULTS)
     args = cli.parse_with_recipe(parser, argv, recipe)
     cli.check_ranges(parser, args)
@@ -144,22 +163,44 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     distance = "cosine" if args.l2_norm else "euclidean"
     source = f"{args.source_model}-{args.source_embedding_size}-{args.teacher.identity[:8]}"
     name = logbook.run_name(
-        args.model, args.loss, args.embedding_size, f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
-        args.optimizer, args.lr, args.batch_size, args.seed, args.remark,
-    )  # fmt: skip
-    config = expected | vars(args) | geometry | dataset.record(splits, args.data_root) | {
-        "device": str(device), "processes": distributed.count(), "distance": distance, "teacher": args.teacher.identity,
-        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
-    } | net.identity(args.pretrained)  # fmt: skip
+        args.model,
+        args.loss,
+        args.embedding_size,
+        f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
+        args.optimizer,
+        args.lr,
+        args.batch_size,
+        args.seed,
+        args.remark,
+    )
+    config = (
+        expected
+        | vars(args)
+        | geometry
+        | dataset.record(splits, args.data_root)
+        | {
+            "device": str(device),
+            "processes": distributed.count(),
+            "distance": distance,
+            "teacher": args.teacher.identity,
+            "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
+        }
+        | net.identity(args.pretrained)
+    )
     resume = run_folders.to_resume(name, config)
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Student, teacher, loss, optimizer.
     with distributed.first_process_first():
         network = net.create(
-            args.model, args.embedding_size, pretrained, bool(args.l2_norm), bool(args.bn_freeze), args.head,
+            args.model,
+            args.embedding_size,
+            pretrained,
+            bool(args.l2_norm),
+            bool(args.bn_freeze),
+            args.head,
             args.image_size,
-        )  # fmt: skip
+        )
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
@@ -198,9 +239,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(
-                network, loss_of, embedder.batches(run.batches(train_loader)), optimizer, embedder.scaler,
-                epoch, losses=run.losses, report=run.show_loss,
-            )  # fmt: skip
+                network,
+                loss_of,
+                embedder.batches(run.batches(train_loader)),
+                optimizer,
+                embedder.scaler,
+                epoch,
+                losses=run.losses,
+                report=run.show_loss,
+            )
             print(embedder.scaler.remark(), end="")
             run.stop.check()
             result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, distance)
@@ -212,9 +259,10 @@ def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
-        cli.errors_in_one_line("transfer.py", args.debug), cli.output_may_close(),
+        cli.errors_in_one_line("transfer.py", args.debug),
+        cli.output_may_close(),
         distributed.processes(args.gpu_id) as device,
-    ):  # fmt: skip
+    ):
         try:
             train(args, device)
         except run_folders.Finished as finished:

@@ -23,10 +23,26 @@ def main():
         root = Path(folder)
         trees.cub(root / "data")
         argv = [
-            "--allow-partial", "--dataset", "cub", "--data-root", str(root / "data"), "--model", "resnet18",
-            "--pretrained", "none", "--embedding-size", "8", "--image-size", "32", "--batch-size", "4",
-            "--workers", "0", "--epochs", str(args.epochs),
-        ]  # fmt: skip
+            "--allow-partial",
+            "--dataset",
+            "cub",
+            "--data-root",
+            str(root / "data"),
+            "--model",
+            "resnet18",
+            "--pretrained",
+            "none",
+            "--embedding-size",
+            "8",
+            "--image-size",
+            "32",
+            "--batch-size",
+            "4",
+            "--workers",
+            "0",
+            "--epochs",
+            str(args.epochs),
+        ]
         seconds = kills.finish(context, [*argv, "--LOG_DIR", str(root / "one")])
         print(f"Never stopped: {args.epochs} epochs in {seconds:.1f} s")
         again = [*argv, "--LOG_DIR", str(root / "two")]

@@ -160,9 +160,15 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
         return criterion(distributed.gather(embedder(images), batch_size), distributed.gather(labels, batch_size))
 
     epoch = partial(
-        training.train_one_epoch, network, loss_of, [(pixels, targets)] * 2, optimizer, embedder.scaler,
-        epoch=0, clipped=[network, criterion],
-    )  # fmt: skip
+        training.train_one_epoch,
+        network,
+        loss_of,
+        [(pixels, targets)] * 2,
+        optimizer,
+        embedder.scaler,
+        epoch=0,
+        clipped=[network, criterion],
+    )
     epoch()
     before = peak(device)
     embeddings = F.normalize(torch.randn(len(labels), SIZE, device=device))

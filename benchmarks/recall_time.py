@@ -60,10 +60,7 @@ def main():
         print_row("peak memory beyond the embeddings", f"{peak / 2**20:.0f} MiB")
         return
 
-    functions = {
-        "bare product": lambda: bare_product(x, x),
-        "ours": lambda: search(x, y),
-    }
+    functions = {"bare product": lambda: bare_product(x, x), "ours": lambda: search(x, y)}
     if not args.ours:
         functions |= others(x, y)
     print_ratios(interleaved(functions, args.rounds), of="ours")

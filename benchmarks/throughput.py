@@ -166,9 +166,14 @@ def training_speed(name, paths, labels, cache_folder, device, args):
 
     def in_the_other_layout(steps):
         training.train_one_epoch(
-            old_network, loss_of_contiguous, [fixed] * steps, old_optimizer, embedder.scaler,
-            epoch=1, clipped=[old_network, criterion],
-        )  # fmt: skip
+            old_network,
+            loss_of_contiguous,
+            [fixed] * steps,
+            old_optimizer,
+            embedder.scaler,
+            epoch=1,
+            clipped=[old_network, criterion],
+        )
 
     ways = {
         "(a) network alone": (lambda steps: steps_on([fixed] * steps), 1),

@@ -24,13 +24,23 @@ CONTRACT = {"model": str, "embedding_size": int, "image_size": int, "l2_norm": i
 # head: see net; or linear. backbone_only: no embedding layer. orientation: how the images of the training were seen,
 # turned upright by their EXIF or as they are stored. Networks of ours have no crop_mode, interpolation, mean and std.
 OPTIONAL = {
-    "crop": float, "crop_mode": str, "interpolation": str, "mean": list, "std": list, "distance": str, "head": str,
-    "backbone_only": bool, "orientation": str,
-}  # fmt: skip
+    "crop": float,
+    "crop_mode": str,
+    "interpolation": str,
+    "mean": list,
+    "std": list,
+    "distance": str,
+    "head": str,
+    "backbone_only": bool,
+    "orientation": str,
+}
 WORDS = {
-    "crop_mode": ("center", "squash"), "interpolation": ("bilinear", "bicubic"), "distance": tuple(DISTANCES),
-    "head": ("linear", "orthogonal", "layernorm"), "orientation": ("stored", "upright"),
-}  # fmt: skip
+    "crop_mode": ("center", "squash"),
+    "interpolation": ("bilinear", "bicubic"),
+    "distance": tuple(DISTANCES),
+    "head": ("linear", "orthogonal", "layernorm"),
+    "orientation": ("stored", "upright"),
+}
 LARGEST = {"embedding_size": 2**16, "image_size": 2**14}  # larger ones would fill the memory before they are an error
 SMALLEST_CROP = 0.1
 LONGEST_NAME = 200  # of a network
@@ -40,9 +50,16 @@ FORMER_CROP = 0.875
 FORMER_ORIENTATION = "stored"
 # What a threshold for pairs of images is and comes from, see decisions.Calibration.record; beside it, its data.
 THRESHOLD = {
-    "distance": str, "threshold": float, "interval": list, "asked_far": float, "far": float, "far_interval": list,
-    "classes": list, "dataset": str, "data": dict,
-}  # fmt: skip
+    "distance": str,
+    "threshold": float,
+    "interval": list,
+    "asked_far": float,
+    "far": float,
+    "far_interval": list,
+    "classes": list,
+    "dataset": str,
+    "data": dict,
+}
 
 
 def save(path: Path, network: torch.nn.Module, contract: dict) -> None:

@@ -114,8 +114,10 @@ def cosines(x: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES: dict[str, Callable[[float, float], Distillation]] = {
-    "Relaxed_Contra": RelaxedContrastive, "RKD": lambda sigma, delta: RKD(), "PKT": lambda sigma, delta: PKT(),
-}  # fmt: skip
+    "Relaxed_Contra": RelaxedContrastive,
+    "RKD": lambda sigma, delta: RKD(),
+    "PKT": lambda sigma, delta: PKT(),
+}
 
 
 def options() -> argparse.ArgumentParser:

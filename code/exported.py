@@ -174,8 +174,9 @@ def open_onnx(path: str | Path, session, image_size: int, embedding_size: int) -
     """
     ends = [(end.name, end.type, end.shape[1:]) for end in (*session.get_inputs(), *session.get_outputs())]
     expected = [
-        ("images", "tensor(uint8)", [3, image_size, image_size]), ("embeddings", "tensor(float)", [embedding_size])
-    ]  # fmt: skip
+        ("images", "tensor(uint8)", [3, image_size, image_size]),
+        ("embeddings", "tensor(float)", [embedding_size]),
+    ]
     if ends != expected:
         raise ValueError(f"{path} is not an embedding network of export.py: expected {expected}, found {ends}")
 

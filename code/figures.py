@@ -18,16 +18,32 @@ INK, QUIET, GRID = "#24292f", "#6e7781", "#e7eaee"
 STRONG = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed")  # what a picture is about
 MUTED = ("#6f7a8a", "#9a7b52", "#6c8a68", "#8a70a0", "#ac7b72", "#5f8791")  # what it is compared with
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "text.parse_math": False,
-    "axes.edgecolor": "#afb8c1", "axes.labelcolor": QUIET, "axes.labelsize": 9.5,
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
-    "xtick.color": "#afb8c1", "ytick.color": "#afb8c1", "xtick.labelcolor": QUIET, "ytick.labelcolor": QUIET,
-    "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
-    "figure.facecolor": "white", "savefig.facecolor": "white",  # a card, on dark pages too
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": "#afb8c1",
+    "axes.labelcolor": QUIET,
+    "axes.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": "#afb8c1",
+    "ytick.color": "#afb8c1",
+    "xtick.labelcolor": QUIET,
+    "ytick.labelcolor": QUIET,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",  # a card, on dark pages too
     "svg.hashsalt": "proxy-anchor",  # the same file each time
-}  # fmt: skip
+}
 MARKED = 20  # epochs up to which each has a marker
 ROWS, COLUMNS, THUMBNAIL = 20, 11, 224
 
@@ -96,17 +112,28 @@ def draw_run(table: Path, path: Path, title: str) -> None:
             recall_axes.plot(x, [100 * row[name] for row in rows], color=color, marker=marker, markersize=3.5)
         recall_axes.axvline(epochs_done(best), color=STRONG[1], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
         recall_axes.plot(
-            epochs_done(best), 100 * best[first], "o", color="white", markeredgecolor=STRONG[1], markeredgewidth=1.8,
-            markersize=7, zorder=5,
-        )  # fmt: skip
+            epochs_done(best),
+            100 * best[first],
+            "o",
+            color="white",
+            markeredgecolor=STRONG[1],
+            markeredgewidth=1.8,
+            markersize=7,
+            zorder=5,
+        )
 
         if backbone:
             level = 100 * backbone[first]
             recall_axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
             recall_axes.text(
-                0.01, level, f"backbone alone: {first} {level:.1f}", color=QUIET, va="bottom", fontsize=8.5,
+                0.01,
+                level,
+                f"backbone alone: {first} {level:.1f}",
+                color=QUIET,
+                va="bottom",
+                fontsize=8.5,
                 transform=recall_axes.get_yaxis_transform(),
-            )  # fmt: skip
+            )
 
         rates = [row["lr"] for row in rows]
         lr_axes.set_title("learning rate")
@@ -118,10 +145,13 @@ def draw_run(table: Path, path: Path, title: str) -> None:
         for ax in (loss_axes, recall_axes):
             ax.tick_params(labelbottom=False)
         add_time(loss_axes, [x[0] - 1, *x], [0, *(row["elapsed"] for row in rows)])
-        label_ends(recall_axes, [
-            (100 * rows[-1][name], f"{name}  {100 * rows[-1][name]:.1f}", color)
-            for name, color in zip(recalls, colors)
-        ])  # fmt: skip
+        label_ends(
+            recall_axes,
+            [
+                (100 * rows[-1][name], f"{name}  {100 * rows[-1][name]:.1f}", color)
+                for name, color in zip(recalls, colors)
+            ],
+        )
 
 
 def ramp(count: int) -> list[tuple[float, float, float]]:
@@ -154,11 +184,17 @@ def label_ends(ax, ends: list[tuple[float, str, Any]]) -> None:
     """
     labels = [
         ax.annotate(
-            printable(text), (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
-            color=color, va="center", annotation_clip=False,
+            printable(text),
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            annotation_clip=False,
         )
         for y, text, color in ends
-    ]  # fmt: skip
+    ]
     figure = ax.get_figure()
     figure.draw_without_rendering()  # now the layout is known
     points = 72 / figure.dpi

@@ -98,9 +98,16 @@ class Pairs:
 
     @classmethod
     def of(
-        cls, embeddings, labels, gallery=None, gallery_labels=None, distance="cosine",
-        groups=None, gallery_groups=None, group=None,
-    ) -> "Pairs":  # fmt: skip
+        cls,
+        embeddings,
+        labels,
+        gallery=None,
+        gallery_labels=None,
+        distance="cosine",
+        groups=None,
+        gallery_groups=None,
+        group=None,
+    ) -> "Pairs":
         within = gallery is None
         parts = Parts(group)
         embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)

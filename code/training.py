@@ -36,16 +36,10 @@ def options() -> argparse.ArgumentParser:
         help="passes over the training images; 0 evaluates the untrained network",
     )
     group.add_argument(
-        "--optimizer",
-        default="adamw",
-        choices=OPTIMIZERS,
-        help="optimizer; the published results used adamw",
+        "--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer; the published results used adamw"
     )
     group.add_argument(
-        "--lr",
-        default=1e-4,
-        type=float,
-        help="learning rate of the network; lower it if the loss diverges",
+        "--lr", default=1e-4, type=float, help="learning rate of the network; lower it if the loss diverges"
     )
     group.add_argument(
         "--embedding-lr",
@@ -100,9 +94,7 @@ def options() -> argparse.ArgumentParser:
         help="layers of the backbone that never train, e.g. patch_embed of a transformer, or patch_embed,blocks.0",
     )
     group.add_argument(
-        "--skip-baseline",
-        action="store_true",
-        help="do not evaluate the pretrained backbone alone before training",
+        "--skip-baseline", action="store_true", help="do not evaluate the pretrained backbone alone before training"
     )
     group.add_argument(
         "--seed",

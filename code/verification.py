@@ -188,8 +188,9 @@ def verify(
     for limit, edge in given.items():
         row = np.searchsorted(edges, edge)
         found.at_threshold[limit] = (
-            estimate(curve.far[edge], resampled.far[row]), estimate(curve.tar[edge], resampled.tar[row]),
-        )  # fmt: skip
+            estimate(curve.far[edge], resampled.far[row]),
+            estimate(curve.tar[edge], resampled.tar[row]),
+        )
     return found
 
 
@@ -249,9 +250,14 @@ class Calibration:
         value, *interval = self.threshold
         far, *far_interval = self.far
         return {
-            "distance": self.chosen.distance, "threshold": value, "interval": interval, "asked_far": self.asked,
-            "far": far, "far_interval": far_interval, "classes": [self.chosen.classes, self.checked.classes],
-        }  # fmt: skip
+            "distance": self.chosen.distance,
+            "threshold": value,
+            "interval": interval,
+            "asked_far": self.asked,
+            "far": far,
+            "far_interval": far_interval,
+            "classes": [self.chosen.classes, self.checked.classes],
+        }
 
 
 def calibrate(

@@ -46,12 +46,31 @@ from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, re
 from dataset.loading import eval_loader, train_loader
 
 __all__ = [
-    "ALL", "BENCHMARKS", "DATA_ROOT", "ORIENTATIONS", "OWN", "ImageDataset", "check_arguments", "chosen_flags",
+    "ALL",
+    "BENCHMARKS",
+    "DATA_ROOT",
+    "ORIENTATIONS",
+    "OWN",
+    "ImageDataset",
+    "check_arguments",
+    "chosen_flags",
     "describe",
-    "eval_loader", "eval_sets",
-    "eval_splits", "fingerprint", "geometry_of", "load", "open", "options", "recipe", "record", "remark", "size",
-    "splits", "train_loader", "train_set",
-]  # fmt: skip
+    "eval_loader",
+    "eval_sets",
+    "eval_splits",
+    "fingerprint",
+    "geometry_of",
+    "load",
+    "open",
+    "options",
+    "recipe",
+    "record",
+    "remark",
+    "size",
+    "splits",
+    "train_loader",
+    "train_set",
+]
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
@@ -88,9 +107,7 @@ def options(training: bool) -> argparse.ArgumentParser:
         help="continue with a part of a dataset, to try things out; the results do not compare with others",
     )
     group.add_argument(
-        "--skip-bad-images",
-        action="store_true",
-        help="look at every image first and leave out the damaged ones",
+        "--skip-bad-images", action="store_true", help="look at every image first and leave out the damaged ones"
     )
     group.add_argument(
         "--cache",

@@ -24,9 +24,12 @@ EXAMPLES = """examples:
 
 def parse(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        prog="python -m dataset", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        prog="python -m dataset",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-    )  # fmt: skip
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
     common = argparse.ArgumentParser(add_help=False, parents=[cli.options()])
     common.add_argument(
@@ -35,9 +38,12 @@ def parse(argv=None) -> argparse.Namespace:
         help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
     common.add_argument(
-        "--workers", default=dataset.WORKERS, type=int, metavar="N",
+        "--workers",
+        default=dataset.WORKERS,
+        type=int,
+        metavar="N",
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
-    )  # fmt: skip
+    )
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
     check.set_defaults(archives=[])
     check.add_argument("name", choices=dataset.ALL)

@@ -18,20 +18,63 @@ REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") 
     ".avif": "pip install --upgrade pillow"
 }
 HIDDEN = {  # what systems, cameras and network disks write into folders of photos, beside names that begin with a dot
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle", "#snapshot", "@recycle",
-    "@recently-snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found",
-}  # fmt: skip
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "@recently-snapshot",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+    "lost+found",
+}
 NOT_PHOTOS = {  # endings of files that nobody expects to be searched, and of notes that programs keep beside photos
-    ".txt", ".pdf", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log", ".ini", ".db",
-    ".toml", ".py", ".ipynb", ".sh", ".npy", ".npz", ".mat", ".pt", ".pth", ".pkl", ".xmp", ".aae", ".thm", ".md5",
-    ".float32", ".faiss",
-}  # fmt: skip
+    ".txt",
+    ".pdf",
+    ".md",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".log",
+    ".ini",
+    ".db",
+    ".toml",
+    ".py",
+    ".ipynb",
+    ".sh",
+    ".npy",
+    ".npz",
+    ".mat",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".xmp",
+    ".aae",
+    ".thm",
+    ".md5",
+    ".float32",
+    ".faiss",
+}
 SHOWN = 6  # endings in a line
 TURNS = {  # by the orientation in EXIF
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 FULL_RANGE = 2**15  # what the largest of 16-bit values must reach; if none does, they may be of 9 to 15 bits
 CONVERT = "convert it to 8 bits per channel"
@@ -95,9 +138,10 @@ def missing_files(paths: list[str]) -> list[str]:
     folders = {os.path.dirname(path) for path in paths}
     present = {
         os.path.join(folder, name)
-        for folder in folders if os.path.isdir(folder or ".")
+        for folder in folders
+        if os.path.isdir(folder or ".")
         for name in os.listdir(folder or ".")
-    }  # fmt: skip
+    }
     return [path for path in paths if path not in present]
 
 

@@ -28,9 +28,18 @@ LIKELY_CAUSE = (
 AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter shows nothing
 
 RECIPE = {
-    "model": "resnet18", "pretrained": "none", "image_size": 32, "embedding_size": 128, "batch_size": 64,
-    "lr": 5e-4, "warm": 0, "bn_freeze": 0, "epochs": 6, "lr_decay_step": 3, "workers": 2,
-}  # fmt: skip
+    "model": "resnet18",
+    "pretrained": "none",
+    "image_size": 32,
+    "embedding_size": 128,
+    "batch_size": 64,
+    "lr": 5e-4,
+    "warm": 0,
+    "bn_freeze": 0,
+    "epochs": 6,
+    "lr_decay_step": 3,
+    "workers": 2,
+}
 CROP = 1.0  # evaluation sees the whole image, because accents reach into the margin
 
 TYPEFACES = [

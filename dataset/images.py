@@ -27,9 +27,15 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, paths: list[str], labels: np.ndarray, classes: list, transform=None, name: str = "images",
-        groups: np.ndarray | None = None, upright: bool = True,
-    ):  # fmt: skip
+        self,
+        paths: list[str],
+        labels: np.ndarray,
+        classes: list,
+        transform=None,
+        name: str = "images",
+        groups: np.ndarray | None = None,
+        upright: bool = True,
+    ):
         self.name = name
         self.paths = paths
         self.labels = labels

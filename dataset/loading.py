@@ -122,10 +122,12 @@ def eval_loader(images: Dataset, batch_size: int, workers: int, share=(0, 1)) ->
 
 def _worker_settings(workers):
     return {
-        "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": _leave_signals_to_the_main_process if workers else None,
         "generator": torch.Generator(),  # each pass takes a number from it, otherwise from the global one
-    }  # fmt: skip
+    }
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -23,13 +23,16 @@ MAX_FILES = 1_000_000
 LAYOUTS = {
     "cub": {"images": "."},
     "cars": {
-        "cars_annos.mat": ".", "car_ims": ".",
-        "cars_train_annos.mat": "devkit", "cars_test_annos_withlabels.mat": "devkit",
-        "cars_train": ".", "cars_test": ".",
+        "cars_annos.mat": ".",
+        "car_ims": ".",
+        "cars_train_annos.mat": "devkit",
+        "cars_test_annos_withlabels.mat": "devkit",
+        "cars_train": ".",
+        "cars_test": ".",
     },
     "SOP": {"Ebay_*.txt": ".", "*_final": "."},
     "Inshop": {"list_eval_partition.txt": "Eval", "img": "Img", "img_highres": "Img"},
-}  # fmt: skip
+}
 NEEDED = {  # the files and folders of each of a dataset's layouts, below its folder
     "cub": [["images"]],
     "cars": [

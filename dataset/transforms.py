@@ -21,9 +21,12 @@ class RandomCrop:
     """
 
     def __init__(
-        self, image_size: int, scale: tuple[float, float] = (0.08, 1.0), flip: bool = True,
+        self,
+        image_size: int,
+        scale: tuple[float, float] = (0.08, 1.0),
+        flip: bool = True,
         interpolation: str | None = None,
-    ):  # fmt: skip
+    ):
         self.crop = v2.RandomResizedCrop(image_size, scale=scale)
         self.flip = flip
         self.pillow = _through_pillow(v2.Resize(self.crop.size, _mode(interpolation))) if interpolation else None
@@ -66,9 +69,10 @@ def recipe(image_size: int, crop: float = CROP, crop_mode: str = "center", inter
         resize = RESIZED.get(image_size, resize)
     squashed = interpolation is not None and crop_mode == "squash"
     return {
-        "resize": [resize, resize] if squashed else resize, "interpolation": interpolation or "bilinear",
+        "resize": [resize, resize] if squashed else resize,
+        "interpolation": interpolation or "bilinear",
         "crop": image_size,
-    }  # fmt: skip
+    }
 
 
 def _through_pillow(*transforms):

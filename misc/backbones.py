@@ -25,9 +25,20 @@ from proxy_anchor import cli, figures
 SIZE, WARM, EPOCHS = 64, 1, 3  # pixels, as glyphs are drawn; epochs
 NETWORK = ("--model", "tf_efficientnet_lite0", "--image-size", str(SIZE))
 RECIPE = (
-    "--bn-freeze", "1", "--warm", str(WARM), "--epochs", str(EPOCHS), "--lr", "3e-4", "--lr-decay-step", "2",
-    "--embedding-size", "512", "--skip-baseline",
-)  # fmt: skip
+    "--bn-freeze",
+    "1",
+    "--warm",
+    str(WARM),
+    "--epochs",
+    str(EPOCHS),
+    "--lr",
+    "3e-4",
+    "--lr-decay-step",
+    "2",
+    "--embedding-size",
+    "512",
+    "--skip-baseline",
+)
 
 
 def recalls(data: list[str], weights: Path, seeds: list[int], logs: str) -> dict[str, list[float]]:

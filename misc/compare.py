@@ -28,14 +28,24 @@ NOT_COMPARED = ("seed", "by", *run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {
-    "Proxy_Anchor": "Proxy-Anchor", "Proxy_NCA": "Proxy-NCA", "MS": "Multi-Similarity", "NPair": "N-pair",
+    "Proxy_Anchor": "Proxy-Anchor",
+    "Proxy_NCA": "Proxy-NCA",
+    "MS": "Multi-Similarity",
+    "NPair": "N-pair",
     "Relaxed_Contra": "Relaxed contrastive",
-}  # fmt: skip
+}
 SETTINGS = {
-    "IPC": "{} per class", "batch_size": "batch {}", "embedding_size": "{}-d", "image_size": "{} px",
-    "lr": "learning rate {}", "mrg": "margin {}", "dataset": "{}", "model": "{}", "remark": "{}",
+    "IPC": "{} per class",
+    "batch_size": "batch {}",
+    "embedding_size": "{}-d",
+    "image_size": "{} px",
+    "lr": "learning rate {}",
+    "mrg": "margin {}",
+    "dataset": "{}",
+    "model": "{}",
+    "remark": "{}",
     "fold": "fold {} held out",
-}  # fmt: skip
+}
 # What nearly always follows from other settings: shown only where nothing else tells runs apart.
 FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule", "head")
 
@@ -232,14 +242,18 @@ def count_of_runs(groups: list[Group]) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[cli.options()],
-    )  # fmt: skip
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--save", action="append", metavar="FILE",
+        "--save",
+        action="append",
+        metavar="FILE",
         help="the chart as .png, .svg or .pdf; may be given several times (default: comparison.png)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     with cli.errors_in_one_line("compare.py", args.debug):
         groups = pool(read(args.runs))

@@ -131,9 +131,11 @@ def draw_arrows(ax, embeddings, proxy, weights, labels) -> None:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[cli.options()],
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--data-root",
         default=str(dataset.DATA_ROOT),

@@ -22,9 +22,16 @@ from proxy_anchor import cli, figures, published
 from proxy_anchor.runs import run_folders
 
 COLUMNS = [
-    "R@1, %", "published", "ours, best epoch on test", "ours, without test-set selection", "seeds", "commit",
-    "versions", "command", "logs",
-]  # fmt: skip
+    "R@1, %",
+    "published",
+    "ours, best epoch on test",
+    "ours, without test-set selection",
+    "seeds",
+    "commit",
+    "versions",
+    "command",
+    "logs",
+]
 VERSIONS = ("python", "torch", "torchvision")
 NONE = "pending"
 
@@ -98,9 +105,11 @@ def versions(recorded: dict[str, str]) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[cli.options()],
-    )  # fmt: skip
+    )
     parser.add_argument("--logs", required=True, type=Path, metavar="DIR", help="--LOG_DIR of the runs")
     parser.add_argument("--seeds", default=[1], type=int, nargs="+", metavar="S", help="seeds of the runs that count")
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="flags of train.py, in quotes")

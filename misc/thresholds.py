@@ -28,9 +28,12 @@ def embed(path: str, root: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     if not contract:
         raise ValueError(f"{path} has no record of its network: expected a checkpoint of train.py --dataset glyphs")
     network = net.create(
-        contract["model"], contract["embedding_size"], l2_norm=bool(contract["l2_norm"]),
-        head=contract.get("head", "linear"), image_size=contract["image_size"],
-    )  # fmt: skip
+        contract["model"],
+        contract["embedding_size"],
+        l2_norm=bool(contract["l2_norm"]),
+        head=contract.get("head", "linear"),
+        image_size=contract["image_size"],
+    )
     read.load(network)
     geometry = dataset.geometry_of("glyphs", contract)
     (images,) = dataset.eval_sets("glyphs", root, contract["image_size"], geometry)

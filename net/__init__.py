@@ -24,9 +24,10 @@ CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError) 
 NOT_FILES = ("imagenet", "none")  # what `pretrained` may be beside a path
 # The start of the embedding layer's weights. "layernorm" normalizes the features before it, without parameters.
 HEADS = {
-    "linear": partial(nn.init.kaiming_normal_, mode="fan_out"), "orthogonal": nn.init.orthogonal_,
+    "linear": partial(nn.init.kaiming_normal_, mode="fan_out"),
+    "orthogonal": nn.init.orthogonal_,
     "layernorm": nn.init.orthogonal_,
-}  # fmt: skip
+}
 
 
 class EmbeddingNet(nn.Module):
@@ -38,9 +39,13 @@ class EmbeddingNet(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, embedding_size: int, l2_norm: bool = True, bn_freeze: bool = True,
+        self,
+        backbone: Backbone,
+        embedding_size: int,
+        l2_norm: bool = True,
+        bn_freeze: bool = True,
         head: str = "linear",
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.model = backbone
         self.embedding_size = embedding_size
@@ -186,9 +191,14 @@ def license_of(name: str) -> str:
 
 
 def create(
-    name: str, embedding_size: int | None, pretrained: str | Path | None = None, l2_norm: bool = True,
-    bn_freeze: bool = True, head: str = "linear", image_size: int | None = None,
-) -> nn.Module:  # fmt: skip
+    name: str,
+    embedding_size: int | None,
+    pretrained: str | Path | None = None,
+    l2_norm: bool = True,
+    bn_freeze: bool = True,
+    head: str = "linear",
+    image_size: int | None = None,
+) -> nn.Module:
     """Build an embedding network or, with embedding_size None, one that gives its backbone's pooled features.
 
     pretrained: "imagenet" (for timm's networks their own weights; downloaded once into a cache), "none" or None, or the

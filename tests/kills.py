@@ -80,9 +80,13 @@ def outcome(logs: Path) -> dict:
     (best,) = folder.glob("*_best.pth")
     (text,) = folder.glob("*_best_results.txt")
     return {
-        "rows": rows, "text": text.read_text(), "last": last, "best": torch.load(best, weights_only=True),
-        "files": sorted(path.name for path in folder.iterdir()), "classes": (folder / "classes.csv").read_text(),
-    }  # fmt: skip
+        "rows": rows,
+        "text": text.read_text(),
+        "last": last,
+        "best": torch.load(best, weights_only=True),
+        "files": sorted(path.name for path in folder.iterdir()),
+        "classes": (folder / "classes.csv").read_text(),
+    }
 
 
 def assert_identical(ours, expected, where="run"):

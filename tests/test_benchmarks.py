@@ -40,8 +40,9 @@ def test_libraries_that_are_missing_are_named(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"\| (faiss|pytorch-metric-learning).*\| +not installed", done.stdout) == [
-        "faiss", "pytorch-metric-learning",
-    ]  # fmt: skip
+        "faiss",
+        "pytorch-metric-learning",
+    ]
     assert "ours / this" in done.stdout
     train = [sys.executable, BENCHMARKS.parent / "train.py", "--help"]
     assert subprocess.run(train, capture_output=True, timeout=300, env=environment).returncode == 0

@@ -194,10 +194,31 @@ def test_no_step_waits_for_the_gpu(amp, optimizer):
 
 def flags(root, logs, *more):
     return [
-        "--allow-partial", "--data-root", str(root), "--model", "resnet18", "--embedding-size", "8",
-        "--image-size", "64", "--workers", "2", "--batch-size", "8", "--pretrained", "none", "--epochs", "2",
-        "--warm", "0", "--wandb", "disabled", "--LOG_DIR", str(logs), *more,
-    ]  # fmt: skip
+        "--allow-partial",
+        "--data-root",
+        str(root),
+        "--model",
+        "resnet18",
+        "--embedding-size",
+        "8",
+        "--image-size",
+        "64",
+        "--workers",
+        "2",
+        "--batch-size",
+        "8",
+        "--pretrained",
+        "none",
+        "--epochs",
+        "2",
+        "--warm",
+        "0",
+        "--wandb",
+        "disabled",
+        "--LOG_DIR",
+        str(logs),
+        *more,
+    ]
 
 
 def rows(logs):
@@ -216,10 +237,26 @@ def test_training_and_evaluation(more, cub_root, tmp_path):
     train.main(flags(cub_root, tmp_path, *more))
     (checkpoint,) = tmp_path.glob("**/*_best.pth")
     amp = more if "--amp" in more else ()
-    metrics = evaluate.main([
-        "--allow-partial", "--data-root", str(cub_root), "--model", "resnet18", "--embedding-size", "8",
-        "--image-size", "64", "--workers", "0", "--batch-size", "8", "--resume", str(checkpoint), *amp,
-    ])  # fmt: skip
+    metrics = evaluate.main(
+        [
+            "--allow-partial",
+            "--data-root",
+            str(cub_root),
+            "--model",
+            "resnet18",
+            "--embedding-size",
+            "8",
+            "--image-size",
+            "64",
+            "--workers",
+            "0",
+            "--batch-size",
+            "8",
+            "--resume",
+            str(checkpoint),
+            *amp,
+        ]
+    )
     best = max(rows(tmp_path), key=lambda row: row["R@1"])
     assert {name: best[name] for name in metrics} == pytest.approx(metrics, abs=0.1)
 

@@ -311,8 +311,10 @@ def test_training_crops_have_the_published_distribution():
                 return random.integers(0, height - h + 1), random.integers(0, width - w + 1), h, w
 
     crop, image = transforms.RandomCrop(32).crop, torch.zeros(3, 375, 500, dtype=torch.uint8)
-    boxes = [[box[key] for key in ("top", "left", "height", "width")] for box in (
-        crop.make_params([image]) for _ in range(3000))]  # fmt: skip
+    boxes = [
+        [box[key] for key in ("top", "left", "height", "width")]
+        for box in (crop.make_params([image]) for _ in range(3000))
+    ]
     random = np.random.default_rng(0)
     expected = np.array([published_box(random, 375, 500) for _ in range(3000)])
     for column in range(4):

@@ -138,8 +138,10 @@ def test_gaussian_similarities_have_the_closed_forms(separation):
     """AUC = Phi(d'/sqrt 2), EER = Phi(-d'/2), and TAR = Phi(d' + Phi^-1(FAR)), from counts of Gaussians in bins."""
     normal, sigma = NormalDist(), 0.1
     scale = Scale.of_similarities()
-    shares = [np.array([NormalDist(mean, sigma).cdf(edge) for edge in scale.edges])
-              for mean in (0.2 - separation * sigma / 2, 0.2 + separation * sigma / 2)]  # fmt: skip
+    shares = [
+        np.array([NormalDist(mean, sigma).cdf(edge) for edge in scale.edges])
+        for mean in (0.2 - separation * sigma / 2, 0.2 + separation * sigma / 2)
+    ]
     other, same = (np.diff(share)[:, None] for share in shares)
     curve = Curve.of(scale.edges, same, other)
     assert curve.auc()[0] == pytest.approx(normal.cdf(separation / math.sqrt(2)), abs=1e-6)
@@ -197,10 +199,12 @@ def test_intervals_are_the_quantiles_of_the_replicates():
     curve = Curve.of(every.scale.edges[fine], *every.resampled(fine, weights))
     threshold, tar = curve.at_far(0.05)
     expected = [
-        (found.auc, curve.auc()), (found.equal_error[1], curve.equal_errors()[1]),
-        (found.at_far[0.05][0], threshold), (found.at_far[0.05][1], tar),
+        (found.auc, curve.auc()),
+        (found.equal_error[1], curve.equal_errors()[1]),
+        (found.at_far[0.05][0], threshold),
+        (found.at_far[0.05][1], tar),
         (found.at_threshold[0.3][0], curve.far[np.searchsorted(curve.thresholds, 0.3)]),
-    ]  # fmt: skip
+    ]
     for estimate, replicates in expected:
         assert estimate[1:] == pytest.approx(np.quantile(replicates, [0.025, 0.975]), abs=0.01)
         assert estimate.low < estimate.value < estimate.high

@@ -157,9 +157,13 @@ def test_equal_rows_are_finite(loss, dtype):
     """Both views of an image may be equal, and all images of a batch: of the student, the teacher or both."""
     student, teacher = (x.to(dtype) for x in embeddings())
     for s, t in [
-        (student[[0, 0, 1, 1]], teacher[:4]), (student[:4], teacher[[0, 0, 1, 1]]), (student[[0] * 4], teacher[:4]),
-        (student[[0] * 4], teacher[[0] * 4]), (0 * student, teacher), (student, 0 * teacher),
-    ]:  # fmt: skip
+        (student[[0, 0, 1, 1]], teacher[:4]),
+        (student[:4], teacher[[0, 0, 1, 1]]),
+        (student[[0] * 4], teacher[:4]),
+        (student[[0] * 4], teacher[[0] * 4]),
+        (0 * student, teacher),
+        (student, 0 * teacher),
+    ]:
         value, gradient = value_and_gradient(loss, s, t)
         assert value.isfinite() and gradient.isfinite().all() and gradient.abs().max() < 1e7
 

@@ -151,10 +151,12 @@ def figures(total, gallery_total):
     result = evaluation.measure(embedded, [1, 4])
     group = distributed.group()
     return {
-        "ranks": best_positive_rank(*embedded, group=group), "map": map_at_r(*embedded, group=group),
-        "metrics": torch.tensor(list(result.metrics.values())), "labels": result.labels,
+        "ranks": best_positive_rank(*embedded, group=group),
+        "map": map_at_r(*embedded, group=group),
+        "metrics": torch.tensor(list(result.metrics.values())),
+        "labels": result.labels,
         "average precisions": result.average_precisions,
-    } | {f"embedded {number}": part for number, part in enumerate(evaluation.whole(embedded))}  # fmt: skip
+    } | {f"embedded {number}": part for number, part in enumerate(evaluation.whole(embedded))}
 
 
 def evaluations(*sizes):
@@ -248,9 +250,26 @@ def test_torchrun(cub_root, tmp_path):
 def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     """A process dies: torchrun starts all again, and they go on. Then one process goes on where two were."""
     flags = [
-        "--allow-partial", "--data-root", cub_root, "--model", "resnet18", "--embedding-size", 8, "--image-size", 32,
-        "--batch-size", 4, "--workers", 0, "--pretrained", "none", "--optimizer", "sgd", "--warm", 0,
-    ]  # fmt: skip
+        "--allow-partial",
+        "--data-root",
+        cub_root,
+        "--model",
+        "resnet18",
+        "--embedding-size",
+        8,
+        "--image-size",
+        32,
+        "--batch-size",
+        4,
+        "--workers",
+        0,
+        "--pretrained",
+        "none",
+        "--optimizer",
+        "sgd",
+        "--warm",
+        0,
+    ]
     flags = [str(flag) for flag in flags]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     resumed = [*flags, "--epochs", "6", "--LOG_DIR", str(tmp_path / "resumed"), "--resume", "auto"]
@@ -285,14 +304,33 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
 def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
     """The processes agree on the step after which they stop."""
     flags = [
-        "--allow-partial", "--data-root", cub_root, "--model", "resnet18", "--embedding-size", 8, "--image-size", 32,
-        "--batch-size", 4, "--workers", 0, "--pretrained", "none", "--epochs", 1000, "--LOG_DIR", tmp_path,
-    ]  # fmt: skip
+        "--allow-partial",
+        "--data-root",
+        cub_root,
+        "--model",
+        "resnet18",
+        "--embedding-size",
+        8,
+        "--image-size",
+        32,
+        "--batch-size",
+        4,
+        "--workers",
+        0,
+        "--pretrained",
+        "none",
+        "--epochs",
+        1000,
+        "--LOG_DIR",
+        tmp_path,
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     agent = subprocess.Popen(
         [*command, str(REPOSITORY / "train.py"), *(str(flag) for flag in flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in agent.stdout:
         if line.startswith("epoch  1"):
             agent.terminate()
@@ -356,9 +394,10 @@ def test_all_gpus_start_torchrun(monkeypatch):
     assert started.pop() == [*torchrun, "train.py", "--its", "own"]
     monkeypatch.setattr(distributed, "processes", lambda gpu_id: sys.exit("the processes would start here"))
     for module, argv in (
-        (script, []), (evaluate, ["--backbone-only", "--model", "resnet18"]),
+        (script, []),
+        (evaluate, ["--backbone-only", "--model", "resnet18"]),
         (transfer, ["--source-ckpt", "none.pth"]),
-    ):  # fmt: skip
+    ):
         argv = [*argv, "--gpu-id", "-1", "--dataset", "glyphs"]
         with pytest.raises(SystemExit):
             module.main(argv)
@@ -368,15 +407,19 @@ def test_all_gpus_start_torchrun(monkeypatch):
     assert not started
 
 
-@pytest.mark.parametrize("environment, refused", [
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, True),  # srun
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, True),
-    ({"SLURM_NTASKS": "4"}, False),  # salloc
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # sbatch, whose script is one process
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc in a step; srun -n 1
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": "x"}, False),
-    ({}, False),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, refused",
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, True),  # srun
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # salloc
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # sbatch, whose script is one process
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc in a step; srun -n 1
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": "x"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
 def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(environment, refused, monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)

@@ -26,10 +26,15 @@ from proxy_anchor import checkpoint, losses
 
 README = REPOSITORY / "README.md"
 SCRIPTS = {
-    "python train.py": train, "torchrun --nproc-per-node 8 train.py": train, "python evaluate.py": evaluate,
-    "python transfer.py": transfer, "python search.py": search, "python protocol.py": protocol,
-    "python export.py": export, "python -m dataset": data,
-}  # fmt: skip
+    "python train.py": train,
+    "torchrun --nproc-per-node 8 train.py": train,
+    "python evaluate.py": evaluate,
+    "python transfer.py": transfer,
+    "python search.py": search,
+    "python protocol.py": protocol,
+    "python export.py": export,
+    "python -m dataset": data,
+}
 
 
 @pytest.mark.parametrize("start", SCRIPTS)
@@ -62,9 +67,13 @@ def test_tables_of_recipes_are_changes_of_the_first_command(name, script, count)
 def test_there_are_no_other_commands():
     """What none of the tests would look at."""
     known = (
-        *SCRIPTS, "python -m pytest", "python misc/compare.py logs/logs_glyphs/*", "python misc/efficientnet_lite0.py",
-        "python misc/backbones.py", "python benchmarks/backbones.py",
-    )  # fmt: skip
+        *SCRIPTS,
+        "python -m pytest",
+        "python misc/compare.py logs/logs_glyphs/*",
+        "python misc/efficientnet_lite0.py",
+        "python misc/backbones.py",
+        "python benchmarks/backbones.py",
+    )
     for page in PAGES:
         for line in "".join(blocks(page)).splitlines():
             command = line.split(" && ")[-1]

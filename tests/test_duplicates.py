@@ -124,14 +124,17 @@ def test_many_equal_images_make_a_short_list():
     assert found.worst and len({image for pair in found.worst for image in pair[:2]}) == 2 * len(found.worst)
 
 
-@pytest.mark.parametrize("labels, splits, groups, problems", [
-    (("a", "b"), ("train", "train"), ("", ""), 1),
-    (("a", "b"), ("eval", "eval"), ("", ""), 1),
-    (("a", "b"), ("eval", "eval"), ("burst", "burst"), 1),  # a group explains the copy, not the labels
-    (("a", "b"), ("train", "eval"), ("", ""), 1),
-    (("a", "a"), ("train", "eval"), ("", ""), 0),
-    (("a", "a"), ("eval", "eval"), ("", ""), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels, splits, groups, problems",
+    [
+        (("a", "b"), ("train", "train"), ("", ""), 1),
+        (("a", "b"), ("eval", "eval"), ("", ""), 1),
+        (("a", "b"), ("eval", "eval"), ("burst", "burst"), 1),  # a group explains the copy, not the labels
+        (("a", "b"), ("train", "eval"), ("", ""), 1),
+        (("a", "a"), ("train", "eval"), ("", ""), 0),
+        (("a", "a"), ("eval", "eval"), ("", ""), 0),
+    ],
+)
 def test_one_image_with_two_labels_is_wrong(tmp_path, capsys, labels, splits, groups, problems):
     for number in range(4):
         smooth(number, tmp_path / f"{number}.jpg")

@@ -138,8 +138,11 @@ def test_bgr_and_embeddings_of_any_length_stay_what_they_are(made, tmp_path, cap
     assert ((by_onnxruntime(tmp_path / "b.onnx", pixels) - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
     assert (expected.norm(dim=1) - 1).abs().min() > 1e-2
     assert exported.read(tmp_path / "b.onnx")["normalization"] == {
-        "channels": "BGR", "largest": 255, "mean": [104.0, 117.0, 128.0], "std": [1.0, 1.0, 1.0]
-    }  # fmt: skip
+        "channels": "BGR",
+        "largest": 255,
+        "mean": [104.0, 117.0, 128.0],
+        "std": [1.0, 1.0, 1.0],
+    }
     assert "The export measured nothing" in (tmp_path / "b-card.md").read_text()
 
 
@@ -218,16 +221,24 @@ def test_search_with_a_file(ending, made, tmp_path, capsys):
         assert similarities[0] == pytest.approx(similarities[1], abs=1e-5)
     fails(
         lambda: search.main(["query", "--index", index, "--resume", str(made / "a.pth"), str(made / "images")]),
-        capsys, "another",
-    )  # fmt: skip
+        capsys,
+        "another",
+    )
 
 
 def test_record(made, tmp_path, capsys):
     """What the file is of, and how it is used; a threshold too, which search.py then takes."""
     threshold = {
-        "distance": "cosine", "threshold": 0.75, "interval": [0.7, 0.8], "asked_far": 0.01, "far": 0.02,
-        "far_interval": [0.0, 0.1], "classes": [2, 2], "dataset": "folder", "data": {},
-    }  # fmt: skip
+        "distance": "cosine",
+        "threshold": 0.75,
+        "interval": [0.7, 0.8],
+        "asked_far": 0.01,
+        "far": 0.02,
+        "far_interval": [0.0, 0.1],
+        "classes": [2, 2],
+        "dataset": "folder",
+        "data": {},
+    }
     (tmp_path / "a.pth").write_bytes((made / "a.pth").read_bytes())
     checkpoint.save_threshold(tmp_path / "a.pth", threshold, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
     run(tmp_path, tmp_path / "a.safetensors", "--check", made / "images", data=False)
@@ -286,9 +297,14 @@ def test_fp16_says_what_it_costs(made, tmp_path, pixels, capsys):
 
 @pytest.mark.parametrize(
     "geometry, tolerance",
-    [({}, 1), ({"crop": 1.0}, 1), ({"interpolation": "bilinear"}, 0), ({"interpolation": "bicubic", "crop": 0.95}, 0),
-     ({"interpolation": "bicubic", "crop_mode": "squash"}, 0)],
-)  # fmt: skip
+    [
+        ({}, 1),
+        ({"crop": 1.0}, 1),
+        ({"interpolation": "bilinear"}, 0),
+        ({"interpolation": "bicubic", "crop": 0.95}, 0),
+        ({"interpolation": "bicubic", "crop_mode": "squash"}, 0),
+    ],
+)
 @pytest.mark.parametrize("size", [32, 224])
 def test_pillow_on_the_page_sees_images_as_evaluation_does(geometry, tolerance, size, tmp_path):
     """With networks that resize as published, within 1 of 255; with those of timm, exactly."""
@@ -394,9 +410,9 @@ def test_what_is_refused_for_files(made, capsys):
 
 
 @pytest.mark.parametrize(
-    "package, ending", [("onnx", ".onnx"), ("onnxscript", ".onnx"), ("onnxruntime", ".onnx"),
-                        ("safetensors", ".safetensors")],
-)  # fmt: skip
+    "package, ending",
+    [("onnx", ".onnx"), ("onnxscript", ".onnx"), ("onnxruntime", ".onnx"), ("safetensors", ".safetensors")],
+)
 def test_missing_packages_are_named(package, ending, made, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     fails(lambda: run(made, tmp_path / f"a{ending}"), capsys, "pip install ")
@@ -455,13 +471,16 @@ def of_rows(path, made, change, outputs):
     """An ONNX file with the record of a.onnx; change(helper) -> nodes from `images`, cast to float, to `embeddings`."""
     helper = onnx.helper
     graph = helper.make_graph(
-        [helper.make_node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT), *change(helper)], "rows",
+        [helper.make_node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT), *change(helper)],
+        "rows",
         [helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["N", 3, 32, 32])],
         [helper.make_tensor_value_info("embeddings", onnx.TensorProto.FLOAT, outputs)],
-        [helper.make_tensor("few", onnx.TensorProto.INT64, [2], [-1, 16]),
-         helper.make_tensor("start", onnx.TensorProto.INT64, [1], [0]),
-         helper.make_tensor("end", onnx.TensorProto.INT64, [1], [16])],
-    )  # fmt: skip
+        [
+            helper.make_tensor("few", onnx.TensorProto.INT64, [2], [-1, 16]),
+            helper.make_tensor("start", onnx.TensorProto.INT64, [1], [0]),
+            helper.make_tensor("end", onnx.TensorProto.INT64, [1], [16]),
+        ],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(model, {"record": onnx.load(made / "a.onnx").metadata_props[0].value})
     onnx.save(model, path)

@@ -93,8 +93,11 @@ def test_chart_labels_each_line_at_its_end(tmp_path, capsys, monkeypatch):
     for figure in seen:
         assert not overlapping(figure)
         assert [text.get_text() for text in figure.axes[0].texts][::-1] == [
-            "Proxy-Anchor  83.0 ± 1.4", "Multi-Similarity  82.9 ± 1.4", "Contrastive  82.8 ± 1.4", "N-pair  82.7 ± 1.4"
-        ]  # fmt: skip
+            "Proxy-Anchor  83.0 ± 1.4",
+            "Multi-Similarity  82.9 ± 1.4",
+            "Contrastive  82.8 ± 1.4",
+            "N-pair  82.7 ± 1.4",
+        ]
         assert figure.axes[0].texts[-1].get_color() in figures.STRONG
 
 
@@ -200,8 +203,10 @@ def test_settings_that_a_run_does_not_record_set_it_apart_only_where_the_others_
     c = write_run(tmp_path / "c", [0.4], seed=3, optimizer="old")
     groups, _ = compared(capsys, tmp_path, a, b, c)
     assert groups == {
-        "Proxy-Anchor, optimizer new": 1, "Proxy-Anchor, optimizer not recorded": 1, "Proxy-Anchor, optimizer old": 1
-    }  # fmt: skip
+        "Proxy-Anchor, optimizer new": 1,
+        "Proxy-Anchor, optimizer not recorded": 1,
+        "Proxy-Anchor, optimizer old": 1,
+    }
     groups, _ = compared(capsys, tmp_path, c, b, a, write_run(tmp_path / "d", [0.1], loss="MS", recipe="older"))
     assert sum(groups.values()) == len(groups) == 4
 

@@ -72,9 +72,10 @@ def everything():
     groups = torch.from_numpy(random.integers(0, 150, size=700))
     for name, vectors in {"random": x, "grid": on_a_grid}.items():
         for distance in tiles.DISTANCES:
-            for sets in [(vectors, labels, groups)], [
-                (vectors[:250], labels[:250], groups[:250]), (vectors[250:], labels[250:], groups[250:])
-            ]:  # fmt: skip
+            for sets in (
+                [(vectors, labels, groups)],
+                [(vectors[:250], labels[:250], groups[:250]), (vectors[250:], labels[250:], groups[250:])],
+            ):
                 arguments = [part(y) for side in sets for y in side[:2]]
                 own_groups = dict(zip(("groups", "gallery_groups"), (part(side[2]) for side in sets)))
                 for keywords in {}, own_groups:

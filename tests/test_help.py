@@ -15,16 +15,30 @@ import transfer
 from dataset import __main__ as data
 
 SCRIPTS = {
-    "train.py": train, "transfer.py": transfer, "evaluate.py": evaluate, "search.py": search, "protocol.py": protocol,
-    "export.py": export, "-m dataset": data,
-}  # fmt: skip
+    "train.py": train,
+    "transfer.py": transfer,
+    "evaluate.py": evaluate,
+    "search.py": search,
+    "protocol.py": protocol,
+    "export.py": export,
+    "-m dataset": data,
+}
 
 
 @pytest.mark.parametrize(
     "name, command",
-    [("train.py", []), ("transfer.py", []), ("evaluate.py", []), ("search.py", ["index"]), ("search.py", ["query"]),
-     ("protocol.py", []), ("export.py", []), ("-m dataset", ["check"]), ("-m dataset", ["prepare"])],
-)  # fmt: skip
+    [
+        ("train.py", []),
+        ("transfer.py", []),
+        ("evaluate.py", []),
+        ("search.py", ["index"]),
+        ("search.py", ["query"]),
+        ("protocol.py", []),
+        ("export.py", []),
+        ("-m dataset", ["check"]),
+        ("-m dataset", ["prepare"]),
+    ],
+)
 @pytest.mark.parametrize("columns", ["60", "120"])
 def test_help(name, command, columns, capsys, monkeypatch):
     """Every flag says something, defaults that say nothing are left out, and no line of it is wider than the screen."""

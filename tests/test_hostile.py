@@ -110,13 +110,27 @@ def test_damaged_run_checkpoints(tmp_path):
             assert progress["epoch"] == 3 and (other.weight == 1.5).all()
 
 
-@pytest.mark.parametrize("change", [
-    *({"progress": change} for change in (
-        {"rows": None}, {"rows": [{}]}, {"rows": [1]}, {"losses": None}, {"losses": ["x"]}, {"seconds": "x"},
-        {"epoch": -1},
-    )),
-    {"optimizer": {}}, {"optimizer": None}, {"idle": 5}, {"idle": {"scale": 1.0}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"progress": change}
+            for change in (
+                {"rows": None},
+                {"rows": [{}]},
+                {"rows": [1]},
+                {"losses": None},
+                {"losses": ["x"]},
+                {"seconds": "x"},
+                {"epoch": -1},
+            )
+        ),
+        {"optimizer": {}},
+        {"optimizer": None},
+        {"idle": 5},
+        {"idle": {"scale": 1.0}},
+    ],
+)
 def test_edited_run_checkpoints(tmp_path, change):
     path, network = tmp_path / "last.pth", Tiny(1.5)
     parts = {"optimizer": torch.optim.AdamW(network.parameters()), "idle": torch.amp.GradScaler("cpu", enabled=False)}
@@ -241,12 +255,15 @@ def test_lines_of_a_check_are_short(tmp_path, capsys):
     assert max(map(len, out.splitlines())) < 900
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([FORGED], "expected a path, a label and a split"),
-    ([FORGED, "a", FORGED], "the split is"),
-    ([FORGED, "a", "eval"], "are missing"),
-    (["a" * 1_000_000, "a" * 100_000, "a" * 100_000], "the split is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([FORGED], "expected a path, a label and a split"),
+        ([FORGED, "a", FORGED], "the split is"),
+        ([FORGED, "a", "eval"], "are missing"),
+        (["a" * 1_000_000, "a" * 100_000, "a" * 100_000], "the split is"),
+    ],
+)
 def test_errors_are_one_short_line(tmp_path, capsys, rows, words):
     csv.field_size_limit(2_000_000)
     with open(tmp_path / "a.csv", "w", newline="") as file:

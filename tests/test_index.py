@@ -359,9 +359,12 @@ def test_memory_does_not_grow_with_the_index(tmp_path):
                 print(memory.resident, memory.anonymous)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), tmp_path], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", textwrap.dedent(program), tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     peaks = np.array([line.split() for line in done.stdout.splitlines()], float).reshape(2, 3, 2)
     assert (peaks[:, 2] - peaks[:, 1]).max() < 24, peaks

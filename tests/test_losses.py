@@ -177,10 +177,14 @@ def test_labels_of_any_integer_type(dtype):
 @pytest.mark.parametrize(
     "labels, found",
     [
-        (torch.ones(4), "torch.float32"), (torch.ones(4).bool(), "torch.bool"), ([1, 2, 3, 4], "list"),
-        (torch.ones(4).cfloat(), "torch.complex64"), (["a", "b", "a", "b"], "list"), (np.arange(4), "ndarray"),
+        (torch.ones(4), "torch.float32"),
+        (torch.ones(4).bool(), "torch.bool"),
+        ([1, 2, 3, 4], "list"),
+        (torch.ones(4).cfloat(), "torch.complex64"),
+        (["a", "b", "a", "b"], "list"),
+        (np.arange(4), "ndarray"),
     ],
-)  # fmt: skip
+)
 def test_other_labels_are_an_error(labels, found):
     with pytest.raises(ValueError, match=f"labels as a tensor of whole numbers, found {found}"):
         ProxyAnchor(6, 8)(torch.randn(4, 8), labels)

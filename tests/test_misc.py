@@ -71,9 +71,10 @@ def commands_of(tmp_path):
     (tmp_path / "python").chmod(0o755)
     checkpoint.save(tmp_path / "teacher.pth", net.create("resnet18", 128), RECORD | {"embedding_size": 128})
     environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "WRITTEN": str(tmp_path / "written"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "WRITTEN": str(tmp_path / "written"),
         "TEACHER": str(tmp_path / "teacher.pth"),
-    }  # fmt: skip
+    }
 
     def run(script, *arguments):
         command = ["bash", tmp_path / "misc" / script, *arguments]
@@ -132,9 +133,13 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     thresholds.main([str(path), "--data-root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     starts = [
-        "R@1 of 48 images among 48 images", "R@1 of 48 images among 24 folders", "R@1 of 24 folders among 24 folders",
-        "seed  0  threshold ", "seed  1  threshold ", "Asked: 10.0% false accepts.",
-    ]  # fmt: skip
+        "R@1 of 48 images among 48 images",
+        "R@1 of 48 images among 24 folders",
+        "R@1 of 24 folders among 24 folders",
+        "seed  0  threshold ",
+        "seed  1  threshold ",
+        "Asked: 10.0% false accepts.",
+    ]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
     torch.save({"model_state_dict": net.create("resnet18", 8).state_dict()}, path)
     with pytest.raises(SystemExit):

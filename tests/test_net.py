@@ -186,31 +186,51 @@ def without_classifier(name):
     return {key: value for key, value in backbone_state(name).items() if key.split(".")[0] not in unused}
 
 
-@pytest.mark.parametrize("content, left_out", [
-    (lambda state: behind("module.", state), ""),
-    (lambda state: behind("_orig_mod.", state), ""),
-    (lambda state: behind("module._orig_mod.", state), ""),
-    (lambda state: behind("_orig_mod.module.", state), ""),
-    (lambda state: {"state_dict": behind("backbone.module.", state)}, ""),
-    (lambda state: {"model": state, "epoch": 3}, ""),
-    (lambda state: {"state_dict": state, "args": argparse.Namespace(lr=1.0, sizes=[1, 2])}, ""),
-    (lambda state: state | {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}, "fc (2)"),
-    (lambda state: behind("module.", state) | {"n_averaged": torch.tensor(3)}, ""),
-    (lambda state: {
-        "state_dict": behind("module.encoder_q.", state) | behind("module.encoder_k.", behind("", state))
-        | {"module.queue": torch.zeros(4, 4), "module.encoder_q.fc.0.weight": torch.zeros(3, 3)}
-    }, "left out: encoder_k (100), queue (1), fc (1)."),
-    (lambda state: {
-        "student": {}, "teacher": behind("backbone.", state) | {"head.mlp.0.weight": torch.zeros(3)}
-    }, "behind backbone.; left out: head (1)"),
-    (lambda state: behind("module.", state) | {
-        "module.projection_head.0.weight": torch.zeros(3), "module.prototypes.weight": torch.zeros(3)
-    }, "left out: projection_head (1), prototypes (1)."),
-    (lambda state: state | {"last_linear.weight": torch.zeros(3, 512), "last_linear.bias": torch.zeros(3)},
-     "left out: last_linear (2)."),
-    (lambda state: behind("a\x1b[31m.", state) | {"b\n\x1b[2J": torch.zeros(1)},
-     "behind a\\x1b[31m.; left out: b\\n\\x1b[2J (1)."),
-], ids=range(14))  # fmt: skip
+@pytest.mark.parametrize(
+    "content, left_out",
+    [
+        (lambda state: behind("module.", state), ""),
+        (lambda state: behind("_orig_mod.", state), ""),
+        (lambda state: behind("module._orig_mod.", state), ""),
+        (lambda state: behind("_orig_mod.module.", state), ""),
+        (lambda state: {"state_dict": behind("backbone.module.", state)}, ""),
+        (lambda state: {"model": state, "epoch": 3}, ""),
+        (lambda state: {"state_dict": state, "args": argparse.Namespace(lr=1.0, sizes=[1, 2])}, ""),
+        (lambda state: state | {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}, "fc (2)"),
+        (lambda state: behind("module.", state) | {"n_averaged": torch.tensor(3)}, ""),
+        (
+            lambda state: {
+                "state_dict": behind("module.encoder_q.", state)
+                | behind("module.encoder_k.", behind("", state))
+                | {"module.queue": torch.zeros(4, 4), "module.encoder_q.fc.0.weight": torch.zeros(3, 3)}
+            },
+            "left out: encoder_k (100), queue (1), fc (1).",
+        ),
+        (
+            lambda state: {
+                "student": {},
+                "teacher": behind("backbone.", state) | {"head.mlp.0.weight": torch.zeros(3)},
+            },
+            "behind backbone.; left out: head (1)",
+        ),
+        (
+            lambda state: (
+                behind("module.", state)
+                | {"module.projection_head.0.weight": torch.zeros(3), "module.prototypes.weight": torch.zeros(3)}
+            ),
+            "left out: projection_head (1), prototypes (1).",
+        ),
+        (
+            lambda state: state | {"last_linear.weight": torch.zeros(3, 512), "last_linear.bias": torch.zeros(3)},
+            "left out: last_linear (2).",
+        ),
+        (
+            lambda state: behind("a\x1b[31m.", state) | {"b\n\x1b[2J": torch.zeros(1)},
+            "behind a\\x1b[31m.; left out: b\\n\\x1b[2J (1).",
+        ),
+    ],
+    ids=range(14),
+)
 def test_weights_as_others_save_them(content, left_out, tmp_path):
     """Behind prefixes, within entries, with another classifier or none, which never runs."""
     state = without_classifier("resnet18")
@@ -245,18 +265,28 @@ def test_backbone_of_ones_own_checkpoint(ending, tmp_path):
         net.create("resnet34", 8, path)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda state: state | {"more.weight": torch.zeros(1)}, "Unexpected key.*more.weight"),
-    (lambda state: {key: value for key, value in state.items() if key != "bn1.weight"}, "Missing key.*bn1.weight"),
-    (lambda state: {"model": {key: value for key, value in state.items() if key != "bn1.weight"}}, "Missing key"),
-    (lambda state: state | behind("module.", state), "two tensors conv1.weight"),
-    (lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.int8)}, "conv1.weight as int8"),
-    (lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.complex64)}, "conv1.weight as complex64"),
-    (lambda state: state | {"conv1.weight": state["conv1.weight"].to_sparse()}, "has no state dict of backbone"),
-    (lambda state: {"model": state | {"conv1.weight": state["conv1.weight"].to("meta")}}, "has no state dict of"),
-    (lambda state: {"optimizer": state, "epoch": 3}, "no state dict .* state_dict, model, .*; it has 'optimizer', "),
-    (lambda state: {}, "it has none"),
-], ids=range(10))  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: state | {"more.weight": torch.zeros(1)}, "Unexpected key.*more.weight"),
+        (lambda state: {key: value for key, value in state.items() if key != "bn1.weight"}, "Missing key.*bn1.weight"),
+        (lambda state: {"model": {key: value for key, value in state.items() if key != "bn1.weight"}}, "Missing key"),
+        (lambda state: state | behind("module.", state), "two tensors conv1.weight"),
+        (lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.int8)}, "conv1.weight as int8"),
+        (
+            lambda state: state | {"conv1.weight": state["conv1.weight"].to(torch.complex64)},
+            "conv1.weight as complex64",
+        ),
+        (lambda state: state | {"conv1.weight": state["conv1.weight"].to_sparse()}, "has no state dict of backbone"),
+        (lambda state: {"model": state | {"conv1.weight": state["conv1.weight"].to("meta")}}, "has no state dict of"),
+        (
+            lambda state: {"optimizer": state, "epoch": 3},
+            "no state dict .* state_dict, model, .*; it has 'optimizer', ",
+        ),
+        (lambda state: {}, "it has none"),
+    ],
+    ids=range(10),
+)
 def test_weights_that_do_not_fit_are_errors(change, words, tmp_path):
     torch.save(change(without_classifier("resnet18")), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=f"a.pth .*{words}"):

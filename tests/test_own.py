@@ -109,8 +109,14 @@ def test_csv_may_train_and_test_on_an_image(tmp_path):
 
 def test_csv_with_a_gallery_and_a_byte_order_mark(tmp_path):
     trees.folder(tmp_path, classes=("ant", "bee"))
-    path = write_csv(tmp_path / "a.csv", [(f"{c}/{i}.jpg", c, s) for c in ("ant", "bee") for i, s in enumerate(
-        ("gallery", "query", "gallery", "train"), 1)][1:])  # fmt: skip
+    path = write_csv(
+        tmp_path / "a.csv",
+        [
+            (f"{c}/{i}.jpg", c, s)
+            for c in ("ant", "bee")
+            for i, s in enumerate(("gallery", "query", "gallery", "train"), 1)
+        ][1:],
+    )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert dataset.eval_splits("csv", path) == ["query", "gallery"]
     assert dataset.load("csv", path, "query").labels.tolist() == [0, 1]
@@ -120,10 +126,7 @@ def test_csv_with_a_gallery_and_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     "break_it, words",
     [
-        (
-            lambda root: [shutil.rmtree(root / name) for name in ("bee", "cat", "dog", "eel")],
-            r"too few folders \(1\)",
-        ),
+        (lambda root: [shutil.rmtree(root / name) for name in ("bee", "cat", "dog", "eel")], r"too few folders \(1\)"),
         (lambda root: [path.unlink() for path in (root / "bee").rglob("*.jpg")], "bee has no images"),
         (shutil.rmtree, "There is no .*one folder per class"),
     ],
@@ -161,10 +164,7 @@ def test_wrong_test_classes_are_an_error(tmp_path, content, words):
         ("path,label,split\na.jpg,a,train\nb.jpg,b\n", "line 3: expected a path, a label and a split"),
         ("path,label,split\na.jpg,,train\n", "line 2: expected a path, a label and a split"),
         ("path,label,split\na.jpg,a,train,b\n", "line 2: expected a path"),
-        (
-            "path,label,split\na.jpg,a,test\n",
-            "line 2: the split is 'test', expected one of train, eval",
-        ),
+        ("path,label,split\na.jpg,a,test\n", "line 2: the split is 'test', expected one of train, eval"),
         ("path,label,split\na.jpg,a,query\n", "has the splits query: to test, it needs eval, or query and gallery"),
         ("path,label,split\na.jpg,a,train\n", "has the splits train: to test, it needs"),
         ('path,label,split\n"a.jpg,a,train\n', "is not a CSV file"),
@@ -257,8 +257,11 @@ def test_blanks_before_quotes_do_not_count(tmp_path):
 @pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u3000", "\u2009", "\u200b", "\ufeff", "\u202a", " \u00a0\t"])
 def test_white_space_around_cells_does_not_count(tmp_path, blank):
     trees.folder(tmp_path, classes=("ant", "bee"))
-    rows = [(f"{c}/{i}.jpg", c, split, f"{c} {i // 2}") for c in ("ant", "bee") for i, split in enumerate(
-        ("train", "eval", "eval", "eval"), 1)]  # fmt: skip
+    rows = [
+        (f"{c}/{i}.jpg", c, split, f"{c} {i // 2}")
+        for c in ("ant", "bee")
+        for i, split in enumerate(("train", "eval", "eval", "eval"), 1)
+    ]
     columns = ("path", "label", "split", "group")
     spaced = [[f"{blank * (i % 2)}{cell}{blank * (i % 3)}" for cell in row] for i, row in enumerate(rows)]
     spaced_columns = [f"{blank}{name}{blank}" for name in columns]
@@ -323,14 +326,17 @@ def test_each_of_two_folders_is_itself(tmp_path):
         dataset.load("csv", table, "eval")
 
 
-@pytest.mark.parametrize("path, words", [
-    ("ant\\1.jpg", "; the path has backslashes: separate folders by /"),
-    ("ant/1\u200b.jpg", r"; the path has spaces or invisible characters in unusual places: '.*1\\u200b.jpg'"),
-    ("ant /1x.jpg", "; the path has spaces or invisible characters in unusual places: '.*ant /1x.jpg'"),
-    ("ant/1\u00a0.jpg", r"unusual places: '.*1\\xa0.jpg'"),
-    ("ant/9.jpg", r"the first is .*ant/9.jpg$"),
-    ("\u65e5\u672c/9 9.jpg", r"the first is .*9 9.jpg$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("ant\\1.jpg", "; the path has backslashes: separate folders by /"),
+        ("ant/1\u200b.jpg", r"; the path has spaces or invisible characters in unusual places: '.*1\\u200b.jpg'"),
+        ("ant /1x.jpg", "; the path has spaces or invisible characters in unusual places: '.*ant /1x.jpg'"),
+        ("ant/1\u00a0.jpg", r"unusual places: '.*1\\xa0.jpg'"),
+        ("ant/9.jpg", r"the first is .*ant/9.jpg$"),
+        ("\u65e5\u672c/9 9.jpg", r"the first is .*9 9.jpg$"),
+    ],
+)
 def test_what_is_odd_about_a_missing_path_is_said(tmp_path, path, words):
     trees.folder(tmp_path, classes=("ant",))
     with pytest.raises(FileNotFoundError, match=words):
@@ -360,9 +366,11 @@ def test_check_names_what_looks_alike(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["folder", "csv"])
 def test_data_root_is_required(tmp_path, name, capsys, monkeypatch):
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), {
-        "model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1,
-    })  # fmt: skip
+    checkpoint.save(
+        tmp_path / "a.pth",
+        net.create("resnet18", 8),
+        {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1},
+    )
     resume = ["--resume", str(tmp_path / "a.pth")]
     data = ["--dataset", name]
     for main, argv in (

@@ -35,9 +35,15 @@ from proxy_anchor.runs import run_folders
 
 T = Image.Transpose
 STORED = {  # how a camera stores a picture with this orientation in EXIF
-    1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_90,
-    7: T.TRANSVERSE, 8: T.ROTATE_270,
-}  # fmt: skip
+    1: None,
+    2: T.FLIP_LEFT_RIGHT,
+    3: T.ROTATE_180,
+    4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE,
+    6: T.ROTATE_90,
+    7: T.TRANSVERSE,
+    8: T.ROTATE_270,
+}
 RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1, "crop": 1.0}
 ALONE = ["--backbone-only", "--model", "resnet18", "--pretrained", "none", "--image-size", "32", "--workers", "0"]
 
@@ -100,9 +106,12 @@ def test_formats_of_no_photograph_are_refused(form, tmp_path):
 def test_every_image_is_opened_in_chosen_formats():
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
     opened = [
-        line for name in files if not name.startswith("tests/")
-        for line in (REPOSITORY / name).read_text().splitlines() if "Image.open(" in line
-    ]  # fmt: skip
+        line
+        for name in files
+        if not name.startswith("tests/")
+        for line in (REPOSITORY / name).read_text().splitlines()
+        if "Image.open(" in line
+    ]
     assert opened and all("formats=" in line for line in opened)
 
 
@@ -120,10 +129,13 @@ def kinds():
     """{name: (settings of saving, the largest difference from the picture)}."""
     exact, near = {}, 3
     found = {
-        "a.png": (exact, 0), "a.webp": ({"lossless": True}, 0), "a.tiff": (exact, 0),
-        "b.tif": ({"compression": "tiff_lzw"}, 0), "a.jpg": ({"quality": 95, "subsampling": 0}, near),
+        "a.png": (exact, 0),
+        "a.webp": ({"lossless": True}, 0),
+        "a.tiff": (exact, 0),
+        "b.tif": ({"compression": "tiff_lzw"}, 0),
+        "a.jpg": ({"quality": 95, "subsampling": 0}, near),
         "a.mpo": ({"quality": 95, "subsampling": 0, "save_all": True, "append_images": [picture()]}, near),
-    }  # fmt: skip
+    }
     if "AVIF" in files.formats():
         found["a.avif"] = ({"quality": 100, "subsampling": "4:4:4"}, near)
     if "HEIF" in files.formats():
@@ -161,10 +173,15 @@ def test_photos_of_all_modes_are_upright(mode, tmp_path):
 
 @pytest.mark.parametrize(
     "block",
-    [b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\xff", exif(6)[:-8], exif(9),
-     b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\x01",
-     b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\x1a\0\0\0"],
-)  # fmt: skip
+    [
+        b"Exif\0\0nothing",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        exif(6)[:-8],
+        exif(9),
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\x01",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\x1a\0\0\0",
+    ],
+)
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 def test_damaged_exif_is_no_error(block, ending, tmp_path):
     settings = {} if ending == "png" else {"lossless": True} if ending == "webp" else {"quality": 95, "subsampling": 0}
@@ -191,10 +208,15 @@ def same(images):
 
 
 def test_all_orientations_are_one_image_of_a_dataset(turned, tmp_path):
-    table = write_csv(tmp_path / "a.csv", [
-        (f"photos/{name}/{number}.png", name, split)
-        for split in ("train", "eval") for name in ("ant", "bee") for number in STORED
-    ])  # fmt: skip
+    table = write_csv(
+        tmp_path / "a.csv",
+        [
+            (f"photos/{name}/{number}.png", name, split)
+            for split in ("train", "eval")
+            for name in ("ant", "bee")
+            for number in STORED
+        ],
+    )
     for name, root in (("folder", turned), ("csv", table)):
         for split in ("train", "eval"):
             assert same(dataset.load(name, root, split, transforms.evaluation(32)))
@@ -301,9 +323,31 @@ def test_orientation_that_a_checkpoint_does_not_record_is_as_stored(tmp_path):
 
 
 def train_on(root, logs, *more, epochs=1):
-    train.main(["--dataset", "folder", "--data-root", str(root), "--batch-size", "8", "--workers", "0", "--model",
-                "resnet18", "--pretrained", "none", "--embedding-size", "8", "--image-size", "32", "--epochs",
-                str(epochs), "--LOG_DIR", str(logs), *more])  # fmt: skip
+    train.main(
+        [
+            "--dataset",
+            "folder",
+            "--data-root",
+            str(root),
+            "--batch-size",
+            "8",
+            "--workers",
+            "0",
+            "--model",
+            "resnet18",
+            "--pretrained",
+            "none",
+            "--embedding-size",
+            "8",
+            "--image-size",
+            "32",
+            "--epochs",
+            str(epochs),
+            "--LOG_DIR",
+            str(logs),
+            *more,
+        ]
+    )
 
 
 def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, capsys):
@@ -437,14 +481,23 @@ def write_tiff(path, values, order="<", apart=False):
     after = 8 + 2 + 12 * 10 + 4
     start = after + 2 * channels + 8 * strips
     offset, counts = (after + 2 * channels, after + 2 * channels + 4 * strips) if apart else (start, size)
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, after), (259, 3, 1, 1), (262, 3, 1, 2),
-            (273, 4, strips, offset), (277, 3, 1, channels), (278, 4, 1, height), (279, 4, strips, counts),
-            (284, 3, 1, 2 if apart else 1)]  # fmt: skip
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, after),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, strips, offset),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, strips, counts),
+        (284, 3, 1, 2 if apart else 1),
+    ]
     entries = b"".join(
-        struct.pack(f"{order}HHI", *tag[:3]) + struct.pack(f"{order}HH" if tag[1:3] == (3, 1) else f"{order}I",
-                                                          tag[3], *[0][: tag[1:3] == (3, 1)])
+        struct.pack(f"{order}HHI", *tag[:3])
+        + struct.pack(f"{order}HH" if tag[1:3] == (3, 1) else f"{order}I", tag[3], *[0][: tag[1:3] == (3, 1)])
         for tag in tags
-    )  # fmt: skip
+    )
     tables = struct.pack(f"{order}{channels}H", *[16] * channels)
     tables += struct.pack(f"{order}{strips}I", *(start + i * size for i in range(strips)))
     tables += struct.pack(f"{order}{strips}I", *[size] * strips)
@@ -583,8 +636,19 @@ def phone(tmp_path):
     """Folders with files of all kinds, of which three are read without an optional library in any case."""
     for number, name in enumerate(("ant/1.JPG", "ant/2.jpeg", "bee/1.jpg")):
         trees.write_image(tmp_path / "phone" / name, number)
-    for name in ("ant/x.CR2", "ant/y.dng", "ant/z.MOV", "bee/deep/a.cr2", "bee/noending", "bee/._a.nef",
-                 "bee/notes.txt", "bee/1.xmp", "bee/a.\x1b[31mred", "ant/Thumbs.db", "ant/desktop.ini"):  # fmt: skip
+    for name in (
+        "ant/x.CR2",
+        "ant/y.dng",
+        "ant/z.MOV",
+        "bee/deep/a.cr2",
+        "bee/noending",
+        "bee/._a.nef",
+        "bee/notes.txt",
+        "bee/1.xmp",
+        "bee/a.\x1b[31mred",
+        "ant/Thumbs.db",
+        "ant/desktop.ini",
+    ):
         (tmp_path / "phone" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "phone" / name).write_bytes(b"no image")
     return tmp_path / "phone"
@@ -598,8 +662,11 @@ def test_files_that_are_left_out_are_named(phone, tmp_path, capsys):
     data = ["--dataset", "folder", "--data-root", phone, "--workers", "0"]
     counted = printed(dataset_main, "check", "folder", "--data-root", phone, "--workers", "0")
     assert sorted(re.search("Left out: (.*);", counted)[1].split(", ")) == [
-        "1 .dng", "1 .mov", "2 .cr2", "2 without an ending"
-    ]  # fmt: skip
+        "1 .dng",
+        "1 .mov",
+        "2 .cr2",
+        "2 without an ending",
+    ]
     assert counted.count("Left out") == printed(evaluate.main, *ALONE, *data).count("Left out") == 1
     index, query = ["--images", phone, "--out", tmp_path / "index"], ["query", "--index", tmp_path / "index"]
     assert printed(search.main, "index", *ALONE, *index).count("1 .dng") == 1
@@ -670,11 +737,23 @@ def test_photos_of_an_iphone_with_the_library(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("train", "val", "test"), ("Train", "TEST"), ("training", "validation", "birds"), ("images", "masks"),
-              ("train2017", "val2017"), ("train_set", "test_set"), ("query", "gallery"), ("images",), ("train",),
-              ("train", "test1"), ("images_train", "images_val"), ("x-train", "x-test"),
-              ("bounding_box_train", "bounding_box_test", "query", "gt_bbox")],
-)  # fmt: skip
+    "names",
+    [
+        ("train", "val", "test"),
+        ("Train", "TEST"),
+        ("training", "validation", "birds"),
+        ("images", "masks"),
+        ("train2017", "val2017"),
+        ("train_set", "test_set"),
+        ("query", "gallery"),
+        ("images",),
+        ("train",),
+        ("train", "test1"),
+        ("images_train", "images_val"),
+        ("x-train", "x-test"),
+        ("bounding_box_train", "bounding_box_test", "query", "gt_bbox"),
+    ],
+)
 def test_splits_are_no_classes(names, tmp_path):
     for name in names:
         trees.write_image(tmp_path / name / "ant" / "1.jpg", 0)

@@ -56,21 +56,26 @@ def run(*argv):
     [
         ("cub", trees.cub, {"CUB_200_2011.tgz": ("", ["CUB_200_2011"])}, {"train": (4, 24), "eval": (3, 18)}),
         (
-            "cars", trees.cars, {"car_ims.tgz": ("cars196", ["car_ims"]), "cars_annos.mat": None},
+            "cars",
+            trees.cars,
+            {"car_ims.tgz": ("cars196", ["car_ims"]), "cars_annos.mat": None},
             {"train": (3, 12), "eval": (3, 12)},
         ),
         (
-            "cars", trees.cars_devkit,
+            "cars",
+            trees.cars_devkit,
             {"car_devkit.tgz": ("cars196", ["devkit"]), "t.tgz": ("cars196", ["cars_train", "cars_test"])},
             {"train": (3, 12), "eval": (3, 12)},
         ),
         ("SOP", trees.sop, {"S.zip": ("", ["Stanford_Online_Products"])}, {"train": (3, 9), "eval": (3, 9)}),
         (
-            "Inshop", trees.inshop, {"img.zip": ("Inshop_Clothes/Img", ["img"]), "Eval/list_eval_partition.txt": None},
+            "Inshop",
+            trees.inshop,
+            {"img.zip": ("Inshop_Clothes/Img", ["img"]), "Eval/list_eval_partition.txt": None},
             {"train": (2, 8), "query": (3, 6), "gallery": (3, 6)},
         ),
     ],
-)  # fmt: skip
+)
 def test_prepare_and_check(tmp_path, published, capsys, name, make, archives, sizes):
     published(name, **sizes)
     original = make(tmp_path / "original")
@@ -197,16 +202,23 @@ def through_links(path):
     return several(path, *members, ("escape/victim", {"data": b"written"}))
 
 
-@pytest.mark.parametrize("make", [
-    through_links,
-    # Relative links that mean another place once they are moved.
-    lambda path: several(
-        path, ("a/b/c/devkit", link("../../../victims")), ("a/b/cars_test_annos_withlabels.mat", {"data": b"written"})
-    ),
-    lambda path: several(path, ("a/b/c/images", link("../../victims"))),
-    lambda path: several(path, ("images", link(".")), ("images/victim", {"data": b"written"})),
-    lambda path: several(path, ("images/a", {"data": b"1"}), ("images/b", {"type": tarfile.LNKTYPE, "linkname": "a"})),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        through_links,
+        # Relative links that mean another place once they are moved.
+        lambda path: several(
+            path,
+            ("a/b/c/devkit", link("../../../victims")),
+            ("a/b/cars_test_annos_withlabels.mat", {"data": b"written"}),
+        ),
+        lambda path: several(path, ("a/b/c/images", link("../../victims"))),
+        lambda path: several(path, ("images", link(".")), ("images/victim", {"data": b"written"})),
+        lambda path: several(
+            path, ("images/a", {"data": b"1"}), ("images/b", {"type": tarfile.LNKTYPE, "linkname": "a"})
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", ["cub", "cars"])
 def test_links_are_refused(tmp_path, capsys, name, make):
     """On any Python, wherever they lead; nothing is written or read outside the data root."""
@@ -234,12 +246,15 @@ def test_planted_links_are_not_followed(tmp_path, capsys, place):
     assert not list(victims.iterdir()) and (tmp_path / "data" / place).is_symlink()
 
 
-@pytest.mark.parametrize("members", [
-    [("images/a", {"data": b"1"}), ("images/a", {"data": b"2"})],
-    [("images/a", {"data": b"1"}), ("images/a", {"type": tarfile.DIRTYPE})],
-    [("images/a", {"type": tarfile.DIRTYPE}), ("images/a", {"data": b"1"})],
-    [("images", {"data": b"1"}), ("images/a", {"data": b"1"})],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("images/a", {"data": b"1"}), ("images/a", {"data": b"2"})],
+        [("images/a", {"data": b"1"}), ("images/a", {"type": tarfile.DIRTYPE})],
+        [("images/a", {"type": tarfile.DIRTYPE}), ("images/a", {"data": b"1"})],
+        [("images", {"data": b"1"}), ("images/a", {"data": b"1"})],
+    ],
+)
 def test_a_name_twice_in_one_archive_is_refused(tmp_path, members):
     with pytest.raises(ValueError, match=r"a.tar holds 'images/a' twice, or as a file and as a folder"):
         list(prepare.extract(several(tmp_path / "a.tar", *members), tmp_path / "out"))
@@ -310,10 +325,17 @@ def test_a_folder_in_one_of_its_own_name(tmp_path, published, inside):
     run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
 
 
-@pytest.mark.parametrize("name", [
-    "cars_test_annos_withlabels (1).mat", "cars_test_annos_withlabels(2).mat", "cars_test_annos_withlabels-1.mat",
-    "cars_test_annos_withlabels 2.mat", "cars_test_annos_withlabels - Copy.mat", "cars_test_annos_withlabels copy.mat",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cars_test_annos_withlabels (1).mat",
+        "cars_test_annos_withlabels(2).mat",
+        "cars_test_annos_withlabels-1.mat",
+        "cars_test_annos_withlabels 2.mat",
+        "cars_test_annos_withlabels - Copy.mat",
+        "cars_test_annos_withlabels copy.mat",
+    ],
+)
 def test_a_second_download_and_a_devkit_met_twice(tmp_path, published, name, capsys):
     """As the devkit circulates: the labels of the test images beside it, and all of it in several archives."""
     published("cars", train=(3, 12), eval=(3, 12))
@@ -336,17 +358,28 @@ def test_a_second_download_and_a_devkit_met_twice(tmp_path, published, name, cap
     assert "is in the archives twice, with different contents" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, make, content, missing", [
-    ("cars", trees.cars, ["cars196/car_ims"], "cars_annos.mat"),
-    ("cars", trees.cars, ["cars196/cars_annos.mat"], "car_ims"),
-    ("cars", trees.cars_devkit, ["cars196/cars_train", "cars196/cars_test", "cars196/devkit/cars_train_annos.mat"],
-     "devkit/cars_test_annos_withlabels.mat"),
-    ("cars", trees.cars_devkit, ["cars196/devkit"], "cars_train, cars_test"),
-    ("Inshop", trees.inshop, ["Inshop_Clothes/Img"], "Eval/list_eval_partition.txt"),
-    ("Inshop", trees.inshop, ["Inshop_Clothes/Eval"], "Img/img"),
-    ("SOP", trees.sop, ["Stanford_Online_Products/bicycle_final", "Stanford_Online_Products/Ebay_train.txt"],
-     "Ebay_test.txt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, make, content, missing",
+    [
+        ("cars", trees.cars, ["cars196/car_ims"], "cars_annos.mat"),
+        ("cars", trees.cars, ["cars196/cars_annos.mat"], "car_ims"),
+        (
+            "cars",
+            trees.cars_devkit,
+            ["cars196/cars_train", "cars196/cars_test", "cars196/devkit/cars_train_annos.mat"],
+            "devkit/cars_test_annos_withlabels.mat",
+        ),
+        ("cars", trees.cars_devkit, ["cars196/devkit"], "cars_train, cars_test"),
+        ("Inshop", trees.inshop, ["Inshop_Clothes/Img"], "Eval/list_eval_partition.txt"),
+        ("Inshop", trees.inshop, ["Inshop_Clothes/Eval"], "Img/img"),
+        (
+            "SOP",
+            trees.sop,
+            ["Stanford_Online_Products/bicycle_final", "Stanford_Online_Products/Ebay_train.txt"],
+            "Ebay_test.txt",
+        ),
+    ],
+)
 def test_half_a_dataset_says_what_is_missing(tmp_path, capsys, name, make, content, missing):
     original = make(tmp_path / "original")
     if name == "cars" and "devkit/cars_train" in content[-1]:  # the devkit as published, without the labels
@@ -453,10 +486,7 @@ def test_full_disk_names_the_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "argv, words",
-    [
-        (["cub", "nowhere.tgz"], "There is no archive nowhere.tgz"),
-        (["cub", __file__], "Nothing of cub is in"),
-    ],
+    [(["cub", "nowhere.tgz"], "There is no archive nowhere.tgz"), (["cub", __file__], "Nothing of cub is in")],
 )
 def test_wrong_archives(tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit) as refused:

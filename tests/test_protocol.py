@@ -38,10 +38,21 @@ def root(tmp_path_factory):
 
 def flags(root, logs, **changed):
     settings = {
-        "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "batch-size": 4, "warm": 0,
-        "bn-freeze": 0, "image-size": 32, "workers": 0, "pretrained": "none", "epochs": EPOCHS, "lr-decay-step": 1,
-        "lr": 3e-3, "LOG_DIR": logs,
-    } | changed  # fmt: skip
+        "dataset": "cub",
+        "data-root": root,
+        "model": "resnet18",
+        "embedding-size": 8,
+        "batch-size": 4,
+        "warm": 0,
+        "bn-freeze": 0,
+        "image-size": 32,
+        "workers": 0,
+        "pretrained": "none",
+        "epochs": EPOCHS,
+        "lr-decay-step": 1,
+        "lr": 3e-3,
+        "LOG_DIR": logs,
+    } | changed
     return ["--allow-partial", *(f"--{key}={value}" for key, value in settings.items())]
 
 
@@ -292,7 +303,7 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
         (["--folds", "2/2"], "argument --folds"),
         (["--out", ""], "argument --out: expected a path"),
     ],
-)  # fmt: skip
+)
 def test_usage_errors(argv, words, capsys):
     with pytest.raises(SystemExit) as end:
         protocol.parse(argv)

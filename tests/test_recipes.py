@@ -117,13 +117,16 @@ def test_layernorm_head():
     assert network.state_dict().keys() == net.create("resnet18", 8).state_dict().keys()
 
 
-@pytest.mark.parametrize("line, message", [
-    ("--eps 1e-4 --optimizer sgd", "argument --eps: sgd has no such setting"),
-    ("--eps 0", "argument --eps: 0.0 is not positive"),
-    ("--embedding-lr -1", "argument --embedding-lr: -1.0 is not positive"),
-    ("--lr-schedule linear", "argument --lr-schedule: invalid choice: 'linear'"),
-    ("--head mlp", "argument --head: invalid choice: 'mlp'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--eps 1e-4 --optimizer sgd", "argument --eps: sgd has no such setting"),
+        ("--eps 0", "argument --eps: 0.0 is not positive"),
+        ("--embedding-lr -1", "argument --embedding-lr: -1.0 is not positive"),
+        ("--lr-schedule linear", "argument --lr-schedule: invalid choice: 'linear'"),
+        ("--head mlp", "argument --head: invalid choice: 'mlp'"),
+    ],
+)
 def test_settings_that_do_not_exist(line, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(line.split())

@@ -281,8 +281,17 @@ def drawn_at(kind, text):
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 def test_threshold_of_the_checkpoint_is_drawn(tmp_path, distance):
     queries = random_set(200, 12, distance=distance)
-    record = {"distance": distance, "threshold": 0.6, "interval": [0.5, 0.7], "asked_far": 0.01, "far": 0.02,
-              "far_interval": [0.01, 0.03], "classes": [6, 6], "dataset": "<mine>", "data": {}}  # fmt: skip
+    record = {
+        "distance": distance,
+        "threshold": 0.6,
+        "interval": [0.5, 0.7],
+        "asked_far": 0.01,
+        "far": 0.02,
+        "far_interval": [0.01, 0.03],
+        "classes": [6, 6],
+        "dataset": "<mine>",
+        "data": {},
+    }
     text = write(tmp_path, queries, threshold=record).read_text()
     assert "threshold of the checkpoint 0.60, for 1% false accepts" in text and "&lt;mine&gt;" in text
     assert "0.600 [0.500, 0.700]" in text and "it had 2.00% [1.00, 3.00]" in text

@@ -31,9 +31,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def arguments(root, logs, **changed):
     settings = {
-        "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "batch-size": 4,
-        "image-size": 32, "workers": 0, "pretrained": "none", "epochs": 3, "lr-decay-step": 1, "LOG_DIR": logs,
-    } | changed  # fmt: skip
+        "dataset": "cub",
+        "data-root": root,
+        "model": "resnet18",
+        "embedding-size": 8,
+        "batch-size": 4,
+        "image-size": 32,
+        "workers": 0,
+        "pretrained": "none",
+        "epochs": 3,
+        "lr-decay-step": 1,
+        "LOG_DIR": logs,
+    } | changed
     return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
 
 
@@ -361,8 +370,11 @@ def test_signal_to_a_running_command(cub_root, tmp_path, whole_job):
     flags = arguments(cub_root, tmp_path, epochs=1000, workers=2)
     process = subprocess.Popen(
         [sys.executable, REPOSITORY / "train.py", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if line.startswith("epoch  1"):
             break

@@ -204,9 +204,12 @@ def test_labels_of_any_integer_type(dtype):
 @pytest.mark.parametrize("function", [best_positive_rank, map_at_r, verify])
 def test_other_labels_are_an_error(function):
     for labels, found in (
-        (Y.float(), "torch.float32"), (Y.bool(), "torch.bool"), (Y.tolist(), "list"), (Y.numpy(), "ndarray"),
+        (Y.float(), "torch.float32"),
+        (Y.bool(), "torch.bool"),
+        (Y.tolist(), "list"),
+        (Y.numpy(), "ndarray"),
         (["ant"] * 5, "list"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=f"Expected labels as a tensor of whole numbers, found {found}"):
             function(X, labels)
         with pytest.raises(ValueError, match=f"Expected gallery_labels as a tensor of whole numbers, found {found}"):

@@ -28,9 +28,14 @@ RUN = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8"
 
 def arguments(root, **changed):
     settings = {
-        "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8,
-        "batch-size": 8, "image-size": 32, "workers": 0,
-    } | changed  # fmt: skip
+        "dataset": "cub",
+        "data-root": root,
+        "model": "resnet18",
+        "embedding-size": 8,
+        "batch-size": 8,
+        "image-size": 32,
+        "workers": 0,
+    } | changed
     return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
 
 
@@ -86,18 +91,26 @@ def test_classes_are_those_of_the_best_network(cub_root, trained):
     with open(trained / "classes.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [
             {
-                "epoch": best["epoch"], "class": str(label), "queries": "6",
+                "epoch": best["epoch"],
+                "class": str(label),
+                "queries": "6",
                 "hits": str(int((ranks[y == label] == 0).sum())),
             }
             for label in range(3)
-        ]  # fmt: skip
+        ]
 
 
 def test_run_folder_is_the_published_one(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
-        ".lock", "classes.csv", "config.json", "cub_resnet18_best.pth", "cub_resnet18_best_results.txt", "curves.png",
-        "last.pth", "metrics.csv",
-    ]  # fmt: skip
+        ".lock",
+        "classes.csv",
+        "config.json",
+        "cub_resnet18_best.pth",
+        "cub_resnet18_best_results.txt",
+        "curves.png",
+        "last.pth",
+        "metrics.csv",
+    ]
     rows = read_metrics(trained)
     assert list(rows[0]) == [
         "epoch",
@@ -271,12 +284,30 @@ def test_default_paths_are_the_repositorys():
 
 def test_defaults_are_the_published():
     published = {
-        "dataset": "cub", "embedding_size": 512, "batch_size": 150, "epochs": 60, "gpu_id": 0,
-        "model": "bn_inception", "loss": "Proxy_Anchor", "optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-4,
+        "dataset": "cub",
+        "embedding_size": 512,
+        "batch_size": 150,
+        "epochs": 60,
+        "gpu_id": 0,
+        "model": "bn_inception",
+        "loss": "Proxy_Anchor",
+        "optimizer": "adamw",
+        "lr": 1e-4,
+        "weight_decay": 1e-4,
         "workers": dataset.WORKERS,
-        "lr_decay_step": 10, "lr_decay_gamma": 0.5, "alpha": 32, "mrg": 0.1, "IPC": None, "warm": 1, "bn_freeze": 1,
-        "l2_norm": 1, "remark": "", "image_size": 224, "seed": 1, "pretrained": "imagenet",
-    }  # fmt: skip
+        "lr_decay_step": 10,
+        "lr_decay_gamma": 0.5,
+        "alpha": 32,
+        "mrg": 0.1,
+        "IPC": None,
+        "warm": 1,
+        "bn_freeze": 1,
+        "l2_norm": 1,
+        "remark": "",
+        "image_size": 224,
+        "seed": 1,
+        "pretrained": "imagenet",
+    }
     assert published.items() <= vars(train.parse([])).items()
 
 
@@ -309,10 +340,16 @@ class Told(Exception):
     """What wandb.init was called with."""
 
 
-@pytest.mark.parametrize("variable, setting", [
-    ("WANDB_PROJECT", "project"), ("WANDB_NOTES", "notes"), ("WANDB_DIR", "dir"), ("WANDB_RUN_ID", "id"),
-    ("WANDB_RESUME", "resume"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variable, setting",
+    [
+        ("WANDB_PROJECT", "project"),
+        ("WANDB_NOTES", "notes"),
+        ("WANDB_DIR", "dir"),
+        ("WANDB_RUN_ID", "id"),
+        ("WANDB_RESUME", "resume"),
+    ],
+)
 def test_variables_of_wandb_come_first(variable, setting, monkeypatch, tmp_path):
     import wandb
 
@@ -653,8 +690,13 @@ def assert_published_recipes(commands):
         if args.dataset in ("cub", "cars", "SOP", "Inshop"):
             assert (args.loss, args.embedding_size) == ("Proxy_Anchor", 512)
             assert RECIPES[args.dataset, args.model] == (
-                args.batch_size, args.lr, args.warm, args.bn_freeze, args.lr_decay_step, args.lr_decay_gamma
-            )  # fmt: skip
+                args.batch_size,
+                args.lr,
+                args.warm,
+                args.bn_freeze,
+                args.lr_decay_step,
+                args.lr_decay_gamma,
+            )
             found.add((args.dataset, args.model))
     assert found == set(RECIPES)
 

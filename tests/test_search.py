@@ -42,8 +42,9 @@ def images(tmp_path):
 
 
 def make(weights, images, out, *more, name="a.pth"):
-    search.main(["index", "--resume", str(weights / name), "--images", str(images), "--out", str(out),
-                 "--workers", "0", *more])  # fmt: skip
+    search.main(
+        ["index", "--resume", str(weights / name), "--images", str(images), "--out", str(out), "--workers", "0", *more]
+    )
 
 
 def found(out, capsys, *more):
@@ -382,8 +383,9 @@ def test_vectors_that_are_missing_or_damaged(factory, weights, images, tmp_path,
 
 DAMAGES = {
     "not an object": lambda content: [],
-    "of a version that knew files": lambda content: content
-    | {"made": {"checkpoint": "a.pth", "sha256": "0", "network": content["made"]["network"]}},
+    "of a version that knew files": lambda content: (
+        content | {"made": {"checkpoint": "a.pth", "sha256": "0", "network": content["made"]["network"]}}
+    ),
     "by_folder text": lambda content: content | {"made": content["made"] | {"by_folder": "no"}},
     "empty": lambda content: {},
     "made empty": lambda content: content | {"made": {}},
@@ -401,12 +403,21 @@ DAMAGES = {
     "an image too few": lambda content: content | {"images": dict(list(content["images"].items())[1:])},
     "an image too many": lambda content: content | {"images": content["images"] | {"more.jpg": [0, 0]}},
     **{
-        f"{name} {value}": lambda content, name=name, value=value: content
-        | {"made": content["made"] | {"network": content["made"]["network"] | {name: value}}}
-        for name, value in [("model", "no"), ("model", 1), ("image_size", 0), ("image_size", "32"), ("l2_norm", None),
-                            ("embedding_size", 4), ("embedding_size", -1), ("embedding_size", 10**30)]
+        f"{name} {value}": lambda content, name=name, value=value: (
+            content | {"made": content["made"] | {"network": content["made"]["network"] | {name: value}}}
+        )
+        for name, value in [
+            ("model", "no"),
+            ("model", 1),
+            ("image_size", 0),
+            ("image_size", "32"),
+            ("l2_norm", None),
+            ("embedding_size", 4),
+            ("embedding_size", -1),
+            ("embedding_size", 10**30),
+        ]
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -500,8 +511,17 @@ def test_unknown_images_have_no_match(distance, weights, euclidean, images, tmp_
 def calibrated(weights, folder, **changed):
     """A checkpoint with a threshold."""
     path = shutil.copy(weights / "a.pth", folder / "a.pth")
-    record = {"distance": "cosine", "threshold": 0.999, "interval": [0.9, 1.0], "asked_far": 0.01, "far": 0.01,
-              "far_interval": [0.0, 0.1], "classes": [2, 2], "dataset": "folder", "data": {}}  # fmt: skip
+    record = {
+        "distance": "cosine",
+        "threshold": 0.999,
+        "interval": [0.9, 1.0],
+        "asked_far": 0.01,
+        "far": 0.01,
+        "far_interval": [0.0, 0.1],
+        "classes": [2, 2],
+        "dataset": "folder",
+        "data": {},
+    }
     checkpoint.save_threshold(path, record | changed, checkpoint.Checkpoint(path).identity)
     return folder
 
@@ -847,5 +867,6 @@ def test_names_forge_no_lines_of_an_answer(weights, images, tmp_path, capsys):
     assert result["query"] == str(images / name / f"{name}.jpg")  # JSON is of other programs, and escapes by itself
     fails(
         lambda: search.main(["query", "--index", str(tmp_path / "index"), str(tmp_path / f"{name}.jpg")]),
-        capsys, r"x\x1b[2J",
-    )  # fmt: skip
+        capsys,
+        r"x\x1b[2J",
+    )

@@ -65,9 +65,15 @@ class Training:
             labels = torch.from_numpy(random.integers(max(1, self.num_classes // 2), size=(2, self.batch_size)))
             training.set_trainable(self.network, step, warm=1)
             training.train_one_epoch(
-                self.network, self.loss_of, zip(images[:, own], labels[:, own]), self.optimizer, self.scaler, step,
-                [self.network, self.criterion], self.losses,
-            )  # fmt: skip
+                self.network,
+                self.loss_of,
+                zip(images[:, own], labels[:, own]),
+                self.optimizer,
+                self.scaler,
+                step,
+                [self.network, self.criterion],
+                self.losses,
+            )
         return self
 
     def result(self):
@@ -274,13 +280,16 @@ def test_labels_and_empty_batches_are_those_of_the_whole_loss(share):
         torch.autograd.grad(loss()(x, y), x, create_graph=True)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, from 1e-15 to 1"),
-    (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
-    (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
-    (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),
-    (["--sample-proxies", "0.5", "--loss", "Proxy_NCA"], "argument --sample-proxies: Proxy_NCA takes all proxies"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, from 1e-15 to 1"),
+        (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
+        (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
+        (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),
+        (["--sample-proxies", "0.5", "--loss", "Proxy_NCA"], "argument --sample-proxies: Proxy_NCA takes all proxies"),
+    ],
+)
 def test_samples_that_cannot_be_taken(flags, words, capsys):
     with pytest.raises(SystemExit) as ended:
         train.parse(flags)

@@ -85,8 +85,9 @@ def folders(tmp_path):
     good, bad, as_good = (part.clip(0, queries) for part in (good, bad, as_good))
     return [
         write_tested(tmp_path / f"{loss}{seed}", queries, hits[seed - 1], loss=loss, seed=seed)
-        for loss, hits in (("Proxy_Anchor", good), ("MS", as_good), ("Proxy_NCA", bad)) for seed in (1, 2)
-    ]  # fmt: skip
+        for loss, hits in (("Proxy_Anchor", good), ("MS", as_good), ("Proxy_NCA", bad))
+        for seed in (1, 2)
+    ]
 
 
 def verdicts(folders, tmp_path, capsys):

@@ -110,17 +110,24 @@ def test_identity_is_that_of_the_weights(tmp_path):
     assert same == identity({f"module.{k}": v for k, v in state.items()}) == identity(state, network=RECORD)
     name = "model.embedding.weight"
     others = [
-        state | {name: state[name] + 1e-6}, state | {name: state[name].double()}, state | {name: state[name].T},
-        {k.replace("embedding", "other"): v for k, v in state.items()}, dict(list(state.items())[:-1]),
-    ]  # fmt: skip
+        state | {name: state[name] + 1e-6},
+        state | {name: state[name].double()},
+        state | {name: state[name].T},
+        {k.replace("embedding", "other"): v for k, v in state.items()},
+        dict(list(state.items())[:-1]),
+    ]
     assert len({same, *map(identity, others)}) == 6
 
 
 DAMAGES = {
-    "text": lambda found: "0.5", "list": lambda found: [], "no number": lambda found: found | {"threshold": "0.5"},
-    "not finite": lambda found: found | {"threshold": float("nan")}, "half": lambda found: {"threshold": 0.5},
-    "interval of one": lambda found: found | {"interval": [0.5]}, "distance": lambda found: found | {"distance": "x"},
-}  # fmt: skip
+    "text": lambda found: "0.5",
+    "list": lambda found: [],
+    "no number": lambda found: found | {"threshold": "0.5"},
+    "not finite": lambda found: found | {"threshold": float("nan")},
+    "half": lambda found: {"threshold": 0.5},
+    "interval of one": lambda found: found | {"interval": [0.5]},
+    "distance": lambda found: found | {"distance": "x"},
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -28,8 +28,16 @@ from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import logbook
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-SIZES = {"test_vit": 32, "test_convnext": 32, "test_efficientnet": 32, "resnet10t": 64, "convnext_atto": 64,
-         "deit_tiny_distilled_patch16_224": 32, "tf_efficientnet_lite0": 64, "mobilenetv3_small_050": 64}  # fmt: skip
+SIZES = {
+    "test_vit": 32,
+    "test_convnext": 32,
+    "test_efficientnet": 32,
+    "resnet10t": 64,
+    "convnext_atto": 64,
+    "deit_tiny_distilled_patch16_224": 32,
+    "tf_efficientnet_lite0": 64,
+    "mobilenetv3_small_050": 64,
+}
 LETTERS = "ABDEFGHJKMNPQRSTVWXYZbdefghijmnqrtuyΓΔΘΛΞΠΣΦΨΩαβγδεζθλξπφψωБГДЖЗИЛЦЧШЩЪЭЮЯ"  # noqa: RUF001
 
 
@@ -159,11 +167,16 @@ def test_weights_as_others_save_them(tmp_path):
     ours = net.create("test_vit", 8)
     for content, left_out in (
         ({f"module.{key}": value for key, value in state.items()}, ""),
-        ({"teacher": {f"backbone.{key}": value for key, value in state.items()} | {"head.mlp.0.weight": torch.ones(1)}},
-         "behind backbone.; left out: head (1)"),
+        (
+            {
+                "teacher": {f"backbone.{key}": value for key, value in state.items()}
+                | {"head.mlp.0.weight": torch.ones(1)}
+            },
+            "behind backbone.; left out: head (1)",
+        ),
         ({"model_state_dict": ours.state_dict(), "network": {"model": "test_vit"}}, "left out: embedding (2)"),
         (state | {"head.weight": torch.zeros(7, 64), "head.bias": torch.zeros(7)}, "left out: head (2)"),
-    ):  # fmt: skip
+    ):
         network = net.create("test_vit", 16, save(tmp_path / "weights.pth", content))
         wanted = ours.model.cls_token if "network" in content else state["cls_token"]
         assert torch.equal(network.model.cls_token, wanted)
@@ -196,9 +209,13 @@ def test_without_the_hub_one_line_says_what_to_fetch(tmp_path, monkeypatch, caps
     )
     trees.folder(tmp_path / "photos")
     fails(
-        lambda: evaluate.main(["--dataset", "folder", "--data-root", str(tmp_path / "photos"), "--backbone-only",
-                               "--model", "test_vit"]), capsys, words + "it is with --pretrained PATH", code=1,
-    )  # fmt: skip
+        lambda: evaluate.main(
+            ["--dataset", "folder", "--data-root", str(tmp_path / "photos"), "--backbone-only", "--model", "test_vit"]
+        ),
+        capsys,
+        words + "it is with --pretrained PATH",
+        code=1,
+    )
     with pytest.raises(OSError, match="no weights of gcvit_tiny"):
         net.create("gcvit_tiny", 8, "imagenet")
 
@@ -209,8 +226,12 @@ def test_without_the_hub_one_line_says_what_to_fetch(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("script", [train, evaluate, transfer, search])
 def test_unknown_names_and_wrong_sizes_are_usage_errors(script, capsys):
     """Before anything is read: there is no data."""
-    more = {train: [], evaluate: ["--backbone-only"], transfer: ["--source-ckpt", "none.pth"],
-            search: ["index", "--backbone-only", "--images", "none", "--out", "none"]}[script]  # fmt: skip
+    more = {
+        train: [],
+        evaluate: ["--backbone-only"],
+        transfer: ["--source-ckpt", "none.pth"],
+        search: ["index", "--backbone-only", "--images", "none", "--out", "none"],
+    }[script]
     run = lambda *flags: script.parse([*more, "--data-root", "none", *flags])  # noqa: E731
     fails(lambda: run("--model", "vit_smal_patch16_224.dino"), capsys, "similar names: vit_small_patch16_224.dino")
     fails(lambda: run("--model", "rsnet18"), capsys, "similar names: resnet18")
@@ -250,8 +271,17 @@ def test_timm_that_is_missing_is_said(monkeypatch, capsys):
 def pictures(tmp_path_factory):
     """Images of all modes, of odd sizes."""
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    kinds = [("RGB", "png"), ("RGB", "jpg"), ("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "gif"), ("1", "png"),
-             ("CMYK", "jpg"), ("YCbCr", "tiff")]  # fmt: skip
+    kinds = [
+        ("RGB", "png"),
+        ("RGB", "jpg"),
+        ("L", "png"),
+        ("LA", "png"),
+        ("RGBA", "png"),
+        ("P", "gif"),
+        ("1", "png"),
+        ("CMYK", "jpg"),
+        ("YCbCr", "tiff"),
+    ]
     for number, (mode, ending) in enumerate(kinds):
         width, height = [(37, 53), (301, 211), (640, 97), (224, 224), (255, 257)][number % 5]
         pixels = random.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
@@ -262,10 +292,17 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name, size",
-    [("vit_small_patch16_224.dino", 224), ("convnext_tiny.fb_in22k", 224), ("convnext_tiny.fb_in22k", 324),
-     ("convnext_tiny.in12k_ft_in1k_384", 96), ("dla34.in1k", 224), ("tf_efficientnet_lite0", 97), ("test_vit", 160),
-     ("vit_small_patch14_dinov2.lvd142m", 518)],
-)  # fmt: skip
+    [
+        ("vit_small_patch16_224.dino", 224),
+        ("convnext_tiny.fb_in22k", 224),
+        ("convnext_tiny.fb_in22k", 324),
+        ("convnext_tiny.in12k_ft_in1k_384", 96),
+        ("dla34.in1k", 224),
+        ("tf_efficientnet_lite0", 97),
+        ("test_vit", 160),
+        ("vit_small_patch14_dinov2.lvd142m", 518),
+    ],
+)
 def test_evaluation_sees_what_timm_sees(name, size, pictures):
     """Floats as the network gets them: equal to timm's own transform, whose pixels are 1/255 apart, in every pixel."""
     config = timm.data.resolve_data_config(
@@ -338,10 +375,27 @@ def run(letters, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logbook.figures, "draw_run", lambda *_: None)  # the slowest part of so short epochs
-        train.main(of_letters(
-            letters, "--model", "test_vit", "--epochs", "28", "--lr", "2.5e-4", "--lr-decay-step", "20",
-            "--batch-size", "32", "--embedding-size", "64", "--LOG_DIR", logs, "--wandb", "disabled",
-        ))  # fmt: skip
+        train.main(
+            of_letters(
+                letters,
+                "--model",
+                "test_vit",
+                "--epochs",
+                "28",
+                "--lr",
+                "2.5e-4",
+                "--lr-decay-step",
+                "20",
+                "--batch-size",
+                "32",
+                "--embedding-size",
+                "64",
+                "--LOG_DIR",
+                logs,
+                "--wandb",
+                "disabled",
+            )
+        )
     (folder,) = (logs / "logs_glyphs").iterdir()
     return folder
 
@@ -355,19 +409,27 @@ def best_of(run):
 
 
 def test_a_tiny_transformer_learns(run, letters):
-    untrained = evaluate.main(of_letters(
-        letters, "--backbone-only", "--model", "test_vit", "--pretrained", "none", "--image-size", "32"
-    ))["R@1"]  # fmt: skip
+    untrained = evaluate.main(
+        of_letters(letters, "--backbone-only", "--model", "test_vit", "--pretrained", "none", "--image-size", "32")
+    )["R@1"]
     assert max(row["R@1"] for row in rows_of(run)) > untrained + 0.15
 
 
 def test_the_record_is_the_contract_and_needs_no_flags(run, letters, tmp_path, capsys):
     record = checkpoint.Checkpoint(best_of(run)).contract
     assert record == {
-        "model": "test_vit", "embedding_size": 64, "image_size": 32, "l2_norm": 1, "crop": 1.0, "crop_mode": "center",
-        "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
-        "head": "linear", "orientation": "stored",
-    }  # fmt: skip
+        "model": "test_vit",
+        "embedding_size": 64,
+        "image_size": 32,
+        "l2_norm": 1,
+        "crop": 1.0,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "head": "linear",
+        "orientation": "stored",
+    }
     pytest.importorskip("sklearn")
     metrics = evaluate.main(of_letters(letters, "--resume", best_of(run), "--report", tmp_path / "report"))
     assert metrics["R@1"] == pytest.approx(max(row["R@1"] for row in rows_of(run)), abs=1e-6)
@@ -390,8 +452,9 @@ def test_a_record_that_contradicts_the_network_is_refused(run, letters, tmp_path
     fails(lambda: evaluate.main(of_letters(letters, "--resume", other)), capsys, f"argument --resume: it was {words}")
     fails(
         lambda: search.main(["index", "--resume", str(other), "--images", str(letters), "--out", str(tmp_path / "i")]),
-        capsys, words,
-    )  # fmt: skip
+        capsys,
+        words,
+    )
     fails(
         lambda: transfer.main(of_letters(letters, "--source-ckpt", other)),
         capsys,
@@ -401,10 +464,17 @@ def test_a_record_that_contradicts_the_network_is_refused(run, letters, tmp_path
 
 @pytest.mark.parametrize(
     "record",
-    [{"mean": 0.5}, {"mean": [0.5, 0.5]}, {"std": ["a", "b", "c"]}, {"interpolation": "nearest"}, {"interpolation": 3},
-     {"crop_mode": "border"}, {"crop": "all"}],
+    [
+        {"mean": 0.5},
+        {"mean": [0.5, 0.5]},
+        {"std": ["a", "b", "c"]},
+        {"interpolation": "nearest"},
+        {"interpolation": 3},
+        {"crop_mode": "border"},
+        {"crop": "all"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_damaged_records_are_errors(record, run, letters, tmp_path, capsys):
     other = changed(best_of(run), tmp_path / "other.pth", **record)
     fails(lambda: evaluate.main(of_letters(letters, "--resume", other)), capsys, "is damaged: its record", code=1)
@@ -421,10 +491,23 @@ def test_recorded_interpolation_and_crop_are_obeyed(run, letters, tmp_path, monk
 
 
 def test_a_transformer_teaches_a_network_of_ours(run, letters, tmp_path, capsys):
-    transfer.main(of_letters(
-        letters, "--source-ckpt", best_of(run), "--model", "resnet18", "--embedding-size", "8", "--epochs", "1",
-        "--LOG_DIR", tmp_path, "--wandb", "disabled",
-    ))  # fmt: skip
+    transfer.main(
+        of_letters(
+            letters,
+            "--source-ckpt",
+            best_of(run),
+            "--model",
+            "resnet18",
+            "--embedding-size",
+            "8",
+            "--epochs",
+            "1",
+            "--LOG_DIR",
+            tmp_path,
+            "--wandb",
+            "disabled",
+        )
+    )
     assert "tensors match" in capsys.readouterr().out
 
 
@@ -437,8 +520,19 @@ def neighbours(index, images, capsys):
 def test_search_on_a_transformer(run, letters, tmp_path, capsys):
     pytest.importorskip("faiss")
     images = letters / "glyphs" / "eval"
-    search.main(["index", "--resume", str(best_of(run)), "--images", str(images), "--out", str(tmp_path / "index"),
-                 "--workers", "0"])  # fmt: skip
+    search.main(
+        [
+            "index",
+            "--resume",
+            str(best_of(run)),
+            "--images",
+            str(images),
+            "--out",
+            str(tmp_path / "index"),
+            "--workers",
+            "0",
+        ]
+    )
     folder = next(images.iterdir())
     for found in neighbours(tmp_path / "index", folder, capsys):
         assert found["neighbours"][0]["path"] == found["query"]

@@ -227,10 +227,15 @@ def test_pickle_that_runs_code_is_refused(network, tmp_path, capsys, zip_format)
     assert "this must not run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("extra, held", [
-    ({"best": np.float64(1)}, r"numpy\.\w+\.multiarray\.scalar"), ({"path": Path("a")}, r"pathlib\.\w+"),
-    (None, "net.EmbeddingNet"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, held",
+    [
+        ({"best": np.float64(1)}, r"numpy\.\w+\.multiarray\.scalar"),
+        ({"path": Path("a")}, r"pathlib\.\w+"),
+        (None, "net.EmbeddingNet"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_refused_file_is_named_with_what_it_holds_and_the_lines_that_save_its_weights(
     network, tmp_path, monkeypatch, extra, held, zip_format
@@ -249,13 +254,33 @@ def test_refused_file_is_named_with_what_it_holds_and_the_lines_that_save_its_we
     assert checkpoint.load("weights.pth", net.create("resnet18", 8)) == len(network.state_dict())
 
 
-@pytest.mark.parametrize("record", [
-    {"crop": math.nan}, {"crop": 0.0}, {"crop": math.inf}, {"crop": 1e-9}, {"crop": 5.0}, {"crop": -0.5},
-    {"l2_norm": -1}, {"l2_norm": 2}, {"image_size": 0}, {"image_size": 10**6}, {"embedding_size": 3_000_000},
-    {"embedding_size": 2**31 - 1}, {"embedding_size": -8}, {"embedding_size": True}, {"mean": [0.5, 0.5, math.nan]},
-    {"std": [0.5, 0.0, 0.5]}, {"std": [0.5, -0.5, 0.5]}, {"std": [math.inf] * 3}, {"model": "a\nTraceback: b"},
-    {"model": "a" * 10**7}, {"model": ""},
-], ids=lambda record: str(record)[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"crop": math.nan},
+        {"crop": 0.0},
+        {"crop": math.inf},
+        {"crop": 1e-9},
+        {"crop": 5.0},
+        {"crop": -0.5},
+        {"l2_norm": -1},
+        {"l2_norm": 2},
+        {"image_size": 0},
+        {"image_size": 10**6},
+        {"embedding_size": 3_000_000},
+        {"embedding_size": 2**31 - 1},
+        {"embedding_size": -8},
+        {"embedding_size": True},
+        {"mean": [0.5, 0.5, math.nan]},
+        {"std": [0.5, 0.0, 0.5]},
+        {"std": [0.5, -0.5, 0.5]},
+        {"std": [math.inf] * 3},
+        {"model": "a\nTraceback: b"},
+        {"model": "a" * 10**7},
+        {"model": ""},
+    ],
+    ids=lambda record: str(record)[:40],
+)
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_values_of_a_record_that_are_out_of_range_are_named(network, tmp_path, record, ending):
     whole = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}

@@ -38,9 +38,18 @@ def teacher(tmp_path_factory):
 
 def arguments(teacher, root, logs, **changed):
     settings = {
-        "source-ckpt": teacher, "dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8,
-        "batch-size": 4, "image-size": 32, "workers": 0, "pretrained": "none", "epochs": 2, "LOG_DIR": logs,
-    } | changed  # fmt: skip
+        "source-ckpt": teacher,
+        "dataset": "cub",
+        "data-root": root,
+        "model": "resnet18",
+        "embedding-size": 8,
+        "batch-size": 4,
+        "image-size": 32,
+        "workers": 0,
+        "pretrained": "none",
+        "epochs": 2,
+        "LOG_DIR": logs,
+    } | changed
     return ["--allow-partial", *(str(part) for key, value in settings.items() for part in (f"--{key}", value))]
 
 
@@ -55,11 +64,27 @@ def logs(teacher, cub_root, tmp_path_factory):
 @pytest.mark.usefixtures("no_checkpoint_needed")
 def test_defaults_are_the_published():
     published = {
-        "loss": "Relaxed_Contra", "batch_size": 90, "IPC": 2, "view": 2, "sigma": 1, "delta": 1, "lr": 1e-4,
-        "optimizer": "adamw", "weight_decay": 1e-4, "warm": 0, "bn_freeze": 0, "l2_norm": 0, "epochs": 90, "seed": 0,
-        "source_model": "bn_inception", "source_embedding_size": 512, "model": "bn_inception", "image_size": 224,
-        "lr_schedule": "cosine", "head": "orthogonal",
-    }  # fmt: skip
+        "loss": "Relaxed_Contra",
+        "batch_size": 90,
+        "IPC": 2,
+        "view": 2,
+        "sigma": 1,
+        "delta": 1,
+        "lr": 1e-4,
+        "optimizer": "adamw",
+        "weight_decay": 1e-4,
+        "warm": 0,
+        "bn_freeze": 0,
+        "l2_norm": 0,
+        "epochs": 90,
+        "seed": 0,
+        "source_model": "bn_inception",
+        "source_embedding_size": 512,
+        "model": "bn_inception",
+        "image_size": 224,
+        "lr_schedule": "cosine",
+        "head": "orthogonal",
+    }
     assert published.items() <= vars(transfer.parse(["--source-ckpt", "t.pth"])).items()
     args = transfer.parse(["--source-ckpt", "t.pth", "--dataset", "SOP", "--model", "resnet18", "--save", "1"])
     assert (args.epochs, args.source_model) == (150, "resnet50")

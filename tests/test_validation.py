@@ -21,9 +21,11 @@ from proxy_anchor.runs import resuming, run_folders
 # Classes of the training split, and the first of each part: the ranges of the two reference protocols.
 HALVES = {"cub": (100, [0, 50]), "cars": (98, [0, 49]), "SOP": (11318, [0, 5659]), "Inshop": (3997, [0, 1998])}
 QUARTERS = {
-    "cub": (100, [0, 25, 50, 75]), "cars": (98, [0, 24, 49, 73]), "SOP": (11318, [0, 2829, 5659, 8488]),
+    "cub": (100, [0, 25, 50, 75]),
+    "cars": (98, [0, 24, 49, 73]),
+    "SOP": (11318, [0, 2829, 5659, 8488]),
     "Inshop": (3997, [0, 999, 1998, 2997]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -82,11 +84,13 @@ def own_table(root):
 
 
 TREES = {
-    "cub": trees.cub, "cars": lambda root: trees.cars(root, classes=(1, 2, 3, 4, 99, 100)),
-    "SOP": lambda root: trees.sop(root, train=4), "Inshop": lambda root: trees.inshop(root, train=4),
+    "cub": trees.cub,
+    "cars": lambda root: trees.cars(root, classes=(1, 2, 3, 4, 99, 100)),
+    "SOP": lambda root: trees.sop(root, train=4),
+    "Inshop": lambda root: trees.inshop(root, train=4),
     "folder": lambda root: trees.folder(root, classes=("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")),
     "csv": own_table,
-}  # fmt: skip
+}
 
 
 def test_images_look_as_in_the_whole_split(cub_root):
@@ -118,9 +122,19 @@ def test_val_of_a_table(tmp_path):
 
 def arguments(name, place, logs, **changed):
     settings = {
-        "dataset": name, "data-root": place, "model": "resnet18", "embedding-size": 8, "batch-size": 4, "warm": 0,
-        "image-size": 32, "workers": 0, "pretrained": "none", "epochs": 1, "lr-decay-step": 1, "LOG_DIR": logs,
-    } | changed  # fmt: skip
+        "dataset": name,
+        "data-root": place,
+        "model": "resnet18",
+        "embedding-size": 8,
+        "batch-size": 4,
+        "warm": 0,
+        "image-size": 32,
+        "workers": 0,
+        "pretrained": "none",
+        "epochs": 1,
+        "lr-decay-step": 1,
+        "LOG_DIR": logs,
+    } | changed
     return ["--allow-partial", *(f"--{key}={value}" for key, value in settings.items())]
 
 

@@ -96,9 +96,17 @@ def open_folder(folder: Path) -> None:
 
 
 def write(
-    folder: Path, name: str, subtitle: str, rows: dict[str, dict[str, float]], result: Result, pairs: Verification,
-    threshold: dict, environment: dict, queries: TestSet, gallery: TestSet | None = None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    name: str,
+    subtitle: str,
+    rows: dict[str, dict[str, float]],
+    result: Result,
+    pairs: Verification,
+    threshold: dict,
+    environment: dict,
+    queries: TestSet,
+    gallery: TestSet | None = None,
+) -> Path:
     """Write the report on the search of the queries in the gallery, or within themselves, into the folder.
 
     name: of what was evaluated; rows: the metrics of each line of the table, in 0..1; threshold: the checkpoint's own,
@@ -143,11 +151,14 @@ def write(
             writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
             writer.writerows(
                 [
-                    csv_cell(queries.name(c.label)), c.queries, c.recall,
-                    "" if c.rival is None else csv_cell(queries.name(c.rival)), c.times,
+                    csv_cell(queries.name(c.label)),
+                    c.queries,
+                    c.recall,
+                    "" if c.rival is None else csv_cell(queries.name(c.rival)),
+                    c.times,
                 ]
                 for c in classes
-            )  # fmt: skip
+            )
         path = folder / "index.html"
         former = path.read_text(**text)
         with replacing(path) as temporary:

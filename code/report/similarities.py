@@ -13,14 +13,22 @@ BINS = 80  # of the drawing
 # How a page speaks of nearness, see pairs.signed.
 WORDS = {
     "cosine": {
-        "measure": "cosine similarity", "measures": "Cosine similarities", "heading": "Similarities",
-        "nearer": "more similar", "farther": "below it", "not_farther": "at or above it",
+        "measure": "cosine similarity",
+        "measures": "Cosine similarities",
+        "heading": "Similarities",
+        "nearer": "more similar",
+        "farther": "below it",
+        "not_farther": "at or above it",
     },
     "euclidean": {
-        "measure": "Euclidean distance", "measures": "Euclidean distances", "heading": "Distances",
-        "nearer": "nearer", "farther": "above it", "not_farther": "at or below it",
+        "measure": "Euclidean distance",
+        "measures": "Euclidean distances",
+        "heading": "Distances",
+        "nearer": "nearer",
+        "farther": "above it",
+        "not_farther": "at or below it",
     },
-}  # fmt: skip
+}
 
 
 def chart(pairs: Verification, threshold: dict) -> str:
@@ -46,8 +54,9 @@ def chart(pairs: Verification, threshold: dict) -> str:
     legend = "".join(
         f'<li class="{kind}">{text}: mean {signed(np.average(nearness, weights=counts[kind]), distance):.2f}, '
         f"{counts[kind].sum():,} pairs"
-        for kind, text in (("right", "same class"), ("wrong", "different classes")) if kind in counts
-    )  # fmt: skip
+        for kind, text in (("right", "same class"), ("wrong", "different classes"))
+        if kind in counts
+    )
     lines = {}
     text = "<p>There are no pairs of both kinds, so there is no AUC and no threshold.</p>"
     if pairs.auc and pairs.equal_error:

@@ -95,9 +95,15 @@ class Logbook:
     """
 
     def __init__(
-        self, log_dir: Path, dataset: str, model: str, name: str, config: dict,
-        wandb_mode: str | None, resume: Path | None = None,
-    ):  # fmt: skip
+        self,
+        log_dir: Path,
+        dataset: str,
+        model: str,
+        name: str,
+        config: dict,
+        wandb_mode: str | None,
+        resume: Path | None = None,
+    ):
         self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
         self.contract = {name: config[name] for name in checkpoint.CONTRACT | checkpoint.OPTIONAL if name in config}
         wanted = run_folders.place(log_dir, dataset, name)
@@ -115,10 +121,15 @@ class Logbook:
             print(printable(f"Logging to {self.folder}{other}"))
         self.resumes = (self.folder / run_folders.LAST).exists()
         began_with = {name: old[name] for name in old if name == "pretrained_sha256"}  # the file may be gone by now
-        config = began_with | config | {
-            "versions": versions(), "commit": commit(),
-            "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id"),
-        }  # fmt: skip
+        config = (
+            began_with
+            | config
+            | {
+                "versions": versions(),
+                "commit": commit(),
+                "wandb_id": self.wandb.id if self.wandb else old.get("wandb_id"),
+            }
+        )
         self._write(run_folders.CONFIG, json.dumps(config, indent=2) + "\n")
 
     def __enter__(self):

@@ -97,8 +97,9 @@ def take_rows(content: dict) -> dict[str, torch.Tensor]:
     return {
         f"{name} {key}": entry.pop(key)
         for name, entry in with_rows(content).items()
-        for key in list(entry) if isinstance(entry[key], torch.Tensor) and entry[key].ndim == 2
-    }  # fmt: skip
+        for key in list(entry)
+        if isinstance(entry[key], torch.Tensor) and entry[key].ndim == 2
+    }
 
 
 def put_rows(path: Path, content: dict, num_classes: int, classes: range) -> None:

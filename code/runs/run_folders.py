@@ -15,14 +15,32 @@ CONFIG, CLASSES, LAST, LOCK = "config.json", "classes.csv", "last.pth", ".lock"
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
 MAY_CHANGE = (
-    "epochs", "workers", "gpu_id", "data_root", "source_ckpt", "LOG_DIR", "cache", "compile", "wandb", "resume",
-    "debug", "skip_baseline",
-)  # fmt: skip
+    "epochs",
+    "workers",
+    "gpu_id",
+    "data_root",
+    "source_ckpt",
+    "LOG_DIR",
+    "cache",
+    "compile",
+    "wandb",
+    "resume",
+    "debug",
+    "skip_baseline",
+)
 # What was so in runs that do not tell it.
 FORMER = {
-    "crop": checkpoint.FORMER_CROP, "fold": None, "by": "R@1", "freeze": "", "embedding_lr": 1.0, "eps": None,
-    "head": "linear", "lr_schedule": "step", "sample_proxies": 1.0, "orientation": checkpoint.FORMER_ORIENTATION,
-}  # fmt: skip
+    "crop": checkpoint.FORMER_CROP,
+    "fold": None,
+    "by": "R@1",
+    "freeze": "",
+    "embedding_lr": 1.0,
+    "eps": None,
+    "head": "linear",
+    "lr_schedule": "step",
+    "sample_proxies": 1.0,
+    "orientation": checkpoint.FORMER_ORIENTATION,
+}
 FORMER_TRANSFER = {"head": "orthogonal", "lr_schedule": "cosine"}
 
 
@@ -121,9 +139,10 @@ def existing(path: Path) -> list[Path]:
 def of_experiment(path: Path, config: dict) -> list[Path]:
     """Those of path, path_2, path_3, ... that hold a run of this configuration, in this order."""
     return [
-        folder for folder in existing(path)
+        folder
+        for folder in existing(path)
         if (folder / CONFIG).exists() and not differences(read_config(folder), config)
-    ]  # fmt: skip
+    ]
 
 
 def is_finished(folder: Path, epochs: int) -> bool:

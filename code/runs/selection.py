@@ -24,10 +24,14 @@ def result_of(seed: int, epochs: int, validation: dict[str, float], rows: list[d
     """The result of a retrained run, under "honest": its last epoch. And what its best epoch on the test set claims."""
     best, last, names = metrics.best(rows), rows[-1], validation.keys()
     return {
-        "seed": seed, "epochs": epochs, "validation": validation, "honest": {name: last[name] for name in names},
-        "best_epoch_on_test": {name: best[name] for name in names}, "epochs_of_best": figures.epochs_done(best),
+        "seed": seed,
+        "epochs": epochs,
+        "validation": validation,
+        "honest": {name: last[name] for name in names},
+        "best_epoch_on_test": {name: best[name] for name in names},
+        "epochs_of_best": figures.epochs_done(best),
         "gap": {name: best[name] - last[name] for name in names},
-    }  # fmt: skip
+    }
 
 
 def over_seeds(results: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
@@ -68,9 +72,9 @@ def report(content: dict) -> str:
     """results.md, from what results.json has."""
     settings = content["settings"]
     folds, by = settings["folds"], settings["by"]
-    held_out = {
-        "2": "the second half of the training classes", "val": "the classes of the split val",
-    }.get(folds, f"each of {folds} parts of the training classes in turn, by the mean over them")  # fmt: skip
+    held_out = {"2": "the second half of the training classes", "val": "the classes of the split val"}.get(
+        folds, f"each of {folds} parts of the training classes in turn, by the mean over them"
+    )
     result = {name: ("honest", name) for name in SHOWN}
     claim = {"best epoch on test: R@1": ("best_epoch_on_test", "R@1"), "gap": ("gap", "R@1")}
     parts = [

@@ -8,9 +8,12 @@ from urllib.parse import urlparse
 SHOWN = 200  # characters of an error of wandb
 # What we would set where the user has not, by these variables of wandb.
 VARIABLES = {
-    "project": "WANDB_PROJECT", "notes": "WANDB_NOTES", "dir": "WANDB_DIR", "id": "WANDB_RUN_ID",
+    "project": "WANDB_PROJECT",
+    "notes": "WANDB_NOTES",
+    "dir": "WANDB_DIR",
+    "id": "WANDB_RUN_ID",
     "resume": "WANDB_RESUME",
-}  # fmt: skip
+}
 
 
 def has_credentials() -> bool:

@@ -13,9 +13,9 @@ import net
 from proxy_anchor import cli, distributed, evaluation, exported, hardware, published, randomness, verification
 from proxy_anchor.checkpoint import Checkpoint, digest, in_run, save_threshold
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.files import printable
 from proxy_anchor.report import page
 from proxy_anchor.runs import logbook
-from proxy_anchor.text import printable
 
 EXAMPLES = """examples:
   a published checkpoint:

@@ -20,10 +20,10 @@ from dataset.folder import images as images_in
 from proxy_anchor import cli, exported, figures, hardware, randomness
 from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest, in_run
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.files import printable
 from proxy_anchor.index import entries
 from proxy_anchor.index.store import EXACT, IMAGES, RECALL_AT, Index, lock
-from proxy_anchor.pairs import signed
-from proxy_anchor.text import printable
+from proxy_anchor.vectors import to_nearness
 
 BLOCK = 2**14  # images that are embedded before they are written
 AS_STORED = (
@@ -488,7 +488,7 @@ def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpo
 
 def is_match(value: float, threshold: float, distance: str) -> bool:
     """Whether a similarity or a distance is as near as the threshold."""
-    return signed(value, distance) >= signed(threshold, distance)
+    return to_nearness(value, distance) >= to_nearness(threshold, distance)
 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:

@@ -10,9 +10,9 @@ import net
 from proxy_anchor import cli, distillation, distributed, evaluation, hardware, randomness, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook, run_folders
 from proxy_anchor.runs.run import Run
-from proxy_anchor.text import printable
 
 EXAMPLES = """examples:
   64 dimensions instead of 512, from a published network or one of train.py:

@@ -14,7 +14,7 @@ import torch
 
 from proxy_anchor import exported
 from proxy_anchor.files import locked, replacing
-from proxy_anchor.tiles import DISTANCES
+from proxy_anchor.vectors import DISTANCES
 
 SHOWN = 3  # differences in an error
 WRAPPERS = ("module", "_orig_mod")  # parts of names that DataParallel and torch.compile put there

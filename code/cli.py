@@ -16,10 +16,10 @@ import torch
 
 from proxy_anchor import distributed
 from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, LARGEST
+from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import run_folders
 from proxy_anchor.runs.stopping import Interrupted
-from proxy_anchor.text import printable
 
 POSITIVE = (
     "embedding_size",

@@ -11,7 +11,7 @@ from proxy_anchor.collectives import Parts
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import recall_of_ranks, search
 from proxy_anchor.runs.stopping import Stop
-from proxy_anchor.tiles import unit_vectors
+from proxy_anchor.vectors import unit_vectors
 
 
 @dataclass
@@ -88,7 +88,7 @@ def measure(
 ) -> Result:
     """Search the images of one test set within it or, given two, those of the first in the second; see Embedder.embed.
 
-    Recall@K for each of ks, by a distance of tiles.DISTANCES. groups: for each test set the numbers (N,) of its
+    Recall@K for each of ks, by a distance of vectors.DISTANCES. groups: for each test set the numbers (N,) of its
     images' groups, or None: images of a query's own group are left out of its gallery. Of several processes each passes
     what it has embedded, and the groups of all images; the Result is that of all. Raises ValueError as
     best_positive_rank does.

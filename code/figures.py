@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from proxy_anchor import metrics
-from proxy_anchor.files import replacing
-from proxy_anchor.text import printable
+from proxy_anchor.files import printable, replacing
 
 INK, QUIET, GRID = "#24292f", "#6e7781", "#e7eaee"
 STRONG = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed")  # what a picture is about

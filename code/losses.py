@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from proxy_anchor.vectors import norms
+
 BLOCK_ELEMENTS = 1 << 19  # similarities at a time; they stay in a CPU's cache
 
 
@@ -22,15 +24,6 @@ def equation(
     pull = torch.cat([one, (-alpha * (s - margin)).masked_fill(~positive, -torch.inf)]).logsumexp(dim=0)
     push = torch.cat([one, (alpha * (s + margin)).masked_fill(positive, -torch.inf)]).logsumexp(dim=0)
     return pull.sum() / positive.any(dim=0).sum() + push.mean()
-
-
-def norms(x: torch.Tensor) -> torch.Tensor:
-    """Lengths of the rows of (N, D) as (N, 1), with the published epsilon, which keeps them from 0.
-
-    NaN where the squares overflow: divided by infinity, a row would be a vector of zeros.
-    """
-    squares = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
-    return torch.sqrt(squares + 0 * squares + 1e-12)
 
 
 def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:

@@ -19,16 +19,6 @@ OCTAVES = 26  # from the farthest to rounding errors: of distances, the root of 
 CELLS = 1 << 23  # numbers at a time in the bootstrap
 
 
-def signed(value, distance: str):
-    """A similarity or a distance as nearness, or nearness as the one or the other, by a distance of DISTANCES."""
-    return value if distance == "cosine" else 0.0 - value  # which is never -0.0
-
-
-def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
-    """Of the vectors (..., D), as tiles.comparable gives them."""
-    return (a * b).sum(dim=-1) if distance == "cosine" else -torch.linalg.vector_norm(a - b, dim=-1)
-
-
 @dataclass
 class Scale:
     """Bins of nearness; a threshold is the lower edge of one, and the last begins at the nearest possible.

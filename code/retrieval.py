@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from proxy_anchor.collectives import Parts
 from proxy_anchor.losses import whole_numbers
-from proxy_anchor.tiles import Panel, Points, Tiled, finite, origin_of
+from proxy_anchor.tiles import Panel, Points, Tiled, origin_of
+from proxy_anchor.vectors import finite
 
 PANEL = 1 << 25  # similarities that are kept at a time, at least those with the positives of a tile's rows
 

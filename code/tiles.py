@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from proxy_anchor.collectives import Parts
-from proxy_anchor.losses import norms
+from proxy_anchor.vectors import DISTANCES, finite, unit_vectors
 
 # Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
 # the kernels' width: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
 TILE = {"cpu": 960, "cuda": 4096, "mps": 4096}
 CLUSTER = 32  # columns of a tile that are looked into together; a power of two that divides all tiles
-DISTANCES = ("cosine", "euclidean")
 
 
 @dataclass
@@ -180,34 +179,3 @@ class Panel:
         first = clusters // step * self.size + clusters % step  # a cluster has every step-th column of its tile
         columns = first[:, :, None] + step * torch.arange(CLUSTER, device=values.device)
         return values.gather(1, columns.flatten(1))
-
-
-def finite(embeddings: torch.Tensor, parts: Parts | None = None) -> torch.Tensor:
-    """The embeddings (N, D). Raises ValueError if any is not finite, in all processes if those of one of them are."""
-    finite_rows = torch.cat((parts or Parts()).each(torch.isfinite(embeddings).all(dim=1)))
-    if not finite_rows.all():
-        rows = torch.nonzero(~finite_rows)
-        raise ValueError(
-            f"{len(rows)} of {len(finite_rows)} embeddings are not finite; the first is number {int(rows[0])}"
-        )
-    return embeddings
-
-
-def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
-    """Rows (N, D) as a distance of DISTANCES sees them, in float32 or better: of unit length, or as they are.
-
-    Raises ValueError if any is not finite.
-    """
-    if distance == "cosine":
-        return unit_vectors(embeddings)
-    return finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
-
-
-def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
-    """Rows (N, D) divided by their length, in float32 or better. Raises ValueError if any is not finite."""
-    embeddings = finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
-    lengths = norms(embeddings)
-    if lengths.isnan().any():  # too long to square
-        largest = embeddings.abs().amax(dim=1, keepdim=True)
-        return unit_vectors(embeddings / torch.where(lengths.isnan(), largest, 1))
-    return embeddings / lengths

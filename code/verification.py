@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from proxy_anchor.pairs import Pairs, Scale, signed
+from proxy_anchor.pairs import Pairs, Scale
+from proxy_anchor.vectors import to_nearness
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 FEWEST = 10  # different-class pairs that a threshold must accept: the rate of fewer is little more than chance
@@ -39,8 +40,8 @@ class Estimate(NamedTuple):
         return self.text("{:.2f}", "%", 100)
 
     def measured(self, distance: str) -> "Estimate":
-        """Of nearness: as a similarity or a distance, see pairs.signed."""
-        value, *ends = (signed(number, distance) for number in self)
+        """Of nearness: as a similarity or a distance, see vectors.to_nearness."""
+        value, *ends = (to_nearness(number, distance) for number in self)
         return Estimate(value, *sorted(ends))
 
 
@@ -52,7 +53,8 @@ class Verification:
     auc: the ROC's area. equal_error: the rate where FAR = 1 - TAR, at its threshold.
     at_far: {FAR: (threshold, TAR)}; the threshold is the lowest edge of the scale that accepts no more than this share
     of the different-class pairs. too_rare: the FARs that these pairs are too few for. at_threshold: {threshold:
-    (FAR, TAR)}. All thresholds are of nearness, see pairs.signed. Without pairs of both kinds there are no estimates.
+    (FAR, TAR)}. All thresholds are of nearness, see vectors.to_nearness. Without pairs of both kinds there are no
+    estimates.
     """
 
     distance: str

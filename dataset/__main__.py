@@ -8,8 +8,8 @@ import dataset
 from dataset import duplicates, files, names, prepare
 from dataset.check import Image, in_several, inspect, with_several_labels
 from proxy_anchor import cli
+from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
-from proxy_anchor.text import printable
 
 SHOWN = 10  # of a kind of problem
 

@@ -12,8 +12,7 @@ import torch
 
 from net.backbone import Backbone
 from proxy_anchor import checkpoint, exported
-from proxy_anchor.files import sha256
-from proxy_anchor.text import printable
+from proxy_anchor.files import printable, sha256
 
 URLS = {
     "bn_inception": "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth",

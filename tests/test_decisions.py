@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from proxy_anchor import pairs, tiles
 from proxy_anchor.pairs import Pairs, Scale
+from proxy_anchor.vectors import DISTANCES
 from proxy_anchor.verification import Curve, calibrate, verify
 
 
@@ -48,7 +49,7 @@ def tile(request, monkeypatch):
     monkeypatch.setitem(tiles.TILE, "cpu", request.param)
 
 
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("searched", SETS)
 def test_rates_are_those_of_sklearn(searched, distance, tile):
     nearness, alike, _, _ = all_pairs(*SETS[searched], distance=distance)
@@ -69,7 +70,7 @@ def test_rates_are_those_of_sklearn(searched, distance, tile):
         assert share.value == pytest.approx((nearness[alike] >= threshold.value).mean(), abs=1e-9)
 
 
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_rates_at_given_thresholds_are_those_of_a_loop(distance):
     nearness, alike, _, _ = all_pairs(*SETS["themselves"], distance=distance)
     given = [-50, 0.25, 50] if distance == "cosine" else [-50, -4.5, 50]
@@ -247,7 +248,7 @@ def test_pairs_of_one_kind_have_no_threshold(kind):
     assert found.auc is None and not found.at_far and "thresholds need both kinds" in found.text()
 
 
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_network_that_maps_all_images_to_one_point(distance):
     found = verify(torch.ones(40, 3), torch.arange(40) % 4, distance=distance)
     assert found.auc[:] == (0.5, 0.5, 0.5) and found.equal_error[1].value == 0.5
@@ -267,7 +268,7 @@ COARSE = {
 }
 
 
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("kind", COARSE)
 @pytest.mark.parametrize("classes", [3, 9])
 def test_intervals_contain_their_value(kind, classes, distance):
@@ -294,7 +295,7 @@ def test_two_classes_have_intervals_of_the_replicates_with_both():
     assert not math.isnan(found.auc.low) and found.auc.low <= found.auc.value + 0.01
 
 
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     """The largest tensor that any operation makes is the same for all numbers of pairs: that of the two histograms."""
     monkeypatch.setitem(tiles.TILE, "cpu", 48)
@@ -316,7 +317,7 @@ def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     assert largest == [2 * len(found.scale) + 1] * 2 and largest[0] < fewest * (fewest - 1) / 2
 
 
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("searched", ["themselves", "a gallery"])
 def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
     embedded = (

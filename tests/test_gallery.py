@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxy_anchor import distributed, retrieval, tiles
 from proxy_anchor.pairs import Pairs
+from proxy_anchor.vectors import DISTANCES
 
 # Where the parts of each number of processes end: unequal ones, an empty one, one without any positive.
 CUTS = {1: [0, 1], 2: [0, 0.3, 1], 3: [0, 0.52, 0.52, 1], 4: [0, 0.01, 0.4, 0.75, 1]}
@@ -54,7 +55,7 @@ def in_each(count):
     for arguments in (part(wrong), part(y)), (part(x), part(y), part(wrong), part(y)):
         assert error(*arguments) == "1 of 40 embeddings are not finite; the first is number 17"
     assert error(x[:0], y[:0]) == "There is nothing to search: embeddings (0, 8)"
-    for distance in tiles.DISTANCES:
+    for distance in DISTANCES:
         assert share_of_memory(distance) == math.ceil(6000 / count / 192) * 192 * 192  # whole tiles of its vectors
 
 
@@ -71,7 +72,7 @@ def everything():
     labels[:7] = torch.arange(100, 107)  # alone in their classes, and all that one of four processes has
     groups = torch.from_numpy(random.integers(0, 150, size=700))
     for name, vectors in {"random": x, "grid": on_a_grid}.items():
-        for distance in tiles.DISTANCES:
+        for distance in DISTANCES:
             for sets in (
                 [(vectors, labels, groups)],
                 [(vectors[:250], labels[:250], groups[:250]), (vectors[250:], labels[250:], groups[250:])],

@@ -22,8 +22,8 @@ from dataset.__main__ import main as dataset_main
 from dataset.files import read_image
 from net import pretrained
 from proxy_anchor import checkpoint, cli
+from proxy_anchor.files import csv_cell, printable
 from proxy_anchor.runs import resuming
-from proxy_anchor.text import csv_cell, printable
 
 SHOWN_IN_ONE_LINE = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)  # as in console
 

@@ -6,6 +6,7 @@ import evaluate
 import net
 from proxy_anchor import checkpoint, evaluation, published, retrieval, tiles
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
+from proxy_anchor.vectors import DISTANCES
 from proxy_anchor.verification import verify
 
 
@@ -69,7 +70,7 @@ def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
 
 def test_measure_takes_the_distance():
     x, y = torch.randn(60, 8) + 3, torch.arange(60) % 20
-    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in tiles.DISTANCES}
+    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in DISTANCES}
     for distance, result in results.items():
         assert torch.equal(result.ranks, best_positive_rank(x, y, distance=distance))
         assert torch.equal(result.average_precisions, map_at_r(x, y, distance=distance)[0])
@@ -120,7 +121,7 @@ def test_equal_pairs_are_equal_anywhere():
         x, y = torch.randn(1, 100, dtype=torch.double).repeat(count, 1), torch.arange(count) % 2
         others = torch.randn(40, 100, dtype=torch.double)
         for distinct in x, others:
-            for distance in tiles.DISTANCES:
+            for distance in DISTANCES:
                 arguments = x, y, distance
                 assert recall_at_k(distinct, torch.arange(len(distinct)) % 2, [1], *arguments) == {1: 0.0}
                 _, r_precision = map_at_r(distinct, torch.arange(len(distinct)) % 2, *arguments)
@@ -176,7 +177,7 @@ def test_embeddings_too_long_to_square_have_their_directions(dtype, lengths):
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("of_gallery", FLOATS)
 @pytest.mark.parametrize("of_queries", FLOATS)
 def test_queries_and_gallery_of_different_precision(of_queries, of_gallery, distance):
@@ -261,7 +262,7 @@ def test_map_at_r_by_hand():
 
 @pytest.mark.parametrize("block", [1, 5000, 1 << 23])
 @pytest.mark.parametrize("gallery", [False, True])
-@pytest.mark.parametrize("distance", tiles.DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_agrees_with_pytorch_metric_learning(gallery, distance, block, monkeypatch):
     from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator

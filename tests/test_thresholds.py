@@ -12,7 +12,7 @@ from test_scripts import arguments
 import evaluate
 import net
 from proxy_anchor import checkpoint
-from proxy_anchor.pairs import signed
+from proxy_anchor.vectors import to_nearness
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_both_halves_are_printed_and_another_threshold_replaces_the_first(calibr
     evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", "--far", 0.3))
     found, first = checkpoint.Checkpoint(copy).threshold, checkpoint.Checkpoint(path).threshold
     assert (tmp_path / "link.pth").is_symlink() and found["asked_far"] == 0.3
-    assert signed(found["threshold"], distance) < signed(first["threshold"], distance)
+    assert to_nearness(found["threshold"], distance) < to_nearness(first["threshold"], distance)
     out = capsys.readouterr().out
     kind = {"cosine": "similarity", "euclidean": "distance"}[distance]
     chosen = re.search(rf"for 30% false accepts, chosen on half of the classes \(6, .*\): {kind} ([\d.]+) \[", out)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from proxy_anchor.tiles import comparable
+from proxy_anchor.vectors import comparable
 
 
 def group(paths: list[str]) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
 from proxy_anchor.runs import run_folders
-from proxy_anchor.tiles import comparable
+from proxy_anchor.vectors import comparable
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
@@ -271,7 +271,7 @@ class Index:
 
     @property
     def distance(self) -> str:
-        """One of tiles.DISTANCES."""
+        """One of vectors.DISTANCES."""
         return self.made["network"].get("distance", "cosine")
 
     @property

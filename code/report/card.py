@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from proxy_anchor.files import sha256
+from proxy_anchor.files import printable, sha256
 from proxy_anchor.runs import run_folders
-from proxy_anchor.text import printable
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
 MARK = "whose weights have the sha256"  # that cards are recognized by

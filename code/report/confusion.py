@@ -32,7 +32,7 @@ def nearest_neighbour(
     groups: torch.Tensor | None = None,
     gallery_groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The index of the nearest other image of each query, by a distance of tiles.DISTANCES: (N,).
+    """The index of the nearest other image of each query, by a distance of vectors.DISTANCES: (N,).
 
     Of images with groups, numbers (N,) and (M,), the nearest of another group. -1 where there is none.
     """

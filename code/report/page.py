@@ -23,12 +23,10 @@ import torch
 from PIL import Image
 
 from proxy_anchor.evaluation import Result
-from proxy_anchor.files import replacing
-from proxy_anchor.pairs import nearness, signed
+from proxy_anchor.files import csv_cell, printable, replacing
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report.confusion import ClassResult
-from proxy_anchor.text import csv_cell, printable
-from proxy_anchor.tiles import comparable
+from proxy_anchor.vectors import comparable, nearness, to_nearness
 from proxy_anchor.verification import Verification
 
 QUERIES = 6  # of each kind
@@ -53,7 +51,7 @@ EXPLANATIONS = {
 class TestSet:
     """Embeddings (N, D), labels (N,) and the images, which give (uint8 (3, H, W), label), with .paths and .classes.
 
-    distance: of tiles.DISTANCES, by which they were searched. The images may have .groups (N,), too.
+    distance: of vectors.DISTANCES, by which they were searched. The images may have .groups (N,), too.
     """
 
     embeddings: torch.Tensor
@@ -272,7 +270,7 @@ def query_rows(queries, targets, within: bool, result: Result, pictures: Picture
             for value, index in zip(values.tolist(), found.tolist()):
                 right = targets.labels[index] == label
                 name = html.escape(targets.name(targets.labels[index]))
-                text = f"{'✓' if right else '✗'} {signed(value, queries.distance):.2f} {name}"
+                text = f"{'✓' if right else '✗'} {to_nearness(value, queries.distance):.2f} {name}"
                 neighbours.append(pictures.figure(targets.images, index, text, "right" if right else "wrong"))
             parts.append(
                 f'<div class="row">{pictures.figure(queries.images, query, caption)}'

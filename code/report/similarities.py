@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 
-from proxy_anchor.pairs import signed
-from proxy_anchor.text import printable
+from proxy_anchor.files import printable
+from proxy_anchor.vectors import to_nearness
 from proxy_anchor.verification import BOUNDS, KINDS, Estimate, Verification
 
 BINS = 80  # of the drawing
-# How a page speaks of nearness, see pairs.signed.
+# How a page speaks of nearness, see vectors.to_nearness.
 WORDS = {
     "cosine": {
         "measure": "cosine similarity",
@@ -52,7 +52,7 @@ def chart(pairs: Verification, threshold: dict) -> str:
         for kind, values in shares.items()
     )
     legend = "".join(
-        f'<li class="{kind}">{text}: mean {signed(np.average(nearness, weights=counts[kind]), distance):.2f}, '
+        f'<li class="{kind}">{text}: mean {to_nearness(np.average(nearness, weights=counts[kind]), distance):.2f}, '
         f"{counts[kind].sum():,} pairs"
         for kind, text in (("right", "same class"), ("wrong", "different classes"))
         if kind in counts
@@ -80,12 +80,12 @@ def chart(pairs: Verification, threshold: dict) -> str:
             f"those of the other half it had {far.percent()}.</p>"
         )
     for kind, (words_of_it, value) in lines.items():
-        at = BINS * (1 + (min(signed(value, distance), high) - high) / span)
+        at = BINS * (1 + (min(to_nearness(value, distance), high) - high) / span)
         drawn += f'<path class="{kind}" d="M{at:.2f} 0V100"/>'
         legend += f'<li class="{kind}">{words_of_it}'
     quarters = np.arange(math.ceil(4 * low) / 4, 1.01, 0.25)
     ticks = "".join(
-        f'<span style="left:{100 * (1 + (value - high) / span):.2f}%">{signed(value, distance):.3g}</span>'
+        f'<span style="left:{100 * (1 + (value - high) / span):.2f}%">{to_nearness(value, distance):.3g}</span>'
         for value in (quarters if distance == "cosine" else np.linspace(low, 0, 5))
     )
     return (

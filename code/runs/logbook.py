@@ -10,10 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from proxy_anchor import checkpoint, distributed, figures, metrics
-from proxy_anchor.files import replacing
+from proxy_anchor.files import printable, replacing
 from proxy_anchor.runs import resuming, run_folders, tracking
 from proxy_anchor.runs.stopping import Interrupted
-from proxy_anchor.text import printable
 
 BACKBONE = "backbone alone"  # what it is called
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters

@@ -9,11 +9,11 @@ import torch
 from proxy_anchor import metrics
 from proxy_anchor.checkpoint import digest
 from proxy_anchor.evaluation import Result
+from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import logbook, resuming, run_folders
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.stopping import Interrupted, Stop
-from proxy_anchor.text import printable
 
 
 class Run:

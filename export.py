@@ -40,7 +40,7 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), cli.options()],
+        parents=[dataset.options(training=False), net.options(training=False)],
     )
     group = parser.add_argument_group("export")
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export, or the folder of its run")
@@ -62,7 +62,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
-    with cli.errors_in_one_line("export.py", args.debug):
+    with cli.errors_in_one_line("export.py"):
         path = in_run(args.resume)
         checkpoint = Checkpoint(path)
     contract = checkpoint.contract
@@ -215,7 +215,7 @@ def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
     # All files of a stem have one card.
-    with cli.errors_in_one_line("export.py", args.debug), locked(out.with_name(out.stem)):
+    with cli.errors_in_one_line("export.py"), locked(out.with_name(out.stem)):
         export(args)
 
 

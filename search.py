@@ -46,7 +46,7 @@ def parse(argv=None) -> argparse.Namespace:
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
-    form = {"parents": [hardware.options(), cli.options()], "allow_abbrev": False, "formatter_class": cli.HelpFormatter}
+    form = {"parents": [hardware.options()], "allow_abbrev": False, "formatter_class": cli.HelpFormatter}
 
     make = commands.add_parser(
         "index",
@@ -121,7 +121,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "index":
         net.check_weights(make, args)
-        with cli.errors_in_one_line("search.py", args.debug):
+        with cli.errors_in_one_line("search.py"):
             path = in_run(args.resume) if args.resume else None
             checkpoint = Checkpoint(path) if path else None
         contract = checkpoint.contract if checkpoint else {}
@@ -504,7 +504,7 @@ def folder_of(entry: str) -> str:
 
 def main(argv=None):
     args = parse(argv)
-    with cli.errors_in_one_line("search.py", args.debug):
+    with cli.errors_in_one_line("search.py"):
         (update_index if args.command == "index" else query)(args)
 
 

@@ -52,7 +52,10 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
-        "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
+        "--report",
+        type=cli.path,
+        metavar="DIR",
+        help="write a web page with queries, classes, similarities and a map to this folder",
     )
     group.add_argument(
         "--verify",
@@ -84,7 +87,6 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({listed})")
     args = cli.parse_with_contract(parser, argv, contract)
     args.resume, args.checkpoints = paths, checkpoints
-    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
     if args.calibrate and len(args.resume) != 1:
@@ -134,7 +136,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     with distributed.first_process_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, geometry, **choice)
-    cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     share = distributed.rank(), distributed.count()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     if args.report and distributed.rank() == 0:

@@ -47,12 +47,14 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--out",
         required=True,
+        type=cli.path,
         metavar="FILE",
         help="file to write, ending in .onnx, .safetensors or .pt2; the card of model.onnx, model-card.md, is written "
         "beside it",
     )
     group.add_argument(
         "--check",
+        type=cli.path,
         metavar="DIR",
         help="folder of images to check the file with; without it, the test images of --dataset check the file and "
         "measure it for its card",
@@ -68,7 +70,6 @@ def parse(argv=None) -> argparse.Namespace:
     contract = checkpoint.contract
     args = cli.parse_with_contract(parser, argv, contract)
     args.resume, args.checkpoint = path, checkpoint
-    cli.check_ranges(parser, args)
     if not args.check:
         dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args, contract)
@@ -152,7 +153,7 @@ def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.geometry, **choice)
-    cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     return test_sets
 
 

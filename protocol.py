@@ -52,30 +52,36 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("protocol")
     group.add_argument(
-        "--seeds", default=[1, 2, 3], type=int, nargs="+", metavar="S", help="a result for each of these seeds"
+        "--seeds",
+        default=[1, 2, 3],
+        type=cli.integer(0),
+        nargs="+",
+        metavar="S",
+        help="a result for each of these seeds",
     )
     group.add_argument(
         "--folds",
         default="2",
+        type=folds,
         metavar="N",
         help="2: the second half of the training classes is held out; 4 and so on: each of as many parts in turn; "
         "val: the split of that name in your CSV file",
     )
     group.add_argument(
-        "--by", default="MAP@R", choices=("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
+        "--by", default="MAP@R", **cli.one_of("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
     )
     group.add_argument(
-        "--out", metavar="DIR", help="where the results go (default: a folder beside those of the runs, in logs/)"
+        "--out",
+        type=cli.path,
+        metavar="DIR",
+        help="where the results go (default: a folder beside those of the runs, in logs/)",
     )
     argv = sys.argv[1:] if argv is None else list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
-    cli.check_ranges(parser, args)
     args.flags, args.command = argv[end + 1 :], shlex.join(["python", "protocol.py", *argv])
-    if not 0 <= min(args.seeds) <= max(args.seeds) < 2**63 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("argument --seeds: expected different numbers from 0, below 2**63")
-    if not re.fullmatch(r"val|[2-9]|[1-9][0-9]{1,8}", args.folds):
-        parser.error(f"argument --folds: expected 2, 4 or another number of parts, or val, found '{args.folds}'")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: expected different numbers")
     for flag in args.flags:
         if (name := flag.partition("=")[0]) in DECIDED:
             parser.error(f"{name} cannot come after --, because this protocol decides it: give {DECIDED[name]}")
@@ -93,6 +99,13 @@ def parse(argv=None) -> argparse.Namespace:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("start protocol.py without torchrun, and give --gpu-id -1 after -- for all GPUs")
     return args
+
+
+def folds(text: str) -> str:
+    """The type of --folds. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"val|[2-9]|[1-9][0-9]{1,8}", text):
+        raise argparse.ArgumentTypeError(f"expected 2, 4 or another number of parts, or val, found '{text}'")
+    return text
 
 
 class Training(NamedTuple):

@@ -69,7 +69,7 @@ def parse(argv=None) -> argparse.Namespace:
         action="store_true",
         help="one entry for each folder with images: the mean of the images that lie in it, of unit length again",
     )
-    group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
+    group.add_argument("--out", required=True, type=cli.path, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
         "--drop-missing",
         action="store_true",
@@ -92,12 +92,14 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
-    group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
+    group.add_argument(
+        "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
+    )
     group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
-    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
+    group.add_argument("--neighbours", "-k", default=10, type=cli.integer(1), metavar="K", help="neighbours per image")
     group.add_argument(
         "--nprobe",
-        type=int,
+        type=cli.integer(1),
         metavar="N",
         help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
     )
@@ -110,12 +112,22 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--by-folder", action="store_true", help="one query for each folder with images: their mean")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
     group.add_argument(
-        "--batch-size", default=32, type=int, metavar="N", help="images per step; lower it when memory runs out"
+        "--save", type=cli.path, metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png"
     )
     group.add_argument(
-        "--workers", default=0, type=int, metavar="N", help="processes that read images; useful for many queries"
+        "--batch-size",
+        default=32,
+        type=cli.integer(1),
+        metavar="N",
+        help="images per step; lower it when memory runs out",
+    )
+    group.add_argument(
+        "--workers",
+        default=0,
+        type=cli.integer(0),
+        metavar="N",
+        help="processes that read images; useful for many queries",
     )
 
     args = parser.parse_args(argv)
@@ -140,7 +152,6 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error("one of --images or --split is required")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
-    cli.check_ranges(parser, args)
     return args
 
 
@@ -219,7 +230,7 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     for block in entries.blocks(wanted, BLOCK):
         paths = [image for paths in block.values() for image in paths]
         images = unlabelled(paths, args.contract, is_upright(index))
-        cli.make_ready([images], args.skip_bad_images, args.cache, args.workers)
+        dataset.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if len(images):
             found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
             index.add({entry: stamps[entry] for entry in found}, embeddings)

@@ -9,7 +9,7 @@ import net
 from proxy_anchor import cli, distributed, evaluation, hardware, losses, randomness, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import logbook, run_folders
-from proxy_anchor.runs.run import Run
+from proxy_anchor.runs.run import Run, ending
 
 EXAMPLES = """examples:
   a first run, without a download:
@@ -38,13 +38,11 @@ def parse(argv=None) -> argparse.Namespace:
             logbook.options(),
         ],
     )
-    args = cli.parse_with_recipe(parser, argv, dataset.recipe)
-    cli.check_ranges(parser, args)
+    args = run_folders.parse(parser, argv, dataset.recipe)
     dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args)
     losses.check_arguments(parser, args)
     training.check_arguments(parser, args)
-    dataset.validation.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
     if args.epochs == 0 and args.resume:
@@ -86,7 +84,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     with distributed.first_process_first():
         splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, geometry, **choice)
     train_set, *test_sets = splits.values()
-    cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
+    dataset.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
     # Without gradients, twice the images fit into the memory.
@@ -175,11 +173,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with cli.errors_in_one_line("train.py"), cli.output_may_close(), distributed.processes(args.gpu_id) as device:
-        try:
-            train(args, device)
-        except run_folders.Finished as finished:
-            print(finished)
+    with (
+        cli.errors_in_one_line("train.py"),
+        cli.output_may_close(),
+        distributed.processes(args.gpu_id) as device,
+        ending("train.py"),
+    ):
+        train(args, device)
 
 
 if __name__ == "__main__":

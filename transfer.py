@@ -8,11 +8,11 @@ import torch
 import dataset
 import net
 from proxy_anchor import cli, distillation, distributed, evaluation, hardware, randomness, training
-from proxy_anchor.checkpoint import Checkpoint, in_run
+from proxy_anchor.checkpoint import LARGEST, Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook, run_folders
-from proxy_anchor.runs.run import Run
+from proxy_anchor.runs.run import Run, ending
 
 EXAMPLES = """examples:
   64 dimensions instead of 512, from a published network or one of train.py:
@@ -40,7 +40,10 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("transfer")
     group.add_argument(
-        "--source-ckpt", metavar="PATH", help="checkpoint of the teacher, a published one or one of ours; required"
+        "--source-ckpt",
+        type=cli.path,
+        metavar="PATH",
+        help="checkpoint of the teacher, a published one or one of ours; required",
     )
     group.add_argument(
         "--source-model",
@@ -49,19 +52,19 @@ def options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--source-embedding-size",
-        type=int,
+        type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
         help="a teacher's dimensions, if its checkpoint does not say them (default: 512)",
     )
     group.add_argument(
         "--view",
         default=2,
-        type=int,
+        type=cli.integer(1),
         metavar="N",
         help="random crops of each image in a batch; more show more relations and take longer",
     )
-    group.add_argument("--save", default=1, type=int, choices=(1,), help="as published; every run is saved here")
-    group.add_argument("--target-norm", dest="l2_norm", type=int, choices=(0, 1), help="as published: --l2-norm")
+    group.add_argument("--save", default=1, **cli.one_of(1), help="as published; every run is saved here")
+    group.add_argument("--target-norm", dest="l2_norm", **cli.one_of(0, 1), help="as published: --l2-norm")
     return parser
 
 
@@ -83,8 +86,7 @@ def parse(argv=None) -> argparse.Namespace:
         ],
     )
     parser.set_defaults(**DEFAULTS)
-    args = cli.parse_with_recipe(parser, argv, recipe)
-    cli.check_ranges(parser, args)
+    args = run_folders.parse(parser, argv, recipe)
     dataset.check_arguments(parser, args, args.dataset)
     net.check_arguments(parser, args)
     training.check_arguments(parser, args)
@@ -149,7 +151,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     with distributed.first_process_first():
         splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry=geometry, **choice)
     train_set, *test_sets = splits.values()
-    cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
+    dataset.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
     train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share, args.view)
     # Without gradients, twice the images fit into the memory.
@@ -257,11 +259,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with cli.errors_in_one_line("transfer.py"), cli.output_may_close(), distributed.processes(args.gpu_id) as device:
-        try:
-            train(args, device)
-        except run_folders.Finished as finished:
-            print(finished)
+    with (
+        cli.errors_in_one_line("transfer.py"),
+        cli.output_may_close(),
+        distributed.processes(args.gpu_id) as device,
+        ending("transfer.py"),
+    ):
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scripts share at the command line: checks of arguments, errors in one line."""
+"""What the scripts share at the command line: types of flags, help texts, errors in one line."""
 
 import argparse
 import linecache
@@ -10,40 +10,19 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from proxy_anchor import distributed
-from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, LARGEST
+from proxy_anchor.checkpoint import CONTRACT, GEOMETRY
 from proxy_anchor.files import BadFile, printable
-from proxy_anchor.progress import progress
-from proxy_anchor.runs import run_folders
-from proxy_anchor.runs.stopping import Interrupted
 
-POSITIVE = (
-    "embedding_size",
-    "batch_size",
-    "image_size",
-    "lr",
-    "alpha",
-    "lr_decay_step",
-    "lr_decay_gamma",
-    "IPC",
-    "neighbours",
-    "nprobe",
-    "source_embedding_size",
-    "view",
-    "sigma",
-    "delta",
-    "embedding_lr",
-    "eps",
-)
-PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save", "check")
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN, LONGEST = 200, 800  # characters of an error beside advice, and of one without
-NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
+SHOWN, LONGEST = 200, 800  # characters of an error after advice, and of one without
+LARGEST_FLOAT = torch.finfo(torch.float).max
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,67 +44,113 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error if a number on the command line is out of its range, or a path is empty."""
-    for name, value in vars(args).items():
-        flag = "argument --" + (name if name.isupper() else name.replace("_", "-"))
-        limit = torch.finfo(torch.float).max  # torch's numbers end somewhere
-        if name in POSITIVE and value is not None and not 0 < value < limit:
-            parser.error(f"{flag}: {value} is {'too large' if value > 0 else 'not positive'}")
-        if value is not None and (largest := LARGEST.get(name.removeprefix("source_"))) and value > largest:
-            parser.error(f"{flag}: {value} is too large; it can be {largest:,} at most")
-        if name in NOT_NEGATIVE and not 0 <= value < 2**63:
-            parser.error(f"{flag}: {value} is negative or too large")
-        if name == "mrg" and not abs(value) < limit:
-            parser.error(f"{flag}: {value} is {'too large' if math.isfinite(value) else 'not finite'}")
-        if name == "gpu_id" and value < -1:
-            parser.error(f"{flag}: {value} is no device; -1 means all")
-        if name in PATHS and value == "":  # as of "$FOLDER" where no such variable is set
-            parser.error(f"{flag}: expected a path, found an empty one")
-        if name == "remark" and ("/" in value or os.sep in value):
-            parser.error(f"{flag}: '{value}' cannot be part of the name of a folder")
+# Types of flags: argparse shows their errors after the name of the flag.
 
 
-def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: Path) -> list[str]:
-    """The flags that give arguments these values, as read from a file; a usage error names the file."""
-    flags: list[str] = []
-    for action in parser._actions:
-        value = values.get(action.dest)
-        if action.dest not in values or action.dest in ("resume",) or value is action.default is None:
-            continue
-        types = (bool,) if action.nargs == 0 else (int, float) if action.type else (str,)
-        if not isinstance(value, types) or (bool not in types and isinstance(value, bool)):
-            parser.error(f"{source} has {action.dest} {value!r}, which --{action.dest.replace('_', '-')} cannot be")
-        if value is not False:
-            flags.append(action.option_strings[0] if value is True else f"{action.option_strings[0]}={value}")
-    return flags
+def integer(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `smallest` to `largest`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+        if value < smallest:
+            words = {0: "negative", 1: "not positive"}.get(smallest, f"less than {smallest}")
+            raise argparse.ArgumentTypeError(f"{value} is {words}")
+        if value > largest:
+            raise argparse.ArgumentTypeError(f"{value} is too large; it can be {largest:,} at most")
+        return value
+
+    return parse
 
 
-def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:
-    """Parse the command line of a training; defaults come from the dataset's recipe, or from the run to resume.
-
-    recipe_of(name of a dataset) -> {argument: default}, of which the parser may lack some. args.recipe lists the
-    defaults of the recipe that are in use.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    if args.resume in (None, "auto"):
-        known = {action.dest for action in parser._actions}
-        recipe = {name: value for name, value in recipe_of(args.dataset).items() if name in known}
-        parser.set_defaults(**recipe)
-        args = parser.parse_args(argv)
-        kept = [f"--{name.replace('_', '-')} {value}" for name, value in recipe.items() if getattr(args, name) == value]
-        args.recipe = " ".join(kept)
-        return args
+def finite(text: str) -> float:
+    """The type of a flag that takes any number that torch can represent."""
     try:
-        folder = run_folders.folder(args.resume)
-        config = run_folders.read_config(folder)
-        recorded = recorded_flags(parser, config, folder / run_folders.CONFIG)
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --resume: {error}")
-    args = parser.parse_args([*recorded, *argv])  # arguments that are not given stay as they were
-    args.resume, args.recipe = str(folder), printable(str(config.get("recipe", "")))
-    return args
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+    if not abs(value) < LARGEST_FLOAT:
+        raise argparse.ArgumentTypeError(f"{text} is {'too large' if math.isfinite(value) else 'not finite'}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """The type of a flag that takes numbers from 0."""
+    if (value := finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def positive(text: str) -> float:
+    """The type of a flag that takes numbers above 0."""
+    if (value := finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def share(smallest: float) -> Callable[[str], float]:
+    """The type of a flag that takes shares, from `smallest` to 1."""
+
+    def parse(text: str) -> float:
+        value = finite(text)
+        if not smallest <= value <= 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a share, from {smallest:g} to 1")
+        return value
+
+    return parse
+
+
+def path(text: str) -> str:
+    """The type of a flag that takes a path, which is not empty, as that of an unset "$FOLDER" is."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found an empty one")
+    return text
+
+
+def name_part(text: str) -> str:
+    """The type of a flag that takes a part of the name of a folder."""
+    if "/" in text or os.sep in text:
+        raise argparse.ArgumentTypeError(f"'{text}' cannot be part of the name of a folder")
+    return text
+
+
+def one_of(*values) -> dict[str, Any]:
+    """Arguments of add_argument for a flag that takes one of these values.
+
+    argparse checks `choices` on the command line only; this type also checks values that a file gave, see set_recorded.
+    """
+    named = {str(value): value for value in values}
+
+    def parse(text: str):
+        if text not in named:
+            raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {', '.join(named)})")
+        return named[text]
+
+    return {"type": parse, "metavar": f"{{{','.join(named)}}}"}
+
+
+def set_recorded(parser: argparse.ArgumentParser, values: dict, source: Path) -> None:
+    """Make values that were read from a file the defaults of their flags, whose types check them.
+
+    Values without a flag are left out. A wrong one is a usage error, which names the file.
+    """
+    parser.exit_on_error = False
+    for name in vars(parser.parse_args([])).keys() & values.keys() - {"resume"}:
+        default, value = parser.get_default(name), values[name]
+        fits = isinstance(value, bool) == isinstance(default, bool) and (value is not None or default is None)
+        # argparse passes a default to the type of its flag where it is a text.
+        parser.set_defaults(**{name: value if value is None or isinstance(value, bool) else str(value)})
+        try:
+            parsed = getattr(parser.parse_args([]), name)
+        except argparse.ArgumentError:
+            fits = False
+        if not fits or parsed != value:
+            flag = name.replace("_", "-")
+            parser.error(f"argument --resume: {source} has {name} {value!r}, which --{flag} cannot be")
+        parser.set_defaults(**{name: parsed})
+    parser.exit_on_error = True
 
 
 def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
@@ -149,18 +174,6 @@ def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None,
     return args
 
 
-def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: int) -> None:
-    """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
-    for images in image_sets if skip_bad_images else ():
-        bad = distributed.from_first(lambda images=images: images.find_bad(workers))
-        images.leave_out(bad)
-        print(
-            f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
-        )
-    for images in image_sets if cache else ():
-        images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
-
-
 # What torch and the system say when memory runs out, and what to do about it.
 NO_MEMORY = "The memory is exhausted: choose a smaller --batch-size or --image-size, or fewer --workers"
 SMALL_SHM = (
@@ -176,10 +189,7 @@ ADVICE = {
 
 @contextmanager
 def errors_in_one_line(script: str):
-    """Print an error that the user can mend as one line on stderr and exit with status 1; let others through.
-
-    An interruption is one line too, and exits with 128 plus the signal.
-    """
+    """Print an error that the user can mend as one line on stderr and exit with status 1; let others through."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as with 2>&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
@@ -188,9 +198,6 @@ def errors_in_one_line(script: str):
     try:
         yield
         sys.stdout.flush()
-    except Interrupted as interruption:
-        _say(f"{script}: {interruption}; everything is saved, --resume auto continues from here")
-        sys.exit(128 + interruption.signum)
     except KeyboardInterrupt:
         _say(f"{script}: interrupted")
         sys.exit(128 + signal.SIGINT)

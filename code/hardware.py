@@ -4,6 +4,8 @@ import argparse
 
 import torch
 
+from proxy_anchor import cli
+
 CHANNELS_LAST_FROM = 96  # pixels: on a CPU, smaller images are faster in torch's own layout
 
 
@@ -14,14 +16,14 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--gpu-id",
         default=0,
-        type=int,
+        type=cli.integer(-1),
         metavar="N",
         help="CUDA device, -1 for all of them (search.py: the first); without CUDA, Apple's GPU or the CPU",
     )
     group.add_argument(
         "--amp",
         default="none",
-        choices=("none", "bf16", "fp16"),
+        **cli.one_of("none", "bf16", "fp16"),
         help="precision of the network's products: bf16 is faster on recent GPUs, fp16 on older ones; none: float32",
     )
     group.add_argument(

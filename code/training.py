@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from proxy_anchor import distributed
+from proxy_anchor import cli, distributed
 
 CLIP_VALUE = 10  # of each gradient element, as published
 
@@ -31,59 +31,59 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--epochs",
         default=60,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="passes over the training images; 0 evaluates the untrained network",
     )
     group.add_argument(
-        "--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer; the published results used adamw"
+        "--optimizer", default="adamw", **cli.one_of(*OPTIMIZERS), help="optimizer; the published results used adamw"
     )
     group.add_argument(
-        "--lr", default=1e-4, type=float, help="learning rate of the network; lower it if the loss diverges"
+        "--lr", default=1e-4, type=cli.positive, help="learning rate of the network; lower it if the loss diverges"
     )
     group.add_argument(
         "--embedding-lr",
         default=1.0,
-        type=float,
+        type=cli.positive,
         metavar="X",
         help="the embedding layer's learning rate is X times --lr",
     )
     group.add_argument(
         "--weight-decay",
         default=1e-4,
-        type=float,
+        type=cli.not_negative,
         metavar="W",
         help="weight decay of all parameters that train; raise it against overfitting",
     )
     group.add_argument(
         "--eps",
-        type=float,
+        type=cli.positive,
         help="the optimizer's addend to a denominator; recipes of transformers use 1e-4 (default: the optimizer's own)",
     )
     group.add_argument(
         "--lr-schedule",
         default="step",
-        choices=SCHEDULES,
+        **cli.one_of(*SCHEDULES),
         help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
     )
     group.add_argument(
         "--lr-decay-step",
         default=10,
-        type=int,
+        type=cli.integer(1),
         metavar="N",
         help="with step: lower the learning rate every N epochs; scale it with --epochs",
     )
     group.add_argument(
         "--lr-decay-gamma",
         default=0.5,
-        type=float,
+        type=cli.positive,
         metavar="G",
         help="with step: factor that the learning rate is multiplied by each time",
     )
     group.add_argument(
         "--warm",
         default=1,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="train only the embedding layer, and the proxies, in the first N epochs; 0 from scratch",
     )
@@ -99,7 +99,7 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--seed",
         default=1,
-        type=int,
+        type=cli.integer(0),
         metavar="S",
         help="seed of the initial weights, the order of the images and their augmentation",
     )

@@ -44,6 +44,9 @@ from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transf
 from dataset.files import BadFile, missing_files
 from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
+from proxy_anchor import cli, distributed
+from proxy_anchor.files import printable
+from proxy_anchor.progress import progress
 
 __all__ = [
     "ALL",
@@ -61,6 +64,7 @@ __all__ = [
     "fingerprint",
     "geometry_of",
     "load",
+    "make_ready",
     "open",
     "options",
     "recipe",
@@ -88,16 +92,18 @@ def options(training: bool) -> argparse.ArgumentParser:
     group.add_argument(
         "--dataset",
         default="cub",
-        choices=ALL,
+        **cli.one_of(*ALL),
         help="a benchmark; glyphs, which needs no download; or your own images: folder or csv",
     )
     group.add_argument(
         "--data-root",
+        type=cli.path,
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for your own images, their folder or their CSV file",
     )
     group.add_argument(
         "--test-classes",
+        type=cli.path,
         metavar="FILE",
         help="with --dataset folder: the names of the test classes, one per line (default: the second half)",
     )
@@ -111,30 +117,28 @@ def options(training: bool) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--cache",
+        type=cli.path,
         metavar="DIR",
         help="keep decoded images in this folder (CUB takes 7 GB); helps if the GPU waits for few or slow CPU cores",
     )
     group.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the square image that the network sees; larger images show more and take longer (default: 224, "
-        "or what a network of timm was made for)",
-    )
-    group.add_argument(
-        "--batch-size", default=150, type=int, metavar="N", help="images per step; lower it when memory runs out"
+        "--batch-size",
+        default=150,
+        type=cli.integer(1),
+        metavar="N",
+        help="images per step; lower it when memory runs out",
     )
     group.add_argument(
         "--workers",
         default=WORKERS,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
     if training:
         group.add_argument(
             "--IPC",
-            type=int,
+            type=cli.integer(1),
             metavar="N",
             help="images per class in a batch, for losses that compare images; without it, batches are random",
         )
@@ -306,3 +310,15 @@ def open(
     own = validation.own_classes(name, ALL[name], Path(root)) if fold == validation.OWN else None
     transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
     return validation.hold_out(images, fold, transform, own)
+
+
+def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: int) -> None:
+    """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
+    for images in image_sets if skip_bad_images else ():
+        bad = distributed.from_first(lambda images=images: images.find_bad(workers))
+        images.leave_out(bad)
+        print(
+            f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
+        )
+    for images in image_sets if cache else ():
+        images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))

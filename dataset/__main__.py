@@ -34,20 +34,23 @@ def parse(argv=None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--data-root",
+        type=cli.path,
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
     common.add_argument(
         "--workers",
         default=dataset.WORKERS,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
     check.set_defaults(archives=[])
     check.add_argument("name", choices=dataset.ALL)
-    check.add_argument("--test-classes", metavar="FILE", help="with folder: file with the names of the test classes")
+    check.add_argument(
+        "--test-classes", type=cli.path, metavar="FILE", help="with folder: file with the names of the test classes"
+    )
     make = commands.add_parser(
         "prepare", parents=[common], help="lay out a dataset from its archives", allow_abbrev=False
     )
@@ -57,7 +60,6 @@ def parse(argv=None) -> argparse.Namespace:
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"
     )
     args = parser.parse_args(argv)
-    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.name)
     return args
 

@@ -14,6 +14,8 @@ from net.bn_inception import BNInception
 from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
 from net.resnet import LAYERS, ResNet
+from proxy_anchor import cli
+from proxy_anchor.checkpoint import LARGEST
 from proxy_anchor.files import sha256
 
 BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
@@ -131,25 +133,31 @@ def options(training: bool) -> argparse.ArgumentParser:
     group.add_argument(
         "--embedding-size",
         default=512,
-        type=int,
+        type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
         help="dimensions of an embedding; fewer make search faster and recall lower",
     )
     group.add_argument(
-        "--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length; 0: of any length"
+        "--l2-norm", default=1, **cli.one_of(0, 1), help="1: embeddings of unit length; 0: of any length"
+    )
+    group.add_argument(
+        "--image-size",
+        type=cli.integer(1, LARGEST["image_size"]),
+        metavar="PIXELS",
+        help="side of the square image that the network sees; larger images show more and take longer (default: 224, "
+        "or what a network of timm was made for)",
     )
     if training:
         group.add_argument(
             "--bn-freeze",
             default=1,
-            type=int,
-            choices=(0, 1),
+            **cli.one_of(0, 1),
             help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch",
         )
         group.add_argument(
             "--head",
             default="linear",
-            choices=HEADS,
+            **cli.one_of(*HEADS),
             help="embedding layer: linear as published, linear with an orthogonal start, or that after a LayerNorm",
         )
     else:
@@ -160,7 +168,7 @@ def options(training: bool) -> argparse.ArgumentParser:
         )
         group.add_argument(
             "--distance",
-            choices=("cosine", "euclidean"),
+            **cli.one_of("cosine", "euclidean"),
             help="how embeddings are compared, if the checkpoint does not say it (default: cosine)",
         )
     group.add_argument(

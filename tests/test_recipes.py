@@ -121,8 +121,8 @@ def test_layernorm_head():
     "line, message",
     [
         ("--eps 1e-4 --optimizer sgd", "argument --eps: sgd has no such setting"),
-        ("--eps 0", "argument --eps: 0.0 is not positive"),
-        ("--embedding-lr -1", "argument --embedding-lr: -1.0 is not positive"),
+        ("--eps 0", "argument --eps: 0 is not positive"),
+        ("--embedding-lr -1", "argument --embedding-lr: -1 is not positive"),
         ("--lr-schedule linear", "argument --lr-schedule: invalid choice: 'linear'"),
         ("--head mlp", "argument --head: invalid choice: 'mlp'"),
     ],

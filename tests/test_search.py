@@ -349,7 +349,7 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(lambda: search.main(query), capsys, "There is no index in")
     make(weights, images, tmp_path / "index")
     fails(lambda: search.main([*query, str(tmp_path / "no.jpg")]), capsys, "There is no ")
-    fails(lambda: search.main([*query, "-k", "0"]), capsys, "argument --neighbours: 0 is not positive", code=2)
+    fails(lambda: search.main([*query, "-k", "0"]), capsys, "argument --neighbours/-k: 0 is not positive", code=2)
     (tmp_path / "empty").mkdir()
     fails(lambda: make(weights, tmp_path / "empty", tmp_path / "index"), capsys, "There are no images in")
     fails(

@@ -283,7 +283,7 @@ def test_labels_and_empty_batches_are_those_of_the_whole_loss(share):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, from 1e-15 to 1"),
+        (["--sample-proxies", "0"], "argument --sample-proxies: 0 is not a share, from 1e-15 to 1"),
         (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
         (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
         (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),

@@ -248,9 +248,9 @@ def fails(argv, capsys, words, code=1):
     "changed, words",
     [
         ({"IPC": 3}, "argument --IPC: a batch of 4 images does not consist of 3 of each class"),
-        ({"sigma": 0}, "argument --sigma: 0.0 is not positive"),
+        ({"sigma": 0}, "argument --sigma: 0 is not positive"),
         ({"sigma": "nan"}, "argument --sigma: nan is not positive"),
-        ({"delta": -1}, "argument --delta: -1.0 is not positive"),
+        ({"delta": -1}, "argument --delta: -1 is not positive"),
         ({"view": 0}, "argument --view: 0 is not positive"),
         ({"save": 0}, "argument --save: invalid choice: 0"),
         ({"source-embedding-size": 0}, "argument --source-embedding-size: 0 is not positive"),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from proxy_anchor import checkpoint, distributed, figures, metrics
+from proxy_anchor import checkpoint, cli, distributed, figures, metrics
 from proxy_anchor.files import printable, replacing
 from proxy_anchor.runs import resuming, run_folders, tracking
 from proxy_anchor.runs.stopping import Interrupted
@@ -25,19 +25,27 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("record")
     group.add_argument(
-        "--LOG_DIR", default=str(LOG_DIR), metavar="DIR", help="where the folders of runs go (default: logs/ here)"
+        "--LOG_DIR",
+        default=str(LOG_DIR),
+        type=cli.path,
+        metavar="DIR",
+        help="where the folders of runs go (default: logs/ here)",
     )
     group.add_argument(
         "--resume",
+        type=cli.path,
         metavar="auto|PATH",
         help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
     )
     group.add_argument(
-        "--remark", default="", help="text at the end of the name of the run's folder, to tell runs apart"
+        "--remark",
+        default="",
+        type=cli.name_part,
+        help="text at the end of the name of the run's folder, to tell runs apart",
     )
     group.add_argument(
         "--wandb",
-        choices=("online", "offline", "disabled"),
+        **cli.one_of("online", "offline", "disabled"),
         help="mode of Weights & Biases; without this flag, online if there are credentials",
     )
     return parser

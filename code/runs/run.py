@@ -1,9 +1,10 @@
 """A run: the epochs still to do and the results so far; nothing is lost when it is stopped."""
 
 import shlex
+import sys
 import time
 import traceback
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -135,3 +136,15 @@ class Run:
             return text
         command = shlex.join(["python", "evaluate.py", *data_flags, "--resume", str(self.log.folder)])
         return f"{text}\nNext: {printable(command)} --report report"
+
+
+@contextmanager
+def ending(script: str):
+    """A context for a training: one line says that the run had finished before, or that it was interrupted."""
+    try:
+        yield
+    except run_folders.Finished as finished:
+        print(finished)
+    except Interrupted as interruption:
+        print(f"{script}: {interruption}; everything is saved, --resume auto continues from here", file=sys.stderr)
+        sys.exit(128 + interruption.signum)

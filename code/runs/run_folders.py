@@ -1,13 +1,14 @@
 """The folders of runs: a new one for a new run, the old one to resume a run; one process at a time writes to it."""
 
+import argparse
 import json
 import os
 import re
 import socket
 from pathlib import Path
 
-from proxy_anchor import checkpoint, metrics
-from proxy_anchor.files import hold
+from proxy_anchor import checkpoint, cli, metrics
+from proxy_anchor.files import hold, printable
 from proxy_anchor.runs import resuming
 
 CONFIG, CLASSES, LAST, ERROR, LOCK = "config.json", "classes.csv", "last.pth", "error.txt", ".lock"
@@ -188,6 +189,31 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the configuration of a run")
     return config
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:
+    """Parse the command line of a training; defaults come from the dataset's recipe, or from the run to resume.
+
+    recipe_of(name of a dataset) -> {argument: default}, of which the parser may lack some. args.recipe lists the
+    defaults of the recipe that are in use.
+    """
+    args = parser.parse_args(argv)
+    if args.resume in (None, "auto"):
+        recipe = {name: value for name, value in recipe_of(args.dataset).items() if name in args}
+        parser.set_defaults(**recipe)
+        args = parser.parse_args(argv)
+        used = [f"--{name.replace('_', '-')} {value}" for name, value in recipe.items() if getattr(args, name) == value]
+        args.recipe = " ".join(used)
+        return args
+    try:
+        run_dir = folder(args.resume)
+        config = read_config(run_dir)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --resume: {error}")
+    cli.set_recorded(parser, config, run_dir / CONFIG)
+    args = parser.parse_args(argv)  # arguments that are not given stay as they were
+    args.resume, args.recipe = str(run_dir), printable(str(config.get("recipe", "")))
+    return args
 
 
 def upright(resume: str | None) -> bool | None:

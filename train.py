@@ -147,7 +147,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **parts) as run:
-        if args.pretrained != "none" and not args.skip_baseline:
+        if args.pretrained != "none":
             alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop, prefix=prefix))
         for epoch in run.epochs(args.epochs):

@@ -63,8 +63,9 @@ def options() -> argparse.ArgumentParser:
         metavar="N",
         help="random crops of each image in a batch; more show more relations and take longer",
     )
-    group.add_argument("--save", default=1, **cli.one_of(1), help="as published; every run is saved here")
-    group.add_argument("--target-norm", dest="l2_norm", **cli.one_of(0, 1), help="as published: --l2-norm")
+    # Published commands have these two. Every run is saved, and --target-norm is --l2-norm.
+    group.add_argument("--save", default=1, **cli.one_of(1), help=argparse.SUPPRESS)
+    group.add_argument("--target-norm", dest="l2_norm", **cli.one_of(0, 1), help=argparse.SUPPRESS)
     return parser
 
 
@@ -234,7 +235,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(name, config, resume), network, **parts) as run:
-        if args.pretrained != "none" and not args.skip_baseline:
+        if args.pretrained != "none":
             alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop))
         for epoch in run.epochs(args.epochs):

@@ -65,41 +65,31 @@ def integer(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
-def finite(text: str) -> float:
-    """The type of a flag that takes any number that torch can represent."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-    if not abs(value) < LARGEST_FLOAT:
-        raise argparse.ArgumentTypeError(f"{text} is {'too large' if math.isfinite(value) else 'not finite'}")
-    return value
+def number(fits: Callable[[float], bool], fault: str) -> Callable[[str], float]:
+    """The type of a flag that takes the numbers that fit; fault: what the others are."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is {fault}")
+        if abs(value) >= LARGEST_FLOAT:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
+        return value
+
+    return parse
 
 
-def not_negative(text: str) -> float:
-    """The type of a flag that takes numbers from 0."""
-    if (value := finite(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def positive(text: str) -> float:
-    """The type of a flag that takes numbers above 0."""
-    if (value := finite(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+finite = number(math.isfinite, "not finite")
+positive = number(lambda value: value > 0, "not positive")
+not_negative = number(lambda value: value >= 0, "not 0 or more")
 
 
 def share(smallest: float) -> Callable[[str], float]:
     """The type of a flag that takes shares, from `smallest` to 1."""
-
-    def parse(text: str) -> float:
-        value = finite(text)
-        if not smallest <= value <= 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a share, from {smallest:g} to 1")
-        return value
-
-    return parse
+    return number(lambda value: smallest <= value <= 1, f"not a share, from {smallest:g} to 1")
 
 
 def path(text: str) -> str:

@@ -68,7 +68,7 @@ class Embedder:
         Stop, which may end it early; check it before the embeddings are used.
         """
         self.network.eval()
-        bar = progress(loader, description)
+        bar = progress(loader, description, len(loader.sampler))
         if stop:
             bar = stop.after_each(bar)
         embeddings = [torch.empty(0, self.network.embedding_size, device=self.device)]

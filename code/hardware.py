@@ -24,7 +24,7 @@ def options() -> argparse.ArgumentParser:
         "--amp",
         default="none",
         **cli.one_of("none", "bf16", "fp16"),
-        help="precision of the network's products: bf16 is faster on recent GPUs, fp16 on older ones; none: float32",
+        help="mixed precision: bf16 for recent GPUs, fp16 for older ones; none: float32",
     )
     group.add_argument(
         "--compile",
@@ -36,7 +36,8 @@ def options() -> argparse.ArgumentParser:
 
 def place(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The network on the device. On a CPU its convolutions take the layout of the images, see memory_format."""
-    return network.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return network.to(device).to(memory_format=layout)
 
 
 def memory_format(device: torch.device, image_size: int) -> torch.memory_format:

@@ -2,8 +2,9 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
 from proxy_anchor import cli, distributed
 
+EmbeddingNet = Any  # a net.EmbeddingNet; this package does not import net
 CLIP_VALUE = 10  # of each gradient element, as published
 
-OPTIMIZERS = {  # fused: one pass over all parameters, where torch has it
+OPTIMIZERS: dict[
+    str, Callable[..., torch.optim.Optimizer]
+] = {  # fused: one pass over all parameters, where torch has it
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adam": partial(torch.optim.Adam, fused=True),
     "sgd": lambda groups, **settings: torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True, **settings),
@@ -58,7 +62,7 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--eps",
         type=cli.positive,
-        help="the optimizer's addend to a denominator; recipes of transformers use 1e-4 (default: the optimizer's own)",
+        help="optimizer epsilon; transformer recipes use 1e-4 (default: the optimizer's own)",
     )
     group.add_argument(
         "--lr-schedule",
@@ -94,9 +98,6 @@ def options() -> argparse.ArgumentParser:
         help="layers of the backbone that never train, e.g. patch_embed of a transformer, or patch_embed,blocks.0",
     )
     group.add_argument(
-        "--skip-baseline", action="store_true", help="do not evaluate the pretrained backbone alone before training"
-    )
-    group.add_argument(
         "--seed",
         default=1,
         type=cli.integer(0),
@@ -114,7 +115,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def create_optimizer(
     name: str,
-    network: nn.Module,
+    network: EmbeddingNet,
     criterion: nn.Module,
     lr: float,
     weight_decay: float,
@@ -133,8 +134,8 @@ def create_optimizer(
         groups.append({"params": proxies, "lr": lr * getattr(criterion, "proxy_lr", 1)})
     settings = {"weight_decay": weight_decay} | ({} if eps is None else {"eps": eps})
     optimizer = OPTIMIZERS[name](groups, lr=lr, **settings)
-    if hasattr(criterion, "follow"):
-        criterion.follow(optimizer)
+    if follow := getattr(criterion, "follow", None):
+        follow(optimizer)
     return optimizer
 
 
@@ -151,11 +152,11 @@ def create_scheduler(
 
 
 def describe_schedule(name: str, epochs: int) -> str:
-    """The schedule with what it hangs on beside its own settings, so that a run is not continued by another."""
+    """The schedule and the settings it depends on, so that --resume rejects a different schedule."""
     return f"cosine over {epochs} epochs" if name == "cosine" else name
 
 
-def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
+def set_trainable(network: EmbeddingNet, epoch: int, warm: int) -> None:
     """Warm-up: before epoch `warm` (from 0) only the embedding layer and the proxies train, from then on everything.
 
     Everything means the weights and biases of frozen BatchNorm layers too: `--bn-freeze 1` with `--warm 0` never trains
@@ -224,7 +225,8 @@ def train_one_epoch(
         for module in clipped:
             nn.utils.clip_grad_value_(module.parameters(), CLIP_VALUE)
         trained = [] if scaler.is_enabled() else parameters_with_gradient(optimizer)
-        norms = [torch.stack(torch._foreach_norm([parameter.grad for parameter in trained]))] if trained else []
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        norms = [torch.stack(torch._foreach_norm(gradients))] if gradients else []
         scaler.step(optimizer)
         scaler.update()
         if previous is not None:

@@ -66,7 +66,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def run_prepare(name: str, root: str, archives: list[Path]) -> None:
     folder = dataset.BENCHMARKS[name].FOLDER
-    for _ in progress(prepare.prepare(name, Path(root), folder, archives), "extracting"):
+    for _ in progress(prepare.prepare(name, Path(root), folder, archives), "extracting", unit="file"):
         pass
     print(f"Laid out in {Path(root) / folder}")
 

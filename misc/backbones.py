@@ -37,7 +37,6 @@ RECIPE = (
     "2",
     "--embedding-size",
     "512",
-    "--skip-baseline",
 )
 
 

@@ -217,7 +217,7 @@ def draw(groups: list[Group], path: Path) -> None:
         ends = []
         colors = figures.colors_of([group.runs[0].config["loss"] == MAIN_LOSS for group in groups])
         for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
-            recalls = [{figures.epochs_done(row): 100 * row["R@1"] for row in run.rows} for run in members]
+            recalls = [{int(row["epoch"]): 100 * row["R@1"] for row in run.rows} for run in members]
             x = sorted(set.intersection(*map(set, recalls)))
             if not x:
                 raise ValueError(f"The runs of {name} have no epoch in common; compare them one by one")
@@ -230,7 +230,7 @@ def draw(groups: list[Group], path: Path) -> None:
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
             ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
         ax.set_title(f"R@1, %: mean ± standard deviation over {count_of_runs(groups)}")
-        ax.set(xlabel="epochs", xlim=(None, ax.dataLim.x1))
+        ax.set(xlabel="epoch", xlim=(None, ax.dataLim.x1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         figures.label_ends(ax, ends)
 

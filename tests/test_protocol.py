@@ -296,7 +296,10 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
         (["--seeds", "1", "1"], "argument --seeds: expected different numbers"),
-        (["--seeds", "1", str(2**63)], "argument --seeds: expected different numbers"),  # not after the first training
+        (
+            ["--seeds", "1", str(2**63)],
+            "argument --seeds: 9223372036854775808 is too large",
+        ),  # not after the first training
         (["--", f"--remark={'x' * 170}"], "argument --remark: the name of a run's folder would have"),
         (["--seeds", "-1"], "argument --seeds"),
         (["--folds", "1"], "argument --folds: expected 2, 4 or another number"),

@@ -20,7 +20,7 @@ import train
 from proxy_anchor import checkpoint, cli
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank
-from proxy_anchor.runs import run_folders, tracking
+from proxy_anchor.runs import logbook, run_folders
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8"
@@ -320,7 +320,7 @@ def test_wandb_offline(cub_root, tmp_path):
 
 
 def test_wandb_credentials_are_found_without_wandb(monkeypatch, tmp_path):
-    from proxy_anchor.runs.tracking import has_credentials
+    from proxy_anchor.runs.logbook import has_credentials
 
     assert not has_credentials()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
@@ -362,7 +362,7 @@ def test_variables_of_wandb_come_first(variable, setting, monkeypatch, tmp_path)
         monkeypatch.delenv(name, raising=False)
     for expected in (ours, ours - {setting}):
         with pytest.raises(Told) as told:
-            tracking.start("offline", tmp_path, "project", "name", {}, run_id="id")
+            logbook.start_wandb("offline", tmp_path, "project", "name", {}, run_id="id")
         assert told.value.args[0].keys() == expected | {"mode", "config"}
         monkeypatch.setenv(variable, "mine")
 
@@ -371,7 +371,7 @@ def test_who_never_asked_for_wandb_reads_no_word_of_it(monkeypatch, tmp_path, ca
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert tracking.start(None, tmp_path, "project", "name", {}) is None
+    assert logbook.start_wandb(None, tmp_path, "project", "name", {}) is None
     assert capsys.readouterr() == ("", "")
 
 
@@ -387,7 +387,7 @@ def test_wandb_that_does_not_start_is_one_short_line(error, monkeypatch, tmp_pat
     with pytest.raises(
         RuntimeError, match="^wandb does not start: Invalid URL .{1,190}. Choose --wandb offline or dis"
     ):
-        tracking.start("offline", tmp_path, "project", "name", {})
+        logbook.start_wandb("offline", tmp_path, "project", "name", {})
 
 
 # Evaluation of published checkpoints

@@ -252,7 +252,7 @@ def fails(argv, capsys, words, code=1):
         ({"sigma": "nan"}, "argument --sigma: nan is not positive"),
         ({"delta": -1}, "argument --delta: -1 is not positive"),
         ({"view": 0}, "argument --view: 0 is not positive"),
-        ({"save": 0}, "argument --save: invalid choice: 0"),
+        ({"save": 0}, "argument --save: invalid choice: '0'"),
         ({"source-embedding-size": 0}, "argument --source-embedding-size: 0 is not positive"),
         ({"source-embedding-size": 13}, "--source-embedding-size: the teacher was trained with 12, not 13"),
         ({"source-model": "resnet50"}, "--source-model: the teacher was trained with resnet18, not resnet50"),

@@ -3,20 +3,32 @@
 import argparse
 import csv
 import json
+import netrc
+import os
 import platform
 import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
 from proxy_anchor import checkpoint, cli, distributed, figures, metrics
 from proxy_anchor.files import printable, replacing
-from proxy_anchor.runs import resuming, run_folders, tracking
+from proxy_anchor.runs import resuming, run_folders
 from proxy_anchor.runs.stopping import Interrupted
 
-BACKBONE = "backbone alone"  # what it is called
+BACKBONE = "backbone alone"  # as people read it
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
 LOG_DIR = Path(__file__).resolve().parents[2] / "logs"
+LONGEST_REASON = 200  # characters of an error of wandb
+WANDB_VARIABLES = {  # by which the user overrides the settings of a wandb run
+    "project": "WANDB_PROJECT",
+    "notes": "WANDB_NOTES",
+    "dir": "WANDB_DIR",
+    "id": "WANDB_RUN_ID",
+    "resume": "WANDB_RESUME",
+}
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
 
 
@@ -94,11 +106,11 @@ def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
 class Logbook:
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
-    The files are whole at any moment: metrics.csv (a row per epoch), classes.csv, config.json,
+    The files are whole at any moment: metrics.csv (a row per epoch), backbone.json, classes.csv, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. curves.png is drawn when the run ends or stops. folder: of the run;
     resumes: whether it continues from the last.pth that is there. As a context, it ends with the run.
-    resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see tracking.start. Raises
-    runs.Locked if another process writes the run.
+    resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see start_wandb. Raises
+    run_folders.Locked if another process writes the run.
     """
 
     def __init__(
@@ -121,7 +133,7 @@ class Logbook:
             if (then := old.get("versions")) != (now := versions()):
                 print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
         # Before anything is written, because it may fail.
-        self.wandb = tracking.start(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
+        self.wandb = start_wandb(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
         if resume is None:
             self.folder, self.lock = run_folders.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
@@ -154,27 +166,30 @@ class Logbook:
     def resume(self, progress: dict) -> None:
         """Say where the run continues, and bring metrics.csv there."""
         print(f"Resuming {printable(str(self.folder))} at epoch {progress['epoch']}, step {len(progress['losses'])}")
+        if backbone := progress.pop("backbone", None):  # an earlier version kept it there
+            self.write_backbone(backbone)
         if progress["rows"]:  # the file may have one more, of an epoch that was not saved
-            self._write_rows("metrics.csv", with_backbone(progress["rows"], progress.get("backbone")))
+            self._write_rows("metrics.csv", progress["rows"])
 
     def log_backbone(self, row: dict) -> None:
-        """Print the metrics of the backbone alone, shortened, and keep them for wandb; they are in 0..1."""
+        """Write the metrics of the backbone alone to backbone.json and print them, shortened; they are in 0..1."""
+        self.write_backbone(row)
         print(f"{BACKBONE}  {shortened(row)}", flush=True)
         if self.wandb:
             self.wandb.summary.update({f"{BACKBONE}/{name}": value for name, value in row.items()})
 
-    def log_epoch(self, rows: list[dict], backbone: dict | None) -> None:
-        """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1.
+    def write_backbone(self, row: dict) -> None:
+        self._write(figures.BACKBONE, json.dumps(row, indent=2) + "\n")
 
-        backbone: the metrics of the backbone alone, the row of epoch -1.
-        """
+    def log_epoch(self, rows: list[dict]) -> None:
+        """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
         row = rows[-1]
         print(
             f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  "
             f"{shortened(metrics.of(row))}",
             flush=True,
         )
-        self._write_rows("metrics.csv", with_backbone(rows, backbone))
+        self._write_rows("metrics.csv", rows)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
 
@@ -224,7 +239,7 @@ class NullLogbook(Logbook):
     def log_backbone(self, row):
         pass
 
-    def log_epoch(self, rows, backbone):
+    def log_epoch(self, rows):
         pass
 
     def save_classes(self, epoch, classes):
@@ -232,11 +247,6 @@ class NullLogbook(Logbook):
 
     def save_best(self, row, network):
         pass
-
-
-def with_backbone(rows: list[dict], backbone: dict | None) -> list[dict]:
-    """The rows of epochs after that of the backbone alone, if it was measured."""
-    return [{"epoch": -1} | backbone, *rows] if backbone else rows
 
 
 def shortened(row: dict[str, float]) -> str:
@@ -258,3 +268,42 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = (f"{100 * row[c]:.2f}" if c in row else "-" for c in columns)
         lines.append(f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells))
     return "\n".join(lines)
+
+
+def has_credentials() -> bool:
+    """Whether wandb would find an API key, in the environment or in the netrc file, without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: no URL, or not UTF-8
+        return False
+
+
+def start_wandb(
+    mode: str | None, log_dir: Path, project: str, name: str, config: dict, run_id: str | None = None
+) -> Any:
+    """A wandb run, which continues that of run_id if given, or None if the mode is disabled.
+
+    Mode None: WANDB_MODE, else online with credentials, else disabled. The user's WANDB_VARIABLES come first.
+    Raises ValueError for online without credentials, for which wandb would ask, and RuntimeError if wandb fails.
+    """
+    if mode is None:
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "disabled")
+    if mode == "disabled":
+        return None
+    if mode == "online" and not has_credentials():
+        raise ValueError("wandb has no credentials to go online with: run `wandb login`, or choose --wandb offline")
+    import wandb  # slow to import, and not everyone has it
+
+    log_dir.mkdir(parents=True, exist_ok=True)
+    resume = "allow" if run_id and mode == "online" else None
+    settings: dict[str, Any] = {"project": project, "notes": name, "dir": str(log_dir), "id": run_id, "resume": resume}
+    settings = {name: value for name, value in settings.items() if not os.environ.get(WANDB_VARIABLES[name])}
+    settings["mode"] = mode
+    try:
+        return wandb.init(config=config, **settings)
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise RuntimeError(f"wandb does not start: {reason}. Choose --wandb offline or disabled") from error

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
-from proxy_anchor import metrics
+from proxy_anchor import distributed, figures, metrics
 from proxy_anchor.checkpoint import digest
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import printable
@@ -75,14 +75,12 @@ class Run:
     @property
     def backbone(self) -> dict | None:
         """The metrics of the backbone alone, if they were measured."""
-        return self.progress.get("backbone")
+        return figures.read_backbone(self.log.folder)
 
     def measure_backbone(self, evaluate) -> None:
         """Before the first step, what the backbone can do alone; evaluate() -> Result."""
         if self.progress["epoch"] == 0 and not self.losses and not self.backbone:
-            found = evaluate().metrics
-            self.progress["backbone"] = found
-            self.log.log_backbone(found)
+            self.log.log_backbone(evaluate().metrics)
 
     def epochs(self, count: int):
         """The epochs of `count` that are still to do."""
@@ -94,7 +92,8 @@ class Run:
         """The epoch's batches from the step where it stopped, with a progress bar, up to a signal."""
         epoch = self.progress["epoch"]
         loader.batch_sampler.set_epoch(epoch, done=len(self.losses))
-        self.bar = progress(loader, f"epoch {epoch}")
+        images = len(loader) * distributed.sizes(loader.batch_sampler.images_per_batch)[distributed.rank()]
+        self.bar = progress(loader, f"epoch {epoch}", images)
         return self.stop.after_each(self.bar)
 
     def show_loss(self, loss: float) -> None:
@@ -108,7 +107,7 @@ class Run:
         self.remark = result.remark()
         scheduler.step()
         self.progress |= {"epoch": epoch + 1, "losses": [], "seconds": 0.0}
-        self.log.log_epoch(self.rows, self.backbone)
+        self.log.log_epoch(self.rows)
         if self.best is self.rows[-1]:
             self.log.save_classes(epoch, result.by_class())
             self.progress["best"] = digest(self.network.state_dict())  # by which its checkpoint is known
@@ -126,9 +125,9 @@ class Run:
         ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({last['epoch']})": last}
         rows = {name: metrics.of(row) for name, row in ends.items()}
         remark = self.remark
-        if self.backbone:
-            rows = {logbook.BACKBONE: self.backbone} | rows
-            if metrics.plain(last)["R@1"] < metrics.plain(self.backbone)["R@1"]:
+        if backbone := self.backbone:
+            rows = {logbook.BACKBONE: backbone} | rows
+            if metrics.plain(last)["R@1"] < metrics.plain(backbone)["R@1"]:
                 remark += "Training made it worse: the last epoch is below the untrained backbone. "
                 remark += "Try fewer epochs or a lower --lr.\n"
         text = f"{logbook.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"

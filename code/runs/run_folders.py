@@ -26,7 +26,6 @@ MAY_CHANGE = (
     "compile",
     "wandb",
     "resume",
-    "skip_baseline",
 )
 # What was so in runs that do not tell it.
 FORMER = {

@@ -42,7 +42,8 @@ def parse(argv=None) -> argparse.Namespace:
     args = cli.parse_with_recipe(parser, argv, dataset.recipe)
     cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args)
+    args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
+    args.image_size = args.spec.image_size
     losses.check_arguments(parser, args)
     training.check_arguments(parser, args)
     dataset.validation.check_arguments(parser, args)
@@ -74,18 +75,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(hardware.describe(device))
     if args.recipe:
         print(f"Defaults of {args.dataset}: {args.recipe}")
-    share = distributed.rank(), distributed.count()
+    share, spec = (distributed.rank(), distributed.count()), args.spec
 
     # Data: zero-shot retrieval, so training and test classes are disjoint. With --fold, some training classes test.
-    expected = net.expects(args.model)
-    geometry = dataset.geometry_of(args.dataset, expected)
     choice = {
         "allow_partial": args.allow_partial,
         "test_classes": args.test_classes,
         "upright": run_folders.upright(args.resume),
     }
     with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, geometry, **choice)
+        splits = dataset.open(args.dataset, args.data_root, spec.image_size, args.fold, spec.geometry, **choice)
     train_set, *test_sets = splits.values()
     cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
@@ -98,9 +97,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     # A run to resume has its weights in its own checkpoint.
     config = (
-        expected
-        | vars(args)
-        | geometry
+        vars(args)
+        | spec.to_record()
         | dataset.record(splits, args.data_root)
         | {
             "device": str(device),
@@ -109,20 +107,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         }
         | net.identity(args.pretrained)
     )
+    del config["spec"]
     resume = run_folders.to_resume(run_name(args), config)
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Network, loss, optimizer.
     with distributed.first_process_first():
-        network = net.create(
-            args.model,
-            args.embedding_size,
-            pretrained,
-            bool(args.l2_norm),
-            bool(args.bn_freeze),
-            args.head,
-            args.image_size,
-        )
+        network = net.from_spec(spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
@@ -151,7 +142,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **parts) as run:
         if args.pretrained != "none" and not args.skip_baseline:
-            alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
+            alone = Embedder(net.PooledBackbone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop, prefix=prefix))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)

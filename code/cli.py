@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from proxy_anchor import distributed
-from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, LARGEST
 from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import run_folders
 from proxy_anchor.runs.stopping import Interrupted
+from proxy_anchor.spec import LARGEST
 
 POSITIVE = (
     "embedding_size",
@@ -131,27 +131,6 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
         parser.error(f"argument --resume: {error}")
     args = parser.parse_args([*recorded, *argv])  # arguments that are not given stay as they were
     args.resume, args.recipe = str(folder), printable(str(config.get("recipe", "")))
-    return args
-
-
-def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
-    """Parse the command line; arguments not given are those of a checkpoint's contract, other values are a usage error.
-
-    at: where in argv flags may be inserted. Two arguments have no flag: geometry, how evaluation sees the images,
-    which is None if it is unknown; and head, which then is linear.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    told = {name: f"--{name.replace('_', '-')}" for name in CONTRACT if name in contract}
-    args = parser.parse_args([*argv[:at], *[f"{flag}={contract[name]}" for name, flag in told.items()], *argv[at:]])
-    for name, flag in told.items():
-        if (given := getattr(args, name)) != contract[name]:
-            parser.error(f"argument {flag}: the checkpoint was trained with {contract[name]}, not {given}")
-    args.geometry = {name: contract[name] for name in GEOMETRY if name in contract} or None
-    args.head = contract.get("head", "linear")
-    distance = contract.get("distance", "cosine") if contract else args.distance or "cosine"
-    if args.distance not in (None, distance):
-        parser.error(f"argument --distance: the checkpoint was trained for {distance}, not {args.distance}")
-    args.distance = distance
     return args
 
 

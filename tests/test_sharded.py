@@ -14,6 +14,9 @@ from torch import nn
 import train
 from proxy_anchor import distributed, losses, sharded, training
 from proxy_anchor.runs import resuming
+from proxy_anchor.spec import NetworkSpec
+
+SPEC = NetworkSpec("tiny", 4, 32)
 
 SIZE, EPOCHS = 8, 5
 # Classes, images in a batch, share of the classes: neither is divided by 2, 3 or 4; fewer classes than processes.
@@ -101,7 +104,7 @@ def cases(folder: Path):
         if distributed.count() == 4:
             half = Training(num_classes, batch_size, share).epochs(0, 3)
             progress = {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []}
-            resuming.save(last, half.network, {}, half.parts, progress)
+            resuming.save(last, half.network, SPEC, half.parts, progress)
             dist.barrier()
         resumed = Training(num_classes, batch_size, share)
         assert resuming.load(last, resumed.network, resumed.parts)["epoch"] == 3

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 import torch
 
 from proxy_anchor import metrics
-from proxy_anchor.checkpoint import digest
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import logbook, resuming, run_folders
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.stopping import Interrupted, Stop
+from proxy_anchor.weights import digest
 
 
 class Run:

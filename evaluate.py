@@ -40,7 +40,7 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), hardware.options(), cli.options()],
+        parents=[dataset.options(training=False), net.options(training=False), hardware.options()],
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -76,7 +76,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
-    with cli.errors_in_one_line("evaluate.py", args.debug):
+    with cli.errors_in_one_line("evaluate.py"):
         paths = [in_run(path) for path in args.resume]
         checkpoints = [Checkpoint(path) for path in paths]
     recorded, *others = [checkpoint.spec for checkpoint in checkpoints] or [None]
@@ -212,7 +212,7 @@ def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with cli.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
+    with cli.errors_in_one_line("evaluate.py"), distributed.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))
 

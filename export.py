@@ -43,7 +43,7 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False, alone=False), cli.options()],
+        parents=[dataset.options(training=False), net.options(training=False, alone=False)],
     )
     group = parser.add_argument_group("export")
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export, or the folder of its run")
@@ -64,7 +64,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--fp16", action="store_true", help="weights in half precision: half the size; prints what that costs"
     )
     args = parser.parse_args(argv)
-    with cli.errors_in_one_line("export.py", args.debug):
+    with cli.errors_in_one_line("export.py"):
         args.resume = in_run(args.resume)
         args.checkpoint = Checkpoint(args.resume)
     cli.check_ranges(parser, args)
@@ -201,7 +201,7 @@ def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
     # All files of a stem have one card.
-    with cli.errors_in_one_line("export.py", args.debug), locked(out.with_name(out.stem)):
+    with cli.errors_in_one_line("export.py"), locked(out.with_name(out.stem)):
         export(args)
 
 

@@ -49,7 +49,6 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[cli.options()],
     )
     group = parser.add_argument_group("protocol")
     group.add_argument(
@@ -256,7 +255,7 @@ def protocol(args: argparse.Namespace) -> None:
 
 def main(argv=None):
     args = parse(argv)
-    with cli.errors_in_one_line("protocol.py", args.debug), cli.output_may_close():
+    with cli.errors_in_one_line("protocol.py"), cli.output_may_close():
         try:
             protocol(args)
         except Interrupted as interruption:

@@ -51,7 +51,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
     form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
-    common = [hardware.options(), cli.options()]
+    common = [hardware.options()]
 
     make = commands.add_parser(
         "index",
@@ -126,7 +126,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "index":
         net.check_weights(make, args)
-        with cli.errors_in_one_line("search.py", args.debug):
+        with cli.errors_in_one_line("search.py"):
             path = in_run(args.resume) if args.resume else None
             checkpoint = Checkpoint(path) if path else None
         args.resume, args.checkpoint = path, checkpoint
@@ -503,7 +503,7 @@ def folder_of(entry: str) -> str:
 
 def main(argv=None):
     args = parse(argv)
-    with cli.errors_in_one_line("search.py", args.debug):
+    with cli.errors_in_one_line("search.py"):
         (update_index if args.command == "index" else query)(args)
 
 

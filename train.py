@@ -36,7 +36,6 @@ def parse(argv=None) -> argparse.Namespace:
             training.options(),
             hardware.options(),
             logbook.options(),
-            cli.options(),
         ],
     )
     args = cli.parse_with_recipe(parser, argv, dataset.recipe)
@@ -167,11 +166,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with (
-        cli.errors_in_one_line("train.py", args.debug),
-        cli.output_may_close(),
-        distributed.processes(args.gpu_id) as device,
-    ):
+    with cli.errors_in_one_line("train.py"), cli.output_may_close(), distributed.processes(args.gpu_id) as device:
         try:
             train(args, device)
         except run_folders.Finished as finished:

@@ -81,7 +81,6 @@ def parse(argv=None) -> argparse.Namespace:
             training.options(),
             hardware.options(),
             logbook.options(),
-            cli.options(),
         ],
     )
     parser.set_defaults(**DEFAULTS)
@@ -97,7 +96,7 @@ def parse(argv=None) -> argparse.Namespace:
         )
     if args.epochs == 0 and args.resume:
         parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
-    with cli.errors_in_one_line("transfer.py", args.debug):
+    with cli.errors_in_one_line("transfer.py"):
         describe_teacher(parser, args)
     return args
 
@@ -253,11 +252,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with (
-        cli.errors_in_one_line("transfer.py", args.debug),
-        cli.output_may_close(),
-        distributed.processes(args.gpu_id) as device,
-    ):
+    with cli.errors_in_one_line("transfer.py"), cli.output_may_close(), distributed.processes(args.gpu_id) as device:
         try:
             train(args, device)
         except run_folders.Finished as finished:

@@ -1,6 +1,7 @@
 """What the scripts share at the command line: checks of arguments, errors in one line."""
 
 import argparse
+import linecache
 import math
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from proxy_anchor import distributed
-from proxy_anchor.files import printable
+from proxy_anchor.files import BadFile, printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import run_folders
 from proxy_anchor.runs.stopping import Interrupted
@@ -40,16 +41,9 @@ POSITIVE = (
     "eps",
 )
 PATHS = ("data_root", "test_classes", "cache", "source_ckpt", "LOG_DIR", "report", "out", "index", "save", "check")
+ROOT = Path(__file__).resolve().parents[1]
 SHOWN, LONGEST = 200, 800  # characters of an error beside advice, and of one without
 NOT_NEGATIVE = ("epochs", "warm", "workers", "weight_decay", "seed")
-
-
-def options() -> argparse.ArgumentParser:
-    """Command-line flags of all scripts."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("errors")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error, for a bug report")
-    return parser
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,7 +91,7 @@ def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: Path) 
     flags: list[str] = []
     for action in parser._actions:
         value = values.get(action.dest)
-        if action.dest not in values or action.dest in ("resume", "debug") or value is action.default is None:
+        if action.dest not in values or action.dest in ("resume",) or value is action.default is None:
             continue
         types = (bool,) if action.nargs == 0 else (int, float) if action.type else (str,)
         if not isinstance(value, types) or (bool not in types and isinstance(value, bool)):
@@ -146,24 +140,27 @@ def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: in
         images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
 
 
-# What torch says when something runs out or does not suffice, and what to do about it.
+# What torch and the system say when memory runs out, and what to do about it.
+NO_MEMORY = "The memory is exhausted: choose a smaller --batch-size or --image-size, or fewer --workers"
+SMALL_SHM = (
+    "/dev/shm is too small for the workers: choose fewer --workers (0 needs none) or make it larger "
+    "(docker run --shm-size=8g)"
+)
 ADVICE = {
-    r"shared memory|</torch_|Bus error": "/dev/shm is too small for the workers: choose fewer --workers (0 needs none) "
-    "or make it larger (docker run --shm-size=8g)",
-    r"[cC]an't allocate memory|Cannot allocate memory|killed by signal: Killed": "The memory is exhausted: choose a "
-    "smaller --batch-size or --image-size, or fewer --workers",
-    r"exited unexpectedly": "A worker ended without giving a reason, most often because /dev/shm is too small for the "
-    "workers: choose fewer --workers (0 needs none) or make it larger (docker run --shm-size=8g)",
-    r"more than 1 value per channel": "BatchNorm cannot train on a single image: choose a larger --batch-size, or "
-    "--bn-freeze 1",
+    r"shared memory|</torch_|Bus error": SMALL_SHM,
+    r"[cC]an't allocate memory|Cannot allocate memory|killed by signal: Killed": NO_MEMORY,
+    r"exited unexpectedly": f"A worker ended without giving a reason, most often because {SMALL_SHM}",
 }
 
 
 @contextmanager
-def errors_in_one_line(script: str, debug: bool):
-    """Turn an error into one line on stderr and exit status 1; with debug, let the traceback through."""
+def errors_in_one_line(script: str):
+    """Print an error that the user can mend as one line on stderr and exit with status 1; let others through.
+
+    An interruption is one line too, and exits with 128 plus the signal.
+    """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this, as with 2>&-
+        if getattr(sys, name) is None:  # closed by the caller, as with 2>&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
         if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be of any bytes
@@ -176,18 +173,30 @@ def errors_in_one_line(script: str, debug: bool):
     except KeyboardInterrupt:
         _say(f"{script}: interrupted")
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError) as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and (closed := list(filter(_has_no_reader, (sys.stdout, sys.stderr)))):
             for stream in closed:
                 _to_nowhere(stream)  # or Python would complain when it ends
             sys.exit(128 + signal.SIGPIPE)
-        if debug:
+        message = advice(error) or (one_line(error) if is_deliberate(error) else None)
+        if message is None:
+            kill_workers()
             raise
-        _say(f"{script}: error: {in_one_line(error)}")
+        _say(f"{script}: error: {message}")
         kill_workers()
         with _silent_destructors():
             traceback.clear_frames(error.__traceback__)
         sys.exit(1)
+
+
+def is_deliberate(error: Exception) -> bool:
+    """Whether this error is about a file or a missing package, or was raised on purpose: by a `raise` of this code."""
+    if isinstance(error, (OSError, BadFile, ModuleNotFoundError)):
+        return True
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    path = Path(frame.f_code.co_filename)
+    ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+    return ours and linecache.getline(str(path), line).lstrip().startswith("raise ")
 
 
 def _say(text: str) -> None:
@@ -253,24 +262,28 @@ def kill_workers() -> None:
     signal.signal(signal.SIGCHLD, handler)
 
 
-def in_one_line(error: Exception) -> str:
-    """What to say of an error: its message, which may have names from files in it, or advice."""
+def advice(error: Exception) -> str | None:
+    """What to do where memory ran out, a GPU's, the host's or /dev/shm; None for other errors."""
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
-    text = str(error)
-    shown = printable(" ".join(text.split()), SHOWN)
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile cannot compile the network here: leave out --compile ({shown})"
-    places = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, OSError) and places and places[-1].filename.endswith("multiprocessing/synchronize.py"):
+    message = printable(" ".join(str(error).split()), SHOWN)
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, OSError) and frames and frames[-1].filename.endswith("multiprocessing/synchronize.py"):
         return (
             "The workers cannot be started, because /dev/shm is full or cannot be written: choose --workers 0, or make "
-            f"it writable and larger (docker run --shm-size=8g) ({shown})"
+            f"it writable and larger (docker run --shm-size=8g) ({message})"
         )
-    for words, advice in ADVICE.items():
-        if re.search(words, text):
-            return f"{advice} ({shown})"
-    if "in DataLoader worker process" in text:  # a traceback: indented lines, then "package.ErrorType: message"
+    if isinstance(error, MemoryError):
+        return f"{NO_MEMORY} ({message})"
+    if isinstance(error, (RuntimeError, OSError)):
+        return next((f"{text} ({message})" for words, text in ADVICE.items() if re.search(words, str(error))), None)
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, which may hold names of files, without the traceback that a worker's begins with."""
+    text = str(error)
+    if "in DataLoader worker process" in text:  # indented lines follow, then "package.ErrorType: message"
         text = text.rpartition("Traceback (most recent call last):\n")[2]
         text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)
     return printable(" ".join(text.split()), LONGEST) or type(error).__name__

@@ -31,7 +31,7 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
-    common = argparse.ArgumentParser(add_help=False, parents=[cli.options()])
+    common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--data-root",
         metavar="DIR",
@@ -150,7 +150,7 @@ def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.Image
 
 def main(argv=None):
     args = parse(argv)
-    with cli.errors_in_one_line("python -m dataset", args.debug):
+    with cli.errors_in_one_line("python -m dataset"):
         warning = checksum_warning(args.archives)
         try:
             if args.command == "prepare":

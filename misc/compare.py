@@ -242,10 +242,7 @@ def count_of_runs(groups: list[Group]) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[cli.options()],
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -255,7 +252,7 @@ def main(argv=None):
         help="the chart as .png, .svg or .pdf; may be given several times (default: comparison.png)",
     )
     args = parser.parse_args(argv)
-    with cli.errors_in_one_line("compare.py", args.debug):
+    with cli.errors_in_one_line("compare.py"):
         groups = pool(read(args.runs))
         lines = [table(groups), *remarks(groups), *differences(groups)]
         print(in_encoding("\n".join(lines), sys.stdout.encoding or "utf-8"))

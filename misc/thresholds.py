@@ -69,13 +69,11 @@ def folders(embeddings: torch.Tensor, labels: torch.Tensor, paths: list[str]) ->
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cli.options()]
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
     args = parser.parse_args(argv)
-    with cli.errors_in_one_line("thresholds.py", args.debug):
+    with cli.errors_in_one_line("thresholds.py"):
         embeddings, labels, paths = embed(args.checkpoint, args.data_root)
         folders(embeddings, labels, paths)
         calibrations(embeddings, labels)

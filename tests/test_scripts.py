@@ -497,9 +497,21 @@ def test_unreadable_image_is_one_line(tmp_path, capsys, workers):
     assert not list(tmp_path.glob("logs/**/*.pth"))
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        train.main(["--debug", *arguments(tmp_path, pretrained="none")])
+def test_unforeseen_error_keeps_its_traceback(cub_root, tmp_path, monkeypatch):
+    """A ValueError of a library is no advice to the user; it is in the run's folder until the run continues."""
+
+    def train_one_epoch(*args, **kwargs):
+        int("not raised on purpose")
+
+    argv = [*arguments(cub_root, pretrained="none", LOG_DIR=tmp_path, epochs=1), "--resume", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="invalid literal"):
+        patch.setattr(train.training, "train_one_epoch", train_one_epoch)
+        train.main(argv)
+    (path,) = tmp_path.glob("logs_cub/*/error.txt")
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("ValueError: invalid literal for int()")
+    train.main(argv)
+    assert (path.parent / "last.pth").exists() and not path.exists()
 
 
 def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
@@ -587,7 +599,7 @@ def test_shared_memory_that_workers_cannot_have(cub_root, tmp_path, options):
     assert "/dev/shm is full or cannot be written: choose --workers 0" in done.stderr
 
 
-def test_compiler_that_fails_is_one_short_line(cub_root, tmp_path):
+def test_compiler_that_fails_keeps_its_traceback(cub_root, tmp_path):
     compiler = tmp_path / "compiler"
     answer = "sys.exit(0 if '--version' in sys.argv else 'error: ' * 20_000)"
     compiler.write_text(f"#!{sys.executable}\nimport sys\nprint('g++ 12.0')\n{answer}\n")
@@ -595,9 +607,7 @@ def test_compiler_that_fails_is_one_short_line(cub_root, tmp_path):
     flags = [*arguments(cub_root, LOG_DIR=tmp_path / "logs"), "--pretrained", "none", "--compile"]
     cache = f"export TORCHINDUCTOR_CACHE_DIR={tmp_path}/cache CXX={compiler}"
     done = run_limited(cache, *flags)
-    *remarks_of_torch, line = done.stderr.splitlines()
-    assert done.returncode == 1 and len(line) < 400 and len("".join(remarks_of_torch)) < 1000, done.stderr[:2000]
-    assert "torch.compile cannot compile the network here: leave out --compile (" in line
+    assert done.returncode == 1 and "Traceback" in done.stderr and "CppCompileError" in done.stderr, done.stderr[:2000]
 
 
 def without_reader(command, lines, **streams):
@@ -624,14 +634,15 @@ def test_other_output_that_nobody_reads_ends_silently(cub_root, tmp_path):
 
 
 def test_broken_pipe_of_something_else_is_an_error(capfd):
-    with pytest.raises(SystemExit) as error, cli.errors_in_one_line("a.py", debug=False):
+    with pytest.raises(SystemExit) as error, cli.errors_in_one_line("a.py"):
         raise BrokenPipeError("the manager is gone")
     assert error.value.code == 1 and capfd.readouterr().err == "a.py: error: the manager is gone\n"
 
 
-def test_batchnorm_on_a_single_image(cub_root, tmp_path, capsys):
+def test_batchnorm_on_a_single_image(cub_root, tmp_path):
     argv = arguments(cub_root, **{"pretrained": "none", "LOG_DIR": tmp_path, "batch-size": 1, "bn-freeze": 0})
-    fails(capsys, train, argv, "error: BatchNorm cannot train on a single image: choose a larger --batch-size")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        train.main(argv)
 
 
 def test_embeddings_that_are_not_finite(trained, cub_root, tmp_path, capsys):

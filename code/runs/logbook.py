@@ -119,6 +119,7 @@ class Logbook:
             self.folder, self.lock = run_folders.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
             print(printable(f"Logging to {self.folder}{other}"))
+        (self.folder / run_folders.ERROR).unlink(missing_ok=True)  # of the run that is continued
         self.resumes = (self.folder / run_folders.LAST).exists()
         began_with = {name: old[name] for name in old if name == "pretrained_sha256"}  # the file may be gone by now
         config = (

@@ -2,7 +2,8 @@
 
 import shlex
 import time
-from contextlib import ExitStack
+import traceback
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -35,7 +36,7 @@ class Run:
         with ExitStack() as contexts:
             contexts.enter_context(self.log)
             contexts.enter_context(self.stop)
-            contexts.push(self._save_if_interrupted)
+            contexts.push(self._save_on_error)
             if self.log.resumes:
                 self.progress = resuming.load(self.log.folder / run_folders.LAST, self.network, self.parts)
                 self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
@@ -48,10 +49,14 @@ class Run:
     def __exit__(self, *error):
         return self.contexts.__exit__(*error)
 
-    def _save_if_interrupted(self, kind, error, traceback):
+    def _save_on_error(self, kind, error, trace):
         if isinstance(error, Interrupted):
             self.progress["seconds"] = time.perf_counter() - self.start
             self.log.save_last(self.network, self.parts, self.progress)
+        elif isinstance(error, Exception):
+            path = self.log.folder / run_folders.ERROR
+            with suppress(OSError), open(path, "a", errors="backslashreplace") as file:  # of several processes too
+                traceback.print_exception(error, file=file)
 
     @property
     def rows(self) -> list[dict]:

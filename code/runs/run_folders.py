@@ -10,7 +10,7 @@ from proxy_anchor import checkpoint, metrics
 from proxy_anchor.files import hold
 from proxy_anchor.runs import resuming
 
-CONFIG, CLASSES, LAST, LOCK = "config.json", "classes.csv", "last.pth", ".lock"
+CONFIG, CLASSES, LAST, ERROR, LOCK = "config.json", "classes.csv", "last.pth", "error.txt", ".lock"
 # Entries of the configuration that are not part of the experiment.
 SURROUNDINGS = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
 # Arguments that do not change the experiment, so that a run may be resumed with others.
@@ -25,7 +25,6 @@ MAY_CHANGE = (
     "compile",
     "wandb",
     "resume",
-    "debug",
     "skip_baseline",
 )
 # What was so in runs that do not tell it.

@@ -7,7 +7,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, distillation, distributed, evaluation, hardware, randomness, training
+from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, randomness, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
@@ -137,7 +137,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(hardware.describe(device))
     if args.recipe:
         print(f"Defaults of {args.dataset}: {args.recipe}")
-    share = distributed.rank(), distributed.count()
+    share = collectives.rank(), collectives.world_size()
 
     # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
     expected = net.expects(args.model)
@@ -147,7 +147,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         "test_classes": args.test_classes,
         "upright": run_folders.upright(args.resume),
     }
-    with distributed.first_process_first():
+    with collectives.rank_zero_first():
         splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry=geometry, **choice)
     train_set, *test_sets = splits.values()
     cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
@@ -180,7 +180,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         | dataset.record(splits, args.data_root)
         | {
             "device": str(device),
-            "processes": distributed.count(),
+            "processes": collectives.world_size(),
             "distance": distance,
             "teacher": args.teacher.identity,
             "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
@@ -191,7 +191,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Student, teacher, loss, optimizer.
-    with distributed.first_process_first():
+    with collectives.rank_zero_first():
         network = net.create(
             args.model,
             args.embedding_size,
@@ -204,7 +204,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
-    network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
+    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
     teacher = net.create(
         args.source_model, args.source_embedding_size, head=args.source_head, image_size=args.image_size
@@ -222,8 +222,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     def loss_of(images, labels):
         with torch.no_grad():
-            wanted = distributed.gather(teacher(images), batch_size)  # (B, D)
-        embeddings = distributed.gather(embedder(images), batch_size)  # (B, d)
+            wanted = collectives.gather_shards(teacher(images), batch_size)  # (B, D)
+        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, d)
         return criterion(embeddings, wanted)
 
     if args.epochs == 0:  # no run, nothing to write

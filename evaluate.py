@@ -10,7 +10,17 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, distributed, evaluation, exported, hardware, published, randomness, verification
+from proxy_anchor import (
+    cli,
+    collectives,
+    distributed,
+    evaluation,
+    exported,
+    hardware,
+    published,
+    randomness,
+    verification,
+)
 from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
@@ -123,7 +133,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     print(hardware.describe(device))
     if args.backbone_only:
         randomness.seed(1)  # for --pretrained none: the same network each time, and in each process
-        with distributed.first_process_first():
+        with collectives.rank_zero_first():
             network = net.from_spec(args.spec, args.pretrained)
         source, identity = f"{args.spec.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())
         print(f"{printable(source)}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
@@ -134,13 +144,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
 
     spec = args.spec
-    with distributed.first_process_first():
+    with collectives.rank_zero_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         test_sets = dataset.eval_sets(args.dataset, args.data_root, spec.image_size, spec.geometry, **choice)
     cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
-    share = distributed.rank(), distributed.count()
+    share = collectives.rank(), collectives.world_size()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
-    if args.report and distributed.rank() == 0:
+    if args.report and collectives.rank() == 0:
         page.open_folder(Path(args.report))  # before the work is done
     ks, distance = dataset.ALL[args.dataset].KS, spec.distance
     of_each = [[tensor for loader in loaders for tensor in embedder.embed(loader)] for embedder in embedders]
@@ -164,7 +174,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         shown[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(shown) + "\n" + result.remark() + dataset.remark(test_sets), end="")
     if args.verify or args.calibrate or args.report:
-        pairs = verification.verify(**evaluation.arguments(embedded, distance, groups), group=distributed.group())
+        pairs = verification.verify(**evaluation.arguments(embedded, distance, groups), group=collectives.world())
         print(pairs.text(), end="")
     if reference and (networks[0].embedding_size, spec.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
@@ -173,10 +183,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
 
     if args.calibrate or args.report:
         embedded = evaluation.whole(embedded)
-    if args.calibrate and distributed.rank() == 0:
+    if args.calibrate and collectives.rank() == 0:
         calibrate(args, embedded, test_sets, groups)
 
-    if args.report and distributed.rank() == 0:
+    if args.report and collectives.rank() == 0:
         environment = {
             "command": args.command,
             "checkpoint": source,

@@ -6,7 +6,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, distributed, evaluation, hardware, losses, randomness, sharded, training
+from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, randomness, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import logbook, run_folders
 from proxy_anchor.runs.run import Run
@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(hardware.describe(device))
     if args.recipe:
         print(f"Defaults of {args.dataset}: {args.recipe}")
-    share, spec = (distributed.rank(), distributed.count()), args.spec
+    share, spec = (collectives.rank(), collectives.world_size()), args.spec
 
     # Data: zero-shot retrieval, so training and test classes are disjoint. With --fold, some training classes test.
     choice = {
@@ -82,7 +82,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         "test_classes": args.test_classes,
         "upright": run_folders.upright(args.resume),
     }
-    with distributed.first_process_first():
+    with collectives.rank_zero_first():
         splits = dataset.open(args.dataset, args.data_root, spec.image_size, args.fold, spec.geometry, **choice)
     train_set, *test_sets = splits.values()
     cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
@@ -101,7 +101,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         | dataset.record(splits, args.data_root)
         | {
             "device": str(device),
-            "processes": distributed.count(),
+            "processes": collectives.world_size(),
             "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
         }
         | net.identity(args.pretrained)
@@ -111,12 +111,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Network, loss, optimizer.
-    with distributed.first_process_first():
+    with collectives.rank_zero_first():
         network = net.from_spec(spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
-    network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
+    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
     criterion = sharded.create(
         args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha, args.sample_proxies, args.seed
@@ -130,8 +130,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 
     def loss_of(images, labels):
-        embeddings = distributed.gather(embedder(images), batch_size)  # (B, D)
-        return criterion(embeddings, distributed.gather(labels, batch_size))
+        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, D)
+        return criterion(embeddings, collectives.gather_shards(labels, batch_size))
 
     if args.epochs == 0:  # no run, nothing to write
         result = evaluation.evaluate(embedder, test_loaders, ks, prefix=prefix)

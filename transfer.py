@@ -7,7 +7,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, distillation, distributed, evaluation, hardware, randomness, training
+from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, randomness, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
@@ -141,7 +141,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(hardware.describe(device))
     if args.recipe:
         print(f"Defaults of {args.dataset}: {args.recipe}")
-    share, spec = (distributed.rank(), distributed.count()), args.spec
+    share, spec = (collectives.rank(), collectives.world_size()), args.spec
 
     # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
     choice = {
@@ -149,7 +149,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         "test_classes": args.test_classes,
         "upright": run_folders.upright(args.resume),
     }
-    with distributed.first_process_first():
+    with collectives.rank_zero_first():
         splits = dataset.open(args.dataset, args.data_root, spec.image_size, geometry=spec.geometry, **choice)
     train_set, *test_sets = splits.values()
     cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
@@ -181,7 +181,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         | dataset.record(splits, args.data_root)
         | {
             "device": str(device),
-            "processes": distributed.count(),
+            "processes": collectives.world_size(),
             "distance": distance,
             "teacher": args.teacher.identity,
             "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
@@ -193,12 +193,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Student, teacher, loss, optimizer.
-    with distributed.first_process_first():
+    with collectives.rank_zero_first():
         network = net.from_spec(spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
-    network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
+    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
     teacher = net.from_spec(
         NetworkSpec(args.source_model, args.source_embedding_size, args.image_size, head=args.source_head)
@@ -216,8 +216,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     def loss_of(images, labels):
         with torch.no_grad():
-            wanted = distributed.gather(teacher(images), batch_size)  # (B, D)
-        embeddings = distributed.gather(embedder(images), batch_size)  # (B, d)
+            wanted = collectives.gather_shards(teacher(images), batch_size)  # (B, D)
+        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, d)
         return criterion(embeddings, wanted)
 
     if args.epochs == 0:  # no run, nothing to write

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from proxy_anchor import distributed
+from proxy_anchor import collectives
 from proxy_anchor.files import BadFile, printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import run_folders
@@ -131,7 +131,7 @@ def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, r
 def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: int) -> None:
     """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
     for images in image_sets if skip_bad_images else ():
-        bad = distributed.from_first(lambda images=images: images.find_bad(workers))
+        bad = collectives.from_rank_zero(lambda images=images: images.find_bad(workers))
         images.leave_out(bad)
         print(
             f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "

@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from proxy_anchor import distributed
+from proxy_anchor import collectives
 
 
 class Bar(tqdm):
@@ -16,7 +16,7 @@ class Bar(tqdm):
 
 def progress(batches, description: str) -> Bar:
     """A progress bar over the batches; where stderr is not a terminal, a plain line every half minute."""
-    if distributed.rank() > 0:
+    if collectives.rank() > 0:
         return Bar(batches, disable=True)
     if sys.stderr.isatty():
         return Bar(batches, description, leave=False, dynamic_ncols=True)

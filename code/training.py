@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from proxy_anchor import distributed
+from proxy_anchor import collectives
 
 CLIP_VALUE = 10  # of each gradient element, as published
 
@@ -232,5 +232,5 @@ def train_one_epoch(
         previous = loss.detach(), trained, norms
     if previous is not None:
         read(*previous)
-    distributed.broadcast(network)  # rounding, and BatchNorm on CPUs, may differ between processes
+    collectives.broadcast_module(network)  # rounding, and BatchNorm on CPUs, may differ between processes
     return sum(losses) / len(losses)

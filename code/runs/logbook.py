@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from proxy_anchor import checkpoint, distributed, figures, metrics
+from proxy_anchor import checkpoint, collectives, figures, metrics
 from proxy_anchor.files import printable, replacing
 from proxy_anchor.runs import resuming, run_folders, tracking
 from proxy_anchor.runs.stopping import Interrupted
@@ -78,9 +78,9 @@ def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
     """
     log_dir, dataset, wandb = Path(config["LOG_DIR"]), config["dataset"], config["wandb"]
     log: Logbook = NullLogbook(config)
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         log = Logbook(log_dir, dataset, config["model"], name, config, wandb, resume)
-    log.folder, log.resumes = distributed.from_first(lambda: (log.folder, log.resumes))
+    log.folder, log.resumes = collectives.from_rank_zero(lambda: (log.folder, log.resumes))
     return log
 
 

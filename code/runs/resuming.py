@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from proxy_anchor import distributed, randomness, weights
+from proxy_anchor import collectives, randomness, weights
 from proxy_anchor.files import replacing
 from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.metrics import plain
@@ -32,16 +32,18 @@ def save(path: Path, network: torch.nn.Module, spec: NetworkSpec, parts: dict, p
     content |= {name: part.state_dict() for name, part in parts.items()}
     content |= {"progress": progress, "random": randomness.state()}
     files = []
-    if distributed.count() > 1 and isinstance(parts.get("criterion"), DividedProxyAnchor):
+    if collectives.world_size() > 1 and isinstance(parts.get("criterion"), DividedProxyAnchor):
         moment = f"{path.stem}-{progress['epoch']}.{len(progress['losses'])}"
-        files = [f"{moment}-{number}of{distributed.count()}.pth" for number in range(1, distributed.count() + 1)]
+        files = [
+            f"{moment}-{number}of{collectives.world_size()}.pth" for number in range(1, collectives.world_size() + 1)
+        ]
         rows = take_rows(content)
-        with replacing(path.with_name(files[distributed.rank()])) as file:
+        with replacing(path.with_name(files[collectives.rank()])) as file:
             torch.save(rows, file)
-        classes = distributed.sizes(parts["criterion"].num_classes)
-        digests = distributed.of_each(digest(rows))  # when all files are written
+        classes = collectives.shard_sizes(parts["criterion"].num_classes)
+        digests = collectives.all_gather_object(digest(rows))  # when all files are written
         content["divided"] = {"files": files, "classes": classes, "digests": digests}
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         with replacing(path) as file:
             torch.save(content, file)
         for old in path.parent.iterdir():

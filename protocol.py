@@ -189,7 +189,7 @@ def evaluate_folds(args: argparse.Namespace, trainings: list[Training]) -> dict[
 
 def settings(args: argparse.Namespace) -> dict:
     """What the results depend on, beside the seeds."""
-    decided = (*run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE, "seed", "fold", "by")
+    decided = (*run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE, "spec", "seed", "fold", "by")
     given = {name: value for name, value in vars(args.training).items() if name not in decided}
     given |= net.identity(args.training.pretrained)
     return given | {"epochs": args.training.epochs, "folds": args.folds, "by": args.by}

@@ -6,7 +6,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, distributed, evaluation, hardware, losses, randomness, sharded, training
+from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, randomness, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import logbook, run_folders
 from proxy_anchor.runs.run import Run, ending
@@ -40,7 +40,8 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = run_folders.parse(parser, argv, dataset.recipe)
     dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args)
+    args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
+    args.image_size = args.spec.image_size
     losses.check_arguments(parser, args)
     training.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
@@ -71,18 +72,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(hardware.describe(device))
     if args.recipe:
         print(f"Defaults of {args.dataset}: {args.recipe}")
-    share = distributed.rank(), distributed.count()
+    share, spec = (collectives.rank(), collectives.world_size()), args.spec
 
     # Data: zero-shot retrieval, so training and test classes are disjoint. With --fold, some training classes test.
-    expected = net.expects(args.model)
-    geometry = dataset.geometry_of(args.dataset, expected)
     choice = {
         "allow_partial": args.allow_partial,
         "test_classes": args.test_classes,
         "upright": run_folders.upright(args.resume),
     }
-    with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, geometry, **choice)
+    with collectives.rank_zero_first():
+        splits = dataset.open(args.dataset, args.data_root, spec.image_size, args.fold, spec.geometry, **choice)
     train_set, *test_sets = splits.values()
     dataset.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
@@ -95,35 +94,27 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     # A run to resume has its weights in its own checkpoint.
     config = (
-        expected
-        | vars(args)
-        | geometry
+        vars(args)
+        | spec.to_record()
         | dataset.record(splits, args.data_root)
         | {
             "device": str(device),
-            "processes": distributed.count(),
+            "processes": collectives.world_size(),
             "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
         }
         | net.identity(args.pretrained)
     )
+    del config["spec"]
     resume = run_folders.to_resume(run_name(args), config)
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Network, loss, optimizer.
-    with distributed.first_process_first():
-        network = net.create(
-            args.model,
-            args.embedding_size,
-            pretrained,
-            bool(args.l2_norm),
-            bool(args.bn_freeze),
-            args.head,
-            args.image_size,
-        )
+    with collectives.rank_zero_first():
+        network = net.from_spec(spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
-    network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
+    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
     criterion = sharded.create(
         args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha, args.sample_proxies, args.seed
@@ -137,8 +128,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 
     def loss_of(images, labels):
-        embeddings = distributed.gather(embedder(images), batch_size)  # (B, D)
-        return criterion(embeddings, distributed.gather(labels, batch_size))
+        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, D)
+        return criterion(embeddings, collectives.gather_shards(labels, batch_size))
 
     if args.epochs == 0:  # no run, nothing to write
         result = evaluation.evaluate(embedder, test_loaders, ks, prefix=prefix)
@@ -148,7 +139,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **parts) as run:
         if args.pretrained != "none":
-            alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
+            alone = Embedder(net.PooledBackbone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop, prefix=prefix))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)

@@ -7,12 +7,13 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, distillation, distributed, evaluation, hardware, randomness, training
-from proxy_anchor.checkpoint import LARGEST, Checkpoint, in_run
+from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, randomness, training
+from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook, run_folders
 from proxy_anchor.runs.run import Run, ending
+from proxy_anchor.spec import LARGEST, NetworkSpec
 
 EXAMPLES = """examples:
   64 dimensions instead of 512, from a published network or one of train.py:
@@ -89,7 +90,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser.set_defaults(**DEFAULTS)
     args = run_folders.parse(parser, argv, recipe)
     dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args)
+    args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
+    args.image_size = args.spec.image_size
     training.check_arguments(parser, args)
     if args.batch_size % args.IPC:
         parser.error(
@@ -109,27 +111,30 @@ def recipe(name: str) -> dict:
 
 
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Complete the teacher's arguments from its checkpoint, or as published; other words are a usage error."""
+    """Complete the teacher's arguments from its checkpoint, or as published; a contradiction is a usage error."""
     if not args.source_ckpt:
         parser.error("the following argument is required: --source-ckpt")
     args.source_ckpt = os.path.abspath(in_run(args.source_ckpt))  # the run may be resumed from another folder
     args.teacher = Checkpoint(args.source_ckpt)
-    contract = args.teacher.contract
+    recorded = args.teacher.spec
     published = {"model": "resnet50" if args.model.startswith("resnet") else "bn_inception", "embedding_size": 512}
-    for name in published:
-        given, told = getattr(args, f"source_{name}"), contract.get(name)
-        if None not in (given, told) and given != told:
+    for name, default in published.items():
+        given, expected = getattr(args, f"source_{name}"), getattr(recorded, name, None)
+        if None not in (given, expected) and given != expected:
             parser.error(
-                f"argument --source-{name.replace('_', '-')}: the teacher was trained with {told}, not {given}"
+                f"argument --source-{name.replace('_', '-')}: the teacher was trained with {expected}, not {given}"
             )
-        setattr(args, f"source_{name}", next(value for value in (told, given, published[name]) if value is not None))
-    args.source_head = contract.get("head", "linear")
+        setattr(args, f"source_{name}", expected or given or default)
+    spec = recorded or NetworkSpec(args.source_model, args.source_embedding_size, args.image_size)
+    args.source_head = spec.head
     try:
-        net.check_record(args.source_model, contract)
+        net.check(spec)
     except (ImportError, ValueError) as error:
-        parser.error(f"argument --source-{'ckpt' if contract else 'model'}: {error}")
-    if (size := contract.get("image_size", args.image_size)) != args.image_size:
-        parser.error(f"argument --image-size: the teacher was trained with {size}, and sees what the student sees")
+        parser.error(f"argument --source-{'ckpt' if recorded else 'model'}: {error}")
+    if spec.image_size != args.image_size:
+        parser.error(
+            f"argument --image-size: the teacher was trained with {spec.image_size}, and sees what the student sees"
+        )
     if not net.accepts(args.source_model, args.image_size):
         parser.error(f"argument --image-size: the teacher, {args.source_model}, cannot take {args.image_size} pixels")
 
@@ -139,18 +144,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(hardware.describe(device))
     if args.recipe:
         print(f"Defaults of {args.dataset}: {args.recipe}")
-    share = distributed.rank(), distributed.count()
+    share, spec = (collectives.rank(), collectives.world_size()), args.spec
 
     # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
-    expected = net.expects(args.model)
-    geometry = dataset.geometry_of(args.dataset, expected)
     choice = {
         "allow_partial": args.allow_partial,
         "test_classes": args.test_classes,
         "upright": run_folders.upright(args.resume),
     }
-    with distributed.first_process_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry=geometry, **choice)
+    with collectives.rank_zero_first():
+        splits = dataset.open(args.dataset, args.data_root, spec.image_size, geometry=spec.geometry, **choice)
     train_set, *test_sets = splits.values()
     dataset.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
     print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
@@ -176,40 +179,32 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.remark,
     )
     config = (
-        expected
-        | vars(args)
-        | geometry
+        vars(args)
+        | spec.to_record()
         | dataset.record(splits, args.data_root)
         | {
             "device": str(device),
-            "processes": distributed.count(),
+            "processes": collectives.world_size(),
             "distance": distance,
             "teacher": args.teacher.identity,
             "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
         }
         | net.identity(args.pretrained)
     )
+    del config["spec"]
     resume = run_folders.to_resume(name, config)
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
     # Student, teacher, loss, optimizer.
-    with distributed.first_process_first():
-        network = net.create(
-            args.model,
-            args.embedding_size,
-            pretrained,
-            bool(args.l2_norm),
-            bool(args.bn_freeze),
-            args.head,
-            args.image_size,
-        )
+    with collectives.rank_zero_first():
+        network = net.from_spec(spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
-    network = distributed.with_common_statistics(network, device, bool(args.bn_freeze))
+    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
-    teacher = net.create(
-        args.source_model, args.source_embedding_size, head=args.source_head, image_size=args.image_size
+    teacher = net.from_spec(
+        NetworkSpec(args.source_model, args.source_embedding_size, args.image_size, head=args.source_head)
     ).eval()
     matched = args.teacher.load(teacher, SOURCE_FLAGS)
     print(f"The teacher is {printable(args.source_ckpt)}: all {matched} tensors match.")
@@ -224,8 +219,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     def loss_of(images, labels):
         with torch.no_grad():
-            wanted = distributed.gather(teacher(images), batch_size)  # (B, D)
-        embeddings = distributed.gather(embedder(images), batch_size)  # (B, d)
+            wanted = collectives.gather_shards(teacher(images), batch_size)  # (B, D)
+        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, d)
         return criterion(embeddings, wanted)
 
     if args.epochs == 0:  # no run, nothing to write
@@ -236,7 +231,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(name, config, resume), network, **parts) as run:
         if args.pretrained != "none":
-            alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
+            alone = Embedder(net.PooledBackbone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from proxy_anchor.checkpoint import CONTRACT, GEOMETRY
 from proxy_anchor.files import BadFile, printable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,27 +140,6 @@ def set_recorded(parser: argparse.ArgumentParser, values: dict, source: Path) ->
             parser.error(f"argument --resume: {source} has {name} {value!r}, which --{flag} cannot be")
         parser.set_defaults(**{name: parsed})
     parser.exit_on_error = True
-
-
-def parse_with_contract(parser: argparse.ArgumentParser, argv: list[str] | None, contract: dict, at: int = 0):
-    """Parse the command line; arguments not given are those of a checkpoint's contract, other values are a usage error.
-
-    at: where in argv flags may be inserted. Two arguments have no flag: geometry, how evaluation sees the images,
-    which is None if it is unknown; and head, which then is linear.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    told = {name: f"--{name.replace('_', '-')}" for name in CONTRACT if name in contract}
-    args = parser.parse_args([*argv[:at], *[f"{flag}={contract[name]}" for name, flag in told.items()], *argv[at:]])
-    for name, flag in told.items():
-        if (given := getattr(args, name)) != contract[name]:
-            parser.error(f"argument {flag}: the checkpoint was trained with {contract[name]}, not {given}")
-    args.geometry = {name: contract[name] for name in GEOMETRY if name in contract} or None
-    args.head = contract.get("head", "linear")
-    distance = contract.get("distance", "cosine") if contract else args.distance or "cosine"
-    if args.distance not in (None, distance):
-        parser.error(f"argument --distance: the checkpoint was trained for {distance}, not {args.distance}")
-    args.distance = distance
-    return args
 
 
 # What torch and the system say when memory runs out, and what to do about it.

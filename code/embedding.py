@@ -3,7 +3,6 @@
 import torch
 
 from proxy_anchor import distributed, hardware
-from proxy_anchor.exported import Program
 from proxy_anchor.progress import progress
 
 
@@ -32,13 +31,13 @@ class Scaler(torch.amp.GradScaler):
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    network: a net.EmbeddingNet or net.BackboneAlone. amp: "none", or "bf16" or "fp16" for the network's products, with
-    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile. An exported.Program runs as it
-    is: ValueError for it with amp or compile.
+    network: a net.EmbeddingNet or net.PooledBackbone. amp: "none", or "bf16" or "fp16" for the network's products, with
+    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile. A network of an exported file
+    runs as it is: ValueError for it with amp or compile.
     """
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
-        if isinstance(network, Program) and (amp != "none" or compile):
+        if getattr(network, "is_exported", False) and (amp != "none" or compile):
             raise ValueError("An exported file runs as it is: --amp and --compile are for checkpoints")
         hardware.place(network, device)
         self.network, self.device = network, device

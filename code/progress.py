@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from proxy_anchor import distributed
+from proxy_anchor import collectives
 
 
 class Bar(tqdm):
@@ -28,7 +28,7 @@ def progress(items, description: str, images: int | None = None, unit: str = "im
     work, only the first shows a bar, over its own share of the images.
     """
     settings: dict[str, Any] = {"desc": description, "total": images, "unit": unit, "leave": False}
-    if distributed.rank() > 0:
+    if collectives.rank() > 0:
         settings |= {"disable": True}
     elif sys.stderr.isatty():
         settings |= {"dynamic_ncols": True}

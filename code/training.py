@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from proxy_anchor import cli, distributed
+from proxy_anchor import cli, collectives
 
 EmbeddingNet = Any  # a net.EmbeddingNet; this package does not import net
 CLIP_VALUE = 10  # of each gradient element, as published
@@ -234,5 +234,5 @@ def train_one_epoch(
         previous = loss.detach(), trained, norms
     if previous is not None:
         read(*previous)
-    distributed.broadcast(network)  # rounding, and BatchNorm on CPUs, may differ between processes
+    collectives.broadcast_module(network)  # rounding, and BatchNorm on CPUs, may differ between processes
     return sum(losses) / len(losses)

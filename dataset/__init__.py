@@ -44,7 +44,7 @@ from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transf
 from dataset.files import BadFile, missing_files
 from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
-from proxy_anchor import cli, distributed
+from proxy_anchor import cli, collectives
 from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
 
@@ -57,12 +57,12 @@ __all__ = [
     "ImageDataset",
     "check_arguments",
     "chosen_flags",
+    "crop_of",
     "describe",
     "eval_loader",
     "eval_sets",
     "eval_splits",
     "fingerprint",
-    "geometry_of",
     "load",
     "make_ready",
     "open",
@@ -82,7 +82,6 @@ OWN = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | OWN
 OWN_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # what --data-root is
 WORKERS = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
-GEOMETRY = ("crop", "crop_mode", "interpolation")  # of transforms.evaluation
 
 
 def options(training: bool) -> argparse.ArgumentParser:
@@ -274,20 +273,19 @@ def eval_sets(
 ) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial, test_classes and upright as in load.
 
-    geometry: see geometry_of; by default, that of the published networks.
+    geometry: see NetworkSpec; by default, that of the published networks.
     """
-    transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
+    transform = transforms.evaluation(image_size, **(geometry or _own_geometry(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
 
-def geometry_of(name: str, expected: dict | None = None) -> dict:
-    """How evaluation sees the images of a dataset: the arguments of transforms.evaluation beside the size.
+def _own_geometry(name: str) -> dict:
+    return {"crop": crop_of(name) or transforms.CROP}
 
-    expected: what a network's weights expect, see net.expects. A dataset that names its own crop keeps it.
-    """
-    found = {key: value for key, value in (expected or {}).items() if key in GEOMETRY}
-    own = {"crop": ALL[name].CROP} if hasattr(ALL[name], "CROP") else {}
-    return {"crop": transforms.CROP} | found | own
+
+def crop_of(name: str) -> float | None:
+    """The crop of a dataset that has its own, whatever a network expects; see transforms.evaluation."""
+    return getattr(ALL[name], "CROP", None)
 
 
 def recipe(name: str) -> dict:
@@ -298,7 +296,7 @@ def recipe(name: str) -> dict:
 def open(
     name: str, root: str | Path, image_size: int, fold: str | None = None, geometry: dict | None = None, **choice
 ) -> dict[str, ImageDataset]:
-    """{split: images}, those to train on first; geometry: see geometry_of; choice: as in load.
+    """{split: images}, those to train on first; geometry: see NetworkSpec; choice: as in load.
 
     With a fold, see dataset/validation.py, the images of its classes are the other split, val, and those of the test
     set are not looked at. They are seen as test images are.
@@ -308,14 +306,14 @@ def open(
         test_sets = eval_sets(name, root, image_size, geometry, **choice)
         return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
     own = validation.own_classes(name, ALL[name], Path(root)) if fold == validation.OWN else None
-    transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
+    transform = transforms.evaluation(image_size, **(geometry or _own_geometry(name)))
     return validation.hold_out(images, fold, transform, own)
 
 
 def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: int) -> None:
     """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
     for images in image_sets if skip_bad_images else ():
-        bad = distributed.from_first(lambda images=images: images.find_bad(workers))
+        bad = collectives.from_rank_zero(lambda images=images: images.find_bad(workers))
         images.leave_out(bad)
         print(
             f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "

@@ -16,7 +16,6 @@ from test_search import described, fails, found, make
 
 import net
 import search
-from proxy_anchor import checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.store import Index
@@ -29,7 +28,7 @@ MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_s
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    checkpoint.save(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
     return folder
 
 

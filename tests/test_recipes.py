@@ -272,7 +272,7 @@ def test_given_defaults_are_recorded_as_defaults_are():
 
 def test_head_is_in_the_record_and_obeyed(logs, cub_root):
     best = run_folder(logs) / "cub_resnet18_best.pth"
-    assert checkpoint.Checkpoint(best).contract["head"] == "layernorm"
+    assert checkpoint.Checkpoint(best).spec.head == "layernorm"
     line = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(best)]
     metrics = evaluate.main(line)
     row = max(of_epochs(run_folder(logs)), key=lambda row: float(row["R@1"]))

@@ -199,11 +199,11 @@ def test_crop_that_a_checkpoint_or_a_run_does_not_tell_is_the_former(tmp_path):
     """Releases that did not record it cropped glyphs as all others; today's network sees them whole."""
     network = net.create("resnet18", 8)
     former = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
-    checkpoint.save(tmp_path / "former.pth", network, former)
-    assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).geometry == {"crop": 0.875}
+    trees.save_checkpoint(tmp_path / "former.pth", network, former)
+    assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).spec.crop == 0.875
     assert run_folders.differences(former, former | {"crop": 0.875}) == []
-    assert run_folders.differences(former, former | dataset.geometry_of("glyphs")) == ["crop: 0.875, now 1.0"]
-    checkpoint.save(tmp_path / "damaged.pth", network, None)
+    assert run_folders.differences(former, former | {"crop": dataset.crop_of("glyphs")}) == ["crop: 0.875, now 1.0"]
+    torch.save({"model_state_dict": network.state_dict(), "network": None}, tmp_path / "damaged.pth")
     with pytest.raises(ValueError, match="damaged: its record of the network has no entries: 'None'"):
         checkpoint.Checkpoint(tmp_path / "damaged.pth")
 
@@ -408,7 +408,7 @@ def test_queries_without_a_positive_are_counted(tmp_path, capsys):
     trees.cub(tmp_path / "data")
     for i in range(5):
         (tmp_path / "data" / "CUB_200_2011" / "images" / "101.Bird_101" / f"Bird_101_{i:04d}.jpg").unlink()
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), {})
     evaluate.main(arguments(tmp_path / "data", resume=tmp_path / "a.pth"))
     assert "1 of 13 queries have no image of their class to find" in capsys.readouterr().out
 
@@ -522,7 +522,7 @@ def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
 
 def test_checkpoint_errors(cub_root, tmp_path, capsys):
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), "There is no checkpoint")
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 16), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 16), {})
     message = r"another network: .*model.embedding.weight: expected \(8, 512\), found \(16, 512\)"
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), message)
 

@@ -32,7 +32,7 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(("a.pth", "b.pth")):
         torch.manual_seed(seed)
-        checkpoint.save(folder / name, net.create("resnet18", 8), RECORD)
+        trees.save_checkpoint(folder / name, net.create("resnet18", 8), RECORD)
     return folder
 
 
@@ -113,7 +113,7 @@ def euclidean(tmp_path_factory):
     folder = tmp_path_factory.mktemp("euclidean")
     torch.manual_seed(0)
     network = net.create("resnet18", 8, l2_norm=False)
-    checkpoint.save(folder / "a.pth", network, RECORD | {"l2_norm": 0, "distance": "euclidean"})
+    trees.save_checkpoint(folder / "a.pth", network, RECORD | {"l2_norm": 0, "distance": "euclidean"})
     return folder
 
 
@@ -140,7 +140,7 @@ def test_table_of_distances(euclidean, images, tmp_path, capsys):
 
 
 def test_unknown_distance_is_damage(images, tmp_path, capsys):
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"distance": "manhattan"})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"distance": "manhattan"})
     fails(lambda: make(tmp_path, images, tmp_path / "index"), capsys, "a.pth is damaged: its record of the network")
 
 

@@ -252,9 +252,9 @@ def test_image_size_is_the_networks_own_unless_it_is_given_or_in_a_recipe():
 def test_index_of_a_dataset_sees_its_images_as_evaluation_does():
     """Glyphs are not cropped, whatever the weights of the network expect; your images are as the weights expect."""
     flags = ["index", "--backbone-only", "--model", "test_vit", "--out", "index"]
-    made = lambda *of: search.parse([*flags, *of]).contract  # noqa: E731
-    assert made("--dataset", "glyphs", "--split", "eval")["crop"] == dataset.geometry_of("glyphs")["crop"] == 1
-    assert made("--images", "photos")["crop"] == net.expects("test_vit")["crop"] < 1
+    made = lambda *of: search.parse([*flags, *of]).spec  # noqa: E731
+    assert made("--dataset", "glyphs", "--split", "eval").crop == dataset.crop_of("glyphs") == 1
+    assert made("--images", "photos").crop == net.expects("test_vit")["crop"] < 1
 
 
 def test_timm_that_is_missing_is_said(monkeypatch, capsys):
@@ -342,10 +342,14 @@ def test_training_crops_are_torchvisions_of_pillow_images(interpolation, picture
 
 
 def test_a_crop_that_the_data_names_wins():
-    expected = net.expects("vit_small_patch16_224.dino")
-    assert dataset.geometry_of("cub", expected) == {"crop": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
-    assert dataset.geometry_of("glyphs", expected)["crop"] == 1.0
-    assert dataset.geometry_of("cub", net.expects("resnet18")) == {"crop": 0.875}
+    geometry = lambda *flags: train.parse([*flags]).spec.geometry  # noqa: E731
+    dino = {"crop": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
+    assert geometry("--dataset", "cub", "--model", "vit_small_patch16_224.dino") == dino
+    assert (
+        geometry("--dataset", "glyphs", "--model", "vit_small_patch16_224.dino", "--image-size", "224")["crop"] == 1.0
+    )
+    published = {"crop": 0.875, "crop_mode": "center", "interpolation": None}
+    assert geometry("--dataset", "cub", "--model", "resnet18") == published
 
 
 # A run
@@ -416,8 +420,7 @@ def test_a_tiny_transformer_learns(run, letters):
 
 
 def test_the_record_is_the_contract_and_needs_no_flags(run, letters, tmp_path, capsys):
-    record = checkpoint.Checkpoint(best_of(run)).contract
-    assert record == {
+    assert checkpoint.Checkpoint(best_of(run)).spec.to_record() == {
         "model": "test_vit",
         "embedding_size": 64,
         "image_size": 32,
@@ -429,6 +432,8 @@ def test_the_record_is_the_contract_and_needs_no_flags(run, letters, tmp_path, c
         "std": [0.5, 0.5, 0.5],
         "head": "linear",
         "orientation": "stored",
+        "distance": "cosine",
+        "backbone_only": False,
     }
     pytest.importorskip("sklearn")
     metrics = evaluate.main(of_letters(letters, "--resume", best_of(run), "--report", tmp_path / "report"))
@@ -550,7 +555,7 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
     path = save(tmp_path / "weights.pth", weights)
     flags = ["--model", name, "--backbone-only", "--pretrained", str(path), "--image-size", "160"]
     images = dataset.eval_sets(
-        "glyphs", letters, 160, dataset.geometry_of("glyphs", net.expects(name)), allow_partial=True
+        "glyphs", letters, 160, geometry := {"crop": 1.0, "interpolation": "bicubic"}, allow_partial=True
     )[0]
     few = tmp_path / "glyphs" / "eval"
     for label in range(4):
@@ -561,7 +566,6 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
 
     network = net.create(name, None, path, image_size=160).eval()
     paths = search.images_at(str(few))
-    geometry = dataset.geometry_of("glyphs", net.expects(name))
     with torch.inference_mode():
         pixels = [transforms.evaluation(160, **geometry)(read_image(image)) for image in paths]
         features = torch.cat([network.model.pooled(network.normalize(image[None])) for image in pixels]).double()

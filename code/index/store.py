@@ -12,18 +12,19 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from proxy_anchor import checkpoint
 from proxy_anchor.files import is_intact, replacing, seal
 from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
 from proxy_anchor.runs import run_folders
+from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.vectors import comparable
 
 IMAGES = "images.json"
@@ -41,7 +42,7 @@ class Index:
     They are compared by the network's distance: unit vectors by their cosine similarity, embeddings as they are by
     their Euclidean distance; measure says which.
     stamp: of entries.stamp, which tells whether the files have changed since.
-    made: "checkpoint", its path then; "weights", its identity; "network", its contract (see checkpoint.CONTRACT);
+    made: "checkpoint", its path then; "weights", its identity; "network", the record of its spec;
     "by_folder": whether each of the images stands for all images in a folder, whose path it has.
     folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal.
     """
@@ -51,6 +52,8 @@ class Index:
 
     def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
+        orientation = {name: made[name] for name in ("orientation",) if name in made}  # where older ones have it
+        self.spec = NetworkSpec.from_record(made["network"] | orientation)
         self.folders: list[str] = list(folders)
         self.files: dict[str, dict] = files or {}
 
@@ -75,8 +78,6 @@ class Index:
             _check(content, LAYOUT | {name: kind for name, kind in SINCE.items() if name in content})
             if unknown := content.keys() - LAYOUT.keys() - SINCE.keys():
                 raise ValueError(f"it has an entry {sorted(unknown)[0][:80]!r}")
-            if not checkpoint.is_contract(network := content["made"]["network"]):
-                raise ValueError(f"'network' is {str(network)[:80]}")
             if content.pop("sha256", None) not in (None, _digest(content)):
                 raise ValueError(f"{IMAGES} has changed since it was written")
             index = cls(folder, **content)
@@ -105,8 +106,12 @@ class Index:
             self.neighbours = FaissFiles(self._file("vectors", "faiss"), self.images.vectors.shape)
 
     def check(self, made: dict, factory: str | None = None) -> None:
-        """Raise ValueError if this index was made with another checkpoint, or, where told, is of another kind."""
-        if made["weights"] != self.made["weights"] or made["network"] != self.made["network"]:
+        """Raise ValueError if this index was made with another checkpoint, or is of another kind than asked for.
+
+        It keeps the orientation that it was made with.
+        """
+        spec = replace(NetworkSpec.from_record(made["network"]), orientation=self.spec.orientation)
+        if made["weights"] != self.made["weights"] or spec != self.spec:
             raise ValueError(
                 f"{self.folder} was made with another checkpoint than {made['checkpoint']}: with the one that was at "
                 f"{self.made['checkpoint']}, with {self.made['network']}. Their embeddings do not compare"
@@ -265,14 +270,24 @@ class Index:
             yield indices[order], measured[order]
 
     @property
+    def is_upright(self) -> bool:
+        """Whether its images are turned upright by their EXIF."""
+        return self.spec.orientation == "upright"
+
+    @property
+    def records_orientation(self) -> bool:
+        """Whether it records how its images are seen; older ones do not, and see them as stored."""
+        return "orientation" in self.made or "orientation" in self.made["network"]
+
+    @property
     def size(self) -> int:
         """The dimensions of its vectors."""
-        return self.made["network"]["embedding_size"]
+        return self.spec.embedding_size
 
     @property
     def distance(self) -> str:
         """One of vectors.DISTANCES."""
-        return self.made["network"].get("distance", "cosine")
+        return self.spec.distance
 
     @property
     def measure(self) -> str:

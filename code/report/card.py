@@ -20,12 +20,6 @@ from PIL import Image
 network, transform = torch.hub.load("proxy-anchor", "embedding", checkpoint="{name}", source="local")
 embeddings = network(transform(Image.new("RGB", (640, 480)))[None])  # (1, {dimensions}); your image instead
 """,
-    ".pt2": """import json, torch
-files = {{"record": ""}}
-network = torch.export.load("{name}", extra_files=files).module()
-record = json.loads(files["record"])
-embeddings = network(torch.zeros(1, 3, {size}, {size}, dtype=torch.uint8))  # (1, {dimensions}); your images, see Input
-""",
 }
 TURNED = {
     "upright": "Images of the training were turned upright by the orientation in their EXIF; turn yours too.",

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from proxy_anchor import checkpoint, cli, distributed, figures, metrics
+from proxy_anchor import checkpoint, cli, collectives, figures, metrics
 from proxy_anchor.files import printable, replacing
 from proxy_anchor.runs import resuming, run_folders
 from proxy_anchor.runs.stopping import Interrupted
+from proxy_anchor.spec import NetworkSpec
 
 BACKBONE = "backbone alone"  # as people read it
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -96,10 +97,10 @@ def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
     runs.to_resume. Raises as Logbook does.
     """
     log_dir, dataset, wandb = Path(config["LOG_DIR"]), config["dataset"], config["wandb"]
-    log: Logbook = NullLogbook()
-    if distributed.rank() == 0:
+    log: Logbook = NullLogbook(config)
+    if collectives.rank() == 0:
         log = Logbook(log_dir, dataset, config["model"], name, config, wandb, resume)
-    log.folder, log.resumes = distributed.from_first(lambda: (log.folder, log.resumes))
+    log.folder, log.resumes = collectives.from_rank_zero(lambda: (log.folder, log.resumes))
     return log
 
 
@@ -124,7 +125,7 @@ class Logbook:
         resume: Path | None = None,
     ):
         self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
-        self.contract = {name: config[name] for name in checkpoint.CONTRACT | checkpoint.OPTIONAL if name in config}
+        self.spec = NetworkSpec.from_record(config)
         wanted = run_folders.place(log_dir, dataset, name)
         old = {}
         if resume is not None:
@@ -199,7 +200,7 @@ class Logbook:
 
     def save_best(self, row: dict, network) -> None:
         """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
-        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.contract)
+        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.spec)
         prefix, row = metrics.prefix(row), metrics.plain(row)
         recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
         lines = [
@@ -210,7 +211,7 @@ class Logbook:
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
         """Where the run is, to resume it from; each process writes its part."""
-        resuming.save(self.folder / run_folders.LAST, network, self.contract, parts, progress)
+        resuming.save(self.folder / run_folders.LAST, network, self.spec, parts, progress)
 
     def _write_rows(self, name, rows):
         with replacing(self.folder / name) as path, open(path, "w", newline="") as file:
@@ -226,9 +227,9 @@ class Logbook:
 class NullLogbook(Logbook):
     """A Logbook that writes no more than the process's part of last.pth, for all processes but the first."""
 
-    def __init__(self):
+    def __init__(self, config: dict):
         self.folder = self.resumes = None
-        self.contract = {}  # the first process writes it
+        self.spec = NetworkSpec.from_record(config)
 
     def __exit__(self, *error):
         pass

@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
-from proxy_anchor import distributed, figures, metrics
-from proxy_anchor.checkpoint import digest
+from proxy_anchor import collectives, figures, metrics
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import logbook, resuming, run_folders
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.stopping import Interrupted, Stop
+from proxy_anchor.weights import digest
 
 
 class Run:
@@ -92,7 +92,7 @@ class Run:
         """The epoch's batches from the step where it stopped, with a progress bar, up to a signal."""
         epoch = self.progress["epoch"]
         loader.batch_sampler.set_epoch(epoch, done=len(self.losses))
-        images = len(loader) * distributed.sizes(loader.batch_sampler.images_per_batch)[distributed.rank()]
+        images = len(loader) * collectives.shard_sizes(loader.batch_sampler.images_per_batch)[collectives.rank()]
         self.bar = progress(loader, f"epoch {epoch}", images)
         return self.stop.after_each(self.bar)
 

@@ -29,7 +29,7 @@ MAY_CHANGE = (
 )
 # What was so in runs that do not tell it.
 FORMER = {
-    "crop": checkpoint.FORMER_CROP,
+    "crop": 0.875,
     "fold": None,
     "by": "R@1",
     "freeze": "",
@@ -38,7 +38,7 @@ FORMER = {
     "head": "linear",
     "lr_schedule": "step",
     "sample_proxies": 1.0,
-    "orientation": checkpoint.FORMER_ORIENTATION,
+    "orientation": "stored",
 }
 FORMER_TRANSFER = {"head": "orthogonal", "lr_schedule": "cosine"}
 

@@ -7,13 +7,14 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, randomness, training
+from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook, run_folders
 from proxy_anchor.runs.run import Run, ending
 from proxy_anchor.spec import LARGEST, NetworkSpec
+from train import configuration, create_network, create_optimizer, open_data, start
 
 EXAMPLES = """examples:
   64 dimensions instead of 512, from a published network or one of train.py:
@@ -139,35 +140,10 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error(f"argument --image-size: the teacher, {args.source_model}, cannot take {args.image_size} pixels")
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    randomness.seed(args.seed)
-    print(hardware.describe(device))
-    if args.recipe:
-        print(f"Defaults of {args.dataset}: {args.recipe}")
-    share, spec = (collectives.rank(), collectives.world_size()), args.spec
-
-    # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
-    choice = {
-        "allow_partial": args.allow_partial,
-        "test_classes": args.test_classes,
-        "upright": run_folders.upright(args.resume),
-    }
-    with collectives.rank_zero_first():
-        splits = dataset.open(args.dataset, args.data_root, spec.image_size, geometry=spec.geometry, **choice)
-    train_set, *test_sets = splits.values()
-    dataset.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
-    print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
-    train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share, args.view)
-    # Without gradients, twice the images fit into the memory.
-    test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
-    ks = dataset.ALL[args.dataset].KS
-    batch_size = train_loader.batch_sampler.images_per_batch
-    print(distributed.describe(batch_size), end="")
-
-    # A run to resume has its weights in its own checkpoint.
-    distance = "cosine" if args.l2_norm else "euclidean"
+def run_name(args: argparse.Namespace) -> str:
+    """The name of the folder of a new run, with the teacher that it learns from."""
     source = f"{args.source_model}-{args.source_embedding_size}-{args.teacher.identity[:8]}"
-    name = logbook.run_name(
+    return logbook.run_name(
         args.model,
         args.loss,
         args.embedding_size,
@@ -178,67 +154,50 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.seed,
         args.remark,
     )
-    config = (
-        vars(args)
-        | spec.to_record()
-        | dataset.record(splits, args.data_root)
-        | {
-            "device": str(device),
-            "processes": collectives.world_size(),
-            "distance": distance,
-            "teacher": args.teacher.identity,
-            "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
-        }
-        | net.identity(args.pretrained)
-    )
-    del config["spec"]
-    resume = run_folders.to_resume(name, config)
-    pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
-    # Student, teacher, loss, optimizer.
-    with collectives.rank_zero_first():
-        network = net.from_spec(spec, pretrained, bool(args.bn_freeze))
-    net.check_identity(pretrained, config)
-    print(network.model.remark, end="")
-    network.freeze(args.freeze)
-    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
-    embedder = Embedder(network, device, args.amp, args.compile)
-    teacher = net.from_spec(
-        NetworkSpec(args.source_model, args.source_embedding_size, args.image_size, head=args.source_head)
-    ).eval()
+
+def load_teacher(args: argparse.Namespace) -> torch.nn.Module:
+    spec = NetworkSpec(args.source_model, args.source_embedding_size, args.image_size, head=args.source_head)
+    teacher = net.from_spec(spec).eval()
     matched = args.teacher.load(teacher, SOURCE_FLAGS)
     print(f"The teacher is {printable(args.source_ckpt)}: all {matched} tensors match.")
-    teacher = Embedder(teacher, device, args.amp, args.compile)
+    return teacher
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    data = open_data(args, views=args.view)  # of the teacher's training classes; labels only balance the batches
+    distance = "cosine" if args.l2_norm else "euclidean"
+    config = configuration(args, data, device) | {"distance": distance, "teacher": args.teacher.identity}
+    resume = run_folders.to_resume(run_name(args), config)
+    network = create_network(args, config, resume, device)
+    embedder = Embedder(network, device, args.amp, args.compile)
+    teacher = Embedder(load_teacher(args), device, args.amp, args.compile)
     criterion = distillation.create(args.loss, args.sigma, args.delta)
-    optimizer = training.create_optimizer(
-        args.optimizer, network, criterion, args.lr, args.weight_decay, args.embedding_lr, args.eps
-    )
-    scheduler = training.create_scheduler(
-        args.lr_schedule, optimizer, args.epochs, args.lr_decay_step, args.lr_decay_gamma
-    )
+    optimizer, scheduler = create_optimizer(args, network, criterion)
 
     def loss_of(images, labels):
         with torch.no_grad():
-            wanted = collectives.gather_shards(teacher(images), batch_size)  # (B, D)
-        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, d)
-        return criterion(embeddings, wanted)
+            targets = collectives.gather_shards(teacher(images), data.batch_size)  # (B, D)
+        embeddings = collectives.gather_shards(embedder(images), data.batch_size)  # (B, d)
+        return criterion(embeddings, targets)
+
+    def evaluate(embedder, stop=None, distance=distance):
+        return evaluation.evaluate(embedder, data.test_loaders, data.ks, stop, distance)
 
     if args.epochs == 0:  # no run, nothing to write
-        result = evaluation.evaluate(embedder, test_loaders, ks, distance=distance)
-        print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
-        return
+        return print(logbook.untrained(evaluate(embedder)), end="")
 
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(logbook.open_logbook(name, config, resume), network, **parts) as run:
+    state = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
+    with Run(logbook.open_logbook(run_name(args), config, resume), network, **state) as run:
         if args.pretrained != "none":
-            alone = Embedder(net.PooledBackbone(network.model), device, args.amp)
-            run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop))
+            backbone = Embedder(net.PooledBackbone(network.model), device, args.amp)
+            run.measure_backbone(lambda: evaluate(backbone, run.stop, "cosine"))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(
                 network,
                 loss_of,
-                embedder.batches(run.batches(train_loader)),
+                embedder.batches(run.batches(data.train_loader)),
                 optimizer,
                 embedder.scaler,
                 epoch,
@@ -247,8 +206,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             )
             print(embedder.scaler.remark(), end="")
             run.stop.check()
-            result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, distance)
-            run.end_epoch(loss, result)
+            run.end_epoch(loss, evaluate(embedder, run.stop))
     print(run.summary(dataset.chosen_flags(args)))
 
 
@@ -261,6 +219,7 @@ def main(argv=None):
         distributed.processes(args.gpu_id) as device,
         ending("transfer.py"),
     ):
+        start(args, device)
         train(args, device)
 
 

@@ -36,9 +36,12 @@ and may give
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
@@ -55,6 +58,7 @@ __all__ = [
     "ORIENTATIONS",
     "OWN",
     "ImageDataset",
+    "TrainingData",
     "check_arguments",
     "chosen_flags",
     "crop_of",
@@ -63,6 +67,7 @@ __all__ = [
     "eval_sets",
     "eval_splits",
     "fingerprint",
+    "for_training",
     "load",
     "make_ready",
     "open",
@@ -320,3 +325,54 @@ def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: in
         )
     for images in image_sets if cache else ():
         images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
+
+
+class TrainingData(NamedTuple):
+    """The data of a run. Where several processes share the work, the loaders give this process's share."""
+
+    train_loader: DataLoader
+    test_loaders: list[DataLoader]  # [eval], [query, gallery] or, of a fold, [val]
+    num_classes: int  # to train on
+    ks: Sequence[int]  # of Recall@K
+    prefix: str  # of the names of metrics
+    batch_size: int  # images of a batch, over all processes
+    description: str  # lines to print
+    record: dict  # for config.json, see images.record
+
+
+def for_training(
+    name: str,
+    root: str,
+    image_size: int,
+    geometry: dict,
+    batch_size: int,
+    images_per_class: int | None,
+    seed: int,
+    workers: int,
+    skip_bad_images: bool = False,
+    cache: str | None = None,
+    fold: str | None = None,
+    views: int = 1,
+    **choice,
+) -> TrainingData:
+    """The images to train on and to measure on, with their loaders; choice: as in load. Raises as load does.
+
+    fold, geometry: see `open`. images_per_class, seed, views: see loading.train_loader.
+    """
+    with collectives.rank_zero_first():
+        splits = open(name, root, image_size, fold, geometry, **choice)
+    train_images, *test_images = splits.values()
+    make_ready(splits.values(), skip_bad_images, cache, workers)
+    share = collectives.rank(), collectives.world_size()
+    batches = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
+    return TrainingData(
+        batches,
+        # Without gradients, twice the images fit into the memory.
+        [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
+        train_images.num_classes,
+        ALL[name].KS,
+        validation.PREFIX if fold else "",
+        batches.batch_sampler.images_per_batch,
+        f"{describe(splits)}\n{remark(test_images)}",
+        record(splits, root),
+    )

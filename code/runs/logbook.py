@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from proxy_anchor import checkpoint, cli, collectives, figures, metrics
+from proxy_anchor import checkpoint, cli, collectives, evaluation, figures, metrics
 from proxy_anchor.files import printable, replacing
 from proxy_anchor.runs import resuming, run_folders
 from proxy_anchor.runs.stopping import Interrupted
@@ -253,6 +253,11 @@ class NullLogbook(Logbook):
 def shortened(row: dict[str, float]) -> str:
     """The first of the metrics, in percent."""
     return "  ".join(f"{name} {100 * value:.2f}" for name, value in list(row.items())[:SHOWN])
+
+
+def untrained(result: evaluation.Result) -> str:
+    """The results of a network before training, as lines."""
+    return table({"untrained": result.metrics}) + "\n" + result.remark()
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -31,12 +31,16 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
         parents=[
             dataset.options(training=True),
-            dataset.validation.options(),
             net.options(training=True),
             losses.options(),
             training.options(),
             hardware.options(),
             logbook.options(),
+            dataset.validation.options(),
+            net.later_options(),
+            losses.later_options(),
+            training.later_options(),
+            dataset.validation.later_options(),
         ],
     )
     args = run_folders.parse(parser, argv, dataset.recipe)

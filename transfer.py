@@ -86,6 +86,8 @@ def parse(argv=None) -> argparse.Namespace:
             training.options(),
             hardware.options(),
             logbook.options(),
+            net.later_options(),
+            training.later_options(),
         ],
     )
     parser.set_defaults(**DEFAULTS)

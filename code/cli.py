@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,11 @@ def one_of(*values) -> dict[str, Any]:
         return named[text]
 
     return {"type": parse, "metavar": f"{{{','.join(named)}}}"}
+
+
+def adder(group, without: Collection[str]) -> Callable[..., Any]:
+    """The add_argument of a group of flags, which leaves some of them out."""
+    return lambda flag, **settings: None if flag in without else group.add_argument(flag, **settings)
 
 
 def set_recorded(parser: argparse.ArgumentParser, values: dict, source: Path) -> None:

@@ -1,6 +1,7 @@
 """The device that a script runs on."""
 
 import argparse
+from collections.abc import Collection
 
 import torch
 
@@ -9,24 +10,25 @@ from proxy_anchor import cli
 CHANNELS_LAST_FROM = 96  # pixels: on a CPU, smaller images are faster in torch's own layout
 
 
-def options() -> argparse.ArgumentParser:
-    """Command-line flags of the device."""
+def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Command-line flags of the device, without these flags."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("device")
-    group.add_argument(
+    add = cli.adder(group, without)
+    add(
         "--gpu-id",
         default=0,
         type=cli.integer(-1),
         metavar="N",
         help="CUDA device, -1 for all of them (search.py: the first); without CUDA, Apple's GPU or the CPU",
     )
-    group.add_argument(
+    add(
         "--amp",
         default="none",
         **cli.one_of("none", "bf16", "fp16"),
         help="mixed precision: bf16 for recent GPUs, fp16 for older ones; none: float32",
     )
-    group.add_argument(
+    add(
         "--compile",
         action="store_true",
         help="compile the network (torch.compile): takes a minute, then steps are faster; for long runs",

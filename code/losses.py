@@ -207,6 +207,13 @@ def options() -> argparse.ArgumentParser:
         metavar="M",
         help="margin of Proxy-Anchor, in cosine similarity; a larger one pulls and pushes further",
     )
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of the loss in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
     group.add_argument(
         "--sample-proxies",
         default=1.0,

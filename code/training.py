@@ -46,29 +46,11 @@ def options() -> argparse.ArgumentParser:
         "--lr", default=1e-4, type=cli.positive, help="learning rate of the network; lower it if the loss diverges"
     )
     group.add_argument(
-        "--embedding-lr",
-        default=1.0,
-        type=cli.positive,
-        metavar="X",
-        help="the embedding layer's learning rate is X times --lr",
-    )
-    group.add_argument(
         "--weight-decay",
         default=1e-4,
         type=cli.not_negative,
         metavar="W",
         help="weight decay of all parameters that train; raise it against overfitting",
-    )
-    group.add_argument(
-        "--eps",
-        type=cli.positive,
-        help="optimizer epsilon; transformer recipes use 1e-4 (default: the optimizer's own)",
-    )
-    group.add_argument(
-        "--lr-schedule",
-        default="step",
-        **cli.one_of(*SCHEDULES),
-        help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
     )
     group.add_argument(
         "--lr-decay-step",
@@ -92,17 +74,42 @@ def options() -> argparse.ArgumentParser:
         help="train only the embedding layer, and the proxies, in the first N epochs; 0 from scratch",
     )
     group.add_argument(
-        "--freeze",
-        default="",
-        metavar="NAME[,NAME ...]",
-        help="layers of the backbone that never train, e.g. patch_embed of a transformer, or patch_embed,blocks.0",
-    )
-    group.add_argument(
         "--seed",
         default=1,
         type=cli.integer(0),
         metavar="S",
         help="seed of the initial weights, the order of the images and their augmentation",
+    )
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of training in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
+    group.add_argument(
+        "--embedding-lr",
+        default=1.0,
+        type=cli.positive,
+        metavar="X",
+        help="the embedding layer's learning rate is X times --lr",
+    )
+    group.add_argument(
+        "--eps",
+        type=cli.positive,
+        help="optimizer epsilon; transformer recipes use 1e-4 (default: the optimizer's own)",
+    )
+    group.add_argument(
+        "--lr-schedule",
+        default="step",
+        **cli.one_of(*SCHEDULES),
+        help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
+    )
+    group.add_argument(
+        "--freeze",
+        default="",
+        metavar="NAME[,NAME ...]",
+        help="layers of the backbone that never train, e.g. patch_embed of a transformer, or patch_embed,blocks.0",
     )
     return parser
 

@@ -36,7 +36,7 @@ and may give
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,50 +89,49 @@ OWN_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the C
 WORKERS = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
 
 
-def options(training: bool) -> argparse.ArgumentParser:
-    """Command-line flags of the data, for a script that trains or one that only evaluates."""
+def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Command-line flags of the data, for a script that trains or one that only evaluates, without these flags."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("data")
-    group.add_argument(
+    add = cli.adder(group, without)
+    add(
         "--dataset",
         default="cub",
         **cli.one_of(*ALL),
         help="a benchmark; glyphs, which needs no download; or your own images: folder or csv",
     )
-    group.add_argument(
+    add(
         "--data-root",
         type=cli.path,
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for your own images, their folder or their CSV file",
     )
-    group.add_argument(
+    add(
         "--test-classes",
         type=cli.path,
         metavar="FILE",
         help="with --dataset folder: the names of the test classes, one per line (default: the second half)",
     )
-    group.add_argument(
+    add(
         "--allow-partial",
         action="store_true",
         help="continue with a part of a dataset, to try things out; the results do not compare with others",
     )
-    group.add_argument(
-        "--skip-bad-images", action="store_true", help="look at every image first and leave out the damaged ones"
-    )
-    group.add_argument(
+    add("--skip-bad-images", action="store_true", help="look at every image first and leave out the damaged ones")
+    add(
         "--cache",
         type=cli.path,
         metavar="DIR",
         help="keep decoded images in this folder (CUB takes 7 GB); helps if the GPU waits for few or slow CPU cores",
     )
-    group.add_argument(
+    add(
         "--batch-size",
         default=150,
         type=cli.integer(1),
         metavar="N",
         help="images per step; lower it when memory runs out",
     )
-    group.add_argument(
+    add(
         "--workers",
         default=WORKERS,
         type=cli.integer(0),
@@ -140,7 +139,7 @@ def options(training: bool) -> argparse.ArgumentParser:
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
     if training:
-        group.add_argument(
+        add(
             "--IPC",
             type=cli.integer(1),
             metavar="N",
@@ -315,7 +314,7 @@ def open(
     return validation.hold_out(images, fold, transform, own)
 
 
-def make_ready(image_sets, skip_bad_images: bool, cache: str | None, workers: int) -> None:
+def make_ready(image_sets, skip_bad_images: bool = False, cache: str | None = None, workers: int = 0) -> None:
     """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
     for images in image_sets if skip_bad_images else ():
         bad = collectives.from_rank_zero(lambda images=images: images.find_bad(workers))

@@ -25,6 +25,13 @@ def options() -> argparse.ArgumentParser:
         help="hold out the K-th of N parts of the training classes and measure on it; the test set stays untouched "
         "(val: the split of that name in your CSV file)",
     )
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of validation in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
     group.add_argument(
         "--by",
         default="R@1",

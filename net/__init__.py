@@ -160,12 +160,6 @@ def options(training: bool, alone: bool = True) -> argparse.ArgumentParser:
             **cli.one_of(0, 1),
             help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch",
         )
-        group.add_argument(
-            "--head",
-            default="linear",
-            **cli.one_of(*HEADS),
-            help="embedding layer: linear as published, linear with an orthogonal start, or that after a LayerNorm",
-        )
     else:
         group.add_argument(
             "--distance",
@@ -188,6 +182,19 @@ def options(training: bool, alone: bool = True) -> argparse.ArgumentParser:
         )
     if training:
         parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of the network in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
+    group.add_argument(
+        "--head",
+        default="linear",
+        **cli.one_of(*HEADS),
+        help="embedding layer: linear as published, linear with an orthogonal start, or that after a LayerNorm",
+    )
     return parser
 
 

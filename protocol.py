@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 RESULTS = "results.json"
 LONGEST_NAME = 255 - len("_999")  # in bytes, of a folder; those of repeated runs have a number behind it
 DECIDED = {"--seed": "--seeds", "--fold": "--folds", "--by": "--by", "--resume": "nothing: it is always auto"}
-# Of train.py's arguments, those that evaluate.py needs too, beside what checkpoints record.
+# The arguments of train.py that evaluate.py needs too, because checkpoints do not record them.
 EVALUATION = (
     "dataset",
     "data_root",
@@ -87,7 +87,7 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error(f"{name} cannot come after --, because this protocol decides it: give {DECIDED[name]}")
     args.training = train.parse(args.flags)
     if args.training.lr_schedule == "cosine":
-        parser.error("argument --lr-schedule: a cosine hangs on the number of epochs, which is chosen here")
+        parser.error("--lr-schedule cosine depends on --epochs, which this script chooses")
     if args.training.epochs < 1:
         parser.error("argument --epochs: expected at least 1, found 0")
     # Else the longest name, that of the last training, would be the first to fail.
@@ -120,15 +120,15 @@ class Training(NamedTuple):
         return "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
 
     def folder(self) -> Path:
-        """Where it is, once it has run. Raises FileNotFoundError where it has not."""
+        """The folder of the run. Raises FileNotFoundError if it has not run."""
         args = train.parse(self.argv)
-        place = run_folders.place(Path(args.LOG_DIR), args.dataset, train.run_name(args))
-        if found := run_folders.of_experiment(place, vars(args) | net.identity(args.pretrained)):
-            return found[-1]
-        raise FileNotFoundError(f"There is no run {place}")
+        path = run_folders.run_dir(Path(args.LOG_DIR), args.dataset, train.run_name(args))
+        if folders := run_folders.of_experiment(path, vars(args) | net.identity(args.pretrained)):
+            return folders[-1]
+        raise FileNotFoundError(f"There is no run {path}")
 
     def rows(self) -> list[dict[str, float]]:
-        """Those of its metrics.csv, one for each epoch. Raises ValueError for another number of them."""
+        """The rows of its metrics.csv, one per epoch. Raises ValueError if their number is not that of the epochs."""
         rows, _ = figures.read(self.folder() / "metrics.csv")
         if len(rows) != self.epochs:
             raise ValueError(
@@ -168,7 +168,7 @@ class Series:
             left = f"; at most about {seconds / unit:.0f} {name} left"
         print(f"Training {self.number} of {self.total}: {training.what}, {training.length}{left}", flush=True)
         if status := child.run([sys.executable, train.__file__, *training.argv]):
-            sys.exit(status)  # it has said why
+            sys.exit(status)  # the training has printed why
         rows = training.rows()
         self.done += rows
         return rows
@@ -188,8 +188,8 @@ def evaluate_folds(args: argparse.Namespace, trainings: list[Training]) -> dict[
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What the results depend on, beside the seeds."""
-    decided = (*run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE, "spec", "seed", "fold", "by")
+    """The settings that the results depend on, besides the seeds."""
+    decided = (*run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE, "spec", "seed", "fold", "by")
     given = {name: value for name, value in vars(args.training).items() if name not in decided}
     given |= net.identity(args.training.pretrained)
     return given | {"epochs": args.training.epochs, "folds": args.folds, "by": args.by}

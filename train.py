@@ -73,7 +73,7 @@ def run_name(args: argparse.Namespace) -> str:
 
 
 def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1) -> dataset.TrainingData:
-    """The data of a run; one that is resumed sees its images as it did before."""
+    """The data of a run; a resumed run keeps the orientation of its images."""
     data = dataset.for_training(
         args.dataset,
         args.data_root,

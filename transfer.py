@@ -107,10 +107,10 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def recipe(name: str) -> dict:
-    """The defaults of a dataset: those that it has for training but the steps of decay, and the published epochs."""
-    kept = {argument: value for argument, value in dataset.recipe(name).items() if argument != "lr_decay_step"}
-    return kept | ({"epochs": EPOCHS[name]} if name in EPOCHS else {})
+def recipe(dataset_name: str) -> dict:
+    """The defaults of a dataset: its defaults for training without --lr-decay-step, and the published epochs."""
+    defaults = {name: value for name, value in dataset.recipe(dataset_name).items() if name != "lr_decay_step"}
+    return defaults | ({"epochs": EPOCHS[dataset_name]} if dataset_name in EPOCHS else {})
 
 
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

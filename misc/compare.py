@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from proxy_anchor import cli, figures, metrics
 from proxy_anchor.runs import logbook, run_folders, significance
 
-NOT_COMPARED = ("seed", "by", *run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE)
+NOT_COMPARED = ("seed", "by", *run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {

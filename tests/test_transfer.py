@@ -157,7 +157,7 @@ def test_other_teacher_or_schedule_does_not_continue_a_run(teacher, cub_root, tm
     for flags, words in (
         (
             ["--source-ckpt", str(other)],
-            "is another experiment (teacher: another one, or known by its file to an earlier version); start",
+            "(teacher: a different teacher, or one recorded by file path in an older version); start a new one",
         ),
         (["--epochs", "3"], "(schedule: cosine over 2 epochs, now cosine over 3 epochs)"),
     ):

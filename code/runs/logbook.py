@@ -65,7 +65,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark, fold=None) -> str:
-    """The published folder name of a run; method: settings of the loss. A fold, and a seed other than 1, are added."""
+    """The published folder name of a run, with the fold and a seed other than 1; method: the settings of the loss."""
     name = f"{model}_{loss}_embedding{embedding_size}_{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}"
     return name + (f"_fold{fold.replace('/', 'of')}" if fold else "") + ("" if seed == 1 else f"_seed{seed}")
 
@@ -80,9 +80,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of this code, ending in -dirty where files differ from it; None where that is not known."""
+    """The git commit of this code, with -dirty if files differ from it; None if it is unknown."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # maybe inside another project's
+    if not (root / ".git").exists():  # the folder may be inside another project's repository
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with suppress(FileNotFoundError):  # without git
@@ -91,10 +91,10 @@ def commit() -> str | None:
 
 
 def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
-    """The Logbook of the run to resume or of a new one in the first process, which alone writes; in others an idle one.
+    """The Logbook of a run in the first process, and a NullLogbook in the others.
 
-    name: of a new run's folder. config: the configuration, which says where it is. resume: the folder of a run, see
-    runs.to_resume. Raises as Logbook does.
+    name: of a new run's folder. resume: the folder of a run to continue, see run_folders.to_resume. Raises as Logbook
+    does.
     """
     log_dir, dataset, wandb = Path(config["LOG_DIR"]), config["dataset"], config["wandb"]
     log: Logbook = NullLogbook(config)
@@ -126,7 +126,7 @@ class Logbook:
     ):
         self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
         self.spec = NetworkSpec.from_record(config)
-        wanted = run_folders.place(log_dir, dataset, name)
+        wanted = run_folders.run_dir(log_dir, dataset, name)
         old = {}
         if resume is not None:
             self.folder, self.lock = resume, run_folders.lock(resume)
@@ -165,7 +165,7 @@ class Logbook:
         self.lock.close()
 
     def resume(self, progress: dict) -> None:
-        """Say where the run continues, and bring metrics.csv there."""
+        """Print where the run continues, and cut metrics.csv to that point."""
         print(f"Resuming {printable(str(self.folder))} at epoch {progress['epoch']}, step {len(progress['losses'])}")
         if backbone := progress.pop("backbone", None):  # an earlier version kept it there
             self.write_backbone(backbone)
@@ -195,11 +195,11 @@ class Logbook:
             self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
 
     def save_classes(self, epoch: int, classes: list[dict]) -> None:
-        """What the best epoch so far finds of each class, see evaluation.Result.by_class."""
+        """Write the hits of each class in the best epoch so far, see evaluation.Result.by_class."""
         self._write_rows(run_folders.CLASSES, [{"epoch": epoch} | row for row in classes])
 
     def save_best(self, row: dict, network) -> None:
-        """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
+        """Write the network of the best epoch so far as a checkpoint, and its Recall@K as the published text file."""
         checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.spec)
         prefix, row = metrics.prefix(row), metrics.plain(row)
         recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
@@ -210,7 +210,7 @@ class Logbook:
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
-        """Where the run is, to resume it from; each process writes its part."""
+        """Write last.pth, which a run resumes from; each process writes its shard of the proxies."""
         resuming.save(self.folder / run_folders.LAST, network, self.spec, parts, progress)
 
     def _write_rows(self, name, rows):
@@ -225,7 +225,7 @@ class Logbook:
 
 
 class NullLogbook(Logbook):
-    """A Logbook that writes no more than the process's part of last.pth, for all processes but the first."""
+    """The Logbook of all processes but the first: it writes only the process's shard of last.pth."""
 
     def __init__(self, config: dict):
         self.folder = self.resumes = None

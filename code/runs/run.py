@@ -1,4 +1,4 @@
-"""A run: the epochs still to do and the results so far; nothing is lost when it is stopped."""
+"""A run: the remaining epochs and the results so far; a signal stops it with everything saved."""
 
 import shlex
 import sys
@@ -19,7 +19,7 @@ from proxy_anchor.weights import digest
 
 
 class Run:
-    """A context: on entering, a stopped run is restored to where it stopped; a signal stops it with everything saved.
+    """A context that continues a stopped run where it stopped, and saves everything when a signal stops it.
 
     parts: what last.pth holds beside the network, each with a state_dict; among them the "optimizer" and the
     "scheduler", which is stepped at the end of an epoch. by: the metric that tells which epoch is the best. Raises
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Of the steps of this epoch."""
+        """The losses of the steps of this epoch."""
         return self.progress["losses"]
 
     @property
@@ -78,12 +78,12 @@ class Run:
         return figures.read_backbone(self.log.folder)
 
     def measure_backbone(self, evaluate) -> None:
-        """Before the first step, what the backbone can do alone; evaluate() -> Result."""
+        """Evaluate the backbone alone, before the first step; evaluate() -> Result."""
         if self.progress["epoch"] == 0 and not self.losses and not self.backbone:
             self.log.log_backbone(evaluate().metrics)
 
     def epochs(self, count: int):
-        """The epochs of `count` that are still to do."""
+        """Yield the remaining ones of `count` epochs."""
         for epoch in range(self.progress["epoch"], count):
             self.start = time.perf_counter() - self.progress["seconds"]
             yield epoch
@@ -100,7 +100,7 @@ class Run:
         self.bar.show_loss(loss)
 
     def end_epoch(self, loss: float, result: Result) -> None:
-        """Log the epoch and save where the run is, then the network if it is the best so far."""
+        """Log the epoch, save the state of the run, and the network if it is the best so far."""
         epoch, scheduler = self.progress["epoch"], self.parts["scheduler"]
         row = {"epoch": epoch, "loss": loss, "lr": scheduler.get_last_lr()[0]}
         self.rows.append(row | {"seconds": round(time.perf_counter() - self.start, 2)} | result.metrics)
@@ -117,7 +117,7 @@ class Run:
             self.log.save_best(self.best, self.network)
 
     def summary(self, data_flags: list[str]) -> str:
-        """A table of the backbone alone, the best epoch and the last one, and the command to run next.
+        """A table of the backbone alone, the best epoch and the last one, and the next command.
 
         data_flags: those by which evaluate.py finds the data.
         """

@@ -24,7 +24,7 @@ from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.weights import read_safetensors
 
-CHECKED = 64  # images, spread over those there are
+CHECKED = 64  # images, spread over all of them
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
 TOLERANCE = {False: 1e-5, True: 1e-3}  # of exported.difference, by --fp16
 EXAMPLES = """examples:
@@ -148,8 +148,8 @@ def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
     """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
     if args.check:
-        found = find(Path(args.check))
-        paths, remark = found.images, left_out(found.others)
+        folder = find(Path(args.check))
+        paths, remark = folder.images, left_out(folder.others)
         if not paths:
             raise FileNotFoundError(f"There are no images in {args.check}{f'. {remark}' * bool(remark)}")
         if remark:
@@ -176,8 +176,8 @@ def open_file(path: Path, ending: str, spec: NetworkSpec) -> torch.nn.Module:
 def check(file: torch.nn.Module, reference: torch.nn.Module, images: torch.Tensor) -> float:
     """How far the file's embeddings are from the network's, see exported.difference, in batches of several sizes."""
     expected = reference(images)
-    found = [torch.cat([file(part) for part in images.split(size)]) for size in BATCHES]
-    return exported.difference(torch.cat(found), expected.repeat(len(BATCHES), 1))
+    embeddings = [torch.cat([file(batch) for batch in images.split(size)]) for size in BATCHES]
+    return exported.difference(torch.cat(embeddings), expected.repeat(len(BATCHES), 1))
 
 
 def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[dataset.ImageDataset], args) -> str:
@@ -190,12 +190,12 @@ def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[d
         rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.spec.distance).metrics
     print(logbook.table(rows))
     splits = dataset.describe(dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets)))
-    parts = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
+    paragraphs = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
     if args.fp16:
         recalls = [row["R@1"] for row in rows.values()]
-        parts.append(f"Half precision costs {100 * (recalls[0] - recalls[1]):.2f} points of R@1.")
-        print(parts[-1])
-    return "\n\n".join([*parts, f"Command: `{args.command}`"])
+        paragraphs.append(f"Half precision costs {100 * (recalls[0] - recalls[1]):.2f} points of R@1.")
+        print(paragraphs[-1])
+    return "\n\n".join([*paragraphs, f"Command: `{args.command}`"])
 
 
 def main(argv=None):

@@ -152,7 +152,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def threshold(text: str) -> float | str:
-    """The value of --threshold. Raises ValueError for what is neither a finite number nor 'none'."""
+    """The value of --threshold. Raises ValueError unless it is a finite number or 'none'."""
     if text == "none" or np.isfinite(float(text)):
         return text if text == "none" else float(text)
     raise ValueError
@@ -178,7 +178,7 @@ def update_index(args: argparse.Namespace) -> None:
         paths = paths_to_index(args)
         folders = entries.group(paths) if args.by_folder else {}
         images_of = lambda entry: folders.get(entry, [entry])  # noqa: E731 (a list for each image would take memory)
-        # Of before the images are read: what changes meanwhile is found next time.
+        # Taken before the images are read, so later changes are detected next time.
         stamps: dict[str, str | None] = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
         presence = Presence(stamps, index.folders, args.drop_missing)
         new, changed, deleted, done = index.compare(stamps, presence.of)
@@ -186,8 +186,8 @@ def update_index(args: argparse.Namespace) -> None:
         source = source if os.path.isdir(source) else os.path.dirname(source)
         is_known, index.folders = source in index.folders, sorted({*index.folders, source})
         kind = "folders" if args.by_folder else "images"
-        place = printable(str(folder))
-        print(f"{len(index.images):,} {kind} are in {place}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
+        shown = printable(str(folder))
+        print(f"{len(index.images):,} {kind} are in {shown}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         for missing, entries_there in presence.missing.items():
             print(
                 f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them"
@@ -202,7 +202,7 @@ def update_index(args: argparse.Namespace) -> None:
                 return
             index = index.finish()
         except KeyboardInterrupt:
-            print("What is embedded is kept: the same command continues from here", file=sys.stderr)
+            print("Embedded images are saved: the same command continues from here", file=sys.stderr)
             raise
         print(f"Indexed {done:,} {kind}")
         if index.factory != EXACT:
@@ -210,7 +210,7 @@ def update_index(args: argparse.Namespace) -> None:
 
 
 def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network, args: argparse.Namespace) -> int:
-    """Embed the entries that have a stamp, block by block, each of which is kept; returns how many could be read.
+    """Embed the entries that have a stamp, block by block, and save each block; returns how many could be read.
 
     images_of(entry) -> the paths of its images.
     """
@@ -224,9 +224,9 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
         images = unlabelled(paths, index.spec)
         dataset.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if len(images):
-            found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
-            index.add({entry: new[entry] for entry in found}, embeddings)
-            added += len(found)
+            embedded, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
+            index.add({entry: new[entry] for entry in embedded}, embeddings)
+            added += len(embedded)
         seen += len(block)
         if seen < len(new):
             print(f"{seen:,} of {len(new):,} are done", flush=True)
@@ -267,7 +267,7 @@ def real_folder(folder: str) -> str:
 
 
 class Presence:
-    """Whether what was indexed is still there.
+    """Whether indexed images still exist.
 
     What is in a folder that is gone as a whole, or empty, counts as present: its disk may not be mounted. So does a
     link to a file in such a folder.
@@ -307,23 +307,23 @@ def has_images(entry: str) -> bool:
     return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
 
 
-def images_at(*places: str) -> list[str]:
-    """The image files at these places: themselves, or those in folders, of which it prints what else is in them.
+def images_at(*locations: str) -> list[str]:
+    """The image files at these paths, of files or folders; prints a line on other files in the folders.
 
-    Raises FileNotFoundError for a place without images.
+    Raises FileNotFoundError for a path without images.
     """
     paths: list[str] = []
     others: Counter[str] = Counter()
-    for place in places:
-        if not os.path.exists(place):
-            raise FileNotFoundError(f"There is no {place}")
-        if os.path.isdir(place):
-            folder = find(Path(place))
+    for location in locations:
+        if not os.path.exists(location):
+            raise FileNotFoundError(f"There is no {location}")
+        if os.path.isdir(location):
+            folder = find(Path(location))
             if not folder.images:
                 remark = left_out(folder.others)
-                raise FileNotFoundError(f"There are no images in {place}{f'. {remark}' * bool(remark)}")
+                raise FileNotFoundError(f"There are no images in {location}{f'. {remark}' * bool(remark)}")
             others += folder.others
-        paths += folder.images if os.path.isdir(place) else [place]
+        paths += folder.images if os.path.isdir(location) else [location]
     if others:
         print(left_out(others), file=sys.stderr)
     return paths
@@ -474,10 +474,10 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
         return
     if any(os.path.samefile(file, path) for path in queries if os.path.exists(path)):
         raise FileExistsError(f"--save {file} would overwrite a query: choose another name")
-    places = {canonical(os.path.abspath(file)), os.path.realpath(file)}
+    targets = {canonical(os.path.abspath(file)), os.path.realpath(file)}
     if index.made["by_folder"]:
-        places = set(map(os.path.dirname, places))
-    if any(path in places for path, _ in index.images):
+        targets = set(map(os.path.dirname, targets))
+    if any(path in targets for path, _ in index.images):
         raise FileExistsError(f"--save {file} would overwrite an indexed image: choose another name")
 
 

@@ -75,18 +75,17 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """What tells a network from all others: the sha256 of its weights, whatever else is in the file.
+        """The sha256 of the weights, whatever else is in the file; of an ONNX file, the sha256 of the whole file.
 
-        That of an ONNX file, which has them in its own way, is of the whole file. Raises as load does.
+        Raises as load does.
         """
         return self.content.get("sha256") or weights.digest(weights.weights_in(self.path, self.content))
 
     def load(self, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
         """Load its weights into a network, strictly; returns the number of tensors, all of which matched.
 
-        Names of weights may hold what DataParallel and torch.compile put into them, see WRAPPERS. flags: those that say
-        the network, for messages.
-        Raises ValueError if they are of another network, which is left as it was.
+        Names of weights may contain what DataParallel and torch.compile add, see weights.WRAPPERS. flags: those that
+        choose the network, for messages. Raises ValueError if they are of another network, which stays as it was.
         """
         return weights.load(self.path, self.content, network, flags)
 
@@ -116,15 +115,15 @@ def save_threshold(path: str | Path, threshold: dict, identity: str) -> None:
             torch.save(now.content | {"threshold": threshold}, file)
 
 
-def is_threshold(found) -> bool:
+def is_threshold(record) -> bool:
     """Whether this is a threshold: all of THRESHOLD, with values of their types, and ends of intervals."""
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in THRESHOLD.items()):
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in THRESHOLD.items()):
         return False
-    intervals = found["interval"], found["far_interval"]
+    intervals = record["interval"], record["far_interval"]
     ends = all(len(interval) == 2 and all(isinstance(end, float) for end in interval) for interval in intervals)
-    rates = found["asked_far"], found["far"], *found["far_interval"]
+    rates = record["asked_far"], record["far"], *record["far_interval"]
     in_ranges = ends and not any(rate < 0 or rate > 1 for rate in rates)  # the ends may be NaN
-    return in_ranges and math.isfinite(found["threshold"]) and found["distance"] in DISTANCES
+    return in_ranges and math.isfinite(record["threshold"]) and record["distance"] in DISTANCES
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:

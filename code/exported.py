@@ -63,10 +63,10 @@ class ExportedFunction(NormalizesInside):
 
 
 def halve(network: nn.Module) -> None:
-    """Round to half precision what has several dimensions: the weights of convolutions and linear layers above all.
+    """Round to half precision the weights with several dimensions, those of convolutions and linear layers above all.
 
-    Statistics, scales and biases stay float32: BatchNorm's variances may be larger than half precision can tell, and
-    all of them together are few.
+    Statistics, scales and biases stay float32: BatchNorm's variances may exceed the range of half
+    precision, and together they are few.
     """
     for parameter in network.parameters():
         if parameter.ndim > 1:
@@ -117,7 +117,7 @@ def is_exported(path: str | Path) -> bool:
 
 
 def read(path: str | Path) -> dict:
-    """The record in a file that `save` wrote, and what the file holds, from one reading.
+    """The record in a file that `save` wrote, with the content of the file, from one reading.
 
     That is the "model_state_dict" of .safetensors, and the "session" and the "sha256" of .onnx. Raises
     FileNotFoundError, ValueError for damaged files and others' files, and ImportError where a package is missing.
@@ -161,14 +161,14 @@ def open_onnx(path: str | Path, session, image_size: int, embedding_size: int) -
     return ExportedFunction(run, embedding_size)
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(embeddings: torch.Tensor, expected: torch.Tensor) -> float:
     """How far embeddings (N, D) are from others: the largest of 1 - cosine and of the share by which a length differs.
 
     Not a number where either has an embedding that is not finite, or of length 0.
     """
-    found, expected = found.double(), expected.double()
-    lengths, wanted = found.norm(dim=1), expected.norm(dim=1)
-    cosines = (found * expected).sum(dim=1) / (lengths * wanted)
+    embeddings, expected = embeddings.double(), expected.double()
+    lengths, wanted = embeddings.norm(dim=1), expected.norm(dim=1)
+    cosines = (embeddings * expected).sum(dim=1) / (lengths * wanted)
     return torch.stack([1 - cosines, (lengths / wanted - 1).abs()]).max().item()
 
 

@@ -1,4 +1,4 @@
-"""Weights in files: read so that no file can run code, under the names and types that a network expects."""
+"""Reads weights from files without running code in them, under the names and types that a network expects."""
 
 import argparse
 import hashlib
@@ -53,10 +53,10 @@ def read(path: str | Path, mmap: bool = False) -> dict:
 
 def refusal(path: str | Path, reason: str) -> str:
     """Why torch.load does not read a file with weights_only, and what to do about it."""
-    if not (held := re.search(r"GLOBAL ([\w.]{1,100})", reason)):
+    if not (name := re.search(r"GLOBAL ([\w.]{1,100})", reason)):
         return f"{path} is not a checkpoint, or it holds more than tensors and is refused, because it could run code"
     return (
-        f"{path} is refused, because it could run code: it holds {held[1]}. Where you trust it, two lines save its "
+        f"{path} is refused, because it could run code: it holds {name[1]}. Where you trust it, two lines save its "
         f"weights alone: content = torch.load({str(path)!r}, weights_only=False); "
         "torch.save({'model_state_dict': content['model_state_dict']}, 'weights.pth') (the entry may have another "
         "name; a whole network has content.state_dict() instead)"
@@ -104,19 +104,19 @@ def weights_in(path: str | Path, content: dict, expected=()) -> dict[str, torch.
     return unwrapped(path, state, expected)
 
 
-def is_state_dict(found) -> TypeGuard[dict[str, torch.Tensor]]:
+def is_state_dict(content) -> TypeGuard[dict[str, torch.Tensor]]:
     """Whether this is a dict of tensors, with all their numbers, by their names."""
-    return isinstance(found, dict) and all(isinstance(key, str) and is_dense(value) for key, value in found.items())
+    return isinstance(content, dict) and all(isinstance(key, str) and is_dense(value) for key, value in content.items())
 
 
 def is_dense(value) -> bool:
-    """Whether this is a tensor with a number for each of its places, neither sparse nor nested nor without any."""
+    """Whether this is a tensor with all its numbers in memory, neither sparse nor nested nor meta."""
     dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
     return dense and not (value.is_meta or value.is_nested)
 
 
 def unwrapped(path: str | Path, state: dict[str, torch.Tensor], expected=()) -> dict[str, torch.Tensor]:
-    """The weights under their names without WRAPPERS, wherever these are; the names in `expected` stay what they are.
+    """The weights under their names without WRAPPERS, wherever these occur; names in `expected` are not changed.
 
     The count of torch's AveragedModel is left out. Raises ValueError where two get one name; path is for messages.
     """
@@ -172,8 +172,8 @@ def load(path: str | Path, content: dict, network: torch.nn.Module, flags: str =
 
 def digest(state: dict[str, torch.Tensor]) -> str:
     """The sha256 of weights: of their names, types, shapes and bytes, in their order."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in state.items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

@@ -25,10 +25,10 @@ BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
     name: lambda name=name: ResNet(name) for name in LAYERS
 }  # any other name is timm's
 IMAGE_SIZE = 224  # of these
-CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # what images of a wrong size raise
+CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # raised by images of a wrong size
 NOT_FILES = ("imagenet", "none")  # what `pretrained` may be besides a path
 DEFAULTS = {"model": "bn_inception", "embedding_size": 512, "l2_norm": 1, "pretrained": "imagenet"}
-# The start of the embedding layer's weights. "layernorm" normalizes the features before it, without parameters.
+# How the embedding layer's weights start. "layernorm" normalizes the features before it, without parameters.
 HEADS: dict[str, Callable] = {
     "linear": partial(nn.init.kaiming_normal_, mode="fan_out"),
     "orthogonal": nn.init.orthogonal_,
@@ -102,7 +102,7 @@ class EmbeddingNet(nn.Module):
         return self._frozen(self.model.named_parameters())
 
     def _frozen(self, named):
-        return [part for key, part in named if any(within(key, name) for name in self.frozen)]
+        return [value for key, value in named if any(within(key, name) for name in self.frozen)]
 
 
 class PooledBackbone(nn.Module):
@@ -249,7 +249,7 @@ def license_of(name: str) -> str:
         return "unknown; they are torchvision's, whose code is under the BSD 3-clause license, trained on ImageNet"
     if name in BACKBONES:
         return "unknown; they were published without one, trained on ImageNet"
-    return timm_backbones.license_of(name) or "unknown; timm does not tell it"
+    return timm_backbones.license_of(name) or "unknown (timm lists no license)"
 
 
 def create(
@@ -321,14 +321,14 @@ def check_weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def identity(pretrained: str) -> dict:
-    """What a run notes of the file that its backbone starts from: {"pretrained_sha256"}, or {} where it is none."""
+    """{"pretrained_sha256"} of the file that a backbone starts from, which a run records; {} without a file."""
     is_file = pretrained not in NOT_FILES and Path(pretrained).is_file()
     return {"pretrained_sha256": sha256(pretrained)} if is_file else {}
 
 
-def check_identity(pretrained: str | None, noted: dict) -> None:
-    """Raise ValueError if the file that a backbone was just loaded from is not the one that a run has noted."""
-    if pretrained and noted | identity(pretrained) != noted:
+def check_identity(pretrained: str | None, recorded: dict) -> None:
+    """Raise ValueError if the file that a backbone was just loaded from is not the one that a run has recorded."""
+    if pretrained and recorded | identity(pretrained) != recorded:
         raise ValueError(f"{pretrained} was replaced while it was read: start again")
 
 

@@ -1,4 +1,4 @@
-"""What the embedding network needs from a backbone; nothing outside net/ asks which one it is."""
+"""What the embedding network needs from a backbone; nothing outside net/ depends on which one it is."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ class Backbone(nn.Module):
     """Mix-in of a backbone, which adds num_features, C, and features(images (B, 3, H, W)) -> (B, C, H', W').
 
     mean, std, bgr: how its ImageNet weights expect images, see Normalize. epsilon: of the l2 norm that follows.
-    unused: its layers that never run. remark: a line on what a file of weights has beside the backbone's.
+    unused: its layers that never run. remark: a line on what a file of weights holds besides the backbone's.
     """
 
     mean: Sequence[float] = (0.485, 0.456, 0.406)

@@ -23,12 +23,12 @@ URLS = {
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
-# Where files hold weights beside other things: those of MoCo and timm's train.py, of MAE, ours, and of DINO, whose
+# Where files hold weights besides other things: those of MoCo and timm's train.py, of MAE, ours, and of DINO, whose
 # teacher is the better network.
 ENTRIES = ("state_dict", "model", "model_state_dict", "teacher", "student")
 # Layers behind the backbone that are left out, whatever their shapes: they never run.
 HEADS = ("fc", "classifier", "head", "last_linear", "projection_head", "prototypes")
-LISTED = 5  # parts of a file in a message
+LISTED = 5  # entries of a file in a message
 TIMEOUT = 60  # seconds without a byte
 HUB_TIMEOUT = 10  # seconds until timm's hub answers
 
@@ -162,7 +162,7 @@ def _weights(path: Path, content: dict) -> dict[str, torch.Tensor]:
 def _prefix(state: dict, expected) -> str:
     """What most of the names of `expected` begin with here: the first one of equals.
 
-    Files of timm may have other names, which it translates: what few of them begin with says nothing.
+    Files of timm may have other names, which it translates; a prefix of few of them means nothing.
     """
     counts: Counter[str] = Counter()
     for key in state:

@@ -45,7 +45,7 @@ def expects(name: str) -> dict:
 
 
 def license_of(name: str) -> str | None:
-    """The license of a network's weights, as timm tells it."""
+    """The license of a network's weights, as timm lists it."""
     return _config(name).license
 
 

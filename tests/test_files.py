@@ -263,7 +263,7 @@ def test_card_of_somebody_else_is_kept(photos, tmp_path, capsys):
     (tmp_path / "x-card.md").write_text("my notes")
     with pytest.raises(SystemExit, match="1"):
         export.main(["--resume", str(path), "--check", str(photos), "--out", str(tmp_path / "x.safetensors")])
-    assert "x-card.md is there and is not a card of export.py: choose another --out" in capsys.readouterr().err
+    assert "x-card.md exists and is not a card of export.py: choose another --out" in capsys.readouterr().err
     assert (tmp_path / "x-card.md").read_text() == "my notes" and not (tmp_path / "x.safetensors").exists()
 
 
@@ -286,5 +286,5 @@ def test_checkpoint_in_a_folder_of_any_bytes(tmp_path):
     folder = tmp_path / os.fsdecode(b"bad\xff dir")
     folder.mkdir()
     path = new_checkpoint(folder / "a.pth", 0)
-    assert checkpoint.read(path, mmap=True)["network"] == RECORD
+    assert weights.read(path, mmap=True)["network"] == RECORD
     assert checkpoint.Checkpoint(path).spec == NetworkSpec(**RECORD, orientation="stored")

@@ -284,7 +284,9 @@ def test_checkpoint_that_has_moved_is_named(weights, images, tmp_path, capsys):
     (tmp_path / "here.pth").write_bytes((weights / "a.pth").read_bytes())
     make(tmp_path, images, tmp_path / "index", name="here.pth")
     (tmp_path / "here.pth").unlink()
-    words = f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}: say with --resume where"
+    words = (
+        f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}: give its place with --resume"
+    )
     fails(lambda: search.main(["query", "--index", str(tmp_path / "index"), str(images)]), capsys, words)
     assert found(tmp_path / "index", capsys, images / "ant", "--resume", weights / "a.pth")
 
@@ -325,7 +327,7 @@ def test_nprobe(weights, images, tmp_path, capsys):
     query = ["query", str(images), "--index"]
     fails(lambda: search.main([*query, str(tmp_path / "index"), "--nprobe", "0"]), capsys, "not positive", code=2)
     make(weights, images, tmp_path / "flat")
-    words = "flat is an index Flat: only those with IVF in it take --nprobe"
+    words = "flat is an index Flat: --nprobe needs an IVF index"
     fails(lambda: search.main([*query, str(tmp_path / "flat"), "--nprobe", "2"]), capsys, words)
 
 

@@ -26,6 +26,7 @@ from net.backbone import Normalize
 from proxy_anchor import checkpoint, retrieval
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import logbook
+from proxy_anchor.spec import GEOMETRY
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 SIZES = {
@@ -188,10 +189,10 @@ def test_weights_come_from_the_hub(tmp_path, monkeypatch):
     theirs = timm.create_model("test_vit").state_dict()
     path = save(tmp_path / "model.safetensors", theirs)
     asked = []
-    monkeypatch.setattr(hub, "hf_hub_download", lambda **file: asked.append(file) or path)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *file, **more: asked.append((*file, more)) or path)
     network = net.create("test_vit", 8, "imagenet", image_size=160)
     assert torch.equal(network.model.cls_token, theirs["cls_token"])
-    wanted = {"repo_id": "timm/test_vit.r160_in1k", "filename": "model.safetensors", "local_files_only": True}
+    wanted = "timm/test_vit.r160_in1k", "model.safetensors", {"local_files_only": True}
     assert not network.model.remark
     assert asked == [wanted]  # what is in its cache needs no network
 
@@ -310,7 +311,7 @@ def test_evaluation_sees_what_timm_sees(name, size, pictures):
     )
     theirs = timm.data.create_transform(**config)
     expected = net.expects(name)
-    ours = transforms.evaluation(size, **{key: expected[key] for key in dataset.GEOMETRY})
+    ours = transforms.evaluation(size, **{key: expected[key] for key in GEOMETRY})
     normalize = Normalize(expected["mean"], expected["std"], bgr=False)
     for path in pictures:
         with Image.open(path) as image:
@@ -554,9 +555,8 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
     weights = {key.removeprefix("model."): value for key, value in weights.items() if "embedding" not in key}
     path = save(tmp_path / "weights.pth", weights)
     flags = ["--model", name, "--backbone-only", "--pretrained", str(path), "--image-size", "160"]
-    images = dataset.eval_sets(
-        "glyphs", letters, 160, geometry := {"crop": 1.0, "interpolation": "bicubic"}, allow_partial=True
-    )[0]
+    geometry = evaluate.parse(of_letters(letters, *flags)).spec.geometry
+    images = dataset.eval_sets("glyphs", letters, 160, geometry, allow_partial=True)[0]
     few = tmp_path / "glyphs" / "eval"
     for label in range(4):
         (few / f"{label:04X}").mkdir(parents=True)

@@ -20,9 +20,9 @@ import trees
 
 import net
 import train
-from proxy_anchor import checkpoint, files, randomness
+from proxy_anchor import checkpoint, files
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.runs import resuming, run_folders, stopping
+from proxy_anchor.runs import randomness, resuming, run_folders, stopping
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.run import Run
 
@@ -305,7 +305,7 @@ def test_damaged_last_checkpoint_is_an_error(cub_root, tmp_path, capsys, damage)
 def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
-    held = run_folders.lock(folder)
+    held = files.lock_folder(folder)
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(folder), "--epochs", "2"])
     assert refused.value.code == 1
@@ -316,7 +316,7 @@ def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
 
 def test_child_does_not_hold_the_lock(tmp_path):
     """A worker that outlives its killed parent must not keep others from the run."""
-    held = run_folders.lock(tmp_path)
+    held = files.lock_folder(tmp_path)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -326,7 +326,7 @@ def test_child_does_not_hold_the_lock(tmp_path):
     try:
         os.read(reading, 4)
         held.close()
-        run_folders.lock(tmp_path).close()
+        files.lock_folder(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -19,10 +19,9 @@ import dataset
 import net
 import search
 from dataset import transforms
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, files
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.store import Index
-from proxy_anchor.runs import run_folders
 
 pytest.importorskip("faiss")
 
@@ -264,7 +263,7 @@ def test_index_that_is_written_while_it_is_opened(factory, weights, images, tmp_
 
 def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, capsys):
     (tmp_path / "index").mkdir()
-    held = run_folders.lock(tmp_path / "index")
+    held = files.lock_folder(tmp_path / "index")
     words = (
         f"is being written by process {os.getpid()} on {socket.gethostname()}; end that first, or choose another --out"
     )

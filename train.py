@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,7 +111,7 @@ def create_network(args: argparse.Namespace, config: dict, resume: Path | None, 
     """The network to train; a run to resume has its weights in its own checkpoint."""
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
     with collectives.rank_zero_first():
-        network = net.from_spec(args.spec, pretrained, bool(args.bn_freeze))
+        network: Any = net.from_spec(args.spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)

@@ -228,7 +228,6 @@ class NullLogbook(Logbook):
     """The Logbook of all processes but the first: it writes only the process's shard of last.pth."""
 
     def __init__(self, config: dict):
-        self.folder = self.resumes = None
         self.spec = NetworkSpec.from_record(config)
 
     def __exit__(self, *error):

@@ -103,8 +103,10 @@ def read_backbone(folder: Path) -> dict[str, float] | None:
 
 
 def draw_run(table: Path, path: Path, title: str) -> None:
-    """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv."""
+    """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv of two or more epochs."""
     rows, backbone = read(table)
+    if len(rows) == 1:  # no curve yet
+        return
     x = [int(row["epoch"]) for row in rows]
     edges = [x[0] - 0.5, *(epoch + 0.5 for epoch in x)]
     first = metrics.prefix(rows[0]) + "R@1"
@@ -152,7 +154,7 @@ def draw_run(table: Path, path: Path, title: str) -> None:
         lr_axes.stairs(rates, edges, fill=True, color="#c9d3df")
         lr_axes.set(ylim=(0, 1.1 * max(rates) or 1), yticks=[max(rates)], yticklabels=[f"{max(rates):g}"])
         lr_axes.grid(False)
-        lr_axes.set(xlabel="epoch", xlim=(edges[0], edges[-1]))
+        lr_axes.set(xlabel="epoch", xlim=(edges[0], x[-1] + 0.02 * len(x)))  # the labels stand at the ends of the lines
         lr_axes.xaxis.get_major_locator().set_params(integer=True)
         for ax in (loss_axes, recall_axes):
             ax.tick_params(labelbottom=False)

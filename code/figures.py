@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import textwrap
+from collections.abc import Collection
 from contextlib import contextmanager
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -243,10 +244,11 @@ def colors_of(primary: list[bool]) -> list[str]:
     return [next(strong if first else muted) for first in primary]
 
 
-def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> None:
+def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path, wrong: Collection[str] = ()) -> None:
     """Draw rows of (path of an image, caption), each a query and its neighbours; at most ROWS by COLUMNS.
 
     read_image gives uint8 (3, H, W) for a path. An image that it cannot read is an empty frame with the file's name.
+    wrong: paths of neighbours to frame.
     """
     from matplotlib.patches import Rectangle
     from PIL import Image
@@ -270,6 +272,8 @@ def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> No
                     shown = "\n".join(textwrap.wrap(printable(Path(name).name), 16))
                     ax.text(left + 0.46, bottom + 0.46, shown, fontsize=7, color=QUIET, ha="center", va="center")
                 color, line, weight = (STRONG[0], 2, "bold") if column == 0 else (GRID, 1, "normal")
+                if column and name in wrong:
+                    color, line = STRONG[1], 2
                 ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=line, zorder=3))
                 caption = "\n".join(map(printable, caption.split("\n")))
                 ax.text(left + 0.46, bottom + 0.97, caption, ha="center", va="bottom", fontsize=9, fontweight=weight)

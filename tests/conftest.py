@@ -2,6 +2,9 @@ import pytest
 import torch
 import trees
 
+pytest.register_assert_rewrite("helpers", "kills")
+import helpers  # noqa: F401, E402
+
 
 @pytest.fixture(autouse=True)
 def no_credentials(request, monkeypatch, tmp_path_factory):

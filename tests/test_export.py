@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import fails
 from pages import REPOSITORY, blocks
 from PIL import Image
 
@@ -99,14 +100,6 @@ def by_onnxruntime(path, pixels, batch=64):
     return torch.from_numpy(
         np.concatenate([session.run(["embeddings"], {"images": part.numpy()})[0] for part in pixels.split(batch)])
     )
-
-
-def fails(call, capsys, words, code=1):
-    with pytest.raises(SystemExit) as error:
-        call()
-    assert error.value.code == code
-    message = capsys.readouterr().err
-    assert words in message and (code == 2 or message.count("\n") == 1), message
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])

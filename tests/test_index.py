@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import trees
-from test_report import RECORD
-from test_search import described, fails, found, make
+from helpers import RECORD, described, fails
+from helpers import make_index as make
+from helpers import query_index as found
 
 import net
 import search
@@ -29,7 +30,7 @@ MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_s
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    checkpoint.save(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    checkpoint.save(folder / "a.pth", net.create("tiny", 8), RECORD)
     return folder
 
 

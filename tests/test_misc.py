@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import thresholds
 import torch
 import trees
-from test_report import RECORD
+from helpers import RECORD
 
 import net
 import protocol
@@ -18,9 +19,6 @@ import train
 import transfer
 from dataset import glyphs
 from proxy_anchor import checkpoint
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
-import thresholds
 
 MISC = Path(thresholds.__file__).parent
 

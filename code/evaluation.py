@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from proxy_anchor import distributed
-from proxy_anchor.collectives import Parts
+from proxy_anchor import collectives
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import recall_of_ranks, search
 from proxy_anchor.runs.stopping import Stop
@@ -93,7 +93,7 @@ def measure(
     what it has embedded, and the groups of all images; the Result is that of all. Raises ValueError as
     best_positive_rank does.
     """
-    found = search(**arguments(embedded, distance, groups), group=distributed.group())
+    found = search(**arguments(embedded, distance, groups), group=collectives.world())
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(found.ranks, ks).items()}
     means = {"MAP@R": found.average_precisions.mean().item(), "R-precision": found.r_precisions.mean().item()}
     (labels,) = whole(embedded[1:2])
@@ -106,14 +106,14 @@ def measure(
 def arguments(embedded: list[torch.Tensor], distance: str, groups: Sequence | None = None) -> dict[str, Any]:
     """Those of a search, see retrieval.best_positive_rank, by their names; of groups, this process's part."""
     of_each = [*(groups or ()), None, None][:2]
-    numbers = [None if part is None else torch.as_tensor(part)[distributed.own(len(part))] for part in of_each]
+    numbers = [None if part is None else torch.as_tensor(part)[collectives.shard(len(part))] for part in of_each]
     names = ("embeddings", "labels", "gallery", "gallery_labels", "groups", "gallery_groups")
     return dict(zip(names, [*[*embedded, None, None][:4], *numbers])) | {"distance": distance}
 
 
 def whole(embedded: list[torch.Tensor]) -> list[torch.Tensor]:
     """What all processes have embedded, in each of them."""
-    return [torch.cat(Parts(distributed.group()).each(part)) for part in embedded]
+    return [torch.cat(ProcessGroup(collectives.world()).all_gather(part)) for part in embedded]
 
 
 def images_left_out(groups: torch.Tensor, gallery_groups: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from proxy_anchor.collectives import Parts
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.retrieval import groups_searched, searched
 from proxy_anchor.tiles import Points, Tiled, origin_of
 
@@ -43,8 +43,8 @@ class Scale:
         return cls(np.concatenate([edges, [0, -edges[-1]]]), last)
 
     @classmethod
-    def of(cls, queries: Points, targets: Points, parts: Parts) -> "Scale":
-        halves = [parts.largest(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
+    def of(cls, queries: Points, targets: Points, processes: ProcessGroup) -> "Scale":
+        halves = [processes.max(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
         return cls.of_distances(sum(math.sqrt(2 * half) for half in halves)) if halves else cls.of_similarities()
 
     def __len__(self):
@@ -84,7 +84,7 @@ class Pairs:
     within: bool
     scale: Scale
     classes: torch.Tensor  # (C,), ascending
-    parts: Parts
+    processes: ProcessGroup
 
     @classmethod
     def of(
@@ -99,14 +99,15 @@ class Pairs:
         group=None,
     ) -> "Pairs":
         within = gallery is None
-        parts = Parts(group)
-        embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
+        processes = ProcessGroup(group)
+        embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, processes)
         groups, gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
-        origin = origin_of(gallery, distance, parts)
+        origin = origin_of(gallery, distance, processes)
         queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
         targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
-        classes = torch.unique(torch.cat([*parts.each(queries.labels), *parts.each(targets.labels)]))
-        return cls(queries, targets, within, Scale.of(queries.points, targets.points, parts), classes, parts)
+        labels = [part for tiled in (queries, targets) for part in processes.all_gather(tiled.labels)]
+        classes = torch.unique(torch.cat(labels))
+        return cls(queries, targets, within, Scale.of(queries.points, targets.points, processes), classes, processes)
 
     def tiles(self):
         """Of each tile: the labels of its rows and columns, whether it has more than different-class pairs, its bins.
@@ -114,10 +115,10 @@ class Pairs:
         The bins of different-class pairs come first, then those of one class, then one for what is no pair.
         """
         targets, no_pair = self.targets, 2 * len(self.scale)
-        for owner, queries in enumerate(self.queries.of_each(self.parts)):
-            selves = self.within and owner == self.parts.rank
+        for owner, queries in enumerate(self.queries.all_gather(self.processes)):
+            selves = self.within and owner == self.processes.rank
             for i in range(len(queries)):
-                block, rows = queries.sent(i, owner, self.parts), queries.slice(i)
+                block, rows = queries.broadcast_tile(i, owner, self.processes), queries.slice(i)
                 for j in range(i if selves else 0, len(targets)) if self.compares(owner) else ():
                     columns = targets.slice(j)
                     nearness = block.similarities(targets.tile(j))[: queries.length(i), : targets.length(j)]
@@ -135,8 +136,8 @@ class Pairs:
 
     def compares(self, owner: int) -> bool:
         """Whether this process compares the owner's queries with its targets: within one set, one of two does."""
-        ahead, count = (self.parts.rank - owner) % self.parts.count, self.parts.count
-        return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.parts.rank)
+        ahead, count = (self.processes.rank - owner) % self.processes.size, self.processes.size
+        return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.processes.rank)
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of same-class and different-class pairs in each bin of the scale."""
@@ -183,4 +184,4 @@ class Pairs:
         return same, other
 
     def _over_all_processes(self, counts: torch.Tensor) -> torch.Tensor:
-        return self.parts.sum(counts.to(self.queries.labels.device)).cpu()
+        return self.processes.sum(counts.to(self.queries.labels.device)).cpu()

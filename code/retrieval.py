@@ -7,7 +7,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
-from proxy_anchor.collectives import Parts
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.losses import whole_numbers
 from proxy_anchor.tiles import Panel, Points, Tiled, origin_of
 from proxy_anchor.vectors import finite
@@ -75,18 +75,19 @@ def search(
     Arguments, ties, errors and the group as for best_positive_rank. No process holds more than its part of the
     embeddings: the queries travel, a tile's rows at a time. What is found is the same for any number of processes.
     """
-    parts, within = Parts(group), gallery is None
-    embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, parts)
+    processes, within = ProcessGroup(group), gallery is None
+    embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, processes)
     groups, gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
-    origin = origin_of(gallery, distance, parts)
+    origin = origin_of(gallery, distance, processes)
     queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
     targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
-    found = [of_queries(each, owner, targets, within, parts) for owner, each in enumerate(queries.of_each(parts))]
+    owners = enumerate(queries.all_gather(processes))
+    found = [of_queries(shard, owner, targets, within, processes) for owner, shard in owners]
     ranks, tied, *precisions = (torch.cat(each) for each in zip(*found))
     return Found(ranks.to(embeddings.device), tied.to(embeddings.device), *(each.cpu() for each in precisions))
 
 
-def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, parts: Parts) -> list[torch.Tensor]:
+def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, processes: ProcessGroup) -> list[torch.Tensor]:
     """What Found has of the queries of one process.
 
     In the order of the labels, the positives of a tile's queries are in few tiles of the targets. These come first: so
@@ -96,7 +97,7 @@ def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, parts: 
     size, device = targets.size, targets.labels.device
     begin = torch.searchsorted(targets.labels, queries.labels)  # (N,): where the query's label is among the targets'
     end = torch.searchsorted(targets.labels, queries.labels, right=True)
-    numbers = parts.sum(end - begin) - int(within)  # of positives, in all parts
+    numbers = processes.sum(end - begin) - int(within)  # of positives, in all processes
     # The only look from the host: for each tile of queries, where its labels are, and the most positives of a query.
     tiles = [queries.slice(i) for i in range(len(queries))]
     bounds = [torch.stack([begin[rows][0], end[rows][-1], numbers[rows].max()]) for rows in tiles]
@@ -108,19 +109,19 @@ def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, parts: 
 
     for i, (rows, near_tiles, (_, _, most)) in enumerate(zip(tiles, near, bounds)):
         height, most = rows.stop - rows.start, max(1, most)
-        block = queries.sent(i, owner, parts)
+        block = queries.broadcast_tile(i, owner, processes)
         groups = None if queries.groups is None else queries.groups[rows]
         for slot, tile in enumerate(near_tiles):
             panel.fill(slot, tile, block, groups)
 
-        # The positives of all parts, the nearest first: (b, most).
+        # The positives of all processes, the nearest first: (b, most).
         column = begin[rows, None] + torch.arange(most + within, device=device)
         positive = column < end[rows, None]
-        if within and owner == parts.rank:
+        if within and owner == processes.rank:
             positive &= column != torch.arange(rows.start, rows.stop, device=device)[:, None]
         place = (column - near_tiles.start * size).clamp(0, panel.values.shape[1] - 1)
         positives = panel.values[:height].gather(1, place).masked_fill_(~positive, -torch.inf)
-        positives = parts.side_by_side(positives).topk(most).values
+        positives = processes.concat_columns(positives).topk(most).values
         if near_tiles:  # from here on, the panel has negatives alone
             labels = targets.labels[near_tiles.start * size : near_tiles.stop * size]
             panel.values[:height, : len(labels)].masked_fill_(queries.labels[rows, None] == labels, -torch.inf)
@@ -136,7 +137,7 @@ def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, parts: 
                 above += panel.above(slot, positives[:, 0])
             nearest = panel.nearest(len(batch), height, most)
             negatives = torch.cat([negatives, nearest], dim=1).topk(most).values
-        above, negatives = parts.sum(above), parts.side_by_side(negatives).topk(most).values
+        above, negatives = processes.sum(above), processes.concat_columns(negatives).topk(most).values
 
         # A positive is among the R nearest if its place among positives and the negatives above it are R at most.
         count = (positives > -torch.inf).sum(dim=1, keepdim=True)  # (b, 1): R
@@ -209,7 +210,7 @@ def searched(
     labels: torch.Tensor,
     gallery: torch.Tensor | None,
     gallery_labels: torch.Tensor | None,
-    parts: Parts,
+    processes: ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The queries and the gallery, without one the queries again: on one device, in one type, with int64 labels.
 
@@ -227,9 +228,9 @@ def searched(
             raise ValueError(
                 f"Expected {name} (N, {size}) and labels (N,), found {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        if not parts.sum(torch.tensor(len(x), device=x.device)):
+        if not processes.sum(torch.tensor(len(x), device=x.device)):
             raise ValueError(f"There is nothing to search: {name} {tuple(x.shape)}")
-        finite(x, parts)
+        finite(x, processes)
     dtype = torch.promote_types(embeddings.dtype, gallery.dtype)
     return embeddings.to(dtype), labels, gallery.to(embeddings.device, dtype), gallery_labels
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from proxy_anchor.collectives import Parts
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.vectors import DISTANCES, finite, unit_vectors
 
 # Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
@@ -39,10 +39,10 @@ class Points:
     def __getitem__(self, rows) -> "Points":
         return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
 
-    def sent(self, parts: Parts, owner: int) -> "Points":
+    def broadcast(self, processes: ProcessGroup, owner: int) -> "Points":
         """The owner's, for all processes; those of the others are overwritten."""
-        halves = None if self.halves is None else parts.sent(self.halves, owner)
-        return Points(parts.sent(self.vectors, owner), halves)
+        halves = None if self.halves is None else processes.broadcast(self.halves, owner)
+        return Points(processes.broadcast(self.vectors, owner), halves)
 
     def filled_up(self, multiple: int) -> "Points":
         """With zeros to a multiple of rows, at least one."""
@@ -58,14 +58,14 @@ class Points:
         return products.sub_(self.halves[:, None] + others.halves)
 
 
-def origin_of(gallery: torch.Tensor, distance: str, parts: Parts | None = None) -> torch.Tensor | None:
-    """The point (D,) from which to measure Euclidean distances, None for the cosine; the same for all parts.
+def origin_of(gallery: torch.Tensor, distance: str, processes: ProcessGroup | None = None) -> torch.Tensor | None:
+    """The point (D,) from which to measure Euclidean distances, None for the cosine; the same in all processes.
 
     Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
     has digits enough for those of float32. Rounded to a few digits, it costs the embeddings none: on a grid, say, equal
     distances stay exactly equal. Raises ValueError for another distance.
     """
-    parts = parts or Parts()
+    processes = processes or ProcessGroup()
     if distance not in DISTANCES:
         raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")
     if distance == "cosine":
@@ -73,11 +73,11 @@ def origin_of(gallery: torch.Tensor, distance: str, parts: Parts | None = None) 
     if gallery.device.type == "mps":
         gallery = gallery.cpu()  # MPS has no float64
     zero = gallery.new_zeros((), dtype=torch.double)
-    largest = float(parts.largest(finite(gallery).abs().max().double() if len(gallery) else zero))
-    # Whole numbers, whose sum is exact: it is the same for any number of parts.
+    largest = float(processes.max(finite(gallery).abs().max().double() if len(gallery) else zero))
+    # Whole numbers, whose sum is exact: it is the same for any number of processes.
     unit = 2.0 ** (math.ceil(math.log2(largest or 1)) - 20)
-    total = parts.sum((gallery.double() / unit).round().sum(dim=0))
-    count = parts.sum(torch.tensor(len(gallery), device=total.device))
+    total = processes.sum((gallery.double() / unit).round().sum(dim=0))
+    count = processes.sum(torch.tensor(len(gallery), device=total.device))
     return (total * unit / count).bfloat16().double()
 
 
@@ -116,19 +116,19 @@ class Tiled:
     def length(self, tile):
         return min(self.size, len(self.labels) - tile * self.size)
 
-    def of_each(self, parts: Parts) -> list["Tiled"]:
+    def all_gather(self, processes: ProcessGroup) -> list["Tiled"]:
         """Those of each process; instead of the others' points, there is room for a tile of them."""
-        labels, orders = parts.each(self.labels), parts.each(self.order)
-        groups = [None] * parts.count if self.groups is None else parts.each(self.groups)
+        labels, orders = processes.all_gather(self.labels), processes.all_gather(self.order)
+        groups = [None] * processes.size if self.groups is None else processes.all_gather(self.groups)
         room = self.points[:0].filled_up(self.size)
         return [
-            self if owner == parts.rank else Tiled(room, labels[owner], orders[owner], self.size, groups[owner])
-            for owner in range(parts.count)
+            self if owner == processes.rank else Tiled(room, labels[owner], orders[owner], self.size, groups[owner])
+            for owner in range(processes.size)
         ]
 
-    def sent(self, tile, owner: int, parts: Parts) -> Points:
+    def broadcast_tile(self, tile, owner: int, processes: ProcessGroup) -> Points:
         """A tile of the owner's, for all processes."""
-        return self.tile(tile if owner == parts.rank else 0).sent(parts, owner)
+        return self.tile(tile if owner == processes.rank else 0).broadcast(processes, owner)
 
     def shares_labels(self, tile, other, other_tile):
         first, last = self.ranges[tile]

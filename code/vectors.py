@@ -2,7 +2,7 @@
 
 import torch
 
-from proxy_anchor.collectives import Parts
+from proxy_anchor.collectives import ProcessGroup
 
 DISTANCES = ("cosine", "euclidean")
 
@@ -36,9 +36,9 @@ def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
     return finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
-def finite(embeddings: torch.Tensor, parts: Parts | None = None) -> torch.Tensor:
+def finite(embeddings: torch.Tensor, processes: ProcessGroup | None = None) -> torch.Tensor:
     """The embeddings (N, D). Raises ValueError if any is not finite, in all processes if those of one of them are."""
-    finite_rows = torch.cat((parts or Parts()).each(torch.isfinite(embeddings).all(dim=1)))
+    finite_rows = torch.cat((processes or ProcessGroup()).all_gather(torch.isfinite(embeddings).all(dim=1)))
     if not finite_rows.all():
         rows = torch.nonzero(~finite_rows)
         raise ValueError(

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trees
+from helpers import fails
 from pages import REPOSITORY, blocks
 from PIL import Image
 

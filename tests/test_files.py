@@ -152,7 +152,7 @@ def test_seal(tmp_path):
 
 def new_checkpoint(path, seed, **record):
     torch.manual_seed(seed)
-    trees.save_checkpoint(path, net.create("resnet18", 8), RECORD | record)
+    trees.save_checkpoint(path, net.create("tiny", 8), RECORD | record)
     return path
 
 
@@ -198,7 +198,7 @@ def test_index_is_of_the_weights_that_it_names(photos, replaced, tmp_path):
     assert index.made["weights"] == identity
     torch.manual_seed(0)
     image = search.unlabelled([index.images[0][0]], index.spec)[0][0]
-    network = net.create("resnet18", 8).eval()
+    network = net.create("tiny", 8).eval()
     with torch.inference_mode():
         expected = network(network.normalize(image[None]))[0]
     torch.testing.assert_close(torch.tensor(index.images.vectors[0]), expected, atol=1e-5, rtol=0)

@@ -29,7 +29,7 @@ MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_s
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
     return folder
 
 

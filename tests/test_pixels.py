@@ -364,7 +364,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
     train_on(turned, tmp_path)
     (run,) = (tmp_path / "logs_folder").iterdir()
     assert run_folders.read_config(run)["orientation"] == "upright" and seen.pop() == {True}
-    assert checkpoint.Checkpoint(run / "folder_resnet18_best.pth").spec.orientation == "upright"
+    assert checkpoint.Checkpoint(run / "folder_tiny_best.pth").spec.orientation == "upright"
     config = json.loads((run / "config.json").read_text())
     del config["orientation"]
     (run / "config.json").write_text(json.dumps(config))
@@ -380,7 +380,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
 
 
 def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root):
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"orientation": "stored"})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD | {"orientation": "stored"})
     seen = []
     monkeypatch.setattr("dataset.images.read_image", lambda path, upright: seen.append(upright) or read_image(path))
     flags = ["--resume", str(tmp_path / "a.pth"), "--workers", "0"]
@@ -395,7 +395,7 @@ def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root)
 def test_exported_file_records_the_orientation(orientation, turned, tmp_path):
     pytest.importorskip("safetensors")
     record = RECORD if orientation is None else RECORD | {"orientation": orientation}
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), record)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), record)
     export.main(["--resume", str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.safetensors"), "--check", str(turned)])
     assert exported.read(tmp_path / "a.safetensors")["network"]["orientation"] == (orientation or "stored")
     assert ("were turned upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
@@ -601,7 +601,7 @@ def test_too_many_pixels_are_one_line(tmp_path, monkeypatch):
 
 
 def test_transform_of_the_hub_is_evaluation_in_all_modes(turned, tmp_path):
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
     _, transform = hubconf.embedding(str(tmp_path / "a.pth"))
     rgba, _ = cut_out(np.asarray(picture(2)))
     Image.fromarray(rgba).save(tmp_path / "alpha.png")
@@ -673,7 +673,7 @@ def test_files_that_are_left_out_are_named(phone, tmp_path, capsys):
     assert printed(search.main, *query, phone / "ant", phone / "bee").count("2 .cr2") == 1
     assert "Left out" not in printed(search.main, *query, phone / "ant" / "1.JPG")
     pytest.importorskip("safetensors")
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
     check = ["--resume", tmp_path / "a.pth", "--out", tmp_path / "a.safetensors", "--check", phone]
     assert printed(export.main, *check).count("1 .mov") == 1
 

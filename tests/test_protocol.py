@@ -213,9 +213,9 @@ def test_folds_one_by_one_and_together(root, of_three_folds, capsys):
 
 def test_checkpoints_of_two_kinds_are_refused(root, of_three_folds, tmp_path, capsys):
     logs, content, _ = of_three_folds
-    path = logs / content["seeds"][0]["runs"][0] / "cub_resnet18_best.pth"
+    path = logs / content["seeds"][0]["runs"][0] / "cub_tiny_best.pth"
     other = checkpoint.Checkpoint(path).spec.to_record() | {"image_size": 64}
-    trees.save_checkpoint(tmp_path / "b.pth", net.create("resnet18", 8), other)
+    trees.save_checkpoint(tmp_path / "b.pth", net.create("tiny", 8), other)
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--dataset", "cub", "--resume", str(path), str(tmp_path / "b.pth")])
     assert end.value.code == 2 and "image_size 64 instead of 32" in capsys.readouterr().err

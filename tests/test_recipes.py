@@ -160,7 +160,7 @@ def logs(cub_root, weights, tmp_path_factory):
 def test_backbone_alone_has_a_file_of_its_own(logs, weights, cub_root):
     assert [row["epoch"] for row in read_metrics(run_folder(logs))] == ["0", "1"]
     before = json.loads((run_folder(logs) / "backbone.json").read_text())
-    network = net.create("resnet18", 8, weights).eval()
+    network = net.create("tiny", 8, weights).eval()
     (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
     with torch.no_grad():
         features = network.model.pooled(network.normalize(torch.stack([image for image, _ in images])))
@@ -269,7 +269,7 @@ def test_given_defaults_are_recorded_as_defaults_are():
 
 
 def test_head_is_in_the_record_and_obeyed(logs, cub_root):
-    best = run_folder(logs) / "cub_resnet18_best.pth"
+    best = run_folder(logs) / "cub_tiny_best.pth"
     assert checkpoint.Checkpoint(best).spec.head == "layernorm"
     line = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(best)]
     metrics = evaluate.main(line)

@@ -57,7 +57,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     trees.inshop(folder / "data")
     torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
     flags = {"dataset": "Inshop", "resume": folder / "a.pth", "report": folder / "page"}
     evaluate.main(arguments(folder / "data", **flags))
     return folder / "page" / "index.html"
@@ -378,7 +378,7 @@ def test_class_that_the_gallery_lacks(tmp_path):
 
 def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
     """Also a web page of somebody's, whose pictures would go; a report is written over."""
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
     site = tmp_path / "site"
     (site / "images").mkdir(parents=True)
     (site / "index.html").write_text("<html>mine</html>")

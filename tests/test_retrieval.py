@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import examples
 
 import evaluate
 import net
@@ -282,8 +283,8 @@ def test_map_at_r_ties_and_lonely_queries():
 
 
 def evaluate_untrained(root, folder, network=None, **changed):
-    trees.save_checkpoint(folder / "a.pth", network or net.create("resnet18", 8), {})
-    flags = {"dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "image-size": 32}
+    trees.save_checkpoint(folder / "a.pth", network or net.create("tiny", 8), {})
+    flags = {"dataset": "cub", "data-root": root, "model": "tiny", "embedding-size": 8, "image-size": 32}
     flags |= {"workers": 0, "resume": folder / "a.pth"} | changed
     return evaluate.main(
         ["--allow-partial", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]

@@ -120,7 +120,7 @@ def test_evaluation_gives_the_recalls_of_training(trained, cub_root, capsys):
     best = max(read_metrics(trained), key=lambda row: (float(row["R@1"]), -int(row["epoch"])))
     assert metrics == {k: float(v) for k, v in best.items() if k in metrics}
     assert len(metrics) == 8
-    assert "all 21 tensors match" in capsys.readouterr().out
+    assert "all 22 tensors match" in capsys.readouterr().out
 
 
 def without_seconds(folder):
@@ -176,8 +176,8 @@ def test_checkpoint_says_how_it_is_used(trained, cub_root, capsys, name):
 
 def test_crop_that_a_checkpoint_or_a_run_does_not_tell_is_the_former(tmp_path):
     """Releases that did not record it cropped glyphs as all others; today's network sees them whole."""
-    network = net.create("resnet18", 8)
-    former = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+    network = net.create("tiny", 8)
+    former = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
     trees.save_checkpoint(tmp_path / "former.pth", network, former)
     assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).spec.crop == 0.875
     assert run_folders.differences(former, former | {"crop": 0.875}) == []
@@ -387,7 +387,7 @@ def test_queries_without_a_positive_are_counted(tmp_path, capsys):
     trees.cub(tmp_path / "data")
     for i in range(5):
         (tmp_path / "data" / "CUB_200_2011" / "images" / "101.Bird_101" / f"Bird_101_{i:04d}.jpg").unlink()
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), {})
     evaluate.main(arguments(tmp_path / "data", resume=tmp_path / "a.pth"))
     assert "1 of 13 queries have no image of their class to find" in capsys.readouterr().out
 
@@ -501,7 +501,7 @@ def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
 
 def test_checkpoint_errors(cub_root, tmp_path, capsys):
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), "There is no checkpoint")
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 16), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 16), {})
     message = r"another network: .*model.embedding.weight: expected \(8, 512\), found \(16, 512\)"
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), message)
 

@@ -34,7 +34,7 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(("a.pth", "b.pth")):
         torch.manual_seed(seed)
-        trees.save_checkpoint(folder / name, net.create("resnet18", 8), RECORD)
+        trees.save_checkpoint(folder / name, net.create("tiny", 8), RECORD)
     return folder
 
 
@@ -87,7 +87,7 @@ def euclidean(tmp_path_factory):
     """A checkpoint whose embeddings are compared by their Euclidean distance, as they are."""
     folder = tmp_path_factory.mktemp("euclidean")
     torch.manual_seed(0)
-    network = net.create("resnet18", 8, l2_norm=False)
+    network = net.create("tiny", 8, l2_norm=False)
     trees.save_checkpoint(folder / "a.pth", network, RECORD | {"l2_norm": 0, "distance": "euclidean"})
     return folder
 
@@ -115,7 +115,7 @@ def test_table_of_distances(euclidean, images, tmp_path, capsys):
 
 
 def test_unknown_distance_is_damage(images, tmp_path, capsys):
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"distance": "manhattan"})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD | {"distance": "manhattan"})
     fails(lambda: make(tmp_path, images, tmp_path / "index"), capsys, "a.pth is damaged: its record of the network")
 
 

@@ -21,7 +21,7 @@ def photos(tmp_path_factory):
 
 def new_checkpoint(path, **changed):
     torch.manual_seed(0)
-    network = net.create("resnet18", 8, l2_norm=bool(changed.get("l2_norm", 1)))
+    network = net.create("tiny", 8, l2_norm=bool(changed.get("l2_norm", 1)))
     trees.save_checkpoint(path, network, RECORD | changed)
     return path
 

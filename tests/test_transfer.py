@@ -21,19 +21,22 @@ from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import map_at_r, recall_at_k
 from proxy_anchor.spec import NetworkSpec
 
-RECORD = {"model": "resnet18", "embedding_size": 12, "image_size": 32, "l2_norm": 1, "crop": 0.875}
+RECORD = {"model": "tiny", "embedding_size": 12, "image_size": 32, "l2_norm": 1, "crop": 0.875}
+
+
+def save_teacher(path, model="tiny"):
+    """A checkpoint whose network tells the images apart."""
+    torch.manual_seed(5)
+    network = net.create(model, 12)
+    for norm in network.model.norms():
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    trees.save_checkpoint(path, network, RECORD | {"model": model})
+    return path
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A checkpoint whose network tells the images apart."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(5)
-    network = net.create("resnet18", 12)
-    for norm in network.model.norms():
-        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    trees.save_checkpoint(folder / "teacher.pth", network, RECORD)
-    return folder / "teacher.pth"
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
 def arguments(teacher, root, logs, **changed):
@@ -98,8 +101,8 @@ def test_folder_and_schedule(logs, teacher):
     assert folder.name == (f"tiny_Relaxed_Contra_embedding8_from_{source}_sigma1_delta1_adamw_lr0.0001_batch4_seed0")
     rows = read_figures(logs)
     assert [row["lr"] for row in rows] == pytest.approx([1e-4 * (1 + math.cos(math.pi * e / 2)) / 2 for e in (0, 1)])
-    expected = NetworkSpec("resnet18", 8, 32, l2_norm=0, head="orthogonal", distance="euclidean")
-    assert checkpoint.Checkpoint(folder / "cub_resnet18_best.pth").spec == expected
+    expected = NetworkSpec("tiny", 8, 32, l2_norm=0, head="orthogonal", distance="euclidean")
+    assert checkpoint.Checkpoint(folder / "cub_tiny_best.pth").spec == expected
     assert (folder / "curves.png").exists()
 
 
@@ -150,7 +153,7 @@ def test_other_teacher_or_schedule_does_not_continue_a_run(teacher, cub_root, tm
     before = config.read_text()
     other = tmp_path / "other.pth"
     torch.manual_seed(6)
-    trees.save_checkpoint(other, net.create("resnet18", 12), RECORD)
+    trees.save_checkpoint(other, net.create("tiny", 12), RECORD)
     for flags, words in (
         (
             ["--source-ckpt", str(other)],
@@ -180,7 +183,7 @@ def test_own_images_cached_and_in_mixed_precision(teacher, tmp_path):
     trees.folder(tmp_path / "photos")
     flags = {"dataset": "folder", "cache": tmp_path / "cache", "amp": "bf16", "l2-norm": 1, "epochs": 1}
     transfer.main(arguments(teacher, tmp_path / "photos", tmp_path, **flags))
-    (best,) = tmp_path.glob("logs_folder/*/folder_resnet18_best.pth")
+    (best,) = tmp_path.glob("logs_folder/*/folder_tiny_best.pth")
     assert checkpoint.Checkpoint(best).spec.distance == "cosine" and list((tmp_path / "cache").iterdir())
 
 
@@ -227,7 +230,7 @@ def test_search_with_the_student(logs, cub_root, tmp_path, capsys):
     network = net.create("tiny", 8, l2_norm=False)
     checkpoint.load(best, network)
     paths = [result["query"] for result in results]
-    images = search.unlabelled(paths, NetworkSpec("resnet18", 8, 32))
+    images = search.unlabelled(paths, NetworkSpec("tiny", 8, 32))
     x, _ = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0))
     nearest = torch.cdist(x.double(), x.double()).topk(4, largest=False)
     for result, distances, order in zip(results, *nearest):

@@ -171,6 +171,7 @@ def test_silent_processes_print_names_of_any_bytes(monkeypatch):
         print(os.fsdecode(b"\xff.jpg"))
 
 
+@pytest.mark.slow
 def test_torchrun(cub_root, tmp_path):
     """The scripts under torchrun: the same figures, one folder, one voice."""
     common = [
@@ -205,6 +206,7 @@ def test_torchrun(cub_root, tmp_path):
     assert [float(cell) for cell in row.split()[2:]] == pytest.approx([100 * v for v in metrics.values()], abs=0.005)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     """A process dies: torchrun starts all again, and they go on. Then one process goes on where two were."""
     flags = [
@@ -259,6 +261,7 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
     """The processes agree on the step after which they stop."""
     flags = [
@@ -299,6 +302,7 @@ def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
     assert checkpoint.read(last)["progress"]["epoch"] >= 2
 
 
+@pytest.mark.slow
 def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
     import trees
 

@@ -81,6 +81,7 @@ def page_of_photographs(tmp_path_factory):
     return write(tmp_path_factory.mktemp("photographs"), queries, **{"a_remark" * 5: {"R@1": 0.5}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["page", "page_of_photographs"])
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
 def test_browser_shows_the_page(request, which, width, scheme):

@@ -90,6 +90,7 @@ def test_every_part_goes_on(cub_root, tmp_path, monkeypatch, loss, flags):
     kills.assert_identical(kills.outcome(tmp_path / "two"), kills.outcome(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_kills(cub_root, tmp_path, uninterrupted):
     """20 times SIGKILL at random moments."""
     context = kills.processes("helpers")
@@ -344,6 +345,7 @@ def test_second_interrupt_ends_at_once():
         time.sleep(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_job", [False, True])
 def test_signal_to_a_running_command(cub_root, tmp_path, whole_job):
     """SIGTERM as a scheduler sends it, to the process or to all of the job: the workers do not take the step away."""

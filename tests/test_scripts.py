@@ -536,6 +536,7 @@ def run_limited(shell, *flags):
     return subprocess.run(["bash", "-c", f"{shell}; {command}"], capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_memory_that_is_too_small(cub_root, tmp_path):
     large = {"image-size": 1024, "batch-size": 24, "warm": 0}
     flags = arguments(cub_root, model="resnet18", pretrained="none", LOG_DIR=tmp_path, **large)
@@ -544,6 +545,7 @@ def test_memory_that_is_too_small(cub_root, tmp_path):
     assert "The memory is exhausted: choose a smaller --batch-size" in done.stderr
 
 
+@pytest.mark.slow
 def test_shared_memory_that_is_too_small(cub_root, tmp_path):
     """A real /dev/shm of 200 kB, in a mount namespace of its own."""
     namespace = ["unshare", "-m", "bash", "-c"]
@@ -566,6 +568,7 @@ def test_closed_streams(cub_root, tmp_path):
     assert (run_folder(tmp_path) / "last.pth").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["ro", "size=4k"])
 def test_shared_memory_that_workers_cannot_have(cub_root, tmp_path, options):
     """One line, and not another one of the loader that was made by half."""
@@ -580,6 +583,7 @@ def test_shared_memory_that_workers_cannot_have(cub_root, tmp_path, options):
     assert "/dev/shm is full or cannot be written: choose --workers 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_compiler_that_fails_keeps_its_traceback(cub_root, tmp_path):
     compiler = tmp_path / "compiler"
     answer = "sys.exit(0 if '--version' in sys.argv else 'error: ' * 20_000)"

@@ -14,6 +14,7 @@ import trees
 from helpers import RECORD, described, fails
 from helpers import make_index as make
 from helpers import query_index as found
+from pages import REPOSITORY
 
 import net
 import search
@@ -101,8 +102,8 @@ def test_kill_while_a_block_is_written(weights, images, tmp_path, capsys, monkey
     make(weights, images, tmp_path / "whole")
     program = f"""
         import os, signal, sys
-        sys.path[:0] = {[str(Path(search.__file__).parent)]}
-        import search
+        sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / "tests")]}
+        import helpers, search
         from proxy_anchor import files
 
         def replace(source, target, original=os.replace):

@@ -336,7 +336,8 @@ def test_results_of_other_settings_are_kept(root, finished):
 
 
 def test_protocol_goes_on_when_nobody_reads_its_output(root, tmp_path):
-    command = [sys.executable, "-u", protocol.__file__, "--seeds", "1", "--", *flags(root, tmp_path, model="resnet18", epochs=1)]
+    argv = flags(root, tmp_path, model="resnet18", epochs=1)
+    command = [sys.executable, "-u", protocol.__file__, "--seeds", "1", "--", *argv]
     assert without_reader(command, 1, stderr=subprocess.STDOUT) == (0, "")
     assert list(tmp_path.glob("protocol_cub/*/results.json"))
 

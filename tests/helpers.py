@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import kills
 import numpy as np
 import pytest
 import torch
@@ -230,11 +231,11 @@ def in_processes(count, function, *arguments):
     """function(*arguments) in each of `count` processes; the result of the first."""
     if count == 1:
         return function(*arguments)
-    # Threads of this process would not be there in a fork, so the processes are spawned.
-    with mp.Manager() as manager:
+    # Threads of this process would not be there in a fork of it, so the processes are forks of another.
+    with kills.processes("helpers").Manager() as manager:
         results = manager.dict()
         port = 20000 + os.getpid() % 20000
-        mp.spawn(_process, (count, port, function, arguments, results), nprocs=count)
+        mp.start_processes(_process, (count, port, function, arguments, results), count, start_method="forkserver")
         assert all(results[rank][0] == results[0][0] for rank in results)
         return results[0][1]
 

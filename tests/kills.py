@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 
 def run(argv):
@@ -33,7 +34,8 @@ def processes(*modules):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", __name__, *modules])
     first = context.Process(target=time.sleep, args=(0,))  # starts the server, which imports torch
-    first.start()
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # older Pythons give it no path
+        first.start()
     first.join()
     return context
 

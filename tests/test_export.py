@@ -551,7 +551,7 @@ assert sys.path == [*before, repository + "/hub"]
     fresh(program, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_what_the_hub_returns_is_pickled_spawned_and_halved(name, tmp_path):
     """In this process, in one that it spawns, and in another one that has the folder hub/ in its path."""
     if name == "test_vit":

@@ -601,7 +601,7 @@ def test_too_many_pixels_are_one_line(tmp_path, monkeypatch):
 
 
 def test_transform_of_the_hub_is_evaluation_in_all_modes(turned, tmp_path):
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"model": "resnet18"})
     _, transform = hubconf.embedding(str(tmp_path / "a.pth"))
     rgba, _ = cut_out(np.asarray(picture(2)))
     Image.fromarray(rgba).save(tmp_path / "alpha.png")

@@ -502,7 +502,7 @@ def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
 def test_checkpoint_errors(cub_root, tmp_path, capsys):
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), "There is no checkpoint")
     trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 16), {})
-    message = r"another network: .*model.embedding.weight: expected \(8, 512\), found \(16, 512\)"
+    message = r"another network: .*model.embedding.weight: expected \(8, 48\), found \(16, 48\)"
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), message)
 
 
@@ -618,7 +618,8 @@ def test_broken_pipe_of_something_else_is_an_error(capfd):
 
 
 def test_batchnorm_on_a_single_image(cub_root, tmp_path):
-    argv = arguments(cub_root, **{"pretrained": "none", "LOG_DIR": tmp_path, "batch-size": 1, "bn-freeze": 0})
+    flags = {"model": "resnet18", "pretrained": "none", "LOG_DIR": tmp_path, "batch-size": 1, "bn-freeze": 0}
+    argv = arguments(cub_root, **flags)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         train.main(argv)
 

@@ -281,7 +281,9 @@ def test_child_passes_on_how_it_ends():
 
 def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit) as end:
-        protocol.main(["--", *flags(root, tmp_path / "logs", model="resnet18"), "--data-root", str(tmp_path / "nowhere")])
+        protocol.main(
+            ["--", *flags(root, tmp_path / "logs", model="resnet18"), "--data-root", str(tmp_path / "nowhere")]
+        )
     errors = capfd.readouterr().err.splitlines()
     assert end.value.code == 1 and len(errors) == 1 and errors[0].startswith("train.py: error: There is no ")
 

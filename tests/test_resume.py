@@ -25,6 +25,7 @@ from proxy_anchor import checkpoint, files, randomness
 from proxy_anchor.runs import resuming, run_folders, stopping
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.run import Run
+from proxy_anchor.spec import NetworkSpec
 
 
 def arguments(root, logs, **changed):
@@ -374,13 +375,13 @@ def test_write_that_fails_leaves_the_old_file(tmp_path):
     """The file size limit of the process makes real writes fail half-way."""
     path = tmp_path / "run.pth"
     network = torch.nn.Linear(100, 100)
-    trees.save_checkpoint(path, network, {})
+    checkpoint.save(path, network, NetworkSpec("tiny", 8, 32))
     old = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(OSError, match=r"run\.pth cannot be written .*MB free"):
-            trees.save_checkpoint(path, network, {})
+            checkpoint.save(path, network, NetworkSpec("tiny", 8, 32))
         with pytest.raises(OSError, match=r"text cannot be written"), files.replacing(tmp_path / "text") as temporary:
             temporary.write_text("x" * 30_000)
     finally:

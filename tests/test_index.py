@@ -340,6 +340,7 @@ def test_search_goes_on_while_an_update_replaces_the_index(tmp_path):
         assert expected != Index.open(folder).search(x[:5], 3)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_index(tmp_path):
     """Ten times the vectors, 92 MB more of them, take hardly more memory to build, to update and to search."""
     program = f"""

@@ -123,7 +123,9 @@ class Training(NamedTuple):
         """The folder of the run. Raises FileNotFoundError if it has not run."""
         args = train.parse(self.argv)
         path = run_folders.run_dir(Path(args.LOG_DIR), args.dataset, train.run_name(args))
-        if folders := run_folders.of_experiment(path, vars(args) | net.identity(args.pretrained)):
+        config = vars(args) | args.spec.to_record() | net.identity(args.pretrained)
+        del config["spec"]
+        if folders := run_folders.of_experiment(path, config):
             return folders[-1]
         raise FileNotFoundError(f"There is no run {path}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import REPOSITORY
 from torch.utils.data import DataLoader, TensorDataset
 
 import net
@@ -15,7 +16,6 @@ from proxy_anchor import hardware, losses, retrieval, training
 from proxy_anchor.embedding import Embedder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.cuda,  # conftest.py hides CUDA from the other tests

@@ -298,7 +298,7 @@ def test_two_classes_have_intervals_of_the_replicates_with_both():
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     """The largest tensor that any operation makes is the same for all numbers of pairs: that of the two histograms."""
-    monkeypatch.setitem(tiles.TILE, "cpu", 48)
+    monkeypatch.setitem(tiles.TILE, "cpu", 96)
     monkeypatch.setattr(pairs, "CELLS", 1 << 14)
     largest = []
 

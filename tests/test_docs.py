@@ -180,11 +180,10 @@ def test_python_of_the_page_on_transfer_runs():
     assert names["loss"].item() > 0 and names["student"].weight.grad.abs().sum() > 0
 
 
-def test_method_quotes_the_loss_in_six_lines():
+def test_method_quotes_the_loss():
     source = inspect.getsource(losses.equation)
     body = textwrap.dedent(source.split('"""')[-1].lstrip("\n"))
     assert blocks(REPOSITORY / "docs" / "method.md", "python") == [body]
-    assert len(body.splitlines()) == 6
 
 
 @pytest.mark.parametrize("folder", ["code", "code/runs", "code/report", "code/index", "net", "dataset"])

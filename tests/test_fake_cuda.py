@@ -158,7 +158,7 @@ def test_networks(fake_cuda, name, amp, dtype):
 @pytest.mark.parametrize("name", ["adamw", "adam"])  # of the others torch has no fused one, or no fake of it
 def test_optimizers(fake_cuda, name, amp):
     """Unscaling, clipping and the step; with fp16 only a fused optimizer can skip a step without a look."""
-    network, criterion = net.create("resnet18", 8), losses.ProxyAnchor(4, 8)
+    network, criterion = net.create("tiny", 8), losses.ProxyAnchor(4, 8)
     with fake_cuda():
         scaler = Embedder(network, GPU, amp).scaler
         optimizer = training.create_optimizer(name, network, criterion.to(GPU), 1e-4, 1e-4)

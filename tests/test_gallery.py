@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_distributed import in_processes
+from helpers import in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxy_anchor import collectives, retrieval, tiles

@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from test_distributed import in_processes
-from test_own import write_csv
-from test_report import Squares
-from test_retrieval import examples
-from test_scripts import read_metrics
+from helpers import Squares, examples, in_processes, read_metrics, write_csv
 
 import dataset
 import evaluate
@@ -252,8 +248,8 @@ def test_other_groups_are_other_data(tmp_path):
 
 def test_scripts_leave_groups_out(tmp_path, capsys):
     """Copies of the images are found at once, unless the file says that they are of one group."""
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), {})
-    flags = ["--batch-size", "16", "--workers", "0", "--dataset", "csv", "--model", "resnet18", "--embedding-size", "8"]
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), {})
+    flags = ["--batch-size", "16", "--workers", "0", "--dataset", "csv", "--model", "tiny", "--embedding-size", "8"]
     flags += ["--image-size", "32", "--data-root"]
     tables = {name: str(photos(tmp_path / name, name == "with")) for name in ("with", "without")}
     evaluation_flags = ["--resume", str(tmp_path / "a.pth")]
@@ -266,7 +262,7 @@ def test_scripts_leave_groups_out(tmp_path, capsys):
     train.main([*flags, tables["with"], "--pretrained", "none", "--epochs", "1", "--LOG_DIR", str(tmp_path / "logs")])
     assert words in capsys.readouterr().out
     (run,) = tmp_path.glob("logs/logs_csv/*")
-    metrics = evaluate.main([*flags, tables["with"], "--resume", str(run / "csv_resnet18_best.pth")])
+    metrics = evaluate.main([*flags, tables["with"], "--resume", str(run / "csv_tiny_best.pth")])
     assert metrics["R@1"] == float(read_metrics(run)[0]["R@1"])
     assert metrics["MAP@R"] == float(read_metrics(run)[0]["MAP@R"])
 

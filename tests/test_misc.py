@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import thresholds
 import torch
 import trees
-from test_report import RECORD
+from helpers import RECORD
 
 import net
 import protocol
@@ -18,10 +19,8 @@ import train
 import transfer
 from dataset import glyphs
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
-import thresholds
-
 MISC = Path(thresholds.__file__).parent
+RESNET = RECORD | {"model": "resnet18"}
 
 # Instead of Python: it writes its arguments down, and makes what the scripts look for afterwards.
 PYTHON = """#!/usr/bin/env bash
@@ -68,7 +67,7 @@ def commands_of(tmp_path):
     letters(tmp_path / "data", count=30, images=1)
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
-    trees.save_checkpoint(tmp_path / "teacher.pth", net.create("resnet18", 128), RECORD | {"embedding_size": 128})
+    trees.save_checkpoint(tmp_path / "teacher.pth", net.create("resnet18", 128), RESNET | {"embedding_size": 128})
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "WRITTEN": str(tmp_path / "written"),
@@ -126,7 +125,7 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(thresholds, "FAR", 0.1)
     path = tmp_path / "a.pth"
     trees.save_checkpoint(
-        path, net.create("resnet18", 8, head="layernorm"), RECORD | {"head": "layernorm", "crop": 1.0}
+        path, net.create("resnet18", 8, head="layernorm"), RESNET | {"head": "layernorm", "crop": 1.0}
     )
     thresholds.main([str(path), "--data-root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import RECORD, Squares, arguments
 from sklearn.metrics import roc_auc_score
-from test_scripts import arguments
 
 import evaluate
 import net
@@ -22,19 +22,6 @@ from proxy_anchor.evaluation import measure
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report import page as report_page
 from proxy_anchor.retrieval import best_positive_rank
-
-RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
-
-
-class Squares:
-    """Stands for a dataset: image i is a square of one grey."""
-
-    def __init__(self, labels, classes, side=32):
-        self.labels, self.classes, self.side = labels, classes, side
-        self.paths = [f"{i}.jpg" for i in range(len(labels))]
-
-    def __getitem__(self, index):
-        return torch.full((3, self.side, self.side), index % 256, dtype=torch.uint8), int(self.labels[index])
 
 
 def random_set(count, classes, seed=0, distance="cosine"):
@@ -70,7 +57,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     trees.inshop(folder / "data")
     torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
     flags = {"dataset": "Inshop", "resume": folder / "a.pth", "report": folder / "page"}
     evaluate.main(arguments(folder / "data", **flags))
     return folder / "page" / "index.html"
@@ -94,6 +81,7 @@ def page_of_photographs(tmp_path_factory):
     return write(tmp_path_factory.mktemp("photographs"), queries, **{"a_remark" * 5: {"R@1": 0.5}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["page", "page_of_photographs"])
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
 def test_browser_shows_the_page(request, which, width, scheme):
@@ -391,7 +379,7 @@ def test_class_that_the_gallery_lacks(tmp_path):
 
 def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
     """Also a web page of somebody's, whose pictures would go; a report is written over."""
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
     site = tmp_path / "site"
     (site / "images").mkdir(parents=True)
     (site / "index.html").write_text("<html>mine</html>")

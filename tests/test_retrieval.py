@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import examples
 
 import evaluate
 import net
@@ -30,20 +31,6 @@ def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="co
         ranks.append(found.index(True) if True in found else -1)
         tied.append(ranks[-1] > 0 and ranking[ranks[-1]][0] == ranking[0][0])
     return ranks, tied
-
-
-def examples(kind, distance, random):
-    """200 embeddings of a kind, in float32 or float64; of unit length for the cosine."""
-    x = random.normal(size=(200, 16))
-    if kind == "ties" and distance == "cosine":
-        # Products are exactly representable, so that ties are ties in any precision; many are duplicates.
-        return np.hstack([random.choice([-0.5, 0.5], size=(200, 4)), np.zeros((200, 12))]).astype(np.float32)
-    if kind == "ties":  # points of a grid, far from 0: many pairs are equally distant
-        return (1000 + random.integers(0, 4, size=(200, 3))).astype(np.float32)
-    if distance == "euclidean":
-        x *= 10 ** random.uniform(-4, 4, size=(200, 1))
-        return {"random": x.astype(np.float32), "float64": x, "far": (1e4 + 1e-2 * x).astype(np.float32)}[kind]
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +283,8 @@ def test_map_at_r_ties_and_lonely_queries():
 
 
 def evaluate_untrained(root, folder, network=None, **changed):
-    trees.save_checkpoint(folder / "a.pth", network or net.create("resnet18", 8), {})
-    flags = {"dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "image-size": 32}
+    trees.save_checkpoint(folder / "a.pth", network or net.create("tiny", 8), {})
+    flags = {"dataset": "cub", "data-root": root, "model": "tiny", "embedding-size": 8, "image-size": 32}
     flags |= {"workers": 0, "resume": folder / "a.pth"} | changed
     return evaluate.main(
         ["--allow-partial", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
@@ -306,7 +293,7 @@ def evaluate_untrained(root, folder, network=None, **changed):
 
 def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
     """All the 18 images of 3 classes as one point: misses here, and hits by the published rule."""
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     with torch.no_grad():
         network.model.embedding.weight.zero_()
     assert evaluate_untrained(cub_root, tmp_path, network)["R@1"] == 0
@@ -321,7 +308,7 @@ def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
 @pytest.mark.parametrize("remark, lines", [("", ["this checkpoint", "published"]), ("published", ["published"] * 2)])
 def test_published_results_have_a_line_of_their_own(cub_root, tmp_path, monkeypatch, capsys, remark, lines):
     """Also where the user's name for the measured ones is that of the published."""
-    monkeypatch.setitem(published.RESULTS, ("cub", "resnet18"), {1: 12.34})
+    monkeypatch.setitem(published.RESULTS, ("cub", "tiny"), {1: 12.34})
     metrics = evaluate_untrained(cub_root, tmp_path, remark=remark)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(lines))]
     assert [row.startswith(name) for row, name in zip(rows, lines, strict=True)] == [True, True]

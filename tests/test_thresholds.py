@@ -6,8 +6,7 @@ import re
 import pytest
 import torch
 import trees
-from test_report import RECORD
-from test_scripts import arguments
+from helpers import RECORD, arguments
 
 import evaluate
 import net
@@ -22,7 +21,7 @@ def photos(tmp_path_factory):
 
 def new_checkpoint(path, **changed):
     torch.manual_seed(0)
-    network = net.create("resnet18", 8, l2_norm=bool(changed.get("l2_norm", 1)))
+    network = net.create("tiny", 8, l2_norm=bool(changed.get("l2_norm", 1)))
     trees.save_checkpoint(path, network, RECORD | changed)
     return path
 
@@ -83,7 +82,7 @@ def test_pairs_are_compared_where_it_is_asked_for(photos, tmp_path, capsys):
 
 def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
     """In the old format, from several GPUs, without a record of its network."""
-    state = {f"module.{key}": value for key, value in net.create("resnet18", 8).state_dict().items()}
+    state = {f"module.{key}": value for key, value in net.create("tiny", 8).state_dict().items()}
     torch.save({"model_state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     identity = checkpoint.Checkpoint(tmp_path / "old.pth").identity
     assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold == {}
@@ -95,7 +94,7 @@ def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
 
 
 def test_identity_is_that_of_the_weights(tmp_path):
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     state = network.state_dict()
     path = tmp_path / "a.pth"
 

@@ -368,7 +368,7 @@ def open_network(contract: dict, path: str, checkpoint: Checkpoint | None) -> tu
 def embedder(network: torch.nn.Module, args: argparse.Namespace):
     """A function from images to their embeddings (N, D)."""
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp, args.compile)
-    return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))[0]
+    return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers)).vectors
 
 
 def query(args: argparse.Namespace) -> None:

@@ -11,14 +11,26 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, distributed, evaluation, exported, hardware, published, randomness, verification
-from proxy_anchor.checkpoint import Checkpoint, digest, in_run, save_threshold
-from proxy_anchor.collectives import Parts
+from proxy_anchor import (
+    cli,
+    collectives,
+    distributed,
+    evaluation,
+    exported,
+    hardware,
+    published,
+    randomness,
+    verification,
+)
+from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.report import page
 from proxy_anchor.runs import logbook
+from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.vectors import Embeddings, concat_columns
+from proxy_anchor.weights import digest
 
 EXAMPLES = """examples:
   a published checkpoint:
@@ -34,14 +46,6 @@ EXAMPLES = """examples:
 """
 
 
-def rate(text: str) -> float:
-    """An argument strictly between 0 and 1."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
 def parse(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
@@ -49,7 +53,7 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), hardware.options(), cli.options()],
+        parents=[dataset.options(training=False), net.options(training=False), hardware.options()],
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -63,7 +67,10 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
-        "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
+        "--report",
+        type=cli.path,
+        metavar="DIR",
+        help="write a web page with queries, classes, similarities and a map to this folder",
     )
     group.add_argument(
         "--verify",
@@ -74,7 +81,7 @@ def parse(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--calibrate",
         nargs="?",
-        type=rate,
+        type=cli.number(lambda value: 0 < value < 1, "not between 0 and 1"),
         const=0.01,
         metavar="RATE",
         help="choose the threshold that accepts this share of different-class pairs (0.01 if not given) on half of the "
@@ -82,19 +89,17 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
-    with cli.errors_in_one_line("evaluate.py", args.debug):
+    with cli.errors_in_one_line("evaluate.py"):
         paths = [in_run(path) for path in args.resume]
         checkpoints = [Checkpoint(path) for path in paths]
-    contract, *others = [each.contract for each in checkpoints] or [{}]
+    recorded, *others = [checkpoint.spec for checkpoint in checkpoints] or [None]
     for path, other in zip(paths[1:], others):
-        if different := [name for name in contract | other if contract.get(name) != other.get(name)]:
-            listed = ", ".join(f"{name} {other.get(name)} instead of {contract.get(name)}" for name in different)
-            parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({listed})")
-    args = cli.parse_with_contract(parser, argv, contract)
+        if other != recorded:
+            differing = differences(other, recorded)
+            parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({differing})")
     args.resume, args.checkpoints = paths, checkpoints
-    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args, contract)
+    args.spec = net.spec_of(parser, args, recorded, dataset.crop_of(args.dataset))
     if args.calibrate and len(args.resume) != 1:
         parser.error("argument --calibrate: the threshold is recorded in a checkpoint: give one with --resume")
     if args.calibrate and exported.is_exported(args.resume[0]):
@@ -106,39 +111,41 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def load(checkpoint: Checkpoint, args: argparse.Namespace) -> torch.nn.Module:
-    if session := checkpoint.content.get("session"):
-        program = exported.open_onnx(checkpoint.path, session, args.image_size, args.embedding_size)
-        print(f"Loaded {printable(str(checkpoint.path))}: onnxruntime runs it on the CPU.")
-        return program
-    network = net.create(
-        args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
-    )
-    matched = checkpoint.load(network)
-    print(f"Loaded {printable(str(checkpoint.path))}: all {matched} tensors match.")
+def differences(spec: NetworkSpec | None, other: NetworkSpec | None) -> str:
+    """The entries in which two specs differ."""
+    records = [each.to_record() if each else {} for each in (spec, other)]
+    names = [name for name in records[0] | records[1] if records[0].get(name) != records[1].get(name)]
+    return ", ".join(f"{name} {records[0].get(name)} instead of {records[1].get(name)}" for name in names)
+
+
+def load(checkpoint: Checkpoint, spec: NetworkSpec) -> torch.nn.Module:
+    network = checkpoint.open(spec, net.from_spec)
+    tensors = len(network.state_dict())
+    how = f"all {tensors} tensors match" if tensors else "onnxruntime runs it on the CPU"
+    print(f"Loaded {printable(str(checkpoint.path))}: {how}.")
     return network
 
 
 def open_networks(args: argparse.Namespace) -> tuple[list[torch.nn.Module], str, str]:
     """The networks to evaluate, where they come from, and the identity of their weights."""
     if not args.backbone_only:
-        networks = [load(checkpoint, args) for checkpoint in args.checkpoints]
+        networks = [load(checkpoint, args.spec) for checkpoint in args.checkpoints]
         return networks, ", ".join(args.resume), ", ".join(checkpoint.identity for checkpoint in args.checkpoints)
     randomness.seed(1)  # for --pretrained none: the same network each time, and in each process
-    with distributed.first_process_first():
-        network = net.create(args.model, None, args.pretrained, image_size=args.image_size)
-    source = f"{args.model} alone, pretrained: {args.pretrained}"
+    with collectives.rank_zero_first():
+        network = net.from_spec(args.spec, args.pretrained)
+    source = f"{args.spec.model} alone, pretrained: {args.pretrained}"
     print(f"{printable(source)}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
     return [network], source, digest(network.state_dict())
 
 
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     """The test images or, for some datasets, the queries and the gallery."""
-    geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
-    with distributed.first_process_first():
+    spec = args.spec
+    with collectives.rank_zero_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, geometry, **choice)
-    cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+        test_sets = dataset.eval_sets(args.dataset, args.data_root, spec.image_size, spec.geometry, **choice)
+    dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     return test_sets
 
 
@@ -152,7 +159,7 @@ class Measurement:
     result: evaluation.Result
     rows: dict[str, dict[str, float]]
 
-    def all_gather(self, processes: Parts) -> "Measurement":
+    def all_gather(self, processes: ProcessGroup) -> "Measurement":
         """With the embeddings of all processes."""
         gallery = None if self.gallery is None else self.gallery.all_gather(processes)
         return replace(self, queries=self.queries.all_gather(processes), gallery=gallery)
@@ -161,10 +168,10 @@ class Measurement:
 def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embeddings | None]]) -> Measurement:
     """Measure the networks one by one and, if there are several, their embeddings as those of one network."""
     ks = dataset.ALL[args.dataset].KS
-    results = [evaluation.measure(queries, ks, gallery, args.distance) for queries, gallery in networks]
+    results = [evaluation.measure(queries, ks, gallery, args.spec.distance) for queries, gallery in networks]
     if len(networks) == 1:
         name = args.remark or ("backbone alone" if args.backbone_only else "this checkpoint")
-        return Measurement(*networks[0], args.distance, results[0], {name: results[0].metrics})
+        return Measurement(*networks[0], args.spec.distance, results[0], {name: results[0].metrics})
     rows = {f"checkpoint {number}": result.metrics for number, result in enumerate(results, start=1)}
     rows["mean"] = {name: fmean(row[name] for row in rows.values()) for name in results[0].metrics}
     queries = concat_columns([queries for queries, _ in networks])
@@ -180,14 +187,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     networks, source, weights = open_networks(args)
     embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
     test_sets = open_test_sets(args)
-    share, group = (distributed.rank(), distributed.count()), distributed.group()
+    share, group = (collectives.rank(), collectives.world_size()), collectives.world()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
-    if args.report and distributed.rank() == 0:
+    if args.report and collectives.rank() == 0:
         page.open_folder(Path(args.report))  # before the work is done
 
     measured = measure(args, [evaluation.embed(embedder, loaders) for embedder in embedders])
     table = dict(measured.rows)
-    if reference := published.RESULTS.get((args.dataset, args.model)):
+    if reference := published.RESULTS.get((args.dataset, args.spec.model)):
         # A row with --remark published stays.
         name = "published by the authors" if "published" in table else "published"
         table[name] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
@@ -195,16 +202,16 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     if args.verify:
         pairs = verification.verify(measured.queries, measured.gallery, measured.distance, group=group)
         print(pairs.text(), end="")
-    if reference and (networks[0].embedding_size, args.image_size) != (512, 224):
+    if reference and (networks[0].embedding_size, args.spec.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
         print("With --allow-partial, only a part of the dataset was evaluated: do not compare the results with others.")
 
     if args.calibrate or args.report:
-        measured = measured.all_gather(Parts(group))
-    if args.calibrate and distributed.rank() == 0:
+        measured = measured.all_gather(ProcessGroup(group))
+    if args.calibrate and collectives.rank() == 0:
         calibrate(args, measured, test_sets)
-    if args.report and distributed.rank() == 0:
+    if args.report and collectives.rank() == 0:
         environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}
         write_report(args, measured, pairs, table, test_sets, environment)
     return measured.rows
@@ -232,7 +239,7 @@ def write_report(
     embeddings = [side for side in (measured.queries, measured.gallery) if side is not None]
     path = page.write(
         Path(args.report),
-        f"{args.model} on {args.dataset}",
+        f"{args.spec.model} on {args.dataset}",
         f"{environment['checkpoint']}; {' searched in '.join(sizes)}, in {args.data_root}",
         rows,
         measured.result,
@@ -247,7 +254,7 @@ def write_report(
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with cli.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
+    with cli.errors_in_one_line("evaluate.py"), distributed.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))
 

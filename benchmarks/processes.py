@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
 from benchmarks.timing import interleaved, print_row, synchronize
-from proxy_anchor import distributed, retrieval, sharded, training
+from proxy_anchor import collectives, retrieval, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.vectors import Embeddings
 
@@ -88,7 +88,7 @@ def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int
     network.model = torch.nn.Module()
     network.model.embedding = torch.nn.Linear(1, 1)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
-    mine = distributed.own(batch_size)
+    mine = collectives.shard(batch_size)
     counted, seconds, found = Counted(), [], []
     for step in range(STEPS):
         torch.manual_seed(step)
@@ -97,7 +97,7 @@ def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int
         synchronize()
         start = time.perf_counter()
         with nullcontext() if step else counted:
-            loss = criterion(distributed.gather(x, batch_size), distributed.gather(labels, batch_size))
+            loss = criterion(collectives.gather_shards(x, batch_size), collectives.gather_shards(labels, batch_size))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -152,13 +152,14 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     embedder = Embedder(network, device)
     criterion = sharded.create("Proxy_Anchor", CLASSES, SIZE, 0.1, 32.0).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
-    share, own = distributed.sizes(batch_size)[rank], distributed.own(images)
+    share, own = collectives.shard_sizes(batch_size)[rank], collectives.shard(images)
     pixels = torch.randint(256, (share, 3, image_size, image_size), dtype=torch.uint8, device=device)
     targets = torch.randint(CLASSES, (share,), device=device)
     labels = torch.arange(images, device=device)[own] // 5
 
     def loss_of(images, labels):
-        return criterion(distributed.gather(embedder(images), batch_size), distributed.gather(labels, batch_size))
+        embeddings = collectives.gather_shards(embedder(images), batch_size)
+        return criterion(embeddings, collectives.gather_shards(labels, batch_size))
 
     epoch = partial(
         training.train_one_epoch,
@@ -173,7 +174,7 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     epoch()
     before = peak(device)
     embeddings = F.normalize(torch.randn(len(labels), SIZE, device=device))
-    search = partial(retrieval.search, Embeddings(embeddings, labels), group=distributed.group())
+    search = partial(retrieval.search, Embeddings(embeddings, labels), group=collectives.world())
     search()
     memory = peak(device) - before
     with Counted() as counted:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from proxy_anchor import distributed
-from proxy_anchor.collectives import Parts
+from proxy_anchor import collectives
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import recall_of_ranks, search
 from proxy_anchor.runs.stopping import Stop
@@ -85,7 +85,7 @@ def measure(
     distance: one of vectors.DISTANCES. With several processes, each passes the embeddings of its share of the images,
     and the Result describes all queries. Raises ValueError as best_positive_rank does.
     """
-    group = distributed.group()
+    group = collectives.world()
     found = search(queries, gallery, distance, group)
     recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(found.ranks, ks).items()}
     means = {"MAP@R": found.average_precisions.mean().item(), "R-precision": found.r_precisions.mean().item()}
@@ -93,18 +93,19 @@ def measure(
         recalls | means,
         found.ranks.cpu(),
         found.average_precisions,
-        torch.cat(Parts(group).each(queries.labels)).cpu(),
+        torch.cat(ProcessGroup(group).all_gather(queries.labels)).cpu(),
         int(found.tied.sum()),
-        images_left_out(queries, gallery, Parts(group)),
+        images_left_out(queries, gallery, ProcessGroup(group)),
     )
 
 
-def images_left_out(queries: Embeddings, gallery: Embeddings | None, processes: Parts) -> torch.Tensor | None:
+def images_left_out(queries: Embeddings, gallery: Embeddings | None, processes: ProcessGroup) -> torch.Tensor | None:
     """How many images of its own group each query (N,) has in its gallery; None without groups."""
     targets = queries if gallery is None else gallery
     if queries.groups is None or targets.groups is None:
         return None
-    groups, target_groups = (torch.cat(processes.each(side.groups)) for side in (queries, targets))
+    groups = torch.cat(processes.all_gather(queries.groups))
+    target_groups = torch.cat(processes.all_gather(targets.groups))
     numbers, sizes = target_groups.unique(return_counts=True)
     index = torch.searchsorted(numbers, groups).clamp(max=len(numbers) - 1)
     return (torch.where(numbers[index] == groups, sizes[index], 0) - int(gallery is None)).cpu()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from proxy_anchor import cli
 from proxy_anchor.vectors import norms
 
 BLOCK_ELEMENTS = 1 << 19  # similarities at a time; they stay in a CPU's cache
@@ -189,27 +190,34 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--loss",
         default="Proxy_Anchor",
-        choices=LOSSES,
+        **cli.one_of(*LOSSES),
         help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC 2 or more",
     )
     group.add_argument(
         "--alpha",
         default=32.0,
-        type=float,
+        type=cli.positive,
         metavar="A",
         help="scale of Proxy-Anchor; the larger it is, the more the hardest images count",
     )
     group.add_argument(
         "--mrg",
         default=0.1,
-        type=float,
+        type=cli.finite,
         metavar="M",
         help="margin of Proxy-Anchor, in cosine similarity; a larger one pulls and pushes further",
     )
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of the loss in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
     group.add_argument(
         "--sample-proxies",
         default=1.0,
-        type=float,
+        type=cli.share(SMALLEST_SHARE),
         metavar="SHARE",
         help="Proxy-Anchor's share of the classes outside the batch in each step, for millions of classes; 1 is exact",
     )
@@ -218,8 +226,6 @@ def options() -> argparse.ArgumentParser:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error for a sample or a batch that the loss cannot take."""
-    if not SMALLEST_SHARE <= args.sample_proxies <= 1:
-        parser.error(f"argument --sample-proxies: {args.sample_proxies} is not a share, from {SMALLEST_SHARE:g} to 1")
     if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
         parser.error(f"argument --sample-proxies: {args.loss} takes all proxies or none; Proxy_Anchor samples them")
     if args.loss in OF_PAIRS and (args.IPC or 1) < 2:

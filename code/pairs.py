@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from proxy_anchor.collectives import Parts
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.retrieval import validate_gallery
 from proxy_anchor.tiles import Points, Tiled, origin_of
 from proxy_anchor.vectors import Embeddings
@@ -45,8 +45,8 @@ class Scale:
         return cls(np.concatenate([edges, [0, -edges[-1]]]), last)
 
     @classmethod
-    def for_points(cls, queries: Points, targets: Points, processes: Parts) -> "Scale":
-        halves = [processes.largest(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
+    def for_points(cls, queries: Points, targets: Points, processes: ProcessGroup) -> "Scale":
+        halves = [processes.max(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
         return cls.for_distances(sum(math.sqrt(2 * half) for half in halves)) if halves else cls.for_cosines()
 
     def __len__(self):
@@ -86,7 +86,7 @@ class Pairs:
     within: bool
     scale: Scale
     classes: torch.Tensor  # (C,), ascending
-    processes: Parts
+    processes: ProcessGroup
 
     @classmethod
     def from_embeddings(
@@ -97,12 +97,12 @@ class Pairs:
         group: dist.ProcessGroup | None = None,
     ) -> "Pairs":
         """Pairs of the queries with the gallery or, without one, of the queries among themselves."""
-        within, processes = gallery is None, Parts(group)
+        within, processes = gallery is None, ProcessGroup(group)
         queries, gallery = validate_gallery(queries, gallery, processes)
         origin = origin_of(gallery.vectors, distance, processes)
         tiled = Tiled.from_embeddings(queries, origin)
         targets = tiled if within else Tiled.from_embeddings(gallery, origin)
-        classes = torch.unique(torch.cat([*processes.each(tiled.labels), *processes.each(targets.labels)]))
+        classes = torch.unique(torch.cat([*processes.all_gather(tiled.labels), *processes.all_gather(targets.labels)]))
         scale = Scale.for_points(tiled.points, targets.points, processes)
         return cls(tiled, targets, within, scale, classes, processes)
 
@@ -134,7 +134,7 @@ class Pairs:
 
     def compares(self, owner: int) -> bool:
         """Whether this process compares the owner's queries with its targets: within one set, one of the two does."""
-        ahead, count = (self.processes.rank - owner) % self.processes.count, self.processes.count
+        ahead, count = (self.processes.rank - owner) % self.processes.size, self.processes.size
         return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.processes.rank)
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:

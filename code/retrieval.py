@@ -7,7 +7,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
-from proxy_anchor.collectives import Parts
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.losses import whole_numbers
 from proxy_anchor.tiles import Panel, Tiled, origin_of
 from proxy_anchor.vectors import Embeddings, finite
@@ -69,21 +69,23 @@ def search(
     Ties, errors and the group as for best_positive_rank. No process holds more than its share of the embeddings: the
     queries travel, one tile at a time. The results are the same for any number of processes.
     """
-    processes, within = Parts(group), gallery is None
+    processes, within = ProcessGroup(group), gallery is None
     device = queries.vectors.device
     queries, gallery = validate_gallery(queries, gallery, processes)
     origin = origin_of(gallery.vectors, distance, processes)
     tiled = Tiled.from_embeddings(queries, origin)
     targets = tiled if within else Tiled.from_embeddings(gallery, origin)
     results = [
-        search_share(share, owner, targets, within, processes)
-        for owner, share in enumerate(tiled.per_process(processes))
+        search_shard(shard, owner, targets, within, processes)
+        for owner, shard in enumerate(tiled.per_process(processes))
     ]
     ranks, tied, average_precisions, r_precisions = (torch.cat(columns) for columns in zip(*results))
     return QueryResults(ranks.to(device), tied.to(device), average_precisions.cpu(), r_precisions.cpu())
 
 
-def search_share(queries: Tiled, owner: int, targets: Tiled, within: bool, processes: Parts) -> list[torch.Tensor]:
+def search_shard(
+    queries: Tiled, owner: int, targets: Tiled, within: bool, processes: ProcessGroup
+) -> list[torch.Tensor]:
     """The columns of QueryResults for the queries of one process, the owner.
 
     Targets are sorted by label, so the positives of a tile of queries lie in a few tiles. These come first; then the
@@ -117,7 +119,7 @@ def search_share(queries: Tiled, owner: int, targets: Tiled, within: bool, proce
             positive &= column != torch.arange(rows.start, rows.stop, device=device)[:, None]
         index = (column - near_tiles.start * size).clamp(0, panel.values.shape[1] - 1)
         positives = panel.values[:height].gather(1, index).masked_fill_(~positive, -torch.inf)
-        positives = processes.side_by_side(positives).topk(most).values
+        positives = processes.concat_columns(positives).topk(most).values
         if near_tiles:  # from here on, the panel holds only negatives
             labels = targets.labels[near_tiles.start * size : near_tiles.stop * size]
             panel.values[:height, : len(labels)].masked_fill_(queries.labels[rows, None] == labels, -torch.inf)
@@ -133,7 +135,7 @@ def search_share(queries: Tiled, owner: int, targets: Tiled, within: bool, proce
                 above += panel.above(slot, positives[:, 0])
             nearest = panel.nearest(len(batch), height, most)
             negatives = torch.cat([negatives, nearest], dim=1).topk(most).values
-        above, negatives = processes.sum(above), processes.side_by_side(negatives).topk(most).values
+        above, negatives = processes.sum(above), processes.concat_columns(negatives).topk(most).values
 
         # A positive is among the R nearest if its rank among the positives plus the negatives above it is at most R.
         count = (positives > -torch.inf).sum(dim=1, keepdim=True)  # (b, 1): R
@@ -218,7 +220,7 @@ def from_tensors(
 
 
 def validate_gallery(
-    queries: Embeddings, gallery: Embeddings | None, processes: Parts
+    queries: Embeddings, gallery: Embeddings | None, processes: ProcessGroup
 ) -> tuple[Embeddings, Embeddings]:
     """Queries and gallery on one device and in one type; without a gallery, the queries twice. See `validate`.
 
@@ -236,7 +238,7 @@ def validate_gallery(
     return replace(queries, vectors=queries.vectors.to(dtype)), gallery
 
 
-def validate(embeddings: Embeddings, size: int | None, processes: Parts, side: str = "") -> Embeddings:
+def validate(embeddings: Embeddings, size: int | None, processes: ProcessGroup, side: str = "") -> Embeddings:
     """The embeddings with labels and groups as int64. side: "gallery", or "" for the queries, in messages.
 
     Raises ValueError for vectors that are not (N, size), for labels or groups that are not N whole numbers and, in all

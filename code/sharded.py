@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from proxy_anchor import distributed, losses
+from proxy_anchor import collectives, losses
 
 BLOCK = 1 << 14  # classes whose first proxies are drawn at a time
 
@@ -27,7 +27,7 @@ def create(
     """
     if name == "Proxy_Anchor" and share < 1:
         return SampledProxyAnchor(num_classes, embedding_size, margin, alpha, share, seed)
-    if name == "Proxy_Anchor" and distributed.count() > 1:
+    if name == "Proxy_Anchor" and collectives.world_size() > 1:
         return DividedProxyAnchor(num_classes, embedding_size, margin, alpha)
     return losses.create(name, num_classes, embedding_size, margin, alpha)
 
@@ -41,7 +41,7 @@ class DividedProxyAnchor(losses.ProxyAnchor):
 
     def initial_proxies(self, embedding_size: int) -> torch.Tensor:
         """Those of ProxyAnchor, which do not depend on the number of processes, without ever holding all of them."""
-        self.classes = range(self.num_classes)[distributed.own(self.num_classes)]
+        self.classes = range(self.num_classes)[collectives.shard(self.num_classes)]
         own = torch.empty(len(self.classes), embedding_size)
         std = math.sqrt(2) / math.sqrt(self.num_classes)  # as kaiming_normal_ has it
         # torch draws 16 numbers at a time, so the last block is not a small one.
@@ -147,7 +147,7 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part):
         total = part.clone()
-        if distributed.count() > 1:
+        if collectives.world_size() > 1:
             dist.all_reduce(total)
         return total
 
@@ -166,6 +166,6 @@ class SumOfGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone()
-        if distributed.count() > 1:
+        if collectives.world_size() > 1:
             dist.all_reduce(gradient)
         return gradient

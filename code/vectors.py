@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from proxy_anchor.collectives import Parts
+from proxy_anchor.collectives import ProcessGroup
 
 DISTANCES = ("cosine", "euclidean")
 
@@ -26,9 +26,9 @@ class Embeddings:
         groups = None if self.groups is None else self.groups[rows.to(self.groups.device)]
         return Embeddings(self.vectors[rows.to(self.vectors.device)], self.labels[rows], groups)
 
-    def all_gather(self, processes: Parts) -> "Embeddings":
+    def all_gather(self, processes: ProcessGroup) -> "Embeddings":
         """The rows of all processes, in each of them."""
-        columns = {name: torch.cat(processes.each(x)) for name, x in vars(self).items() if x is not None}
+        columns = {name: torch.cat(processes.all_gather(x)) for name, x in vars(self).items() if x is not None}
         return replace(self, **columns)
 
 
@@ -70,9 +70,9 @@ def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
     return finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
-def finite(embeddings: torch.Tensor, parts: Parts | None = None) -> torch.Tensor:
+def finite(embeddings: torch.Tensor, processes: ProcessGroup | None = None) -> torch.Tensor:
     """The embeddings (N, D). Raises ValueError if any is not finite, in all processes if those of one of them are."""
-    finite_rows = torch.cat((parts or Parts()).each(torch.isfinite(embeddings).all(dim=1)))
+    finite_rows = torch.cat((processes or ProcessGroup()).all_gather(torch.isfinite(embeddings).all(dim=1)))
     if not finite_rows.all():
         rows = torch.nonzero(~finite_rows)
         raise ValueError(

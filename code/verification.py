@@ -266,10 +266,16 @@ def calibrate(
     The first half of a shuffle of the classes with this seed chooses; of several processes, one needs all embeddings.
     Raises ValueError if a half has too few classes or pairs, or if no same-class pair would be accepted.
     """
-    sets = [queries] if gallery is None else [queries, gallery]
-    classes = torch.unique(torch.cat([embeddings.labels.cpu() for embeddings in sets])).numpy()
-    first, second = map(torch.from_numpy, np.array_split(np.random.default_rng(seed).permutation(classes), 2))
-    chosen = verify(*(embeddings.of_classes(first) for embeddings in sets), distance=distance, fars=[far])
+
+    def verify_half(half: np.ndarray, **at) -> Verification:
+        chosen = torch.from_numpy(half)
+        chosen_gallery = None if gallery is None else gallery.of_classes(chosen)
+        return verify(queries.of_classes(chosen), chosen_gallery, distance, **at)
+
+    labels = queries.labels if gallery is None else torch.cat([queries.labels, gallery.labels])
+    classes = labels.unique().cpu().numpy()
+    first, second = np.array_split(np.random.default_rng(seed).permutation(classes), 2)
+    chosen = verify_half(first, fars=[far])
     if far not in chosen.at_far:
         raise ValueError(
             f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} same-class and "
@@ -283,8 +289,7 @@ def calibrate(
             "pairs are as near as the nearest same-class pair, as when a network maps all images to one point. Train "
             "it further, or give --calibrate a larger rate"
         )
-    checking = (embeddings.of_classes(second) for embeddings in sets)
-    checked = verify(*checking, distance=distance, fars=[], thresholds=[threshold.value])
+    checked = verify_half(second, fars=[], thresholds=[threshold.value])
     if not checked.at_threshold:
         raise ValueError(f"The {len(second):,} classes to check the threshold on do not have pairs of both kinds")
     return Calibration(far, seed, chosen, checked)

@@ -21,8 +21,8 @@ import net
 import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, distributed, evaluation, losses, sharded, training
-from proxy_anchor.collectives import Parts
+from proxy_anchor import checkpoint, collectives, distributed, evaluation, losses, sharded, training
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 from proxy_anchor.runs.stopping import Interrupted, Stop
@@ -58,7 +58,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     torch.manual_seed(0)
     pixels = torch.randn(IMAGES, 3, 32, 32, dtype=dtype)
     labels = np.arange(IMAGES) % CLASSES
-    share = distributed.rank(), distributed.count()
+    share = collectives.rank(), collectives.world_size()
     sampler = (
         BalancedBatches(labels, BATCH, per_class, 1, share) if per_class else RandomBatches(labels, BATCH, 1, share)
     )
@@ -70,7 +70,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     replica = distributed.Replica(network)
 
     def loss_of(images, labels):
-        embeddings, labels = (distributed.gather(x, sampler.images_per_batch) for x in (replica(images), labels))
+        embeddings, labels = (collectives.gather_shards(x, sampler.images_per_batch) for x in (replica(images), labels))
         return criterion(embeddings, labels)
 
     for epoch in range(epochs):
@@ -83,7 +83,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     gradients = {f"gradient of {k}": p.grad for k, p in named.items() if p.grad is not None}
     if loss == "Proxy_Anchor":
         of_all = {"proxies": criterion.proxies.detach(), "gradient of proxies": criterion.proxies.grad}
-        gradients |= {k: distributed.gather(rows, CLASSES) for k, rows in of_all.items()}
+        gradients |= {k: collectives.gather_shards(rows, CLASSES) for k, rows in of_all.items()}
     return {k: p.detach() for k, p in named.items()} | gradients
 
 
@@ -144,15 +144,15 @@ def figures(total, gallery_total):
 
     def part(count):
         x, y = torch.randn(count, 8, 1, 1), torch.arange(count) % 7
-        return dataset.eval_loader(TensorDataset(x, y), 1, 0, (distributed.rank(), distributed.count()))
+        return dataset.eval_loader(TensorDataset(x, y), 1, 0, (collectives.rank(), collectives.world_size()))
 
     loaders = [part(total)] + ([part(gallery_total)] if gallery_total else [])
     embedder = Embedder(Pixels(8), torch.device("cpu"))
     queries, gallery = evaluation.embed(embedder, loaders)
     result = evaluation.measure(queries, [1, 4], gallery)
-    group, sides = distributed.group(), [side for side in (queries, gallery) if side is not None]
+    group, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
     tensors = [tensor for side in sides for tensor in (side.vectors, side.labels)]
-    together = [side.all_gather(Parts(group)) for side in sides]
+    together = [side.all_gather(ProcessGroup(group)) for side in sides]
     return {
         "ranks": best_positive_rank(*tensors, group=group),
         "map": map_at_r(*tensors, group=group),
@@ -176,7 +176,7 @@ def test_evaluation_is_the_same():
 
 def batches_until_a_signal(at, *numbers):
     """How many batches each process does, of its own number of them, when the first process gets a signal at one."""
-    stop, rank, done = Stop(), distributed.rank(), 0
+    stop, rank, done = Stop(), collectives.rank(), 0
     for done, _ in enumerate(stop.after_each(["batch"] * numbers[rank]), start=1):
         if rank == 0 and done == at:
             stop.signum = signal.SIGTERM
@@ -198,7 +198,7 @@ def test_silent_processes_print_names_of_any_bytes(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
     with distributed.processes(0):
         print(os.fsdecode(b"\xff.jpg"))
 
@@ -368,7 +368,7 @@ def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
 
 
 def test_batch_smaller_than_the_processes(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 8)
+    monkeypatch.setattr(collectives, "world_size", lambda: 8)
     assert distributed.describe(180) == "8 processes: each takes 22 or 23 of the 180 images of a batch.\n"
     with pytest.raises(ValueError, match="cannot be divided among 8 processes"):
         distributed.describe(7)
@@ -376,7 +376,7 @@ def test_batch_smaller_than_the_processes(monkeypatch):
 
 def test_batch_of_several_per_class_smaller_than_the_processes(cub_root, tmp_path, monkeypatch, capsys):
     """3 images with 2 per class are a batch of 2."""
-    monkeypatch.setattr(distributed, "count", lambda: 3)
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
     flags = ["--allow-partial", "--data-root", str(cub_root), "--batch-size", "3", "--IPC", "2", "--workers", "0"]
     with pytest.raises(SystemExit):
         script.main([*flags, "--image-size", "32", "--LOG_DIR", str(tmp_path)])

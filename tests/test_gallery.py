@@ -8,7 +8,7 @@ import torch
 from test_distributed import in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proxy_anchor import distributed, retrieval, tiles
+from proxy_anchor import collectives, retrieval, tiles
 from proxy_anchor.pairs import Pairs
 from proxy_anchor.vectors import DISTANCES, Embeddings
 
@@ -18,7 +18,7 @@ CUTS = {1: [0, 1], 2: [0, 0.3, 1], 3: [0, 0.52, 0.52, 1], 4: [0, 0.01, 0.4, 0.75
 
 def part(x):
     """This process's part of all rows."""
-    first, last = (round(len(x) * cut) for cut in CUTS[distributed.count()][distributed.rank() :][:2])
+    first, last = (round(len(x) * cut) for cut in CUTS[collectives.world_size()][collectives.rank() :][:2])
     return x[first:last]
 
 
@@ -36,15 +36,15 @@ class Largest(TorchDispatchMode):
 
 def share_of_memory(distance):
     """The largest tensor of this process, where each has an equal part of the gallery."""
-    x = torch.randn(6000, 192)[distributed.own(6000)]
+    x = torch.randn(6000, 192)[collectives.shard(6000)]
     with Largest() as largest:
-        retrieval.search(Embeddings(x, torch.arange(len(x)) // 5), distance=distance, group=distributed.group())
+        retrieval.search(Embeddings(x, torch.arange(len(x)) // 5), distance=distance, group=collectives.world())
     return largest.elements
 
 
 def error(*sides):
     with pytest.raises(ValueError) as caught:
-        retrieval.search(*sides, group=distributed.group())
+        retrieval.search(*sides, group=collectives.world())
     return str(caught.value)
 
 
@@ -63,8 +63,8 @@ def in_each(count):
 def everything():
     """What is found in sets with duplicates, ties, lonely classes and groups, by both distances."""
     tiles.TILE["cpu"], retrieval.PANEL = 192, 192 * 192 * 2
-    in_each(distributed.count())
-    random, group, results = np.random.default_rng(0), distributed.group(), {}
+    in_each(collectives.world_size())
+    random, group, results = np.random.default_rng(0), collectives.world(), {}
     x = torch.from_numpy(random.normal(size=(700, 16)).astype(np.float32))
     x[100:300] = x[400:600]
     x[600:700] = x[400:500]  # with one of its class and one of another equally near

@@ -18,7 +18,7 @@ import evaluate
 import net
 import train
 from dataset.__main__ import main as dataset_main
-from proxy_anchor import checkpoint, distributed, evaluation, retrieval, tiles, verification
+from proxy_anchor import collectives, evaluation, retrieval, tiles, verification
 from proxy_anchor.report import confusion, page
 from proxy_anchor.retrieval import best_positive_rank, from_tensors, map_at_r, recall_at_k, search
 from proxy_anchor.vectors import Embeddings
@@ -135,7 +135,7 @@ def evaluated():
     tiles.TILE["cpu"] = 192
     random = np.random.default_rng(0)
     parts = [Numbers(random.integers(0, 8, n), random.integers(0, 30, n)) for n in (101, 150)]
-    share = distributed.rank(), distributed.count()
+    share = collectives.rank(), collectives.world_size()
     vectors = torch.from_numpy(random.normal(size=(150, 8)))
 
     class Fixed:
@@ -255,7 +255,7 @@ def test_other_groups_are_other_data(tmp_path):
 
 def test_scripts_leave_groups_out(tmp_path, capsys):
     """Copies of the images are found at once, unless the file says that they are of one group."""
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), {})
     flags = ["--batch-size", "16", "--workers", "0", "--dataset", "csv", "--model", "resnet18", "--embedding-size", "8"]
     flags += ["--image-size", "32", "--data-root"]
     tables = {name: str(photos(tmp_path / name, name == "with")) for name in ("with", "without")}

@@ -12,8 +12,11 @@ from test_distributed import assert_close, in_processes
 from torch import nn
 
 import train
-from proxy_anchor import distributed, losses, sharded, training
+from proxy_anchor import collectives, distributed, losses, sharded, training
 from proxy_anchor.runs import resuming
+from proxy_anchor.spec import NetworkSpec
+
+SPEC = NetworkSpec("tiny", 4, 32)
 
 SIZE, EPOCHS = 8, 5
 # Classes, images in a batch, share of the classes: neither is divided by 2, 3 or 4; fewer classes than processes.
@@ -51,13 +54,14 @@ class Training:
 
     def loss_of(self, images, labels):
         return self.criterion(
-            distributed.gather(self.replica(images), self.batch_size), distributed.gather(labels, self.batch_size)
+            collectives.gather_shards(self.replica(images), self.batch_size),
+            collectives.gather_shards(labels, self.batch_size),
         )
 
     def epochs(self, first, last):
         """With warm-up in the first: its end unfreezes parameters."""
-        start = sum(distributed.sizes(self.batch_size)[: distributed.rank()])
-        own = slice(start, start + distributed.sizes(self.batch_size)[distributed.rank()])
+        start = sum(collectives.shard_sizes(self.batch_size)[: collectives.rank()])
+        own = slice(start, start + collectives.shard_sizes(self.batch_size)[collectives.rank()])
         for step in range(first, last):
             random = np.random.default_rng(step)
             images = torch.from_numpy(random.standard_normal((2, self.batch_size, 5)))
@@ -77,7 +81,7 @@ class Training:
         return self
 
     def result(self):
-        of_all = lambda rows: distributed.gather(rows.detach(), self.num_classes)  # noqa: E731
+        of_all = lambda rows: collectives.gather_shards(rows.detach(), self.num_classes)  # noqa: E731
         if isinstance(self.criterion, sharded.SampledProxyAnchor):
             rows = {name: of_all(rows) for name, rows in self.criterion.rows.items()}
         else:
@@ -98,10 +102,10 @@ def cases(folder: Path):
         trained = Training(num_classes, batch_size, share).epochs(0, EPOCHS).result()
         results |= {f"{name}: {key}": value for key, value in trained.items()}
         last = folder / f"{name}.pth"
-        if distributed.count() == 4:
+        if collectives.world_size() == 4:
             half = Training(num_classes, batch_size, share).epochs(0, 3)
             progress = {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []}
-            resuming.save(last, half.network, {}, half.parts, progress)
+            resuming.save(last, half.network, SPEC, half.parts, progress)
             dist.barrier()
         resumed = Training(num_classes, batch_size, share)
         assert resuming.load(last, resumed.network, resumed.parts)["epoch"] == 3
@@ -138,12 +142,12 @@ def test_resumed_by_another_number_of_processes(by_processes, name):
 @pytest.mark.parametrize("num_classes, size", [(1, 5), (7, 3), (101, 7), (100, 16)])
 def test_initial_proxies_are_those_of_one_process(monkeypatch, count, num_classes, size):
     monkeypatch.setattr(sharded, "BLOCK", 16)
-    monkeypatch.setattr(distributed, "count", lambda: count)
+    monkeypatch.setattr(collectives, "world_size", lambda: count)
     torch.manual_seed(1)
     expected, after = losses.ProxyAnchor(num_classes, size).proxies, torch.rand(1)
     parts = []
     for rank in range(count):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         torch.manual_seed(1)
         parts.append(sharded.DividedProxyAnchor(num_classes, size, 0.1, 32.0).proxies)
         assert torch.equal(torch.rand(1), after)  # the network that is made next is the same too
@@ -204,14 +208,14 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
     last, values = tmp_path / "last.pth", [None, None]
 
     def of_each(value):
-        values[distributed.rank()] = value
+        values[collectives.rank()] = value
         return list(values)
 
-    monkeypatch.setattr(distributed, "of_each", of_each)
+    monkeypatch.setattr(collectives, "all_gather_object", of_each)
 
     def rank_of_two(rank):
-        monkeypatch.setattr(distributed, "count", lambda: 2)
-        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(collectives, "world_size", lambda: 2)
+        monkeypatch.setattr(collectives, "rank", lambda: rank)
 
     def save(epoch, ranks=(1, 0)):
         for rank in ranks:
@@ -221,8 +225,8 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
 
     def load():
         with monkeypatch.context() as patch:
-            patch.setattr(distributed, "count", lambda: 1)
-            patch.setattr(distributed, "rank", lambda: 0)
+            patch.setattr(collectives, "world_size", lambda: 1)
+            patch.setattr(collectives, "rank", lambda: 0)
             one = Training(7, 9, 1)
             torch.nn.init.zeros_(one.criterion.proxies)
             return resuming.load(last, one.network, one.parts)["epoch"], one.criterion.proxies.detach()
@@ -283,7 +287,7 @@ def test_labels_and_empty_batches_are_those_of_the_whole_loss(share):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, from 1e-15 to 1"),
+        (["--sample-proxies", "0"], "argument --sample-proxies: 0 is not a share, from 1e-15 to 1"),
         (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
         (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
         (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),

@@ -42,7 +42,7 @@ def nearest_neighbour(queries: Embeddings, gallery: Embeddings | None = None, di
         similarity = query_points[start : start + BLOCK].similarities(target_points)
         if gallery is None:
             similarity.diagonal(offset=start).fill_(-torch.inf)
-        if queries.groups is not None:
+        if queries.groups is not None and targets.groups is not None:
             same_group = queries.groups[start : start + BLOCK, None] == targets.groups
             similarity.masked_fill_(same_group.to(similarity.device), -torch.inf)
         indices = similarity.argmax(dim=1)

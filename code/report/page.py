@@ -107,13 +107,14 @@ def write(
     name: of what was evaluated; rows: the metrics in each column of the table, in 0..1; threshold: the one recorded in
     the checkpoint, see Checkpoint.threshold, or {}.
     """
-    targets = gallery or queries
+    targets = queries if gallery is None else gallery
     with new_folder(folder) as new:
         pictures = Pictures(new, queries, targets)
         size = queries.images[0][0].shape[-1]
         shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
         metric, value = next(iter(result.metrics.items()))
-        nearest = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings, queries.distance)
+        gallery_embeddings = None if gallery is None else gallery.embeddings
+        nearest = confusion.nearest_neighbour(queries.embeddings, gallery_embeddings, queries.distance)
         taken_for = torch.where(nearest < 0, queries.labels, targets.labels[nearest])
         classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

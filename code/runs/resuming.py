@@ -12,35 +12,38 @@ from pathlib import Path
 
 import torch
 
-from proxy_anchor import distributed, randomness
-from proxy_anchor.checkpoint import SHOWN, digest, load_weights, read
+from proxy_anchor import collectives, randomness, weights
 from proxy_anchor.files import replacing
 from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.metrics import plain
 from proxy_anchor.sharded import DividedProxyAnchor
+from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.weights import SHOWN, digest, read
 
 PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
 
 
-def save(path: Path, network: torch.nn.Module, contract: dict, parts: dict, progress: dict) -> None:
+def save(path: Path, network: torch.nn.Module, spec: NetworkSpec, parts: dict, progress: dict) -> None:
     """Write a checkpoint to resume from: that of checkpoint.save, the parts, the progress and the random states.
 
     parts: each has a state_dict. Each process writes its own rows of classes, and the first one the rest.
     """
-    content = {"model_state_dict": network.state_dict(), "network": contract}
+    content = {"model_state_dict": network.state_dict(), "network": spec.to_record()}
     content |= {name: part.state_dict() for name, part in parts.items()}
     content |= {"progress": progress, "random": randomness.state()}
     files = []
-    if distributed.count() > 1 and isinstance(parts.get("criterion"), DividedProxyAnchor):
+    if collectives.world_size() > 1 and isinstance(parts.get("criterion"), DividedProxyAnchor):
         moment = f"{path.stem}-{progress['epoch']}.{len(progress['losses'])}"
-        files = [f"{moment}-{number}of{distributed.count()}.pth" for number in range(1, distributed.count() + 1)]
+        files = [
+            f"{moment}-{number}of{collectives.world_size()}.pth" for number in range(1, collectives.world_size() + 1)
+        ]
         rows = take_rows(content)
-        with replacing(path.with_name(files[distributed.rank()])) as file:
+        with replacing(path.with_name(files[collectives.rank()])) as file:
             torch.save(rows, file)
-        classes = distributed.sizes(parts["criterion"].num_classes)
-        digests = distributed.of_each(digest(rows))  # when all files are written
+        classes = collectives.shard_sizes(parts["criterion"].num_classes)
+        digests = collectives.all_gather_object(digest(rows))  # when all files are written
         content["divided"] = {"files": files, "classes": classes, "digests": digests}
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         with replacing(path) as file:
             torch.save(content, file)
         for old in path.parent.iterdir():
@@ -59,7 +62,7 @@ def load(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     if missing:
         raise ValueError(f"{path} is no checkpoint to resume from: it has no {', '.join(missing)}")
     progress = progress_of(path, content)
-    load_weights(path, content, network)
+    weights.load(path, content, network)
     try:
         criterion = parts.get("criterion")
         if isinstance(criterion, DividedProxyAnchor):

@@ -4,7 +4,7 @@ import signal
 import sys
 from itertools import chain, repeat
 
-from proxy_anchor import distributed
+from proxy_anchor import collectives
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM can send SIGUSR1 some time before its limit
 
@@ -35,10 +35,11 @@ class Stop:
             signal.signal(signum, handler)
 
     def _note(self, signum, frame):
-        if self.signum == signum == signal.SIGINT and distributed.count() == 1:  # torchrun passes a Ctrl-C on twice
+        # torchrun passes a Ctrl-C on twice.
+        if self.signum == signum == signal.SIGINT and collectives.world_size() == 1:
             raise KeyboardInterrupt
         self.signum = signum
-        if distributed.rank() == 0:
+        if collectives.rank() == 0:
             print(f"{signal.Signals(signum).name}: stopping at the end of this step", file=sys.stderr, flush=True)
 
     def after_each(self, batches):
@@ -47,11 +48,11 @@ class Stop:
         Where several processes share the work, they agree on it at each batch; one that has fewer of them than another
         takes part until that one has done its last.
         """
-        missing = distributed.maximum(len(batches)) - len(batches)
+        missing = collectives.all_reduce_max(len(batches)) - len(batches)
         for batch in chain(batches, repeat(None, missing)):
             if batch is not None:
                 yield batch
-            self.agreed = distributed.maximum(self.signum)
+            self.agreed = collectives.all_reduce_max(self.signum)
             if self.agreed:
                 return
 

@@ -267,10 +267,9 @@ def calibrate(
     Raises ValueError if a half has too few classes or pairs, or if no same-class pair would be accepted.
     """
 
-    def verify_half(half: np.ndarray, **at) -> Verification:
-        chosen = torch.from_numpy(half)
-        chosen_gallery = None if gallery is None else gallery.of_classes(chosen)
-        return verify(queries.of_classes(chosen), chosen_gallery, distance, **at)
+    def verify_half(classes: np.ndarray, **at) -> Verification:
+        half = torch.from_numpy(classes)
+        return verify(queries.of_classes(half), None if gallery is None else gallery.of_classes(half), distance, **at)
 
     labels = queries.labels if gallery is None else torch.cat([queries.labels, gallery.labels])
     classes = labels.unique().cpu().numpy()

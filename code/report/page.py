@@ -260,17 +260,15 @@ def query_rows(
     answerable = torch.nonzero(result.ranks >= 0).flatten()
     if not len(answerable):
         return "<p>No query has an image of its class to find.</p>"
-    score, ranks = result.average_precisions, result.ranks
+    score = result.average_precisions[answerable]
     wrong = answerable[targets.labels[nearest[answerable]] != queries.labels[answerable]]
     wrong_neighbours = targets.embeddings.vectors[nearest[wrong]]
     confidence = similarity(queries.embeddings.vectors[wrong], wrong_neighbours, queries.distance).cpu()
     kinds = {
-        "Best: the highest MAP@R": largest_first(answerable, score[answerable]),
-        "Typical: a MAP@R near the median": largest_first(
-            answerable, -(score[answerable] - score[answerable].median()).abs()
-        ),
+        "Best: the highest MAP@R": largest_first(answerable, score),
+        "Typical: a MAP@R near the median": largest_first(answerable, -(score - score.median()).abs()),
         "Worst: the most images of other classes before the first of their own": largest_first(
-            answerable, ranks[answerable]
+            answerable, result.ranks[answerable]
         ),
         "Confidently wrong: the nearest image is of another class, and very near": largest_first(wrong, confidence),
     }
@@ -279,8 +277,9 @@ def query_rows(
         rows.append(f'<h3 id="{kind.split(":")[0].lower().replace(" ", "-")}">{kind}</h3>')
         for query in select(order, queries.labels, QUERIES):
             caption = (
-                f"<b>{breakable(queries.class_name(queries.labels[query]))}</b><br>MAP@R {100 * score[query]:.0f}%"
-                f"<br>first match: place {ranks[query] + 1:,}"
+                f"<b>{breakable(queries.class_name(queries.labels[query]))}</b><br>"
+                f"MAP@R {100 * result.average_precisions[query]:.0f}%<br>"
+                f"first match: place {result.ranks[query] + 1:,}"
             )
             neighbours = "".join(neighbour_figures(queries, targets, query, within, pictures))
             rows.append(
@@ -300,14 +299,14 @@ def largest_first(queries: torch.Tensor, values: torch.Tensor) -> list[int]:
 def neighbour_figures(queries: TestSet, targets: TestSet, query: int, within: bool, pictures: Pictures) -> list[str]:
     """The nearest images of a query as HTML. As many are judged as there are images of its class to find."""
     x, y = queries.embeddings, targets.embeddings
-    similarities = similarity(y.vectors, x.vectors[query], queries.distance).cpu()
+    near = similarity(y.vectors, x.vectors[query], queries.distance).cpu()
     if within:
-        similarities[query] = -torch.inf
+        near[query] = -torch.inf
     if x.groups is not None:
-        similarities[y.groups == x.groups[query]] = -torch.inf
-    candidates = similarities > -torch.inf
+        near[y.groups == x.groups[query]] = -torch.inf
+    candidates = near > -torch.inf
     relevant = int((candidates & (y.labels == x.labels[query])).sum())  # R
-    values, indices = similarities.topk(min(NEIGHBOURS, int(candidates.sum())))
+    values, indices = near.topk(min(NEIGHBOURS, int(candidates.sum())))
     figures = []
     for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist())):
         right = bool(y.labels[index] == x.labels[query])

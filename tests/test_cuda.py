@@ -130,9 +130,9 @@ def test_embeddings(name, amp, tolerance):
     embeddings = []
     loader = DataLoader(TensorDataset(photographs(4, 224), torch.arange(4)), batch_size=4)
     for device, precision in ((GPU, amp), (CPU, "none")):
-        found, labels = build(name, device, precision).embed(loader)
-        assert found.device == device and torch.equal(labels.cpu(), torch.arange(4))
-        embeddings.append(found)
+        found = build(name, device, precision).embed(loader)
+        assert found.vectors.device == device and torch.equal(found.labels.cpu(), torch.arange(4))
+        embeddings.append(found.vectors)
     assert_close(*embeddings, tolerance)
 
 

@@ -22,6 +22,7 @@ import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, collectives, distributed, evaluation, losses, sharded, training
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 from proxy_anchor.runs.stopping import Interrupted, Stop
@@ -118,16 +119,18 @@ def figures(total, gallery_total):
 
     loaders = [part(total)] + ([part(gallery_total)] if gallery_total else [])
     embedder = Embedder(Pixels(8), torch.device("cpu"))
-    embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
-    result = evaluation.measure(embedded, [1, 4])
-    group = collectives.world()
+    queries, gallery = evaluation.embed(embedder, loaders)
+    result = evaluation.measure(queries, [1, 4], gallery)
+    group, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
+    tensors = [tensor for side in sides for tensor in (side.vectors, side.labels)]
+    together = [side.all_gather(ProcessGroup(group)) for side in sides]
     return {
-        "ranks": best_positive_rank(*embedded, group=group),
-        "map": map_at_r(*embedded, group=group),
+        "ranks": best_positive_rank(*tensors, group=group),
+        "map": map_at_r(*tensors, group=group),
         "metrics": torch.tensor(list(result.metrics.values())),
         "labels": result.labels,
         "average precisions": result.average_precisions,
-    } | {f"embedded {number}": part for number, part in enumerate(evaluation.whole(embedded))}
+    } | {f"{name} {i}": getattr(side, name) for i, side in enumerate(together) for name in ("vectors", "labels")}
 
 
 def evaluations(*sizes):

@@ -143,7 +143,9 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
                 if match := re.match(r"python (evaluate|search)\.py (.*)", line):
                     flags = shlex.split(match[2])
                     kind = flags[0] if match[1] == "search" else "evaluate"
-                    flags += [*more[kind], *(["--far", "0.3"] if "--calibrate" in flags else [])]
+                    flags += more[kind]
+                    if "--calibrate" in flags:
+                        flags[flags.index("--calibrate") + 1] = "0.3"
                     {"evaluate": evaluate, "search": search}[match[1]].main(flags)
                     run += 1
     out = capsys.readouterr().out

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import net
 from proxy_anchor import losses, retrieval, tiles, training
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.vectors import Embeddings
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -147,7 +148,8 @@ def test_networks(fake_cuda, name, amp, dtype):
     network.model.embedding.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
     with fake_cuda():
         loader = Batches([(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2))])
-        embeddings, labels = Embedder(network, GPU, amp).embed(loader)
+        embedded = Embedder(network, GPU, amp).embed(loader)
+        embeddings, labels = embedded.vectors, embedded.labels
         assert embeddings.device == labels.device == images[0].device == GPU
         assert embeddings.dtype == torch.float32 and embeddings.shape == (2, 8)
         assert images[0].is_contiguous(memory_format=torch.channels_last)
@@ -191,6 +193,6 @@ def test_search_looks_at_no_values_in_its_loops(monkeypatch):
     for tile in 64, 640:
         monkeypatch.setitem(tiles.TILE, "cpu", tile)
         with Looks() as found:
-            retrieval.search(x, y)
+            retrieval.search(Embeddings(x, y))
         looks.append(len(found.found))
     assert looks[0] == looks[1] > 0

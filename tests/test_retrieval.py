@@ -8,8 +8,13 @@ import evaluate
 import net
 from proxy_anchor import evaluation, published, retrieval, tiles
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
-from proxy_anchor.vectors import DISTANCES
+from proxy_anchor.vectors import DISTANCES, Embeddings, concat_columns
 from proxy_anchor.verification import verify
+
+
+def sides(*tensors):
+    """The embeddings of the queries and, of four tensors, those of the gallery."""
+    return [Embeddings(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]
 
 
 def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="cosine"):
@@ -51,19 +56,20 @@ def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
         arguments = [*queries, *(gallery if len(arrays) == 4 else (None, None)), distance]
         ranks, tied = brute_force(*arrays, distance=distance)
         assert any(tied)
-        assert (found := search(*arguments)) and [found.ranks.tolist(), found.tied.tolist()] == [ranks, tied]
+        found = search(*sides(*map(torch.from_numpy, arrays)), distance=distance)
+        assert [found.ranks.tolist(), found.tied.tolist()] == [ranks, tied]
         assert best_positive_rank(*arguments).tolist() == ranks
         assert recall_at_k(*arguments[:2], [1, 5], *arguments[2:])[5] == np.mean([0 <= rank < 5 for rank in ranks])
 
 
 def test_measure_takes_the_distance():
     x, y = torch.randn(60, 8) + 3, torch.arange(60) % 20
-    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in DISTANCES}
+    results = {distance: evaluation.measure(Embeddings(x, y), [1, 4], distance=distance) for distance in DISTANCES}
     for distance, result in results.items():
         assert torch.equal(result.ranks, best_positive_rank(x, y, distance=distance))
         assert torch.equal(result.average_precisions, map_at_r(x, y, distance=distance)[0])
     assert results["cosine"].metrics != results["euclidean"].metrics
-    assert evaluation.measure([x, y], [1, 4]).metrics == results["cosine"].metrics
+    assert evaluation.measure(Embeddings(x, y), [1, 4]).metrics == results["cosine"].metrics
 
 
 def test_distances_agree_on_unit_vectors():
@@ -152,14 +158,14 @@ def test_embeddings_beyond_float64_are_an_error():
 def test_embeddings_too_long_to_square_have_their_directions(dtype, lengths):
     """As rows among others, and all of them."""
     x, y = torch.randn(60, 8, dtype=dtype), torch.arange(60) % 6
-    expected = search(x, y)
+    expected = search(Embeddings(x, y))
     factors = torch.ones(60, 1, dtype=dtype)
     factors[7], factors[31] = lengths
     for scaled in x * factors, x * lengths[1]:
-        found = search(scaled, y)
+        found = search(Embeddings(scaled, y))
         assert torch.equal(found.ranks, expected.ranks) and torch.equal(found.tied, expected.tied)
-        (whole, *_) = evaluation.side_by_side([[scaled, y], [scaled, y]])
-        torch.testing.assert_close(whole[:, :8].norm(dim=1), torch.ones(60, dtype=dtype))
+        together = concat_columns([Embeddings(scaled, y)] * 2).vectors
+        torch.testing.assert_close(together[:, :8].norm(dim=1), torch.ones(60, dtype=dtype))
 
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -173,24 +179,25 @@ def test_queries_and_gallery_of_different_precision(of_queries, of_gallery, dist
     random = np.random.default_rng(0)
     x, z = (torch.from_numpy(random.integers(-8, 9, size=(n, 6)) / 4) for n in (40, 50))
     y, labels = torch.arange(40) % 5, torch.arange(50) % 5
-    found = search(x.to(of_queries), y, z.to(of_gallery), labels, distance)
-    assert torch.equal(found.ranks, search(x, y, z, labels, distance).ranks)
-    verified = verify(x.to(of_queries), y, z.to(of_gallery), labels, distance, replicates=2)
-    assert verified.auc.value == pytest.approx(verify(x, y, z, labels, distance, replicates=2).auc.value, abs=1e-4)
+    exact = sides(x, y, z, labels)
+    rounded = sides(x.to(of_queries), y, z.to(of_gallery), labels)
+    assert torch.equal(search(*rounded, distance).ranks, search(*exact, distance).ranks)
+    verified, expected = (verify(*sets, distance, replicates=2).auc.value for sets in (rounded, exact))
+    assert verified == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16], ids=str)
 def test_labels_of_any_integer_type(dtype):
     x, y = torch.randn(40, 8), torch.arange(40) % 5
-    expected = search(x[:20], y[:20], x[20:], y[20:])
+    expected = search(*sides(x[:20], y[:20], x[20:], y[20:]))
     for labels, others in (y.to(dtype), y), (y, y.to(dtype)), (y.to(dtype), y.to(dtype)):
-        found = search(x[:20], labels[:20], x[20:], others[20:])
+        found = search(*sides(x[:20], labels[:20], x[20:], others[20:]))
         assert torch.equal(found.ranks, expected.ranks)
     assert recall_at_k(x, y.to(dtype), [1]) == recall_at_k(x, y, [1])
-    assert verify(x, y.to(dtype), replicates=2).auc == verify(x, y, replicates=2).auc
+    assert verify(Embeddings(x, y.to(dtype)), replicates=2).auc == verify(Embeddings(x, y), replicates=2).auc
 
 
-@pytest.mark.parametrize("function", [best_positive_rank, map_at_r, verify])
+@pytest.mark.parametrize("function", [best_positive_rank, map_at_r, lambda *tensors: verify(*sides(*tensors))])
 def test_other_labels_are_an_error(function):
     for labels, found in (
         (Y.float(), "torch.float32"),

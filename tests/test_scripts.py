@@ -62,8 +62,9 @@ def test_classes_are_those_of_the_best_network(cub_root, trained):
     network = net.create("tiny", 8)
     checkpoint.load(trained / "cub_tiny_best.pth", network)
     (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
-    x, y = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 16, 0))
-    ranks, best = best_positive_rank(x, y), max(read_metrics(trained), key=lambda row: float(row["R@1"]))
+    found = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 16, 0))
+    y, ranks = found.labels, best_positive_rank(found.vectors, found.labels)
+    best = max(read_metrics(trained), key=lambda row: float(row["R@1"]))
     with open(trained / "classes.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [
             {

@@ -211,7 +211,8 @@ def test_evaluation_of_the_student_is_that_of_its_run(logs, cub_root):
     network = net.create("tiny", 8, l2_norm=False)
     checkpoint.load(best, network)
     (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
-    embedded = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 18, 0))
+    found = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 18, 0))
+    embedded = found.vectors, found.labels
     recall, precision = (
         f(*embedded, *more, distance="euclidean") for f, more in ((recall_at_k, [[1]]), (map_at_r, []))
     )
@@ -231,7 +232,7 @@ def test_search_with_the_student(logs, cub_root, tmp_path, capsys):
     checkpoint.load(best, network)
     paths = [result["query"] for result in results]
     images = search.unlabelled(paths, NetworkSpec("tiny", 8, 32))
-    x, _ = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0))
+    x = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0)).vectors
     nearest = torch.cdist(x.double(), x.double()).topk(4, largest=False)
     for result, distances, order in zip(results, *nearest):
         assert [n["distance"] for n in result["neighbours"]] == pytest.approx(distances.tolist(), abs=1e-5)

@@ -187,12 +187,12 @@ class Logbook:
         row = rows[-1]
         print(
             f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  "
-            f"{shortened(metrics.of(row))}",
+            f"{shortened(metrics.metrics_only(row))}",
             flush=True,
         )
         self._write_rows("metrics.csv", rows)
         if self.wandb:
-            self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
+            self.wandb.log({"loss": row["loss"]} | metrics.metrics_only(row), step=row["epoch"])
 
     def save_classes(self, epoch: int, classes: list[dict]) -> None:
         """Write the hits of each class in the best epoch so far, see evaluation.Result.by_class."""

@@ -57,9 +57,9 @@ def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run."""
     return logbook.run_name(
         args.model,
-        args.loss,
+        losses.label(args.loss),
         args.embedding_size,
-        f"alpha{args.alpha:g}_mrg{args.mrg:g}",
+        losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
         args.optimizer,
         args.lr,
         args.batch_size,
@@ -129,7 +129,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
     embedder = Embedder(network, device, args.amp, args.compile)
     criterion = sharded.create(
-        args.loss, train_set.num_classes, args.embedding_size, args.mrg, args.alpha, args.sample_proxies, args.seed
+        args.loss,
+        train_set.num_classes,
+        args.embedding_size,
+        args.mrg,
+        args.alpha,
+        args.loss_args,
+        args.sample_proxies,
+        args.seed,
     ).to(device)
     optimizer = training.create_optimizer(
         args.optimizer, network, criterion, args.lr, args.weight_decay, args.embedding_lr, args.eps

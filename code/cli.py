@@ -99,7 +99,7 @@ def recorded_flags(parser: argparse.ArgumentParser, values: dict, source: Path) 
         value = values.get(action.dest)
         if action.dest not in values or action.dest in ("resume", "debug") or value is action.default is None:
             continue
-        types = (bool,) if action.nargs == 0 else (int, float) if action.type else (str,)
+        types = (bool,) if action.nargs == 0 else (int, float) if action.type in (int, float) else (str,)
         if not isinstance(value, types) or (bool not in types and isinstance(value, bool)):
             parser.error(f"{source} has {action.dest} {value!r}, which --{action.dest.replace('_', '-')} cannot be")
         if value is not False:

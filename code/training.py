@@ -133,8 +133,8 @@ def create_optimizer(
         groups.append({"params": proxies, "lr": lr * getattr(criterion, "proxy_lr", 1)})
     settings = {"weight_decay": weight_decay} | ({} if eps is None else {"eps": eps})
     optimizer = OPTIMIZERS[name](groups, lr=lr, **settings)
-    if hasattr(criterion, "follow"):
-        criterion.follow(optimizer)
+    if hasattr(criterion, "attach_optimizer"):
+        criterion.attach_optimizer(optimizer)
     return optimizer
 
 

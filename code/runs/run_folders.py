@@ -39,6 +39,8 @@ FORMER = {
     "head": "linear",
     "lr_schedule": "step",
     "sample_proxies": 1.0,
+    "loss_args": "",
+    "loss_sha256": None,
     "orientation": checkpoint.FORMER_ORIENTATION,
 }
 FORMER_TRANSFER = {"head": "orthogonal", "lr_schedule": "cosine"}
@@ -202,6 +204,9 @@ def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
     old = FORMER | (FORMER_TRANSFER if "teacher" in old else {}) | old
     new = json.loads(json.dumps(new))  # as it would be read back
+    for config in (old, new):
+        if "loss" in config:  # the path of a file may change: its content is compared
+            config["loss"] = str(config["loss"]).rpartition(":")[2]
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
     if "pretrained_sha256" in compared:  # a file is known by its content, wherever it is
         compared.remove("pretrained")
@@ -209,6 +214,7 @@ def differences(old: dict, new: dict) -> list[str]:
         "data": "other images or classes than the run had",
         "files": "images of other sizes or times than the run had; where they were copied, copy the times too",
         "pretrained_sha256": "other pretrained weights than the run began with",
+        "loss_sha256": "the file of the loss has changed since the run began",
         "teacher": "another one, or known by its file to an earlier version",
     }  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

@@ -21,11 +21,13 @@ from proxy_anchor import (
     randomness,
     verification,
 )
-from proxy_anchor.checkpoint import Checkpoint, digest, in_run, save_threshold
+from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.report import page
 from proxy_anchor.runs import logbook
+from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.weights import digest
 
 EXAMPLES = """examples:
   a published checkpoint:
@@ -48,7 +50,7 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), hardware.options(), cli.options()],
+        parents=[dataset.options(training=False), net.options(training=False), hardware.options()],
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -62,7 +64,10 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
-        "--report", metavar="DIR", help="write a web page with queries, classes, similarities and a map to this folder"
+        "--report",
+        type=cli.path,
+        metavar="DIR",
+        help="write a web page with queries, classes, similarities and a map to this folder",
     )
     group.add_argument(
         "--verify",
@@ -84,19 +89,17 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
-    with cli.errors_in_one_line("evaluate.py", args.debug):
+    with cli.errors_in_one_line("evaluate.py"):
         paths = [in_run(path) for path in args.resume]
         checkpoints = [Checkpoint(path) for path in paths]
-    contract, *others = [each.contract for each in checkpoints] or [{}]
+    recorded, *others = [checkpoint.spec for checkpoint in checkpoints] or [None]
     for path, other in zip(paths[1:], others):
-        if different := [name for name in contract | other if contract.get(name) != other.get(name)]:
-            listed = ", ".join(f"{name} {other.get(name)} instead of {contract.get(name)}" for name in different)
-            parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({listed})")
-    args = cli.parse_with_contract(parser, argv, contract)
+        if other != recorded:
+            differing = differences(other, recorded)
+            parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({differing})")
     args.resume, args.checkpoints = paths, checkpoints
-    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args, contract)
+    args.spec = net.spec_of(parser, args, recorded, dataset.crop_of(args.dataset))
     if args.calibrate and len(args.resume) != 1:
         parser.error("argument --calibrate: the threshold is recorded in a checkpoint: give one with --resume")
     if args.calibrate and exported.is_exported(args.resume[0]):
@@ -112,16 +115,18 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def load(checkpoint: Checkpoint, args: argparse.Namespace) -> torch.nn.Module:
-    if session := checkpoint.content.get("session"):
-        program = exported.open_onnx(checkpoint.path, session, args.image_size, args.embedding_size)
-        print(f"Loaded {printable(str(checkpoint.path))}: onnxruntime runs it on the CPU.")
-        return program
-    network = net.create(
-        args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
-    )
-    matched = checkpoint.load(network)
-    print(f"Loaded {printable(str(checkpoint.path))}: all {matched} tensors match.")
+def differences(spec: NetworkSpec | None, other: NetworkSpec | None) -> str:
+    """The entries in which two specs differ."""
+    records = [each.to_record() if each else {} for each in (spec, other)]
+    names = [name for name in records[0] | records[1] if records[0].get(name) != records[1].get(name)]
+    return ", ".join(f"{name} {records[0].get(name)} instead of {records[1].get(name)}" for name in names)
+
+
+def load(checkpoint: Checkpoint, spec: NetworkSpec) -> torch.nn.Module:
+    network = checkpoint.open(spec, net.from_spec)
+    tensors = len(network.state_dict())
+    how = f"all {tensors} tensors match" if tensors else "onnxruntime runs it on the CPU"
+    print(f"Loaded {printable(str(checkpoint.path))}: {how}.")
     return network
 
 
@@ -131,25 +136,25 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     if args.backbone_only:
         randomness.seed(1)  # for --pretrained none: the same network each time, and in each process
         with collectives.rank_zero_first():
-            network = net.create(args.model, None, args.pretrained, image_size=args.image_size)
-        source, identity = f"{args.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())
+            network = net.from_spec(args.spec, args.pretrained)
+        source, identity = f"{args.spec.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())
         print(f"{printable(source)}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
         networks = [network]
     else:
-        networks = [load(checkpoint, args) for checkpoint in args.checkpoints]
+        networks = [load(checkpoint, args.spec) for checkpoint in args.checkpoints]
         source, identity = ", ".join(args.resume), ", ".join(checkpoint.identity for checkpoint in args.checkpoints)
     embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
 
-    geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
+    spec = args.spec
     with collectives.rank_zero_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, geometry, **choice)
-    cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+        test_sets = dataset.eval_sets(args.dataset, args.data_root, spec.image_size, spec.geometry, **choice)
+    dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     share = collectives.rank(), collectives.world_size()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     if args.report and collectives.rank() == 0:
         page.open_folder(Path(args.report))  # before the work is done
-    ks, distance = dataset.ALL[args.dataset].KS, args.distance
+    ks, distance = dataset.ALL[args.dataset].KS, spec.distance
     of_each = [[tensor for loader in loaders for tensor in embedder.embed(loader)] for embedder in embedders]
     groups = [images.groups for images in test_sets]
     results = [evaluation.measure(embedded, ks, distance, groups) for embedded in of_each]
@@ -165,7 +170,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         result = evaluation.measure(embedded, ks, groups=groups)
     rows[name] = result.metrics
     shown = dict(rows)
-    if reference := published.RESULTS.get((args.dataset, args.model)):
+    if reference := published.RESULTS.get((args.dataset, spec.model)):
         # Never the row above under the same name.
         authors = "published by the authors" if name == "published" else "published"
         shown[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
@@ -173,7 +178,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     if args.verify or args.calibrate or args.report:
         pairs = verification.verify(**evaluation.arguments(embedded, distance, groups), group=collectives.world())
         print(pairs.text(), end="")
-    if reference and (networks[0].embedding_size, args.image_size) != (512, 224):
+    if reference and (networks[0].embedding_size, spec.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
         print("With --allow-partial: results on a part of the dataset do not compare with others.")
@@ -194,7 +199,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
         path = page.write(
             Path(args.report),
-            f"{args.model} on {args.dataset}",
+            f"{spec.model} on {args.dataset}",
             f"{source}; {' searched in '.join(sizes)}",
             shown,
             result,
@@ -209,7 +214,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
 
 def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets: list, groups: list) -> None:
     """Choose and check a threshold, and record it in the checkpoint."""
-    found = verification.calibrate(embedded, args.far, args.distance, groups)
+    found = verification.calibrate(embedded, args.far, args.spec.distance, groups)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
     save_threshold(args.resume[0], found.record() | data, args.checkpoints[0].identity)
@@ -219,7 +224,7 @@ def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets:
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with cli.errors_in_one_line("evaluate.py", args.debug), distributed.processes(args.gpu_id) as device:
+    with cli.errors_in_one_line("evaluate.py"), distributed.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))
 

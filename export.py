@@ -1,4 +1,4 @@
-"""Export a checkpoint as ONNX, safetensors or a torch.export program, checked to give the same embeddings."""
+"""Export a checkpoint as ONNX or safetensors, checked to give the same embeddings."""
 
 import argparse
 import shlex
@@ -14,14 +14,17 @@ import net
 from dataset import transforms
 from dataset.files import left_out
 from dataset.folder import find
+from net.backbone import Backbone
 from proxy_anchor import cli, evaluation, exported
-from proxy_anchor.checkpoint import CONTRACT, FORMER_ORIENTATION, Checkpoint, in_run
+from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import locked, replacing
 from proxy_anchor.report import card
 from proxy_anchor.runs import logbook
+from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.weights import read_safetensors
 
-CHECKED = 64  # images, spread over those there are
+CHECKED = 64  # images, spread over all of them
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
 TOLERANCE = {False: 1e-5, True: 1e-3}  # of exported.difference, by --fp16
 EXAMPLES = """examples:
@@ -40,19 +43,21 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), cli.options()],
+        parents=[dataset.options(training=False), net.options(training=False, alone=False)],
     )
     group = parser.add_argument_group("export")
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export, or the folder of its run")
     group.add_argument(
         "--out",
         required=True,
+        type=cli.path,
         metavar="FILE",
-        help="file to write, ending in .onnx, .safetensors or .pt2; the card of model.onnx, model-card.md, is written "
+        help="file to write, ending in .onnx or .safetensors; the card of model.onnx, model-card.md, is written "
         "beside it",
     )
     group.add_argument(
         "--check",
+        type=cli.path,
         metavar="DIR",
         help="folder of images to check the file with; without it, the test images of --dataset check the file and "
         "measure it for its card",
@@ -61,17 +66,12 @@ def parse(argv=None) -> argparse.Namespace:
         "--fp16", action="store_true", help="weights in half precision: half the size; prints what that costs"
     )
     args = parser.parse_args(argv)
-    net.check_weights(parser, args)
-    with cli.errors_in_one_line("export.py", args.debug):
-        path = in_run(args.resume)
-        checkpoint = Checkpoint(path)
-    contract = checkpoint.contract
-    args = cli.parse_with_contract(parser, argv, contract)
-    args.resume, args.checkpoint = path, checkpoint
-    cli.check_ranges(parser, args)
+    with cli.errors_in_one_line("export.py"):
+        args.resume = in_run(args.resume)
+        args.checkpoint = Checkpoint(args.resume)
     if not args.check:
         dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args, contract)
+    args.spec = net.spec_of(parser, args, args.checkpoint.spec, dataset.crop_of(args.dataset))
     if Path(args.resume).suffix == ".onnx":
         parser.error(f"argument --resume: {args.resume} is exported already; give its checkpoint")
     if not exported.is_exported(args.out):
@@ -80,38 +80,27 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error(f"argument --out: there is no folder {Path(args.out).parent}")
     if args.fp16 and args.check:
         parser.error("argument --fp16: what it costs is measured on --dataset, without --check")
-    args.geometry = args.geometry or dataset.geometry_of(args.dataset, net.expects(args.model))
-    told = {name: getattr(args, name) for name in (*CONTRACT, "distance", "head")}
-    orientation = {"orientation": FORMER_ORIENTATION}  # of a published checkpoint
-    args.contract = net.expects(args.model) | orientation | told | args.geometry | contract
     args.command = shlex.join(["python", "export.py", *(sys.argv[1:] if argv is None else argv)])
     return args
-
-
-def create(args: argparse.Namespace) -> torch.nn.Module:
-    return net.create(
-        args.model, args.embedding_size, l2_norm=bool(args.l2_norm), head=args.head, image_size=args.image_size
-    )
 
 
 def export(args: argparse.Namespace) -> None:
     out = Path(args.out)
     card.check(out)
-    network = create(args)
-    args.checkpoint.load(network)
-    reference = exported.Served(network, args.distance)
+    network = args.checkpoint.open(args.spec, net.from_spec)
+    reference = exported.InferenceNet(network, args.spec.distance)
     record = describe(args, network.model)
     test_sets = [] if args.check else open_test_sets(args)
     images = images_to_check(args, test_sets)
 
-    served = deepcopy(reference)
+    copy = deepcopy(reference)
     if args.fp16:
-        exported.halve(served.network)
+        exported.halve(copy.network)
     count = len(images.unique(dim=0))  # not those taken several times
     checked = f"{count} image{'s' * (count > 1)}"
     with replacing(out) as file:
-        exported.save(file, out.suffix, served, args.image_size, record)
-        difference = check(open_file(file, out.suffix, args), reference, images)
+        exported.save(file, out.suffix, copy, args.spec.image_size, record)
+        difference = check(open_file(file, out.suffix, args.spec), reference, images)
         if not difference <= TOLERANCE[args.fp16]:  # or it is not a number
             raise ValueError(
                 f"{out} is not written: its embeddings of {checked} differ by up to {difference:.1g} from "
@@ -123,18 +112,18 @@ def export(args: argparse.Namespace) -> None:
         f"{difference:.1g} from those of the checkpoint, in batches of {', '.join(map(str, BATCHES))}."
     )
 
-    measured = measure(open_file(out, out.suffix, args), reference, test_sets, args) if test_sets else ""
+    measured = measure(open_file(out, out.suffix, args.spec), reference, test_sets, args) if test_sets else ""
     with replacing(card.path(out)) as file:
-        text = card.text(out, record, measured, net.license_of(args.model), args.resume)
+        text = card.text(out, record, measured, net.license_of(args.spec.model), args.resume)
         file.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be of any bytes
     print(f"Its card is {card.path(out)}")
 
 
-def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
+def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
     """The record of the file, see code/exported.py."""
     record = {
-        "network": args.contract,
-        "preprocessing": transforms.recipe(args.image_size, **args.geometry),
+        "network": args.spec.to_record(),
+        "preprocessing": transforms.recipe(args.spec.image_size, **args.spec.geometry),
         "normalization": {
             "channels": "BGR" if backbone.bgr else "RGB",
             "largest": 255 if backbone.bgr else 1,
@@ -151,21 +140,21 @@ def describe(args: argparse.Namespace, backbone: torch.nn.Module) -> dict:
 
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-    test_sets = dataset.eval_sets(args.dataset, args.data_root, args.image_size, args.geometry, **choice)
-    cli.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    test_sets = dataset.eval_sets(args.dataset, args.data_root, args.spec.image_size, args.spec.geometry, **choice)
+    dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
     return test_sets
 
 
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
     """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
     if args.check:
-        found = find(Path(args.check))
-        paths, remark = found.images, left_out(found.others)
+        folder = find(Path(args.check))
+        paths, remark = folder.images, left_out(folder.others)
         if not paths:
             raise FileNotFoundError(f"There are no images in {args.check}{f'. {remark}' * bool(remark)}")
         if remark:
             print(remark)
-        transform = transforms.evaluation(args.image_size, **args.geometry)
+        transform = transforms.evaluation(args.spec.image_size, **args.spec.geometry)
         images = dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], transform)
     else:
         images = test_sets[0]
@@ -173,24 +162,22 @@ def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDatas
     return torch.stack([images[i][0] for i in chosen])
 
 
-def open_file(path: Path, ending: str, args: argparse.Namespace) -> torch.nn.Module:
+def open_file(path: Path, ending: str, spec: NetworkSpec) -> torch.nn.Module:
     """The network in a file that was just written, from pixels to embeddings."""
     if ending == ".onnx":
         session = exported.open_session(path, path.read_bytes())
-        return exported.open_onnx(path, session, args.image_size, args.embedding_size)
-    if ending == ".pt2":
-        return exported.open_program(path, args.embedding_size)
-    network = create(args)
-    network.load_state_dict(exported.read_tensors(path)[1])
-    return exported.Served(network, args.distance)
+        return exported.open_onnx(path, session, spec.image_size, spec.embedding_size)
+    network = net.from_spec(spec)
+    network.load_state_dict(read_safetensors(path)[1])
+    return exported.InferenceNet(network, spec.distance)
 
 
 @torch.inference_mode()
 def check(file: torch.nn.Module, reference: torch.nn.Module, images: torch.Tensor) -> float:
     """How far the file's embeddings are from the network's, see exported.difference, in batches of several sizes."""
     expected = reference(images)
-    found = [torch.cat([file(part) for part in images.split(size)]) for size in BATCHES]
-    return exported.difference(torch.cat(found), expected.repeat(len(BATCHES), 1))
+    embeddings = [torch.cat([file(batch) for batch in images.split(size)]) for size in BATCHES]
+    return exported.difference(torch.cat(embeddings), expected.repeat(len(BATCHES), 1))
 
 
 def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[dataset.ImageDataset], args) -> str:
@@ -200,22 +187,22 @@ def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[d
     for name, network in (networks | {Path(args.out).name: file}).items():
         loaders = [dataset.eval_loader(images, args.batch_size, args.workers) for images in test_sets]
         embedder, ks = Embedder(network, torch.device("cpu")), dataset.ALL[args.dataset].KS
-        rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.distance).metrics
+        rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.spec.distance).metrics
     print(logbook.table(rows))
     splits = dataset.describe(dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets)))
-    parts = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
+    paragraphs = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
     if args.fp16:
         recalls = [row["R@1"] for row in rows.values()]
-        parts.append(f"Half precision costs {100 * (recalls[0] - recalls[1]):.2f} points of R@1.")
-        print(parts[-1])
-    return "\n\n".join([*parts, f"Command: `{args.command}`"])
+        paragraphs.append(f"Half precision costs {100 * (recalls[0] - recalls[1]):.2f} points of R@1.")
+        print(paragraphs[-1])
+    return "\n\n".join([*paragraphs, f"Command: `{args.command}`"])
 
 
 def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
     # All files of a stem have one card.
-    with cli.errors_in_one_line("export.py", args.debug), locked(out.with_name(out.stem)):
+    with cli.errors_in_one_line("export.py"), locked(out.with_name(out.stem)):
         export(args)
 
 

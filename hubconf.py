@@ -36,30 +36,25 @@ def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int 
         from torchvision.transforms import v2
 
         checkpoints, exported = _module("proxy_anchor.checkpoint"), _module("proxy_anchor.exported")
-        net, transforms = _module("net"), _module("dataset.transforms")
+        net, transforms, specs = _module("net"), _module("dataset.transforms"), _module("proxy_anchor.spec")
 
         path = _download(checkpoint, checkpoints.read) if "://" in checkpoint else checkpoint
         read = checkpoints.Checkpoint(path)
-        contract, given = read.contract, {"model": backbone, "embedding_size": embedding_size}
+        given = {"model": backbone, "embedding_size": embedding_size}
         for name, value in given.items():
             keyword = "backbone" if name == "model" else name  # torch.hub.load has a `model` of its own
-            if value is None and name not in contract:
+            if value is None and not read.spec:
                 raise ValueError(f"{checkpoint} does not record its {keyword}: give torch.hub.load {keyword}=...")
-            if value not in (None, contract.setdefault(name, value)):
-                raise ValueError(f"{checkpoint} was trained with {keyword} {contract[name]}, not {value}")
-        net.check_record(contract["model"], contract)
-        contract = net.expects(contract["model"]) | contract
-        network = net.create(
-            contract["model"],
-            contract["embedding_size"],
-            l2_norm=bool(contract.get("l2_norm", 1)),
-            head=contract.get("head", "linear"),
-            image_size=contract["image_size"],
-        )
+            if value not in (None, recorded := getattr(read.spec, name, value)):
+                raise ValueError(f"{checkpoint} was trained with {keyword} {recorded}, not {value}")
+        if not (spec := read.spec):
+            net.check_name(backbone)
+            spec = specs.NetworkSpec(**given | net.expects(backbone))
+        net.check(spec)
+        network = net.from_spec(spec)
         read.load(network, "backbone and embedding_size")
-        geometry = {key: contract[key] for key in checkpoints.GEOMETRY if key in contract}
-        seen = transforms.evaluation(contract["image_size"], **geometry)
-        served = exported.Served(network, contract.get("distance", "cosine"))
+        seen = transforms.evaluation(spec.image_size, **spec.geometry)
+        served = exported.InferenceNet(network, spec.distance)
         return served.eval(), v2.Compose([_module("dataset.files").to_tensor, seen])
 
 
@@ -69,7 +64,7 @@ def _module(name: str):
     if folder not in sys.path:
         sys.path.append(folder)  # processes that this one spawns get it
     ours = importlib.import_module("proxy_anchor_hub")
-    if pathlib.Path(ours.__file__).resolve().parent != _REPOSITORY / "hub":
+    if pathlib.Path(str(ours.__file__)).resolve().parent != _REPOSITORY / "hub":
         raise ImportError(f"{ours.__path__[0]} is in use already: one process can load one checkout of this repository")
     return importlib.import_module(f"proxy_anchor_hub.{name}")
 

@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 RESULTS = "results.json"
 LONGEST_NAME = 255 - len("_999")  # in bytes, of a folder; those of repeated runs have a number behind it
 DECIDED = {"--seed": "--seeds", "--fold": "--folds", "--by": "--by", "--resume": "nothing: it is always auto"}
-# Of train.py's arguments, those that evaluate.py needs too, beside what checkpoints record.
+# The arguments of train.py that evaluate.py needs too, because checkpoints do not record them.
 EVALUATION = (
     "dataset",
     "data_root",
@@ -49,40 +49,45 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[cli.options()],
     )
     group = parser.add_argument_group("protocol")
     group.add_argument(
-        "--seeds", default=[1, 2, 3], type=int, nargs="+", metavar="S", help="a result for each of these seeds"
+        "--seeds",
+        default=[1, 2, 3],
+        type=cli.integer(0),
+        nargs="+",
+        metavar="S",
+        help="a result for each of these seeds",
     )
     group.add_argument(
         "--folds",
         default="2",
+        type=folds,
         metavar="N",
         help="2: the second half of the training classes is held out; 4 and so on: each of as many parts in turn; "
         "val: the split of that name in your CSV file",
     )
     group.add_argument(
-        "--by", default="MAP@R", choices=("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
+        "--by", default="MAP@R", **cli.one_of("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
     )
     group.add_argument(
-        "--out", metavar="DIR", help="where the results go (default: a folder beside those of the runs, in logs/)"
+        "--out",
+        type=cli.path,
+        metavar="DIR",
+        help="where the results go (default: a folder beside those of the runs, in logs/)",
     )
     argv = sys.argv[1:] if argv is None else list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
-    cli.check_ranges(parser, args)
     args.flags, args.command = argv[end + 1 :], shlex.join(["python", "protocol.py", *argv])
-    if not 0 <= min(args.seeds) <= max(args.seeds) < 2**63 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("argument --seeds: expected different numbers from 0, below 2**63")
-    if not re.fullmatch(r"val|[2-9]|[1-9][0-9]{1,8}", args.folds):
-        parser.error(f"argument --folds: expected 2, 4 or another number of parts, or val, found '{args.folds}'")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: expected different numbers")
     for flag in args.flags:
         if (name := flag.partition("=")[0]) in DECIDED:
             parser.error(f"{name} cannot come after --, because this protocol decides it: give {DECIDED[name]}")
     args.training = train.parse(args.flags)
     if args.training.lr_schedule == "cosine":
-        parser.error("argument --lr-schedule: a cosine hangs on the number of epochs, which is chosen here")
+        parser.error("--lr-schedule cosine depends on --epochs, which this script chooses")
     if args.training.epochs < 1:
         parser.error("argument --epochs: expected at least 1, found 0")
     # Else the longest name, that of the last training, would be the first to fail.
@@ -94,6 +99,13 @@ def parse(argv=None) -> argparse.Namespace:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("start protocol.py without torchrun, and give --gpu-id -1 after -- for all GPUs")
     return args
+
+
+def folds(text: str) -> str:
+    """The type of --folds. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"val|[2-9]|[1-9][0-9]{1,8}", text):
+        raise argparse.ArgumentTypeError(f"expected 2, 4 or another number of parts, or val, found '{text}'")
+    return text
 
 
 class Training(NamedTuple):
@@ -108,15 +120,15 @@ class Training(NamedTuple):
         return "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
 
     def folder(self) -> Path:
-        """Where it is, once it has run. Raises FileNotFoundError where it has not."""
+        """The folder of the run. Raises FileNotFoundError if it has not run."""
         args = train.parse(self.argv)
-        place = run_folders.place(Path(args.LOG_DIR), args.dataset, train.run_name(args))
-        if found := run_folders.of_experiment(place, vars(args) | net.identity(args.pretrained)):
-            return found[-1]
-        raise FileNotFoundError(f"There is no run {place}")
+        path = run_folders.run_dir(Path(args.LOG_DIR), args.dataset, train.run_name(args))
+        if folders := run_folders.of_experiment(path, vars(args) | net.identity(args.pretrained)):
+            return folders[-1]
+        raise FileNotFoundError(f"There is no run {path}")
 
     def rows(self) -> list[dict[str, float]]:
-        """Those of its metrics.csv, one for each epoch. Raises ValueError for another number of them."""
+        """The rows of its metrics.csv, one per epoch. Raises ValueError if their number is not that of the epochs."""
         rows, _ = figures.read(self.folder() / "metrics.csv")
         if len(rows) != self.epochs:
             raise ValueError(
@@ -156,7 +168,7 @@ class Series:
             left = f"; at most about {seconds / unit:.0f} {name} left"
         print(f"Training {self.number} of {self.total}: {training.what}, {training.length}{left}", flush=True)
         if status := child.run([sys.executable, train.__file__, *training.argv]):
-            sys.exit(status)  # it has said why
+            sys.exit(status)  # the training has printed why
         rows = training.rows()
         self.done += rows
         return rows
@@ -176,8 +188,8 @@ def evaluate_folds(args: argparse.Namespace, trainings: list[Training]) -> dict[
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What the results depend on, beside the seeds."""
-    decided = (*run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE, "seed", "fold", "by")
+    """The settings that the results depend on, besides the seeds."""
+    decided = (*run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE, "spec", "seed", "fold", "by")
     given = {name: value for name, value in vars(args.training).items() if name not in decided}
     given |= net.identity(args.training.pretrained)
     return given | {"epochs": args.training.epochs, "folds": args.folds, "by": args.by}
@@ -257,7 +269,7 @@ def protocol(args: argparse.Namespace) -> None:
 
 def main(argv=None):
     args = parse(argv)
-    with cli.errors_in_one_line("protocol.py", args.debug), cli.output_may_close():
+    with cli.errors_in_one_line("protocol.py"), cli.output_may_close():
         try:
             protocol(args)
         except Interrupted as interruption:

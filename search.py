@@ -5,8 +5,10 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +19,15 @@ from dataset import transforms
 from dataset.files import BadFile, is_hidden, left_out, read_image
 from dataset.folder import find
 from dataset.folder import images as images_in
-from proxy_anchor import cli, exported, figures, hardware, randomness
-from proxy_anchor.checkpoint import CONTRACT, GEOMETRY, Checkpoint, digest, in_run
+from proxy_anchor import cli, figures, hardware, randomness
+from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.index import entries
 from proxy_anchor.index.store import EXACT, IMAGES, RECALL_AT, Index, lock
+from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.vectors import to_nearness
+from proxy_anchor.weights import digest
 
 BLOCK = 2**14  # images that are embedded before they are written
 AS_STORED = (
@@ -42,21 +46,22 @@ with several photos of each thing, in one folder per thing:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = cli.Parser(
+    parser: argparse.ArgumentParser = cli.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
-    form = {"parents": [hardware.options(), cli.options()], "allow_abbrev": False, "formatter_class": cli.HelpFormatter}
+    form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
+    common = [hardware.options()]
 
     make = commands.add_parser(
         "index",
         help="embed images into an index",
         usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
         "[--flag value ...]",
-        epilog=EXAMPLES,
+        parents=[dataset.options(training=False), net.options(training=False), *common],
         description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
         "those that are new or have changed, and to drop those whose files are gone.",
-        **form | {"parents": [dataset.options(training=False), net.options(training=False), *form["parents"]]},
+        **form,
     )
     group = make.add_argument_group("index")
     group.add_argument(
@@ -69,7 +74,7 @@ def parse(argv=None) -> argparse.Namespace:
         action="store_true",
         help="one entry for each folder with images: the mean of the images that lie in it, of unit length again",
     )
-    group.add_argument("--out", required=True, metavar="INDEX", help="folder to write the index to")
+    group.add_argument("--out", required=True, type=cli.path, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
         "--drop-missing",
         action="store_true",
@@ -86,18 +91,20 @@ def parse(argv=None) -> argparse.Namespace:
         "query",
         help="find the neighbours of images",
         usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]",
-        epilog=EXAMPLES,
+        parents=common,
         description="Print the images of an index that are most similar to each of yours.",
         **form,
     )
     group = ask.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
-    group.add_argument("--index", required=True, metavar="INDEX", help="folder that `search.py index` wrote")
+    group.add_argument(
+        "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
+    )
     group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
-    group.add_argument("--neighbours", "-k", default=10, type=int, metavar="K", help="neighbours per image")
+    group.add_argument("--neighbours", "-k", default=10, type=cli.integer(1), metavar="K", help="neighbours per image")
     group.add_argument(
         "--nprobe",
-        type=int,
+        type=cli.integer(1),
         metavar="N",
         help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
     )
@@ -110,42 +117,42 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--by-folder", action="store_true", help="one query for each folder with images: their mean")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    group.add_argument("--save", metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png")
     group.add_argument(
-        "--batch-size", default=32, type=int, metavar="N", help="images per step; lower it when memory runs out"
+        "--save", type=cli.path, metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png"
     )
     group.add_argument(
-        "--workers", default=0, type=int, metavar="N", help="processes that read images; useful for many queries"
+        "--batch-size",
+        default=32,
+        type=cli.integer(1),
+        metavar="N",
+        help="images per step; lower it when memory runs out",
+    )
+    group.add_argument(
+        "--workers",
+        default=0,
+        type=cli.integer(0),
+        metavar="N",
+        help="processes that read images; useful for many queries",
     )
 
     args = parser.parse_args(argv)
     if args.command == "index":
         net.check_weights(make, args)
-        with cli.errors_in_one_line("search.py", args.debug):
+        with cli.errors_in_one_line("search.py"):
             path = in_run(args.resume) if args.resume else None
             checkpoint = Checkpoint(path) if path else None
-        contract = checkpoint.contract if checkpoint else {}
-        args = cli.parse_with_contract(parser, argv, contract, at=1)
         args.resume, args.checkpoint = path, checkpoint
-        net.check_arguments(parser, args, contract)
-        told = {name: getattr(args, name) for name in (*CONTRACT, "distance")}
-        expected = net.expects(args.model)
-        geometry = dataset.geometry_of(args.dataset, expected) if args.split else {}
-        args.contract = expected | told | geometry | contract
-        args.contract.pop("orientation", None)  # of the training; an index has its own
-        if args.backbone_only:
-            size = net.pooled_features(args.model, args.image_size)
-            args.contract |= {"backbone_only": True, "embedding_size": size}
+        crop = dataset.crop_of(args.dataset) if args.split else None
+        args.spec = net.spec_of(parser, args, checkpoint.spec if checkpoint else None, crop)
         if bool(args.images) == bool(args.split):
             parser.error("one of --images or --split is required")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
-    cli.check_ranges(parser, args)
     return args
 
 
 def threshold(text: str) -> float | str:
-    """The value of --threshold. Raises ValueError for what is neither a finite number nor 'none'."""
+    """The value of --threshold. Raises ValueError unless it is a finite number or 'none'."""
     if text == "none" or np.isfinite(float(text)):
         return text if text == "none" else float(text)
     raise ValueError
@@ -155,37 +162,32 @@ def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
     weights = args.resume or args.pretrained
     path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
-    network, identity = open_network(args.contract, path, args.checkpoint)
+    network, identity = open_network(args.spec, path, args.checkpoint)
     upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
-    made = {
-        "checkpoint": path,
-        "weights": identity,
-        "network": args.contract,
-        "by_folder": args.by_folder,
-        "orientation": dataset.ORIENTATIONS[upright],
-    }
+    spec = replace(args.spec, orientation=dataset.ORIENTATIONS[upright])
+    made = {"checkpoint": path, "weights": identity, "network": spec.to_record(), "by_folder": args.by_folder}
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
             index = Index.open(folder)
             index.check(made, args.index_factory)
-            if upright and not is_upright(index):
+            if upright and not index.is_upright:
                 print(AS_STORED)
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
         paths = paths_to_index(args)
         folders = entries.group(paths) if args.by_folder else {}
         images_of = lambda entry: folders.get(entry, [entry])  # noqa: E731 (a list for each image would take memory)
-        # Of before the images are read: what changes meanwhile is found next time.
-        stamps = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
+        # Taken before the images are read, so later changes are detected next time.
+        stamps: dict[str, str | None] = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
         presence = Presence(stamps, index.folders, args.drop_missing)
         new, changed, deleted, done = index.compare(stamps, presence.of)
         source = os.path.realpath(args.images or args.data_root)
         source = source if os.path.isdir(source) else os.path.dirname(source)
         is_known, index.folders = source in index.folders, sorted({*index.folders, source})
         kind = "folders" if args.by_folder else "images"
-        place = printable(str(folder))
-        print(f"{len(index.images):,} {kind} are in {place}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
+        shown = printable(str(folder))
+        print(f"{len(index.images):,} {kind} are in {shown}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
         for missing, entries_there in presence.missing.items():
             print(
                 f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them"
@@ -200,7 +202,7 @@ def update_index(args: argparse.Namespace) -> None:
                 return
             index = index.finish()
         except KeyboardInterrupt:
-            print("What is embedded is kept: the same command continues from here", file=sys.stderr)
+            print("Embedded images are saved: the same command continues from here", file=sys.stderr)
             raise
         print(f"Indexed {done:,} {kind}")
         if index.factory != EXACT:
@@ -208,31 +210,32 @@ def update_index(args: argparse.Namespace) -> None:
 
 
 def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network, args: argparse.Namespace) -> int:
-    """Embed the entries that have a stamp, block by block, each of which is kept; returns how many could be read.
+    """Embed the entries that have a stamp, block by block, and save each block; returns how many could be read.
 
     images_of(entry) -> the paths of its images.
     """
-    total = sum(stamp is not None for stamp in stamps.values())
-    embed = embedder(network, args) if total else None
+    new = {entry: stamp for entry, stamp in stamps.items() if stamp is not None}
+    if not new:
+        return 0
+    embed = embedder(network, args)
     seen = added = 0
-    wanted = ((entry, images_of(entry)) for entry, stamp in stamps.items() if stamp is not None)
-    for block in entries.blocks(wanted, BLOCK):
+    for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
         paths = [image for paths in block.values() for image in paths]
-        images = unlabelled(paths, args.contract, is_upright(index))
-        cli.make_ready([images], args.skip_bad_images, args.cache, args.workers)
+        images = unlabelled(paths, index.spec)
+        dataset.make_ready([images], args.skip_bad_images, args.cache, args.workers)
         if len(images):
-            found, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
-            index.add({entry: stamps[entry] for entry in found}, embeddings)
-            added += len(found)
+            embedded, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
+            index.add({entry: new[entry] for entry in embedded}, embeddings)
+            added += len(embedded)
         seen += len(block)
-        if seen < total:
-            print(f"{seen:,} of {total:,} are done", flush=True)
+        if seen < len(new):
+            print(f"{seen:,} of {len(new):,} are done", flush=True)
     return added
 
 
 def print_recall(index: Index) -> None:
     """Print the share of the nearest images that the index finds, for several nprobe if its kind has cells."""
-    for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [None]:
+    for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [0]:
         if nprobe:
             index.set_nprobe(nprobe)
         setting = f" with --nprobe {nprobe}" if nprobe else ""
@@ -264,7 +267,7 @@ def real_folder(folder: str) -> str:
 
 
 class Presence:
-    """Whether what was indexed is still there.
+    """Whether indexed images still exist.
 
     What is in a folder that is gone as a whole, or empty, counts as present: its disk may not be mounted. So does a
     link to a file in such a folder.
@@ -304,65 +307,46 @@ def has_images(entry: str) -> bool:
     return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
 
 
-def images_at(*places: str) -> list[str]:
-    """The image files at these places: themselves, or those in folders, of which it prints what else is in them.
+def images_at(*locations: str) -> list[str]:
+    """The image files at these paths, of files or folders; prints a line on other files in the folders.
 
-    Raises FileNotFoundError for a place without images.
+    Raises FileNotFoundError for a path without images.
     """
-    paths, others = [], Counter()
-    for place in places:
-        if not os.path.exists(place):
-            raise FileNotFoundError(f"There is no {place}")
-        if os.path.isdir(place):
-            folder = find(Path(place))
+    paths: list[str] = []
+    others: Counter[str] = Counter()
+    for location in locations:
+        if not os.path.exists(location):
+            raise FileNotFoundError(f"There is no {location}")
+        if os.path.isdir(location):
+            folder = find(Path(location))
             if not folder.images:
                 remark = left_out(folder.others)
-                raise FileNotFoundError(f"There are no images in {place}{f'. {remark}' * bool(remark)}")
+                raise FileNotFoundError(f"There are no images in {location}{f'. {remark}' * bool(remark)}")
             others += folder.others
-        paths += folder.images if os.path.isdir(place) else [place]
+        paths += folder.images if os.path.isdir(location) else [location]
     if others:
         print(left_out(others), file=sys.stderr)
     return paths
 
 
-def unlabelled(paths: list[str], contract: dict, upright: bool) -> dataset.ImageDataset:
-    """Images without labels, as evaluation sees them."""
-    return dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], geometry(contract), upright=upright)
+def unlabelled(paths: list[str], spec: NetworkSpec) -> dataset.ImageDataset:
+    """Images without labels, as a network sees them."""
+    transform = transforms.evaluation(spec.image_size, **spec.geometry)
+    labels = np.zeros(len(paths), dtype=int)
+    return dataset.ImageDataset(paths, labels, [""], transform, upright=spec.orientation == "upright")
 
 
-def is_upright(index: Index) -> bool:
-    """Whether the images of an index are turned upright; those of an index that does not record it are not."""
-    return index.made.get("orientation") == "upright"
-
-
-def geometry(contract: dict):
-    told = {name: contract[name] for name in GEOMETRY if name in contract}
-    return transforms.evaluation(contract["image_size"], **told)
-
-
-def open_network(contract: dict, path: str, checkpoint: Checkpoint | None) -> tuple[torch.nn.Module, str]:
-    """The network that a contract describes, and its identity.
+def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[torch.nn.Module, str]:
+    """The network that a spec describes, and its identity.
 
     checkpoint: its weights; or None for a backbone alone, whose pretrained weights are at the path.
     """
-    if checkpoint is None:
-        randomness.seed(1)  # for --pretrained none: the same network each time
-        network = net.create(contract["model"], None, path, image_size=contract["image_size"])
-        print(network.model.remark, end="", file=sys.stderr)
-        return network, digest(network.state_dict())
-    if session := checkpoint.content.get("session"):
-        network = exported.open_onnx(path, session, contract["image_size"], contract["embedding_size"])
-    else:
-        network = net.create(
-            contract["model"],
-            contract["embedding_size"],
-            None,
-            bool(contract["l2_norm"]),
-            head=contract.get("head", "linear"),
-            image_size=contract["image_size"],
-        )
-        checkpoint.load(network)
-    return network, checkpoint.identity
+    if checkpoint:
+        return checkpoint.open(spec, net.from_spec), checkpoint.identity
+    randomness.seed(1)  # for --pretrained none: the same network each time
+    network = net.from_spec(spec, path)
+    print(network.model.remark, end="", file=sys.stderr)
+    return network, digest(network.state_dict())
 
 
 def embedder(network: torch.nn.Module, args: argparse.Namespace):
@@ -371,31 +355,18 @@ def embedder(network: torch.nn.Module, args: argparse.Namespace):
     return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))[0]
 
 
+class Answer(NamedTuple):
+    """The nearest entries of the index, (path, similarity or distance), and those of them that match."""
+
+    query: str
+    nearest: list[tuple[str, float]]
+    matches: list[tuple[str, float]]
+
+
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image, or of each folder's mean."""
-    index = Index.open(Path(args.index))
-    if not len(index.images):
-        raise FileNotFoundError(
-            f"There is no complete index in {args.index}: run `search.py index` to its end, again if it was interrupted"
-        )
-    if args.nprobe:
-        index.set_nprobe(args.nprobe)
-    contract = index.made["network"]
-    try:
-        net.check_record(contract["model"], contract)
-    except ValueError as error:
-        raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
-    path = in_run(args.resume) if args.resume else index.made["checkpoint"]
-    if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
-        raise FileNotFoundError(
-            f"There is no checkpoint {path}, which made {args.index}: say with --resume where it is"
-        )
-    checkpoint = None if contract.get("backbone_only") else Checkpoint(path)
-    network, identity = open_network(contract, path, checkpoint)
-    index.check({"weights": identity, "network": contract, "checkpoint": path})
-    if "orientation" not in index.made:
-        print(AS_STORED, file=sys.stderr)
-    images = unlabelled(images_at(*args.images), contract, is_upright(index))
+    index, network, checkpoint = open_index(args)
+    images = unlabelled(images_at(*args.images), index.spec)
     check_save(args.save, images.paths, index)
     bad = images.find_bad(args.workers)
     images.leave_out(bad)
@@ -403,59 +374,98 @@ def query(args: argparse.Namespace) -> None:
         raise BadFile("; ".join(bad.values()))
     for reason in bad.values():
         print(printable(reason), file=sys.stderr)
+    limit = threshold_in_use(args, index, checkpoint)
+    answers = ask(index, network, images, limit, args)
+    if args.json:
+        print_json(answers, bad, limit, index.measure)
+    else:
+        print_table(answers, limit, index.measure)
+    if args.save:
+        draw(answers, limit, index, Path(args.save))
+    if bad:
+        sys.exit(1)  # as for one image alone
+
+
+def open_index(args: argparse.Namespace) -> tuple[Index, torch.nn.Module, Checkpoint | None]:
+    """The index of a query, the network that made it, and its checkpoint, None for a backbone alone."""
+    index = Index.open(Path(args.index))
+    if not len(index.images):
+        raise FileNotFoundError(
+            f"There is no complete index in {args.index}: run `search.py index` to its end, again if it was interrupted"
+        )
+    if args.nprobe:
+        index.set_nprobe(args.nprobe)
+    try:
+        net.check(index.spec)
+    except ValueError as error:
+        raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
+    path = in_run(args.resume) if args.resume else index.made["checkpoint"]
+    if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
+        raise FileNotFoundError(f"There is no checkpoint {path}, which made {args.index}: give its place with --resume")
+    checkpoint = None if index.spec.backbone_only else Checkpoint(path)
+    network, identity = open_network(index.spec, path, checkpoint)
+    index.check({"weights": identity, "network": index.spec.to_record(), "checkpoint": path})
+    if not index.records_orientation:
+        print(AS_STORED, file=sys.stderr)
+    return index, network, checkpoint
+
+
+def ask(index: Index, network: torch.nn.Module, images, limit: float | None, args: argparse.Namespace) -> list[Answer]:
+    """The answer for each image, or with --by-folder for each folder's mean."""
     queries, embeddings = images.paths, embedder(network, args)(images)
     if args.by_folder:
         folders = entries.group(images.paths)
         queries, embeddings = entries.embeddings_of(folders, images.paths, embeddings, index.distance)
-    found = index.search(embeddings, args.neighbours)
-    limit = threshold_in_use(args, index, checkpoint)
-    matches = [
-        [(other, value) for other, value in neighbours if limit is None or is_match(value, limit, index.distance)]
-        for neighbours in found
+    return [
+        Answer(path, nearest, [near for near in nearest if limit is None or is_match(near[1], limit, index.distance)])
+        for path, nearest in zip(queries, index.search(embeddings, args.neighbours))
     ]
-    name = "distance " if index.measure == "distance" else ""  # a number alone is a similarity
-    if args.json:
-        print(
-            json.dumps(
-                [
-                    *({"query": path, "error": reason} for path, reason in bad.items()),
-                    *(
-                        {
-                            "query": path,
-                            "threshold": limit,
-                            "match": None if limit is None else bool(neighbours),
-                            "neighbours": [{"path": other, index.measure: value} for other, value in neighbours],
-                        }
-                        for path, neighbours in zip(queries, matches)
-                    ),
-                ],
-                indent=1,
-            )
-        )
-    else:
-        for path, neighbours, nearest in zip(queries, matches, found):
-            print(printable(path))
-            for place, (other, value) in enumerate(neighbours, start=1):
-                print(f"{place:>4}  {name}{value:.4f}  {printable(other)}")
-            if limit is not None and not neighbours:
-                best = (
-                    f": the best {index.measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
-                )
-                print(f"  no match{best}")
-    if args.save:
-        rows = [
-            [(path, ("query\n" if neighbours or limit is None else "no match\n") + folder_of(path))]
-            + [
-                (other, f"{name}{value:.3f}\n{folder_of(other)}")
-                for other, value in neighbours
-                if other != os.path.abspath(path)
-            ]
-            for path, neighbours in zip(queries, matches)
+
+
+def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, measure: str) -> None:
+    """Print the answers, and the reasons why images could not be read, as JSON."""
+    errors = [{"query": path, "error": reason} for path, reason in bad.items()]
+    rows = [
+        {
+            "query": answer.query,
+            "threshold": limit,
+            "match": None if limit is None else bool(answer.matches),
+            "neighbours": [{"path": path, measure: value} for path, value in answer.matches],
+        }
+        for answer in answers
+    ]
+    print(json.dumps([*errors, *rows], indent=1))
+
+
+def unit(measure: str) -> str:
+    """The word before a number: "distance "; a number alone is a similarity."""
+    return "distance " if measure == "distance" else ""
+
+
+def print_table(answers: list[Answer], limit: float | None, measure: str) -> None:
+    """Print each query with its matches, or "no match"."""
+    for query, nearest, matches in answers:
+        print(printable(query))
+        for rank, (path, value) in enumerate(matches, start=1):
+            print(f"{rank:>4}  {unit(measure)}{value:.4f}  {printable(path)}")
+        if limit is not None and not matches:
+            best = f": the best {measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
+            print(f"  no match{best}")
+
+
+def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -> None:
+    """Draw each query with its matches; an indexed query is left out of its own row."""
+    rows = []
+    for query, _, matches in answers:
+        kind = "query" if matches or limit is None else "no match"
+        others = [
+            (path, f"{unit(index.measure)}{value:.3f}\n{folder_of(path)}")
+            for path, value in matches
+            if path != os.path.abspath(query)
         ]
-        figures.draw_images(rows, lambda entry: read_entry(entry, is_upright(index)), Path(args.save))
-        print(f"The picture is {args.save}", file=sys.stderr)
-    if bad:
-        sys.exit(1)  # as for one image alone
+        rows.append([(query, f"{kind}\n{folder_of(query)}"), *others])
+    figures.draw_images(rows, lambda entry: read_entry(entry, index.is_upright), file)
+    print(f"The picture is {file}", file=sys.stderr)
 
 
 def check_save(file: str | None, queries: list[str], index: Index) -> None:
@@ -464,10 +474,10 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
         return
     if any(os.path.samefile(file, path) for path in queries if os.path.exists(path)):
         raise FileExistsError(f"--save {file} would overwrite a query: choose another name")
-    places = {canonical(os.path.abspath(file)), os.path.realpath(file)}
+    targets = {canonical(os.path.abspath(file)), os.path.realpath(file)}
     if index.made["by_folder"]:
-        places = set(map(os.path.dirname, places))
-    if any(path in places for path, _ in index.images):
+        targets = set(map(os.path.dirname, targets))
+    if any(path in targets for path, _ in index.images):
         raise FileExistsError(f"--save {file} would overwrite an indexed image: choose another name")
 
 
@@ -504,7 +514,7 @@ def folder_of(entry: str) -> str:
 
 def main(argv=None):
     args = parse(argv)
-    with cli.errors_in_one_line("search.py", args.debug):
+    with cli.errors_in_one_line("search.py"):
         (update_index if args.command == "index" else query)(args)
 
 

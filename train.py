@@ -1,6 +1,7 @@
 """Train an embedding network with the Proxy-Anchor loss, or another, and measure Recall@K after every epoch."""
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -9,7 +10,7 @@ import net
 from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, randomness, sharded, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import logbook, run_folders
-from proxy_anchor.runs.run import Run
+from proxy_anchor.runs.run import Run, ending
 
 EXAMPLES = """examples:
   a first run, without a download:
@@ -30,22 +31,24 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
         parents=[
             dataset.options(training=True),
-            dataset.validation.options(),
             net.options(training=True),
             losses.options(),
             training.options(),
             hardware.options(),
             logbook.options(),
-            cli.options(),
+            dataset.validation.options(),
+            net.later_options(),
+            losses.later_options(),
+            training.later_options(),
+            dataset.validation.later_options(),
         ],
     )
-    args = cli.parse_with_recipe(parser, argv, dataset.recipe)
-    cli.check_ranges(parser, args)
+    args = run_folders.parse(parser, argv, dataset.recipe)
     dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args)
+    args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
+    args.image_size = args.spec.image_size
     losses.check_arguments(parser, args)
     training.check_arguments(parser, args)
-    dataset.validation.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
     if args.epochs == 0 and args.resume:
@@ -69,103 +72,95 @@ def run_name(args: argparse.Namespace) -> str:
     )
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    randomness.seed(args.seed)
-    print(hardware.describe(device))
-    if args.recipe:
-        print(f"Defaults of {args.dataset}: {args.recipe}")
-    share = collectives.rank(), collectives.world_size()
-
-    # Data: zero-shot retrieval, so training and test classes are disjoint. With --fold, some training classes test.
-    expected = net.expects(args.model)
-    geometry = dataset.geometry_of(args.dataset, expected)
-    choice = {
-        "allow_partial": args.allow_partial,
-        "test_classes": args.test_classes,
-        "upright": run_folders.upright(args.resume),
-    }
-    with collectives.rank_zero_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, args.fold, geometry, **choice)
-    train_set, *test_sets = splits.values()
-    cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
-    print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
-    train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share)
-    # Without gradients, twice the images fit into the memory.
-    test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
-    ks, prefix = dataset.ALL[args.dataset].KS, dataset.validation.PREFIX if args.fold else ""
-    batch_size = train_loader.batch_sampler.images_per_batch
-    print(distributed.describe(batch_size), end="")
-
-    # A run to resume has its weights in its own checkpoint.
-    config = (
-        expected
-        | vars(args)
-        | geometry
-        | dataset.record(splits, args.data_root)
-        | {
-            "device": str(device),
-            "processes": collectives.world_size(),
-            "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
-        }
-        | net.identity(args.pretrained)
+def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1) -> dataset.TrainingData:
+    """The data of a run; a resumed run keeps the orientation of its images."""
+    data = dataset.for_training(
+        args.dataset,
+        args.data_root,
+        args.spec.image_size,
+        args.spec.geometry,
+        args.batch_size,
+        args.IPC,
+        args.seed,
+        args.workers,
+        args.skip_bad_images,
+        args.cache,
+        fold,
+        views,
+        allow_partial=args.allow_partial,
+        test_classes=args.test_classes,
+        upright=run_folders.upright(args.resume),
     )
-    resume = run_folders.to_resume(run_name(args), config)
-    pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
+    print(data.description + distributed.describe(data.batch_size), end="")
+    return data
 
-    # Network, loss, optimizer.
+
+def configuration(args: argparse.Namespace, data: dataset.TrainingData, device: torch.device) -> dict:
+    """What config.json records of a run."""
+    config = vars(args) | args.spec.to_record() | data.record | net.identity(args.pretrained)
+    del config["spec"]
+    return config | {
+        "device": str(device),
+        "processes": collectives.world_size(),
+        "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
+    }
+
+
+def create_network(args: argparse.Namespace, config: dict, resume: Path | None, device: torch.device):
+    """The network to train; a run to resume has its weights in its own checkpoint."""
+    pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
     with collectives.rank_zero_first():
-        network = net.create(
-            args.model,
-            args.embedding_size,
-            pretrained,
-            bool(args.l2_norm),
-            bool(args.bn_freeze),
-            args.head,
-            args.image_size,
-        )
+        network = net.from_spec(args.spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
     distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
-    embedder = Embedder(network, device, args.amp, args.compile)
-    criterion = sharded.create(
-        args.loss,
-        train_set.num_classes,
-        args.embedding_size,
-        args.mrg,
-        args.alpha,
-        args.loss_args,
-        args.sample_proxies,
-        args.seed,
-    ).to(device)
+    return network
+
+
+def create_optimizer(args: argparse.Namespace, network, criterion):
+    """The optimizer and the schedule of its learning rate."""
     optimizer = training.create_optimizer(
         args.optimizer, network, criterion, args.lr, args.weight_decay, args.embedding_lr, args.eps
     )
     scheduler = training.create_scheduler(
         args.lr_schedule, optimizer, args.epochs, args.lr_decay_step, args.lr_decay_gamma
     )
+    return optimizer, scheduler
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    data = open_data(args, args.fold)  # zero-shot retrieval: training and test classes are disjoint
+    config = configuration(args, data, device)
+    resume = run_folders.to_resume(run_name(args), config)
+    network = create_network(args, config, resume, device)
+    embedder = Embedder(network, device, args.amp, args.compile)
+    settings = args.mrg, args.alpha, args.loss_args, args.sample_proxies, args.seed
+    criterion = sharded.create(args.loss, data.num_classes, args.embedding_size, *settings).to(device)
+    optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 
     def loss_of(images, labels):
-        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, D)
-        return criterion(embeddings, collectives.gather_shards(labels, batch_size))
+        embeddings = collectives.gather_shards(embedder(images), data.batch_size)  # (B, D)
+        return criterion(embeddings, collectives.gather_shards(labels, data.batch_size))
+
+    def evaluate(embedder, stop=None):
+        return evaluation.evaluate(embedder, data.test_loaders, data.ks, stop, prefix=data.prefix)
 
     if args.epochs == 0:  # no run, nothing to write
-        result = evaluation.evaluate(embedder, test_loaders, ks, prefix=prefix)
-        print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
-        return
+        return print(logbook.untrained(evaluate(embedder)), end="")
 
-    parts = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **parts) as run:
-        if args.pretrained != "none" and not args.skip_baseline:
-            alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
-            run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop, prefix=prefix))
+    state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
+    with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **state) as run:
+        if args.pretrained != "none":
+            backbone = Embedder(net.PooledBackbone(network.model), device, args.amp)
+            run.measure_backbone(lambda: evaluate(backbone, run.stop))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(
                 network,
                 loss_of,
-                embedder.batches(run.batches(train_loader)),
+                embedder.batches(run.batches(data.train_loader)),
                 optimizer,
                 embedder.scaler,
                 epoch,
@@ -175,23 +170,29 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             )
             print(embedder.scaler.remark(), end="")
             run.stop.check()
-            result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, prefix=prefix)
-            run.end_epoch(loss, result)
+            run.end_epoch(loss, evaluate(embedder, run.stop))
     print(run.summary(dataset.chosen_flags(args)))
+
+
+def start(args: argparse.Namespace, device: torch.device) -> None:
+    """Seed everything, and print what a run starts with."""
+    randomness.seed(args.seed)
+    print(hardware.describe(device))
+    if args.recipe:
+        print(f"Defaults of {args.dataset}: {args.recipe}")
 
 
 def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
-        cli.errors_in_one_line("train.py", args.debug),
+        cli.errors_in_one_line("train.py"),
         cli.output_may_close(),
         distributed.processes(args.gpu_id) as device,
+        ending("train.py"),
     ):
-        try:
-            train(args, device)
-        except run_folders.Finished as finished:
-            print(finished)
+        start(args, device)
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, randomness, training
+from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook, run_folders
-from proxy_anchor.runs.run import Run
+from proxy_anchor.runs.run import Run, ending
+from proxy_anchor.spec import LARGEST, NetworkSpec
+from train import configuration, create_network, create_optimizer, open_data, start
 
 EXAMPLES = """examples:
   64 dimensions instead of 512, from a published network or one of train.py:
@@ -40,7 +42,10 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("transfer")
     group.add_argument(
-        "--source-ckpt", metavar="PATH", help="checkpoint of the teacher, a published one or one of ours; required"
+        "--source-ckpt",
+        type=cli.path,
+        metavar="PATH",
+        help="checkpoint of the teacher, a published one or one of ours; required",
     )
     group.add_argument(
         "--source-model",
@@ -49,19 +54,20 @@ def options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--source-embedding-size",
-        type=int,
+        type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
         help="a teacher's dimensions, if its checkpoint does not say them (default: 512)",
     )
     group.add_argument(
         "--view",
         default=2,
-        type=int,
+        type=cli.integer(1),
         metavar="N",
         help="random crops of each image in a batch; more show more relations and take longer",
     )
-    group.add_argument("--save", default=1, type=int, choices=(1,), help="as published; every run is saved here")
-    group.add_argument("--target-norm", dest="l2_norm", type=int, choices=(0, 1), help="as published: --l2-norm")
+    # Published commands have these two. Every run is saved, and --target-norm is --l2-norm.
+    group.add_argument("--save", default=1, **cli.one_of(1), help=argparse.SUPPRESS)
+    group.add_argument("--target-norm", dest="l2_norm", **cli.one_of(0, 1), help=argparse.SUPPRESS)
     return parser
 
 
@@ -80,14 +86,15 @@ def parse(argv=None) -> argparse.Namespace:
             training.options(),
             hardware.options(),
             logbook.options(),
-            cli.options(),
+            net.later_options(),
+            training.later_options(),
         ],
     )
     parser.set_defaults(**DEFAULTS)
-    args = cli.parse_with_recipe(parser, argv, recipe)
-    cli.check_ranges(parser, args)
+    args = run_folders.parse(parser, argv, recipe)
     dataset.check_arguments(parser, args, args.dataset)
-    net.check_arguments(parser, args)
+    args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
+    args.image_size = args.spec.image_size
     training.check_arguments(parser, args)
     if args.batch_size % args.IPC:
         parser.error(
@@ -95,74 +102,50 @@ def parse(argv=None) -> argparse.Namespace:
         )
     if args.epochs == 0 and args.resume:
         parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
-    with cli.errors_in_one_line("transfer.py", args.debug):
+    with cli.errors_in_one_line("transfer.py"):
         describe_teacher(parser, args)
     return args
 
 
-def recipe(name: str) -> dict:
-    """The defaults of a dataset: those that it has for training but the steps of decay, and the published epochs."""
-    kept = {argument: value for argument, value in dataset.recipe(name).items() if argument != "lr_decay_step"}
-    return kept | ({"epochs": EPOCHS[name]} if name in EPOCHS else {})
+def recipe(dataset_name: str) -> dict:
+    """The defaults of a dataset: its defaults for training without --lr-decay-step, and the published epochs."""
+    defaults = {name: value for name, value in dataset.recipe(dataset_name).items() if name != "lr_decay_step"}
+    return defaults | ({"epochs": EPOCHS[dataset_name]} if dataset_name in EPOCHS else {})
 
 
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Complete the teacher's arguments from its checkpoint, or as published; other words are a usage error."""
+    """Complete the teacher's arguments from its checkpoint, or as published; a contradiction is a usage error."""
     if not args.source_ckpt:
         parser.error("the following argument is required: --source-ckpt")
     args.source_ckpt = os.path.abspath(in_run(args.source_ckpt))  # the run may be resumed from another folder
     args.teacher = Checkpoint(args.source_ckpt)
-    contract = args.teacher.contract
+    recorded = args.teacher.spec
     published = {"model": "resnet50" if args.model.startswith("resnet") else "bn_inception", "embedding_size": 512}
-    for name in published:
-        given, told = getattr(args, f"source_{name}"), contract.get(name)
-        if None not in (given, told) and given != told:
+    for name, default in published.items():
+        given, expected = getattr(args, f"source_{name}"), getattr(recorded, name, None)
+        if None not in (given, expected) and given != expected:
             parser.error(
-                f"argument --source-{name.replace('_', '-')}: the teacher was trained with {told}, not {given}"
+                f"argument --source-{name.replace('_', '-')}: the teacher was trained with {expected}, not {given}"
             )
-        setattr(args, f"source_{name}", next(value for value in (told, given, published[name]) if value is not None))
-    args.source_head = contract.get("head", "linear")
+        setattr(args, f"source_{name}", expected or given or default)
+    spec = recorded or NetworkSpec(args.source_model, args.source_embedding_size, args.image_size)
+    args.source_head = spec.head
     try:
-        net.check_record(args.source_model, contract)
+        net.check(spec)
     except (ImportError, ValueError) as error:
-        parser.error(f"argument --source-{'ckpt' if contract else 'model'}: {error}")
-    if (size := contract.get("image_size", args.image_size)) != args.image_size:
-        parser.error(f"argument --image-size: the teacher was trained with {size}, and sees what the student sees")
+        parser.error(f"argument --source-{'ckpt' if recorded else 'model'}: {error}")
+    if spec.image_size != args.image_size:
+        parser.error(
+            f"argument --image-size: the teacher was trained with {spec.image_size}, and sees what the student sees"
+        )
     if not net.accepts(args.source_model, args.image_size):
         parser.error(f"argument --image-size: the teacher, {args.source_model}, cannot take {args.image_size} pixels")
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    randomness.seed(args.seed)
-    print(hardware.describe(device))
-    if args.recipe:
-        print(f"Defaults of {args.dataset}: {args.recipe}")
-    share = collectives.rank(), collectives.world_size()
-
-    # Data: the teacher's training classes, of which the labels only balance the batches; as the student expects them.
-    expected = net.expects(args.model)
-    geometry = dataset.geometry_of(args.dataset, expected)
-    choice = {
-        "allow_partial": args.allow_partial,
-        "test_classes": args.test_classes,
-        "upright": run_folders.upright(args.resume),
-    }
-    with collectives.rank_zero_first():
-        splits = dataset.open(args.dataset, args.data_root, args.image_size, geometry=geometry, **choice)
-    train_set, *test_sets = splits.values()
-    cli.make_ready(splits.values(), args.skip_bad_images, args.cache, args.workers)
-    print(dataset.describe(splits), dataset.remark(test_sets), sep="\n", end="")
-    train_loader = dataset.train_loader(train_set, args.batch_size, args.IPC, args.seed, args.workers, share, args.view)
-    # Without gradients, twice the images fit into the memory.
-    test_loaders = [dataset.eval_loader(images, 2 * args.batch_size, args.workers, share) for images in test_sets]
-    ks = dataset.ALL[args.dataset].KS
-    batch_size = train_loader.batch_sampler.images_per_batch
-    print(distributed.describe(batch_size), end="")
-
-    # A run to resume has its weights in its own checkpoint.
-    distance = "cosine" if args.l2_norm else "euclidean"
+def run_name(args: argparse.Namespace) -> str:
+    """The name of the folder of a new run, with the teacher that it learns from."""
     source = f"{args.source_model}-{args.source_embedding_size}-{args.teacher.identity[:8]}"
-    name = logbook.run_name(
+    return logbook.run_name(
         args.model,
         args.loss,
         args.embedding_size,
@@ -173,75 +156,50 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.seed,
         args.remark,
     )
-    config = (
-        expected
-        | vars(args)
-        | geometry
-        | dataset.record(splits, args.data_root)
-        | {
-            "device": str(device),
-            "processes": collectives.world_size(),
-            "distance": distance,
-            "teacher": args.teacher.identity,
-            "schedule": training.describe_schedule(args.lr_schedule, args.epochs),
-        }
-        | net.identity(args.pretrained)
-    )
-    resume = run_folders.to_resume(name, config)
-    pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
 
-    # Student, teacher, loss, optimizer.
-    with collectives.rank_zero_first():
-        network = net.create(
-            args.model,
-            args.embedding_size,
-            pretrained,
-            bool(args.l2_norm),
-            bool(args.bn_freeze),
-            args.head,
-            args.image_size,
-        )
-    net.check_identity(pretrained, config)
-    print(network.model.remark, end="")
-    network.freeze(args.freeze)
-    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
-    embedder = Embedder(network, device, args.amp, args.compile)
-    teacher = net.create(
-        args.source_model, args.source_embedding_size, head=args.source_head, image_size=args.image_size
-    ).eval()
+
+def load_teacher(args: argparse.Namespace) -> torch.nn.Module:
+    spec = NetworkSpec(args.source_model, args.source_embedding_size, args.image_size, head=args.source_head)
+    teacher = net.from_spec(spec).eval()
     matched = args.teacher.load(teacher, SOURCE_FLAGS)
     print(f"The teacher is {printable(args.source_ckpt)}: all {matched} tensors match.")
-    teacher = Embedder(teacher, device, args.amp, args.compile)
+    return teacher
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    data = open_data(args, views=args.view)  # of the teacher's training classes; labels only balance the batches
+    distance = "cosine" if args.l2_norm else "euclidean"
+    config = configuration(args, data, device) | {"distance": distance, "teacher": args.teacher.identity}
+    resume = run_folders.to_resume(run_name(args), config)
+    network = create_network(args, config, resume, device)
+    embedder = Embedder(network, device, args.amp, args.compile)
+    teacher = Embedder(load_teacher(args), device, args.amp, args.compile)
     criterion = distillation.create(args.loss, args.sigma, args.delta)
-    optimizer = training.create_optimizer(
-        args.optimizer, network, criterion, args.lr, args.weight_decay, args.embedding_lr, args.eps
-    )
-    scheduler = training.create_scheduler(
-        args.lr_schedule, optimizer, args.epochs, args.lr_decay_step, args.lr_decay_gamma
-    )
+    optimizer, scheduler = create_optimizer(args, network, criterion)
 
     def loss_of(images, labels):
         with torch.no_grad():
-            wanted = collectives.gather_shards(teacher(images), batch_size)  # (B, D)
-        embeddings = collectives.gather_shards(embedder(images), batch_size)  # (B, d)
-        return criterion(embeddings, wanted)
+            targets = collectives.gather_shards(teacher(images), data.batch_size)  # (B, D)
+        embeddings = collectives.gather_shards(embedder(images), data.batch_size)  # (B, d)
+        return criterion(embeddings, targets)
+
+    def evaluate(embedder, stop=None, distance=distance):
+        return evaluation.evaluate(embedder, data.test_loaders, data.ks, stop, distance)
 
     if args.epochs == 0:  # no run, nothing to write
-        result = evaluation.evaluate(embedder, test_loaders, ks, distance=distance)
-        print(logbook.table({"untrained": result.metrics}) + "\n" + result.remark(), end="")
-        return
+        return print(logbook.untrained(evaluate(embedder)), end="")
 
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(logbook.open_logbook(name, config, resume), network, **parts) as run:
-        if args.pretrained != "none" and not args.skip_baseline:
-            alone = Embedder(net.BackboneAlone(network.model), device, args.amp)
-            run.measure_backbone(lambda: evaluation.evaluate(alone, test_loaders, ks, run.stop))
+    state = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
+    with Run(logbook.open_logbook(run_name(args), config, resume), network, **state) as run:
+        if args.pretrained != "none":
+            backbone = Embedder(net.PooledBackbone(network.model), device, args.amp)
+            run.measure_backbone(lambda: evaluate(backbone, run.stop, "cosine"))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
             loss = training.train_one_epoch(
                 network,
                 loss_of,
-                embedder.batches(run.batches(train_loader)),
+                embedder.batches(run.batches(data.train_loader)),
                 optimizer,
                 embedder.scaler,
                 epoch,
@@ -250,8 +208,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             )
             print(embedder.scaler.remark(), end="")
             run.stop.check()
-            result = evaluation.evaluate(embedder, test_loaders, ks, run.stop, distance)
-            run.end_epoch(loss, result)
+            run.end_epoch(loss, evaluate(embedder, run.stop))
     print(run.summary(dataset.chosen_flags(args)))
 
 
@@ -259,14 +216,13 @@ def main(argv=None):
     args = parse(argv)
     distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
-        cli.errors_in_one_line("transfer.py", args.debug),
+        cli.errors_in_one_line("transfer.py"),
         cli.output_may_close(),
         distributed.processes(args.gpu_id) as device,
+        ending("transfer.py"),
     ):
-        try:
-            train(args, device)
-        except run_folders.Finished as finished:
-            print(finished)
+        start(args, device)
+        train(args, device)
 
 
 if __name__ == "__main__":

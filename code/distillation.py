@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from proxy_anchor import cli
+
 FLOOR = 1e-12  # of squared distances, as published: it keeps equal rows from 0 / 0
 
 
@@ -127,20 +129,20 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--loss",
         default="Relaxed_Contra",
-        choices=LOSSES,
+        **cli.one_of(*LOSSES),
         help="the relaxed contrastive loss, or one it is compared with",
     )
     group.add_argument(
         "--sigma",
         default=1.0,
-        type=float,
+        type=cli.positive,
         metavar="S",
         help="of the relaxed contrastive loss: smaller, and only the teacher's nearest pairs attract",
     )
     group.add_argument(
         "--delta",
         default=1.0,
-        type=float,
+        type=cli.positive,
         metavar="D",
         help="of the relaxed contrastive loss: how far apart the others are kept, relative to the mean distance",
     )

@@ -3,7 +3,6 @@
 import torch
 
 from proxy_anchor import distributed, hardware
-from proxy_anchor.exported import Program
 from proxy_anchor.progress import progress
 
 
@@ -32,15 +31,15 @@ class Scaler(torch.amp.GradScaler):
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    network: a net.EmbeddingNet or net.BackboneAlone. amp: "none", or "bf16" or "fp16" for the network's products, with
-    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile. An exported.Program runs as it
-    is: ValueError for it with amp or compile.
+    network: a net.EmbeddingNet or net.PooledBackbone. amp: "none", or "bf16" or "fp16" for the network's products, with
+    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile. A network of an exported file
+    runs as it is: ValueError for it with amp or compile.
     """
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
-        if isinstance(network, Program) and (amp != "none" or compile):
+        if getattr(network, "is_exported", False) and (amp != "none" or compile):
             raise ValueError("An exported file runs as it is: --amp and --compile are for checkpoints")
-        hardware.place(network, device)
+        hardware.to_device(network, device)
         self.network, self.device = network, device
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = Scaler(device, enabled=amp == "fp16")
@@ -68,7 +67,7 @@ class Embedder:
         Stop, which may end it early; check it before the embeddings are used.
         """
         self.network.eval()
-        bar = progress(loader, description)
+        bar = progress(loader, description, len(loader.sampler))
         if stop:
             bar = stop.after_each(bar)
         embeddings = [torch.empty(0, self.network.embedding_size, device=self.device)]

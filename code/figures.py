@@ -1,6 +1,7 @@
 """The pictures: the course of a run from its metrics.csv, images in rows, and the style they share with misc/."""
 
 import csv
+import json
 import math
 import textwrap
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",  # a card, on dark pages too
     "svg.hashsalt": "proxy-anchor",  # the same file each time
 }
+BACKBONE = "backbone.json"  # what the backbone alone achieves, in the folder of a run
 MARKED = 20  # epochs up to which each has a marker
 ROWS, COLUMNS, THUMBNAIL = 20, 11, 224
 
@@ -70,12 +72,14 @@ def read(path: Path) -> tuple[list[dict[str, float]], dict[str, float] | None]:
     try:
         with open(path, newline="") as file:
             rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        backbone = rows.pop(0) if rows and rows[0].get("epoch") == -1 else None
+        first_line, backbone = 2, read_backbone(path.parent)
+        if rows and rows[0].get("epoch") == -1:  # where earlier versions put the backbone alone
+            first_line, backbone = 3, rows.pop(0)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
     if not rows or not {*metrics.NOT_METRICS, "R@1"} <= set(metrics.plain(rows[0])):
         raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
-    for line, row in enumerate(rows, start=3 if backbone else 2):
+    for line, row in enumerate(rows, start=first_line):
         usable = row.keys() == rows[0].keys() and all(map(math.isfinite, row.values()))
         if not usable or not 0 <= metrics.plain(row)["R@1"] <= 1:
             raise ValueError(f"{path}, line {line}: expected finite numbers and R@1 from 0 to 1, found {row}")
@@ -84,15 +88,25 @@ def read(path: Path) -> tuple[list[dict[str, float]], dict[str, float] | None]:
     return rows, backbone
 
 
-def epochs_done(row: dict[str, float]) -> int:
-    """The epochs of training at a row: pictures count epochs from 1, metrics.csv from 0, as published."""
-    return int(row["epoch"]) + 1
+def read_backbone(folder: Path) -> dict[str, float] | None:
+    """The metrics of the backbone alone in the folder of a run, None without any. Raises ValueError."""
+    path = folder / BACKBONE
+    if not path.exists():
+        return None
+    try:
+        backbone = {name: float(value) for name, value in json.loads(path.read_text()).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not 0 <= metrics.plain(backbone).get("R@1", -1) <= 1:
+        raise ValueError(f"{path} is damaged: expected R@1 from 0 to 1, found {backbone}")
+    return backbone
 
 
 def draw_run(table: Path, path: Path, title: str) -> None:
     """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv."""
     rows, backbone = read(table)
-    x = [epochs_done(row) for row in rows]
+    x = [int(row["epoch"]) for row in rows]
+    edges = [x[0] - 0.5, *(epoch + 0.5 for epoch in x)]
     first = metrics.prefix(rows[0]) + "R@1"
     recalls = [name for name in rows[0] if name.startswith(first[:-1])]
     best = metrics.best(rows)
@@ -104,14 +118,13 @@ def draw_run(table: Path, path: Path, title: str) -> None:
         loss_axes.set_title("loss")
         loss_axes.plot(x, [row["loss"] for row in rows], color=STRONG[0], marker=marker, markersize=3.5)
 
-        after = f"{epochs_done(best)} epoch" + ("" if epochs_done(best) == 1 else "s")
-        recall_axes.set_title(f"Recall@K, %: the best {first} is {100 * best[first]:.2f}, after {after}")
+        recall_axes.set_title(f"Recall@K, %: the best {first} is {100 * best[first]:.2f}, in epoch {best['epoch']:.0f}")
         colors = ramp(len(recalls))
         for name, color in zip(recalls, colors):
             recall_axes.plot(x, [100 * row[name] for row in rows], color=color, marker=marker, markersize=3.5)
-        recall_axes.axvline(epochs_done(best), color=STRONG[1], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+        recall_axes.axvline(best["epoch"], color=STRONG[1], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
         recall_axes.plot(
-            epochs_done(best),
+            best["epoch"],
             100 * best[first],
             "o",
             color="white",
@@ -136,14 +149,14 @@ def draw_run(table: Path, path: Path, title: str) -> None:
 
         rates = [row["lr"] for row in rows]
         lr_axes.set_title("learning rate")
-        lr_axes.stairs(rates, [x[0] - 1, *x], fill=True, color="#c9d3df")
+        lr_axes.stairs(rates, edges, fill=True, color="#c9d3df")
         lr_axes.set(ylim=(0, 1.1 * max(rates) or 1), yticks=[max(rates)], yticklabels=[f"{max(rates):g}"])
         lr_axes.grid(False)
-        lr_axes.set(xlabel="epochs", xlim=(x[0] - 1, x[-1] + 0.02 * len(x)))
+        lr_axes.set(xlabel="epoch", xlim=(edges[0], edges[-1]))
         lr_axes.xaxis.get_major_locator().set_params(integer=True)
         for ax in (loss_axes, recall_axes):
             ax.tick_params(labelbottom=False)
-        add_time(loss_axes, [x[0] - 1, *x], [0, *(row["elapsed"] for row in rows)])
+        add_time(loss_axes, edges, [0, *(row["elapsed"] for row in rows)])
         label_ends(
             recall_axes,
             [

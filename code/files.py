@@ -16,6 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+class BadFile(ValueError):
+    """A file that is not what it should be; the message names it."""
+
+
 @contextmanager
 def replacing(path: Path):
     """Yields a temporary path beside `path` to write to; at the end the file is flushed and takes the place of `path`.

@@ -1,30 +1,34 @@
 """The device that a script runs on."""
 
 import argparse
+from collections.abc import Collection
 
 import torch
+
+from proxy_anchor import cli
 
 CHANNELS_LAST_FROM = 96  # pixels: on a CPU, smaller images are faster in torch's own layout
 
 
-def options() -> argparse.ArgumentParser:
-    """Command-line flags of the device."""
+def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Command-line flags of the device, without these flags."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("device")
-    group.add_argument(
+    add = cli.adder(group, without)
+    add(
         "--gpu-id",
         default=0,
-        type=int,
+        type=cli.integer(-1),
         metavar="N",
         help="CUDA device, -1 for all of them (search.py: the first); without CUDA, Apple's GPU or the CPU",
     )
-    group.add_argument(
+    add(
         "--amp",
         default="none",
-        choices=("none", "bf16", "fp16"),
-        help="precision of the network's products: bf16 is faster on recent GPUs, fp16 on older ones; none: float32",
+        **cli.one_of("none", "bf16", "fp16"),
+        help="mixed precision: bf16 for recent GPUs, fp16 for older ones; none: float32",
     )
-    group.add_argument(
+    add(
         "--compile",
         action="store_true",
         help="compile the network (torch.compile): takes a minute, then steps are faster; for long runs",
@@ -32,9 +36,10 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def place(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The network on the device. On a CPU its convolutions take the layout of the images, see memory_format."""
-    return network.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return network.to(device).to(memory_format=layout)
 
 
 def memory_format(device: torch.device, image_size: int) -> torch.memory_format:

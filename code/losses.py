@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from proxy_anchor import blocked
+from proxy_anchor import blocked, cli
 from proxy_anchor.files import sha256
 from proxy_anchor.vectors import norms
 
@@ -135,21 +135,28 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--alpha",
         default=32.0,
-        type=float,
+        type=cli.positive,
         metavar="A",
         help="scale of Proxy-Anchor; the larger it is, the more the hardest images count",
     )
     group.add_argument(
         "--mrg",
         default=0.1,
-        type=float,
+        type=cli.finite,
         metavar="M",
         help="margin of Proxy-Anchor, in cosine similarity; a larger one pulls and pushes further",
     )
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of the loss in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
     group.add_argument(
         "--sample-proxies",
         default=1.0,
-        type=float,
+        type=cli.share(SMALLEST_SHARE),
         metavar="SHARE",
         help="Proxy-Anchor's share of the classes outside the batch in each step, for millions of classes; 1 is exact",
     )
@@ -166,8 +173,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"argument --loss: {error.filename}: {error.strerror}")
     elif args.loss_args:
         parser.error(f"argument --loss-args: {args.loss} takes none; they are for a loss of your own, FILE.py:CLASS")
-    if not SMALLEST_SHARE <= args.sample_proxies <= 1:
-        parser.error(f"argument --sample-proxies: {args.sample_proxies} is not a share, from {SMALLEST_SHARE:g} to 1")
     if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
         parser.error(
             f"argument --sample-proxies: {label(args.loss)} takes all proxies or none; Proxy_Anchor samples them"

@@ -1,6 +1,7 @@
 """The random states of a process: torch's, of the CPU and of each GPU, numpy's and Python's."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ def seed(number: int) -> None:
 
 def state() -> dict:
     """All of them, as tensors and numbers."""
-    _, keys, *numpy_rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    _, keys, *numpy_rest = numpy_state
     version, python_keys, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

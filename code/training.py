@@ -2,18 +2,22 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from proxy_anchor import collectives
+from proxy_anchor import cli, collectives
 
+EmbeddingNet = Any  # a net.EmbeddingNet; this package does not import net
 CLIP_VALUE = 10  # of each gradient element, as published
 
-OPTIMIZERS = {  # fused: one pass over all parameters, where torch has it
+OPTIMIZERS: dict[
+    str, Callable[..., torch.optim.Optimizer]
+] = {  # fused: one pass over all parameters, where torch has it
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adam": partial(torch.optim.Adam, fused=True),
     "sgd": lambda groups, **settings: torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True, **settings),
@@ -31,77 +35,81 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--epochs",
         default=60,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="passes over the training images; 0 evaluates the untrained network",
     )
     group.add_argument(
-        "--optimizer", default="adamw", choices=OPTIMIZERS, help="optimizer; the published results used adamw"
+        "--optimizer", default="adamw", **cli.one_of(*OPTIMIZERS), help="optimizer; the published results used adamw"
     )
     group.add_argument(
-        "--lr", default=1e-4, type=float, help="learning rate of the network; lower it if the loss diverges"
-    )
-    group.add_argument(
-        "--embedding-lr",
-        default=1.0,
-        type=float,
-        metavar="X",
-        help="the embedding layer's learning rate is X times --lr",
+        "--lr", default=1e-4, type=cli.positive, help="learning rate of the network; lower it if the loss diverges"
     )
     group.add_argument(
         "--weight-decay",
         default=1e-4,
-        type=float,
+        type=cli.not_negative,
         metavar="W",
         help="weight decay of all parameters that train; raise it against overfitting",
     )
     group.add_argument(
-        "--eps",
-        type=float,
-        help="the optimizer's addend to a denominator; recipes of transformers use 1e-4 (default: the optimizer's own)",
-    )
-    group.add_argument(
-        "--lr-schedule",
-        default="step",
-        choices=SCHEDULES,
-        help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
-    )
-    group.add_argument(
         "--lr-decay-step",
         default=10,
-        type=int,
+        type=cli.integer(1),
         metavar="N",
         help="with step: lower the learning rate every N epochs; scale it with --epochs",
     )
     group.add_argument(
         "--lr-decay-gamma",
         default=0.5,
-        type=float,
+        type=cli.positive,
         metavar="G",
         help="with step: factor that the learning rate is multiplied by each time",
     )
     group.add_argument(
         "--warm",
         default=1,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="train only the embedding layer, and the proxies, in the first N epochs; 0 from scratch",
+    )
+    group.add_argument(
+        "--seed",
+        default=1,
+        type=cli.integer(0),
+        metavar="S",
+        help="seed of the initial weights, the order of the images and their augmentation",
+    )
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of training in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
+    group.add_argument(
+        "--embedding-lr",
+        default=1.0,
+        type=cli.positive,
+        metavar="X",
+        help="the embedding layer's learning rate is X times --lr",
+    )
+    group.add_argument(
+        "--eps",
+        type=cli.positive,
+        help="optimizer epsilon; transformer recipes use 1e-4 (default: the optimizer's own)",
+    )
+    group.add_argument(
+        "--lr-schedule",
+        default="step",
+        **cli.one_of(*SCHEDULES),
+        help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
     )
     group.add_argument(
         "--freeze",
         default="",
         metavar="NAME[,NAME ...]",
         help="layers of the backbone that never train, e.g. patch_embed of a transformer, or patch_embed,blocks.0",
-    )
-    group.add_argument(
-        "--skip-baseline", action="store_true", help="do not evaluate the pretrained backbone alone before training"
-    )
-    group.add_argument(
-        "--seed",
-        default=1,
-        type=int,
-        metavar="S",
-        help="seed of the initial weights, the order of the images and their augmentation",
     )
     return parser
 
@@ -114,7 +122,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def create_optimizer(
     name: str,
-    network: nn.Module,
+    network: EmbeddingNet,
     criterion: nn.Module,
     lr: float,
     weight_decay: float,
@@ -151,11 +159,11 @@ def create_scheduler(
 
 
 def describe_schedule(name: str, epochs: int) -> str:
-    """The schedule with what it hangs on beside its own settings, so that a run is not continued by another."""
+    """The schedule and the settings it depends on, so that --resume rejects a different schedule."""
     return f"cosine over {epochs} epochs" if name == "cosine" else name
 
 
-def set_trainable(network: nn.Module, epoch: int, warm: int) -> None:
+def set_trainable(network: EmbeddingNet, epoch: int, warm: int) -> None:
     """Warm-up: before epoch `warm` (from 0) only the embedding layer and the proxies train, from then on everything.
 
     Everything means the weights and biases of frozen BatchNorm layers too: `--bn-freeze 1` with `--warm 0` never trains
@@ -224,7 +232,8 @@ def train_one_epoch(
         for module in clipped:
             nn.utils.clip_grad_value_(module.parameters(), CLIP_VALUE)
         trained = [] if scaler.is_enabled() else parameters_with_gradient(optimizer)
-        norms = [torch.stack(torch._foreach_norm([parameter.grad for parameter in trained]))] if trained else []
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        norms = [torch.stack(torch._foreach_norm(gradients))] if gradients else []
         scaler.step(optimizer)
         scaler.update()
         if previous is not None:

@@ -36,14 +36,20 @@ and may give
 
 import argparse
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
 from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
+from proxy_anchor import cli, collectives
+from proxy_anchor.files import printable
+from proxy_anchor.progress import progress
 
 __all__ = [
     "ALL",
@@ -52,15 +58,18 @@ __all__ = [
     "ORIENTATIONS",
     "OWN",
     "ImageDataset",
+    "TrainingData",
     "check_arguments",
     "chosen_flags",
+    "crop_of",
     "describe",
     "eval_loader",
     "eval_sets",
     "eval_splits",
     "fingerprint",
-    "geometry_of",
+    "for_training",
     "load",
+    "make_ready",
     "open",
     "options",
     "recipe",
@@ -78,63 +87,61 @@ OWN = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | OWN
 OWN_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # what --data-root is
 WORKERS = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
-GEOMETRY = ("crop", "crop_mode", "interpolation")  # of transforms.evaluation
 
 
-def options(training: bool) -> argparse.ArgumentParser:
-    """Command-line flags of the data, for a script that trains or one that only evaluates."""
+def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Command-line flags of the data, for a script that trains or one that only evaluates, without these flags."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("data")
-    group.add_argument(
+    add = cli.adder(group, without)
+    add(
         "--dataset",
         default="cub",
-        choices=ALL,
+        **cli.one_of(*ALL),
         help="a benchmark; glyphs, which needs no download; or your own images: folder or csv",
     )
-    group.add_argument(
+    add(
         "--data-root",
+        type=cli.path,
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for your own images, their folder or their CSV file",
     )
-    group.add_argument(
+    add(
         "--test-classes",
+        type=cli.path,
         metavar="FILE",
         help="with --dataset folder: the names of the test classes, one per line (default: the second half)",
     )
-    group.add_argument(
+    add(
         "--allow-partial",
         action="store_true",
         help="continue with a part of a dataset, to try things out; the results do not compare with others",
     )
-    group.add_argument(
-        "--skip-bad-images", action="store_true", help="look at every image first and leave out the damaged ones"
-    )
-    group.add_argument(
+    add("--skip-bad-images", action="store_true", help="look at every image first and leave out the damaged ones")
+    add(
         "--cache",
+        type=cli.path,
         metavar="DIR",
         help="keep decoded images in this folder (CUB takes 7 GB); helps if the GPU waits for few or slow CPU cores",
     )
-    group.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the square image that the network sees; larger images show more and take longer (default: 224, "
-        "or what a network of timm was made for)",
+    add(
+        "--batch-size",
+        default=150,
+        type=cli.integer(1),
+        metavar="N",
+        help="images per step; lower it when memory runs out",
     )
-    group.add_argument(
-        "--batch-size", default=150, type=int, metavar="N", help="images per step; lower it when memory runs out"
-    )
-    group.add_argument(
+    add(
         "--workers",
         default=WORKERS,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
     if training:
-        group.add_argument(
+        add(
             "--IPC",
-            type=int,
+            type=cli.integer(1),
             metavar="N",
             help="images per class in a batch, for losses that compare images; without it, batches are random",
         )
@@ -270,20 +277,19 @@ def eval_sets(
 ) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial, test_classes and upright as in load.
 
-    geometry: see geometry_of; by default, that of the published networks.
+    geometry: see NetworkSpec; by default, that of the published networks.
     """
-    transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
+    transform = transforms.evaluation(image_size, **(geometry or _own_geometry(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
 
-def geometry_of(name: str, expected: dict | None = None) -> dict:
-    """How evaluation sees the images of a dataset: the arguments of transforms.evaluation beside the size.
+def _own_geometry(name: str) -> dict:
+    return {"crop": crop_of(name) or transforms.CROP}
 
-    expected: what a network's weights expect, see net.expects. A dataset that names its own crop keeps it.
-    """
-    found = {key: value for key, value in (expected or {}).items() if key in GEOMETRY}
-    own = {"crop": ALL[name].CROP} if hasattr(ALL[name], "CROP") else {}
-    return {"crop": transforms.CROP} | found | own
+
+def crop_of(name: str) -> float | None:
+    """The crop of a dataset that has its own, whatever a network expects; see transforms.evaluation."""
+    return getattr(ALL[name], "CROP", None)
 
 
 def recipe(name: str) -> dict:
@@ -294,7 +300,7 @@ def recipe(name: str) -> dict:
 def open(
     name: str, root: str | Path, image_size: int, fold: str | None = None, geometry: dict | None = None, **choice
 ) -> dict[str, ImageDataset]:
-    """{split: images}, those to train on first; geometry: see geometry_of; choice: as in load.
+    """{split: images}, those to train on first; geometry: see NetworkSpec; choice: as in load.
 
     With a fold, see dataset/validation.py, the images of its classes are the other split, val, and those of the test
     set are not looked at. They are seen as test images are.
@@ -304,5 +310,68 @@ def open(
         test_sets = eval_sets(name, root, image_size, geometry, **choice)
         return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
     own = validation.own_classes(name, ALL[name], Path(root)) if fold == validation.OWN else None
-    transform = transforms.evaluation(image_size, **(geometry or geometry_of(name)))
+    transform = transforms.evaluation(image_size, **(geometry or _own_geometry(name)))
     return validation.hold_out(images, fold, transform, own)
+
+
+def make_ready(image_sets, skip_bad_images: bool = False, cache: str | None = None, workers: int = 0) -> None:
+    """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
+    for images in image_sets if skip_bad_images else ():
+        bad = collectives.from_rank_zero(lambda images=images: images.find_bad(workers))
+        images.leave_out(bad)
+        print(
+            f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
+        )
+    for images in image_sets if cache else ():
+        images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
+
+
+class TrainingData(NamedTuple):
+    """The data of a run. Where several processes share the work, the loaders give this process's share."""
+
+    train_loader: DataLoader
+    test_loaders: list[DataLoader]  # [eval], [query, gallery] or, of a fold, [val]
+    num_classes: int  # to train on
+    ks: Sequence[int]  # of Recall@K
+    prefix: str  # of the names of metrics
+    batch_size: int  # images of a batch, over all processes
+    description: str  # lines to print
+    record: dict  # for config.json, see images.record
+
+
+def for_training(
+    name: str,
+    root: str,
+    image_size: int,
+    geometry: dict,
+    batch_size: int,
+    images_per_class: int | None,
+    seed: int,
+    workers: int,
+    skip_bad_images: bool = False,
+    cache: str | None = None,
+    fold: str | None = None,
+    views: int = 1,
+    **choice,
+) -> TrainingData:
+    """The images to train on and to measure on, with their loaders; choice: as in load. Raises as load does.
+
+    fold, geometry: see `open`. images_per_class, seed, views: see loading.train_loader.
+    """
+    with collectives.rank_zero_first():
+        splits = open(name, root, image_size, fold, geometry, **choice)
+    train_images, *test_images = splits.values()
+    make_ready(splits.values(), skip_bad_images, cache, workers)
+    share = collectives.rank(), collectives.world_size()
+    batches = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
+    return TrainingData(
+        batches,
+        # Without gradients, twice the images fit into the memory.
+        [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
+        train_images.num_classes,
+        ALL[name].KS,
+        validation.PREFIX if fold else "",
+        batches.batch_sampler.images_per_batch,
+        f"{describe(splits)}\n{remark(test_images)}",
+        record(splits, root),
+    )

@@ -31,23 +31,26 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
-    common = argparse.ArgumentParser(add_help=False, parents=[cli.options()])
+    common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--data-root",
+        type=cli.path,
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
     common.add_argument(
         "--workers",
         default=dataset.WORKERS,
-        type=int,
+        type=cli.integer(0),
         metavar="N",
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
     check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
     check.set_defaults(archives=[])
     check.add_argument("name", choices=dataset.ALL)
-    check.add_argument("--test-classes", metavar="FILE", help="with folder: file with the names of the test classes")
+    check.add_argument(
+        "--test-classes", type=cli.path, metavar="FILE", help="with folder: file with the names of the test classes"
+    )
     make = commands.add_parser(
         "prepare", parents=[common], help="lay out a dataset from its archives", allow_abbrev=False
     )
@@ -57,14 +60,13 @@ def parse(argv=None) -> argparse.Namespace:
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"
     )
     args = parser.parse_args(argv)
-    cli.check_ranges(parser, args)
     dataset.check_arguments(parser, args, args.name)
     return args
 
 
 def run_prepare(name: str, root: str, archives: list[Path]) -> None:
     folder = dataset.BENCHMARKS[name].FOLDER
-    for _ in progress(prepare.prepare(name, Path(root), folder, archives), "extracting"):
+    for _ in progress(prepare.prepare(name, Path(root), folder, archives), "extracting", unit="file"):
         pass
     print(f"Laid out in {Path(root) / folder}")
 
@@ -150,7 +152,7 @@ def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.Image
 
 def main(argv=None):
     args = parse(argv)
-    with cli.errors_in_one_line("python -m dataset", args.debug):
+    with cli.errors_in_one_line("python -m dataset"):
         warning = checksum_warning(args.archives)
         try:
             if args.command == "prepare":

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from proxy_anchor.files import BadFile
+
 # Those of photographs, the most frequent first. Never those that Pillow hands to other programs, as EPS to Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") | {
@@ -85,10 +87,6 @@ LARGEST = {"L;2": 3, "L;4": 15}  # of gray PNGs
 # Pillow warns of large images and damaged metadata in each worker; errors, which matter, name the file.
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise logging prints Pillow's errors a second time
-
-
-class BadFile(ValueError):
-    """A file of a dataset that is not what it should be; the message names it."""
 
 
 def require(path: Path, source: str) -> Path:

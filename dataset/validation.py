@@ -8,6 +8,7 @@ import numpy as np
 
 from dataset.files import BadFile
 from dataset.images import ImageDataset
+from proxy_anchor import cli
 
 OWN = "val"  # the fold that a dataset brings itself
 PREFIX = "val/"  # of the names of metrics
@@ -19,26 +20,35 @@ def options() -> argparse.ArgumentParser:
     group = parser.add_argument_group("validation")
     group.add_argument(
         "--fold",
+        type=fold_name,
         metavar="K/N",
         help="hold out the K-th of N parts of the training classes and measure on it; the test set stays untouched "
         "(val: the split of that name in your CSV file)",
     )
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of validation in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
     group.add_argument(
         "--by",
         default="R@1",
-        choices=("R@1", "MAP@R"),
+        **cli.one_of("R@1", "MAP@R"),
         help="the metric that tells which epoch is the best, whose network is kept; published results are by R@1",
     )
     return parser
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error for a fold that there cannot be."""
+def fold_name(text: str) -> str:
+    """The type of --fold. Raises ArgumentTypeError for a fold that there cannot be."""
     try:
-        if args.fold not in (None, OWN):
-            parse(args.fold)
+        if text != OWN:
+            parse(text)
     except ValueError as error:
-        parser.error(f"argument --fold: {error}")
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def parse(fold: str) -> tuple[int, int]:

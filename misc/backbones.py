@@ -37,7 +37,6 @@ RECIPE = (
     "2",
     "--embedding-size",
     "512",
-    "--skip-baseline",
 )
 
 
@@ -73,16 +72,14 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cli.options()]
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="S")
     parser.add_argument("--workers", default=2, type=int, metavar="N")
     parser.add_argument("--save", default="backbones.svg", metavar="FILE")
     args = parser.parse_args(argv)
     data = ["--dataset", "glyphs", "--data-root", args.data_root, "--workers", str(args.workers)]
-    with cli.errors_in_one_line("backbones.py", args.debug), tempfile.TemporaryDirectory() as folder:
+    with cli.errors_in_one_line("backbones.py"), tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "efficientnet_lite0.pth")
         torch.save(efficientnet_lite0.convert(), weights)
         found = recalls(data, weights, args.seeds, folder)

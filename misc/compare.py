@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from proxy_anchor import cli, figures, losses, metrics
 from proxy_anchor.runs import logbook, run_folders, significance
 
-NOT_COMPARED = ("seed", "by", *run_folders.SURROUNDINGS, *run_folders.MAY_CHANGE)
+NOT_COMPARED = ("seed", "by", *run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE)
 MAIN_LOSS = "Proxy_Anchor"  # in strong colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {
@@ -220,7 +220,7 @@ def draw(groups: list[Group], path: Path) -> None:
         ends = []
         colors = figures.colors_of([group.runs[0].config["loss"] == MAIN_LOSS for group in groups])
         for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
-            recalls = [{figures.epochs_done(row): 100 * row["R@1"] for row in run.rows} for run in members]
+            recalls = [{int(row["epoch"]): 100 * row["R@1"] for row in run.rows} for run in members]
             x = sorted(set.intersection(*map(set, recalls)))
             if not x:
                 raise ValueError(f"The runs of {name} have no epoch in common; compare them one by one")
@@ -233,7 +233,7 @@ def draw(groups: list[Group], path: Path) -> None:
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
             ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
         ax.set_title(f"R@1, %: mean ± standard deviation over {count_of_runs(groups)}")
-        ax.set(xlabel="epochs", xlim=(None, ax.dataLim.x1))
+        ax.set(xlabel="epoch", xlim=(None, ax.dataLim.x1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         figures.label_ends(ax, ends)
 
@@ -245,10 +245,7 @@ def count_of_runs(groups: list[Group]) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[cli.options()],
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -258,7 +255,7 @@ def main(argv=None):
         help="the chart as .png, .svg or .pdf; may be given several times (default: comparison.png)",
     )
     args = parser.parse_args(argv)
-    with cli.errors_in_one_line("compare.py", args.debug):
+    with cli.errors_in_one_line("compare.py"):
         groups = pool(read(args.runs))
         lines = [table(groups), *remarks(groups), *differences(groups)]
         print(in_encoding("\n".join(lines), sys.stdout.encoding or "utf-8"))

@@ -131,10 +131,7 @@ def draw_arrows(ax, embeddings, proxy, weights, labels) -> None:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[cli.options()],
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--data-root",
@@ -146,7 +143,7 @@ def main(argv=None):
         "--save", action="append", required=True, metavar="FILE", help="the picture; may be given several times"
     )
     args = parser.parse_args(argv)
-    with cli.errors_in_one_line("idea.py", args.debug):
+    with cli.errors_in_one_line("idea.py"):
         images, labels = read_letters(args.data_root)
         moments = train(images, labels, [EARLY, STEPS])
         shown = torch.cat([torch.where(labels == c)[0][:: 16 // SHOWN][:SHOWN] for c in range(len(LETTERS))])

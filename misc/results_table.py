@@ -105,16 +105,13 @@ def versions(recorded: dict[str, str]) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[cli.options()],
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--logs", required=True, type=Path, metavar="DIR", help="--LOG_DIR of the runs")
     parser.add_argument("--seeds", default=[1], type=int, nargs="+", metavar="S", help="seeds of the runs that count")
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="flags of train.py, in quotes")
     args = parser.parse_args(argv)
-    with cli.errors_in_one_line("results_table.py", args.debug):
+    with cli.errors_in_one_line("results_table.py"):
         lines = [COLUMNS, ["---"] * len(COLUMNS), *(row(args.logs, recipe, args.seeds) for recipe in args.recipes)]
         for line in lines:
             print("| " + " | ".join(line) + " |")

@@ -23,20 +23,11 @@ SPLITS, FAR = 20, 0.01
 
 def embed(path: str, root: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """The embeddings, labels and paths of the test images. Raises ValueError for a checkpoint without a record."""
-    read = Checkpoint(path)
-    contract = read.contract
-    if not contract:
+    checkpoint = Checkpoint(path)
+    if not (spec := checkpoint.spec):
         raise ValueError(f"{path} has no record of its network: expected a checkpoint of train.py --dataset glyphs")
-    network = net.create(
-        contract["model"],
-        contract["embedding_size"],
-        l2_norm=bool(contract["l2_norm"]),
-        head=contract.get("head", "linear"),
-        image_size=contract["image_size"],
-    )
-    read.load(network)
-    geometry = dataset.geometry_of("glyphs", contract)
-    (images,) = dataset.eval_sets("glyphs", root, contract["image_size"], geometry)
+    network = checkpoint.open(spec, net.from_spec)
+    (images,) = dataset.eval_sets("glyphs", root, spec.image_size, spec.geometry)
     embedder = Embedder(network, torch.device("cpu"))
     return *embedder.embed(dataset.eval_loader(images, batch_size=150, workers=0)), images.paths
 
@@ -78,13 +69,11 @@ def folders(embeddings: torch.Tensor, labels: torch.Tensor, paths: list[str]) ->
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[cli.options()]
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
     args = parser.parse_args(argv)
-    with cli.errors_in_one_line("thresholds.py", args.debug):
+    with cli.errors_in_one_line("thresholds.py"):
         embeddings, labels, paths = embed(args.checkpoint, args.data_root)
         folders(embeddings, labels, paths)
         calibrations(embeddings, labels)

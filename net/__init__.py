@@ -1,6 +1,8 @@
 """Embedding networks: a backbone, global average + max pooling, a linear embedding and an l2 norm."""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +16,20 @@ from net.bn_inception import BNInception
 from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
 from net.resnet import LAYERS, ResNet
+from proxy_anchor import cli
 from proxy_anchor.files import sha256
+from proxy_anchor.spec import LARGEST, NetworkSpec
+from proxy_anchor.vectors import DISTANCES
 
 BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
     name: lambda name=name: ResNet(name) for name in LAYERS
 }  # any other name is timm's
 IMAGE_SIZE = 224  # of these
-CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # what images of a wrong size raise
-NOT_FILES = ("imagenet", "none")  # what `pretrained` may be beside a path
-# The start of the embedding layer's weights. "layernorm" normalizes the features before it, without parameters.
-HEADS = {
+CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # raised by images of a wrong size
+NOT_FILES = ("imagenet", "none")  # what `pretrained` may be besides a path
+DEFAULTS = {"model": "bn_inception", "embedding_size": 512, "l2_norm": 1, "pretrained": "imagenet"}
+# How the embedding layer's weights start. "layernorm" normalizes the features before it, without parameters.
+HEADS: dict[str, Callable] = {
     "linear": partial(nn.init.kaiming_normal_, mode="fan_out"),
     "orthogonal": nn.init.orthogonal_,
     "layernorm": nn.init.orthogonal_,
@@ -96,13 +102,13 @@ class EmbeddingNet(nn.Module):
         return self._frozen(self.model.named_parameters())
 
     def _frozen(self, named):
-        return [part for key, part in named if any(within(key, name) for name in self.frozen)]
+        return [value for key, value in named if any(within(key, name) for name in self.frozen)]
 
 
-class BackboneAlone(nn.Module):
+class PooledBackbone(nn.Module):
     """Images (B, 3, H, W) -> the pooled features (B, C) of a backbone, which may be part of an EmbeddingNet."""
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Backbone):
         super().__init__()
         self.model = backbone
         self.embedding_size = backbone.num_features
@@ -117,60 +123,116 @@ def within(key: str, name: str) -> bool:
     return f"{key}.".startswith(f"{name}.")
 
 
-def options(training: bool) -> argparse.ArgumentParser:
-    """Command-line flags of the network, for a script that trains or one that only evaluates."""
+def options(training: bool, alone: bool = True) -> argparse.ArgumentParser:
+    """Command-line flags of the network, for a script that trains or one that only evaluates.
+
+    In the latter a flag that is not given is None: a checkpoint or DEFAULTS have its value, see spec_of. alone: with
+    flags for a backbone without a checkpoint.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("network")
     group.add_argument(
         "--model",
-        default="bn_inception",
         metavar="NAME",
         help=f"backbone: {', '.join(BACKBONES)}, or any of timm, e.g. vit_small_patch16_224.dino; bn_inception and "
-        "resnet50 have published results, resnet18 is the quickest",
+        "resnet50 have published results, resnet18 is the quickest (default: bn_inception)",
     )
     group.add_argument(
         "--embedding-size",
-        default=512,
-        type=int,
+        type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
-        help="dimensions of an embedding; fewer make search faster and recall lower",
+        help="dimensions of an embedding; fewer make search faster and recall lower (default: 512)",
     )
     group.add_argument(
-        "--l2-norm", default=1, type=int, choices=(0, 1), help="1: embeddings of unit length; 0: of any length"
+        "--l2-norm", **cli.one_of(0, 1), help="1: embeddings of unit length; 0: of any length (default: 1)"
+    )
+    group.add_argument(
+        "--image-size",
+        type=cli.integer(1, LARGEST["image_size"]),
+        metavar="PIXELS",
+        help="side of the square image that the network sees; larger images show more and take longer (default: 224, "
+        "or what a network of timm was made for)",
     )
     if training:
         group.add_argument(
             "--bn-freeze",
             default=1,
-            type=int,
-            choices=(0, 1),
+            **cli.one_of(0, 1),
             help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch",
         )
-        group.add_argument(
-            "--head",
-            default="linear",
-            choices=HEADS,
-            help="embedding layer: linear as published, linear with an orthogonal start, or that after a LayerNorm",
-        )
     else:
+        group.add_argument(
+            "--distance",
+            **cli.one_of(*DISTANCES),
+            help="how embeddings are compared, if the checkpoint does not record it (default: cosine)",
+        )
+    if not training and alone:
         group.add_argument(
             "--backbone-only",
             action="store_true",
             help="without a checkpoint: the pooled features of the pretrained backbone, as it was before any training",
         )
+    if training or alone:
         group.add_argument(
-            "--distance",
-            choices=("cosine", "euclidean"),
-            help="how embeddings are compared, if the checkpoint does not say it (default: cosine)",
+            "--pretrained",
+            metavar="imagenet|none|PATH",
+            help="weights that the backbone starts from: ImageNet's (of a timm network: its own), none (from scratch) "
+            "or those of a file, a checkpoint of yours too (default: imagenet)"
+            + ("" if training else "; with --backbone-only"),
         )
+    if training:
+        parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def later_options() -> argparse.ArgumentParser:
+    """Command-line flags of the network in recipes after the paper."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("later recipes")
     group.add_argument(
-        "--pretrained",
-        default="imagenet",
-        metavar="imagenet|none|PATH",
-        help="weights that the backbone starts from: ImageNet's (of a timm network: its own), none (from scratch) or "
-        "those of a file, a checkpoint of yours too" + ("" if training else "; with --backbone-only"),
+        "--head",
+        default="linear",
+        **cli.one_of(*HEADS),
+        help="embedding layer: linear as published, linear with an orthogonal start, or that after a LayerNorm",
     )
     return parser
+
+
+def spec_of(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    recorded: NetworkSpec | None = None,
+    crop: float | None = None,
+) -> NetworkSpec:
+    """The network of a command line, or the one that a checkpoint records.
+
+    crop: of the dataset, if it has its own; a recorded one comes first. Ends with a usage error where a flag
+    contradicts the record, there is no such network, or it cannot take images of this size.
+    """
+    names = ("model", "embedding_size", "image_size", "l2_norm", "head", "distance")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    try:
+        if recorded:
+            for name, value in given.items():
+                if value != (expected := getattr(recorded, name)):
+                    flag, verb = f"--{name.replace('_', '-')}", "for" if name == "distance" else "with"
+                    parser.error(f"argument {flag}: the checkpoint was trained {verb} {expected}, not {value}")
+            spec = recorded
+            check(spec)
+        else:
+            defaults = {name: value for name, value in DEFAULTS.items() if name != "pretrained"}
+            check_name(given.get("model", DEFAULTS["model"]))
+            expected = expects(given.get("model", DEFAULTS["model"]))
+            spec = NetworkSpec(**defaults | expected | given | ({"crop": crop} if crop else {}))
+    except (ImportError, ValueError) as error:
+        parser.error(f"argument --{'resume' if recorded else 'model'}: {error}")
+    if not accepts(spec.model, spec.image_size):
+        own = expects(spec.model)["image_size"]
+        advice = "multiples of 32 work" if spec.model in BACKBONES else f"its own size is {own}"
+        parser.error(f"argument --image-size: {spec.model} cannot take images of {spec.image_size} pixels; {advice}")
+    if getattr(args, "backbone_only", False):
+        return replace(spec, embedding_size=pooled_features(spec.model, spec.image_size), backbone_only=True)
+    return spec
 
 
 def expects(name: str) -> dict:
@@ -187,7 +249,7 @@ def license_of(name: str) -> str:
         return "unknown; they are torchvision's, whose code is under the BSD 3-clause license, trained on ImageNet"
     if name in BACKBONES:
         return "unknown; they were published without one, trained on ImageNet"
-    return timm_backbones.license_of(name) or "unknown; timm does not tell it"
+    return timm_backbones.license_of(name) or "unknown (timm lists no license)"
 
 
 def create(
@@ -198,7 +260,7 @@ def create(
     bn_freeze: bool = True,
     head: str = "linear",
     image_size: int | None = None,
-) -> nn.Module:
+) -> "EmbeddingNet | PooledBackbone":
     """Build an embedding network or, with embedding_size None, one that gives its backbone's pooled features.
 
     pretrained: "imagenet" (for timm's networks their own weights; downloaded once into a cache), "none" or None, or the
@@ -215,60 +277,58 @@ def create(
     else:
         backbone = timm_backbones.create(name, image_size, pretrained)
     if embedding_size is None:
-        return BackboneAlone(backbone)
+        return PooledBackbone(backbone)
     return EmbeddingNet(backbone, embedding_size, l2_norm, bn_freeze, head)
 
 
-def check_record(name: str, record: dict) -> None:
-    """Raise ValueError for an unknown network, or one whose mean or std is not that of a checkpoint's record.
+def from_spec(
+    spec: NetworkSpec, pretrained: str | Path | None = None, bn_freeze: bool = True
+) -> "EmbeddingNet | PooledBackbone":
+    """The network that a spec describes; see create for the rest."""
+    size = None if spec.backbone_only else spec.embedding_size
+    return create(spec.model, size, pretrained, bool(spec.l2_norm), bn_freeze, spec.head, spec.image_size)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for an unknown network, ImportError where timm is missing."""
+    if name not in BACKBONES:
+        timm_backbones.check_name(name, BACKBONES)
+
+
+def check(spec: NetworkSpec) -> None:
+    """Raise ValueError for an unknown network, or one whose mean or std here is not that of a record.
 
     Raises ImportError where timm is missing.
     """
-    if name not in BACKBONES:
-        timm_backbones.check_name(name, BACKBONES)
-    expected = expects(name)
+    check_name(spec.model)
+    expected = expects(spec.model)
     for key in ("mean", "std"):
-        if (told := record.get(key, expected.get(key))) != expected.get(key):
-            raise ValueError(f"it was trained with images of {key} {told}, but {name} here has {expected.get(key)}")
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, contract: dict | None = None) -> None:
-    """Complete the image size; end with a usage error if there is no such network, or it cannot take such images.
-
-    contract: the record of the checkpoint, if any, which the network here has to agree with.
-    """
-    try:
-        check_record(args.model, contract or {})
-    except (ImportError, ValueError) as error:
-        parser.error(f"argument --{'resume' if contract else 'model'}: {error}")
-    own = expects(args.model)["image_size"]
-    if args.image_size is None:
-        args.image_size = own
-    if not accepts(args.model, args.image_size):
-        advice = "multiples of 32 work" if args.model in BACKBONES else f"its own size is {own}"
-        parser.error(f"argument --image-size: {args.model} cannot take images of {args.image_size} pixels; {advice}")
+        if (recorded := getattr(spec, key)) not in (None, expected.get(key)):
+            raise ValueError(
+                f"it was trained with images of {key} {recorded}, but {spec.model} here has {expected.get(key)}"
+            )
 
 
 def check_weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error unless the arguments say one network: a checkpoint, or a pretrained backbone alone."""
+    """End with a usage error unless the arguments give one network: a checkpoint, or a pretrained backbone alone."""
     if bool(args.resume) == args.backbone_only:
         parser.error("one of --resume or --backbone-only is required")
-    for name in ("pretrained",) if args.resume else ("embedding_size",):
-        if getattr(args, name) != parser.get_default(name):
-            flag = f"--{name.replace('_', '-')}"
-            why = "a checkpoint has its own weights" if args.resume else "a backbone alone has no embedding layer"
-            parser.error(f"argument {flag}: {why}")
+    if args.resume and args.pretrained is not None:
+        parser.error("argument --pretrained: a checkpoint has its own weights")
+    if args.backbone_only and args.embedding_size is not None:
+        parser.error("argument --embedding-size: a backbone alone has no embedding layer")
+    args.pretrained = args.pretrained or DEFAULTS["pretrained"]
 
 
 def identity(pretrained: str) -> dict:
-    """What a run notes of the file that its backbone starts from: {"pretrained_sha256"}, or {} where it is none."""
+    """{"pretrained_sha256"} of the file that a backbone starts from, which a run records; {} without a file."""
     is_file = pretrained not in NOT_FILES and Path(pretrained).is_file()
     return {"pretrained_sha256": sha256(pretrained)} if is_file else {}
 
 
-def check_identity(pretrained: str | None, noted: dict) -> None:
-    """Raise ValueError if the file that a backbone was just loaded from is not the one that a run has noted."""
-    if pretrained and noted | identity(pretrained) != noted:
+def check_identity(pretrained: str | None, recorded: dict) -> None:
+    """Raise ValueError if the file that a backbone was just loaded from is not the one that a run has recorded."""
+    if pretrained and recorded | identity(pretrained) != recorded:
         raise ValueError(f"{pretrained} was replaced while it was read: start again")
 
 

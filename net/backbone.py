@@ -1,4 +1,6 @@
-"""What the embedding network needs from a backbone; nothing outside net/ asks which one it is."""
+"""What the embedding network needs from a backbone; nothing outside net/ depends on which one it is."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -6,19 +8,22 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class Backbone:
+class Backbone(nn.Module):
     """Mix-in of a backbone, which adds num_features, C, and features(images (B, 3, H, W)) -> (B, C, H', W').
 
     mean, std, bgr: how its ImageNet weights expect images, see Normalize. epsilon: of the l2 norm that follows.
-    unused: its layers that never run. remark: a line on what a file of weights has beside the backbone's.
+    unused: its layers that never run. remark: a line on what a file of weights holds besides the backbone's.
     """
 
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
     bgr = False
     epsilon = 1e-12
     unused: tuple[str, ...] = ("fc",)
     remark = ""
+    num_features: int
+    features: Callable[[torch.Tensor], torch.Tensor]
+    embedding: nn.Linear  # EmbeddingNet adds it
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> (B, C): global average + global max pooling, as published."""
@@ -26,7 +31,7 @@ class Backbone:
         return (F.adaptive_avg_pool2d(features, 1) + F.adaptive_max_pool2d(features, 1)).flatten(1)
 
     def norms(self) -> list[nn.Module]:
-        """The layers that --bn-freeze holds still: BatchNorm of every kind; networks without it have none."""
+        """The layers that --bn-freeze freezes: BatchNorm of every kind; networks without it have none."""
         return [module for module in self.modules() if isinstance(module, _BatchNorm)]
 
     def synchronize_norms(self) -> None:
@@ -41,7 +46,10 @@ class Normalize(nn.Module):
     subtracted, and the result divided by std. Neither is in the state dict: published checkpoints lack them.
     """
 
-    def __init__(self, mean, std, bgr: bool):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], bgr: bool):
         super().__init__()
         self.bgr = bgr
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

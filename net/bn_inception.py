@@ -64,7 +64,7 @@ def block_branches(block):
     return [[Conv(name("1x1"), one, 1)], *branches] if one else branches
 
 
-class BNInception(Backbone, nn.Module):
+class BNInception(Backbone):
     """BN-Inception without its classifier; `features` maps images (B, 3, H, W) to (B, 1024, H', W')."""
 
     num_features = 1024

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from net.backbone import Backbone
-from proxy_anchor import checkpoint, exported
+from proxy_anchor import weights
 from proxy_anchor.files import printable, sha256
 
 URLS = {
@@ -23,12 +23,12 @@ URLS = {
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
-# Where files hold weights beside other things: those of MoCo and timm's train.py, of MAE, ours, and of DINO, whose
+# Where files hold weights besides other things: those of MoCo and timm's train.py, of MAE, ours, and of DINO, whose
 # teacher is the better network.
 ENTRIES = ("state_dict", "model", "model_state_dict", "teacher", "student")
 # Layers behind the backbone that are left out, whatever their shapes: they never run.
 HEADS = ("fc", "classifier", "head", "last_linear", "projection_head", "prototypes")
-LISTED = 5  # parts of a file in a message
+LISTED = 5  # entries of a file in a message
 TIMEOUT = 60  # seconds without a byte
 HUB_TIMEOUT = 10  # seconds until timm's hub answers
 
@@ -67,15 +67,15 @@ def hub_file(name: str, repository: str | None) -> Path:
         raise OSError(f"timm's hub has no weights of {name}: --pretrained takes the path of a file, or none")
     import huggingface_hub as hub  # comes with timm
 
-    file = {"repo_id": repository, "filename": "model.safetensors"}
+    name_of_file = "model.safetensors"
     with suppress(OSError):
-        return Path(hub.hf_hub_download(**file, local_files_only=True))
+        return Path(hub.hf_hub_download(repository, name_of_file, local_files_only=True))
     try:
         with suppress(urllib.error.HTTPError):  # an answer too; offline, hub would try again for a minute
             urllib.request.urlopen(hub.constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
-        return Path(hub.hf_hub_download(**file))
+        return Path(hub.hf_hub_download(repository, name_of_file))
     except OSError as error:
-        url = f"https://huggingface.co/{repository}/resolve/main/{file['filename']}"
+        url = f"https://huggingface.co/{repository}/resolve/main/{name_of_file}"
         raise OSError(
             f"The weights of {name} could not be downloaded: {error}. Fetch {url} by hand, and say where it is with "
             "--pretrained PATH"
@@ -91,10 +91,10 @@ def read_weights(path: Path, name: str, expected: dict, unused: Iterable[str]) -
     Raises FileNotFoundError, or ValueError if the file has no weights or is another network's by its record.
     """
     content = _read(path)
-    told = content["network"].get("model") if isinstance(content.get("network"), dict) else None
-    if told not in (None, name):
-        raise ValueError(f"{path} is of a network {str(told)[:80]!a}, and this one is {name}: choose --model by it")
-    state = checkpoint.unwrapped(path, _weights(path, content), expected)
+    recorded = content["network"].get("model") if isinstance(content.get("network"), dict) else None
+    if recorded not in (None, name):
+        raise ValueError(f"{path} is of a network {str(recorded)[:80]!a}, and this one is {name}: choose --model by it")
+    state = weights.unwrapped(path, _weights(path, content), expected)
     prefix = _prefix(state, expected)
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     left_out = [key for key in state if not key.startswith(prefix)]
@@ -103,7 +103,7 @@ def read_weights(path: Path, name: str, expected: dict, unused: Iterable[str]) -
         if theirs != ours:
             left_out += theirs
             inside = {key: value for key, value in inside.items() if key not in theirs}
-    checkpoint.check_types(path, inside, expected)
+    weights.check_types(path, inside, expected)
     if not left_out:
         return inside, ""
     counts = Counter(key.removeprefix(prefix).split(".")[0] for key in left_out)
@@ -130,7 +130,7 @@ def load_weights(backbone: Backbone, path: Path, name: str = "") -> None:
     }
     never_run = {key: value for layer in backbone.unused for key, value in _inside(expected, layer).items()}
     try:
-        backbone.load_state_dict(checkpoint.with_counts(never_run | state, expected))
+        backbone.load_state_dict(weights.with_counts(never_run | state, expected))
     except RuntimeError as error:
         raise ValueError(f"{path} holds weights of another network: {' '.join(str(error).split())[:300]}") from error
 
@@ -139,19 +139,19 @@ def _read(path: Path) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no weights file {path}")
     if Path(path).suffix != ".safetensors":
-        if exported.is_exported(path):
+        if Path(path).suffix == ".onnx":
             raise ValueError(f"{path} is no file that a backbone starts from: give its checkpoint, or its .safetensors")
-        return checkpoint.read(path)
-    metadata, state = exported.read_tensors(path)
+        return weights.read(path)
+    metadata, state = weights.read_safetensors(path)
     content: dict = {ENTRIES[0]: state}
     with suppress(ValueError):  # others' files have no record
-        content |= exported.record_in(path, metadata)
+        content |= weights.record_in(path, metadata)
     return content
 
 
 def _weights(path: Path, content: dict) -> dict[str, torch.Tensor]:
     for state in (content, *(content.get(entry) for entry in ENTRIES)):
-        if state and checkpoint.is_state_dict(state):
+        if state and weights.is_state_dict(state):
             return state
     entries = ", ".join(f"{str(key)[:40]!a}" for key in [*content][:LISTED]) or "none"
     raise ValueError(
@@ -162,7 +162,7 @@ def _weights(path: Path, content: dict) -> dict[str, torch.Tensor]:
 def _prefix(state: dict, expected) -> str:
     """What most of the names of `expected` begin with here: the first one of equals.
 
-    Files of timm may have other names, which it translates: what few of them begin with says nothing.
+    Files of timm may have other names, which it translates; a prefix of few of them means nothing.
     """
     counts: Counter[str] = Counter()
     for key in state:

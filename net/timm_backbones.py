@@ -45,7 +45,7 @@ def expects(name: str) -> dict:
 
 
 def license_of(name: str) -> str | None:
-    """The license of a network's weights, as timm tells it."""
+    """The license of a network's weights, as timm lists it."""
     return _config(name).license
 
 
@@ -71,7 +71,7 @@ def create(name: str, image_size: int | None = None, pretrained: str | Path | No
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
     if image_size and image_size % (patch if isinstance(patch, int) else patch[0]):  # timm leaves out the remainder
         raise ValueError(f"{image_size} pixels are not a multiple of the patches of {name}")
-    network.__class__ = _class(type(network))
+    network.__class__ = _class(type(network))  # type: ignore[arg-type]  # functools wants a Hashable, which a type is
     network.mean, network.std = (expects(name)[key] for key in ("mean", "std"))
     network.num_features = network.head_hidden_size
     return network

@@ -21,7 +21,7 @@ import search
 import train
 import transfer
 from dataset import __main__ as data
-from proxy_anchor import checkpoint, losses
+from proxy_anchor import losses
 
 README = REPOSITORY / "README.md"
 SCRIPTS = {
@@ -130,7 +130,7 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
     )
     for name, model in networks.items():
         contract = {"model": model, "embedding_size": 512, "image_size": 64, "l2_norm": 1}
-        checkpoint.save(tmp_path / f"{name}.pth", net.create(model, 512), contract)
+        trees.save_checkpoint(tmp_path / f"{name}.pth", net.create(model, 512), contract)
     export.main(["--resume", "A.pth", "--out", "cub.onnx", "--check", "photos", "--dataset", "cub"])
     cub = ["--data-root", str(data_root), "--allow-partial", "--workers", "0"]
     more = {"evaluate": cub, "index": ["--workers", "0"], "query": []}

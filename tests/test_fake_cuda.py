@@ -134,7 +134,7 @@ def test_rivals(on_fake_cuda, name):
 class Batches(list):
     """A loader of two images in all; a DataLoader looks at a random number."""
 
-    dataset = range(2)
+    dataset = sampler = range(2)
 
 
 @pytest.mark.parametrize("amp, dtype", [("none", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])

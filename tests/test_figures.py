@@ -59,11 +59,11 @@ def test_curves_say_the_best_epoch_the_k_and_the_time(tmp_path, monkeypatch):
     figures.draw_run(tmp_path / "a" / "metrics.csv", tmp_path / "curves.png", "glyphs, resnet18")
     loss_axes, recall_axes, _ = seen[0].axes
     assert seen[0].get_suptitle() == "glyphs, resnet18"
-    assert recall_axes.get_title("left") == "Recall@K, %: the best R@1 is 50.00, after 2 epochs"
+    assert recall_axes.get_title("left") == "Recall@K, %: the best R@1 is 50.00, in epoch 1"
     assert [text.get_text() for text in recall_axes.texts] == ["R@1  40.0", "R@2  41.0"]
     ticks = loss_axes.child_axes[0].get_xticklabels()
     assert [tick.get_text() for tick in ticks][::5] == ["0", "2.5 minutes"]
-    assert ticks[-1].get_position()[0] == pytest.approx(3)  # 150 seconds are three epochs
+    assert ticks[-1].get_position()[0] == pytest.approx(2.5)  # 150 seconds: the end of epoch 2
 
 
 def test_labels_are_pushed_apart_as_little_as_need_be():
@@ -115,7 +115,7 @@ def test_runs_are_drawn_by_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "label_ends", lambda ax, ends: seen.append((ax.lines[0].get_xydata().ravel(), ends)))
     compare.draw([group], tmp_path / "chart.png")
     ((line, ((y, text, _),)),) = seen
-    assert list(line) == pytest.approx([2, 20, 3, 30]) and y == pytest.approx(30) and text == "a  30.0 ± 0.0"
+    assert list(line) == pytest.approx([1, 20, 2, 30]) and y == pytest.approx(30) and text == "a  30.0 ± 0.0"
 
 
 def test_images_are_drawn_and_missing_ones_named(tmp_path, monkeypatch):

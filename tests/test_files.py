@@ -17,8 +17,9 @@ import export
 import net
 import search
 import transfer
-from proxy_anchor import checkpoint, files
+from proxy_anchor import checkpoint, files, weights
 from proxy_anchor.report import page
+from proxy_anchor.spec import NetworkSpec
 
 RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1, "crop": 0.875}
 
@@ -151,7 +152,7 @@ def test_seal(tmp_path):
 
 def new_checkpoint(path, seed, **record):
     torch.manual_seed(seed)
-    checkpoint.save(path, net.create("resnet18", 8), RECORD | record)
+    trees.save_checkpoint(path, net.create("resnet18", 8), RECORD | record)
     return path
 
 
@@ -196,7 +197,7 @@ def test_index_is_of_the_weights_that_it_names(photos, replaced, tmp_path):
     index = search.Index.open(tmp_path / "index")
     assert index.made["weights"] == identity
     torch.manual_seed(0)
-    image = search.unlabelled([index.images[0][0]], index.made["network"], upright=True)[0][0]
+    image = search.unlabelled([index.images[0][0]], index.spec)[0][0]
     network = net.create("resnet18", 8).eval()
     with torch.inference_mode():
         expected = network(network.normalize(image[None]))[0]
@@ -225,7 +226,7 @@ def test_teacher_is_the_one_that_is_named(photos, replaced, tmp_path):
     replace()
     network = net.create("resnet18", 8)
     args.teacher.load(network)
-    assert args.teacher.identity == identity == checkpoint.digest(network.state_dict())
+    assert args.teacher.identity == identity == weights.digest(network.state_dict())
 
 
 def test_training_and_calibration_take_turns(tmp_path):
@@ -234,7 +235,7 @@ def test_training_and_calibration_take_turns(tmp_path):
     network, saved = net.create("resnet18", 8), threading.Event()
 
     def save():
-        checkpoint.save(path, network, RECORD)
+        checkpoint.save(path, network, NetworkSpec(**RECORD))
         saved.set()
 
     with files.locked(path):
@@ -242,7 +243,7 @@ def test_training_and_calibration_take_turns(tmp_path):
         thread.start()
         assert not saved.wait(0.5)
     thread.join()
-    assert checkpoint.Checkpoint(path).identity == checkpoint.digest(network.state_dict())
+    assert checkpoint.Checkpoint(path).identity == weights.digest(network.state_dict())
 
 
 def test_exports_of_one_stem_take_turns(photos, tmp_path):
@@ -262,7 +263,7 @@ def test_card_of_somebody_else_is_kept(photos, tmp_path, capsys):
     (tmp_path / "x-card.md").write_text("my notes")
     with pytest.raises(SystemExit, match="1"):
         export.main(["--resume", str(path), "--check", str(photos), "--out", str(tmp_path / "x.safetensors")])
-    assert "x-card.md is there and is not a card of export.py: choose another --out" in capsys.readouterr().err
+    assert "x-card.md exists and is not a card of export.py: choose another --out" in capsys.readouterr().err
     assert (tmp_path / "x-card.md").read_text() == "my notes" and not (tmp_path / "x.safetensors").exists()
 
 
@@ -285,5 +286,5 @@ def test_checkpoint_in_a_folder_of_any_bytes(tmp_path):
     folder = tmp_path / os.fsdecode(b"bad\xff dir")
     folder.mkdir()
     path = new_checkpoint(folder / "a.pth", 0)
-    assert checkpoint.read(path, mmap=True)["network"] == RECORD
-    assert checkpoint.Checkpoint(path).contract == RECORD | {"orientation": "stored"}
+    assert weights.read(path, mmap=True)["network"] == RECORD
+    assert checkpoint.Checkpoint(path).spec == NetworkSpec(**RECORD, orientation="stored")

@@ -18,7 +18,7 @@ import evaluate
 import net
 import train
 from dataset.__main__ import main as dataset_main
-from proxy_anchor import checkpoint, collectives, evaluation, retrieval, tiles, verification
+from proxy_anchor import collectives, evaluation, retrieval, tiles, verification
 from proxy_anchor.report import confusion, page
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 
@@ -252,7 +252,7 @@ def test_other_groups_are_other_data(tmp_path):
 
 def test_scripts_leave_groups_out(tmp_path, capsys):
     """Copies of the images are found at once, unless the file says that they are of one group."""
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), {})
     flags = ["--batch-size", "16", "--workers", "0", "--dataset", "csv", "--model", "resnet18", "--embedding-size", "8"]
     flags += ["--image-size", "32", "--data-root"]
     tables = {name: str(photos(tmp_path / name, name == "with")) for name in ("with", "without")}

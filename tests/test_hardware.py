@@ -33,7 +33,7 @@ def test_large_images_reach_the_network_in_channels_last_on_a_cpu(size, fast):
 @pytest.mark.parametrize("name", ["resnet18", "bn_inception", "googlenet"])
 def test_the_images_layout_is_that_of_the_whole_network(name):
     """The convolutions of a network placed on a CPU take it over, and embeddings change by rounding alone."""
-    network = hardware.place(net.create(name, 8), CPU).eval()
+    network = hardware.to_device(net.create(name, 8), CPU).eval()
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         features = network.model.features(images.contiguous(memory_format=channels_last))

@@ -16,7 +16,6 @@ from test_search import described, fails, found, make
 
 import net
 import search
-from proxy_anchor import checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.store import Index
@@ -29,7 +28,7 @@ MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_s
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    checkpoint.save(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
     return folder
 
 
@@ -84,7 +83,7 @@ def test_interrupted_build_continues(factory, weights, images, tmp_path, capsys,
     assert interrupted(monkeypatch, 2, KeyboardInterrupt(), run) == [4, 4]
     out, err = capsys.readouterr()
     assert "new: 18, changed: 0, deleted: 0\n4 of 18 are done\n8 of 18 are done\n" in out
-    assert err.endswith("What is embedded is kept: the same command continues from here\nsearch.py: interrupted\n")
+    assert err.endswith("Embedded images are saved: the same command continues from here\nsearch.py: interrupted\n")
     query = ["query", "--index", str(index), str(images)]
     fails(lambda: search.main(query), capsys, f"There is no complete index in {index}: run `search.py index` to its")
     assert interrupted(monkeypatch, 1, OSError("no disk"), run) == [4]
@@ -130,7 +129,9 @@ class Kill(BaseException):
     """Nothing handles it."""
 
 
-@pytest.mark.parametrize("place", ["neighbours._write", "index.FaissFiles", "index.Index.describe", "rows.write"])
+@pytest.mark.parametrize(
+    "place", ["index.neighbours._write", "index.store.FaissFiles", "index.store.Index.describe", "index.rows.write"]
+)
 def test_update_that_is_killed_leaves_an_index(place, weights, images, tmp_path, capsys, monkeypatch):
     """That of before, until the new one takes its place; whatever is left of it does no harm."""
     index = tmp_path / "index"
@@ -215,7 +216,7 @@ def test_damaged_block_is_named(weights, images, tmp_path, capsys, monkeypatch):
     run = lambda: make(weights, images, tmp_path / "index")  # noqa: E731
     interrupted(monkeypatch, 1, Kill(), run)
     (tmp_path / "index" / "block-0.0.float32").write_bytes(b"text")
-    fails(run, capsys, "block-0.0.float32 has 4 bytes, expected 4 vectors of 8 numbers): delete its files block-*")
+    fails(run, capsys, "block-0.0.float32 has 4 bytes, expected 4 vectors of 8 numbers): delete the files block-*")
 
 
 def test_index_of_the_former_layout(weights, images, tmp_path, capsys):
@@ -261,7 +262,7 @@ def test_parts_are_as_one(factory, distance, tmp_path, monkeypatch):
     """What is found in many small parts is what FAISS finds in one, trained with the same vectors, built in memory."""
     x, queries = vectors(2000), vectors(50)
     monkeypatch.setattr(rows, "BLOCK", 100)
-    monkeypatch.setattr(neighbours, "PART", 300 * 4 * 16)
+    monkeypatch.setattr(neighbours, "SHARD", 300 * 4 * 16)
     index = built(tmp_path, factory, distance, x)
     assert len(list(tmp_path.glob("*.faiss*"))) > 1 + 2 * ("Flat" in factory)
     unit = index._vectors_of(x)
@@ -286,14 +287,14 @@ def test_parts_are_as_one(factory, distance, tmp_path, monkeypatch):
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "SQ8", "IVF8,PQ4x4fs"])
 def test_parts_are_extended(factory, tmp_path, monkeypatch):
     """An index that has grown is the one that would have been built at once with the first training."""
-    monkeypatch.setattr(neighbours, "PART", 300 * 4 * 16)
+    monkeypatch.setattr(neighbours, "SHARD", 300 * 4 * 16)
     x, queries = vectors(2000), vectors(50)
     grown = built(tmp_path / "a", factory, "cosine", x[:900], x[900:1000], x[1000:])
     assert len(list((tmp_path / "a").glob("*.faiss*"))) > 1
-    monkeypatch.setattr(neighbours, "PART", 2**28)
+    monkeypatch.setattr(neighbours, "SHARD", 2**28)
     first = built(tmp_path / "b", factory, "cosine", x[:900])
     monkeypatch.setattr(neighbours, "sample", lambda images: trained)
-    monkeypatch.setattr(neighbours, "PART", 300 * 4 * 16)
+    monkeypatch.setattr(neighbours, "SHARD", 300 * 4 * 16)
     trained = first.images.take(np.sort(np.random.default_rng(0).choice(900, 300, replace=False)))
     at_once = built(tmp_path / "c", factory, "cosine", x)
     assert grown.search(queries, 5) == at_once.search(queries, 5)
@@ -314,7 +315,7 @@ def test_exact_search_in_slices(distance, tmp_path, monkeypatch):
         for x, y in zip(index.neighbours.search(queries, count), expected):
             assert np.array_equal(x, y)
         with monkeypatch.context() as patch:
-            patch.setattr(neighbours, "PART", 4 * 16 * 512)
+            patch.setattr(neighbours, "SHARD", 4 * 16 * 512)
             values, found = index.neighbours.search(queries, count)
         assert np.allclose(values, expected[0], rtol=1e-6, atol=1e-6)
         if distance == "euclidean":  # of equal inner products, which are the last ones depends on those before
@@ -343,9 +344,9 @@ def test_memory_does_not_grow_with_the_index(tmp_path):
         import sys
         sys.path[:0] = {[str(Path(search.__file__).parent)]}
         from benchmarks import index_size
-        from proxy_anchor import neighbours, rows
+        from proxy_anchor.index import neighbours, rows
 
-        rows.BLOCK, index_size.BLOCK, neighbours.PART = 2**10, 2**12, 2**20
+        rows.BLOCK, index_size.BLOCK, neighbours.SHARD = 2**10, 2**12, 2**20
         for factory in ("Flat", "IVF16,Flat"):
             for count in (4_000, 20_000, 200_000):  # the first warms up
                 with index_size.Memory() as memory:

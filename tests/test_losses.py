@@ -409,7 +409,7 @@ def test_loss_from_a_file_that_cannot_be_used(file, name, arguments, words):
     ],
 )
 def test_usage_errors_of_a_loss_from_a_file(file, argv, words, capsys):
-    parser = argparse.ArgumentParser(parents=[losses.options()])
+    parser = argparse.ArgumentParser(parents=[losses.options(), losses.later_options()])
     with pytest.raises(SystemExit):
         losses.check_arguments(parser, parser.parse_args(argv))
     assert re.search(words, capsys.readouterr().err)

@@ -17,7 +17,6 @@ import protocol
 import train
 import transfer
 from dataset import glyphs
-from proxy_anchor import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
 import thresholds
@@ -69,7 +68,7 @@ def commands_of(tmp_path):
     letters(tmp_path / "data", count=30, images=1)
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
-    checkpoint.save(tmp_path / "teacher.pth", net.create("resnet18", 128), RECORD | {"embedding_size": 128})
+    trees.save_checkpoint(tmp_path / "teacher.pth", net.create("resnet18", 128), RECORD | {"embedding_size": 128})
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "WRITTEN": str(tmp_path / "written"),
@@ -129,7 +128,9 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(thresholds, "SPLITS", 2)
     monkeypatch.setattr(thresholds, "FAR", 0.1)
     path = tmp_path / "a.pth"
-    checkpoint.save(path, net.create("resnet18", 8, head="layernorm"), RECORD | {"head": "layernorm", "crop": 1.0})
+    trees.save_checkpoint(
+        path, net.create("resnet18", 8, head="layernorm"), RECORD | {"head": "layernorm", "crop": 1.0}
+    )
     thresholds.main([str(path), "--data-root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     starts = [

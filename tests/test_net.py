@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import trees
 
 import net
 import net.pretrained
-from proxy_anchor import checkpoint, exported
+from proxy_anchor import exported
 
 FACTS = Path(__file__).with_name("facts")
 KEYS = json.loads((FACTS / "state_dict_keys.json").read_text())
@@ -254,10 +255,10 @@ def test_backbone_of_ones_own_checkpoint(ending, tmp_path):
     trained, path = net.create("resnet18", 8), tmp_path / f"a{ending}"
     record = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
     if ending == ".pth":
-        checkpoint.save(path, trained, record)
+        trees.save_checkpoint(path, trained, record)
     else:
         pytest.importorskip("safetensors")
-        exported.save(path, ending, exported.Served(trained, "cosine"), 32, {"network": record})
+        exported.save(path, ending, exported.InferenceNet(trained, "cosine"), 32, {"network": record})
     network = net.create("resnet18", 16, path)
     assert torch.equal(network.model.conv1.weight, trained.model.conv1.weight)
     assert network.model.remark.endswith("behind model.; left out: embedding (2); an embedding layer starts anew.\n")

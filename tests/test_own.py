@@ -17,7 +17,6 @@ import train
 import transfer
 from dataset.__main__ import main as dataset_main
 from dataset.files import BadFile
-from proxy_anchor import checkpoint
 
 
 def labelled(images):
@@ -366,7 +365,7 @@ def test_check_names_what_looks_alike(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["folder", "csv"])
 def test_data_root_is_required(tmp_path, name, capsys, monkeypatch):
-    checkpoint.save(
+    trees.save_checkpoint(
         tmp_path / "a.pth",
         net.create("resnet18", 8),
         {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1},

@@ -252,7 +252,7 @@ def test_all_orientations_are_one_entry_of_an_index(turned, tmp_path, capsys):
     index = tmp_path / "photos.index"
     search.main(["index", *ALONE, "--images", str(turned), "--out", str(index)])
     vectors = Index.open(index).images.vectors
-    assert Index.open(index).made["orientation"] == "upright"
+    assert Index.open(index).spec.orientation == "upright"
     assert np.ptp(vectors[:8], axis=0).max() < 1e-6 and np.ptp(vectors[8:], axis=0).max() < 1e-6
     results, err = ask(index, capsys, turned / "bee", "-k", 16, "--save", tmp_path / "a.png")
     assert "stored" not in err
@@ -266,7 +266,7 @@ def test_index_of_before_goes_on_as_stored(turned, tmp_path, capsys):
     command = ["index", *ALONE, "--images", str(turned), "--out", str(index)]
     search.main(command)
     content = json.loads((index / "images.json").read_text())
-    del content["made"]["orientation"], content["folders"], content["files"], content["sha256"]
+    del content["made"]["network"]["orientation"], content["folders"], content["files"], content["sha256"]
     (index / "images.json").write_text(json.dumps(content))
     (turned / "ant" / "6.png").write_bytes((turned / "bee" / "6.png").read_bytes())
     capsys.readouterr()
@@ -277,7 +277,7 @@ def test_index_of_before_goes_on_as_stored(turned, tmp_path, capsys):
     assert err.count("Photos are taken as stored") == 1
     alike = {n["path"] for n in results[0]["neighbours"] if n["similarity"] > 0.999999}
     assert str(turned / "ant" / "6.png") in alike and not any(path.endswith("/1.png") for path in alike)
-    assert "orientation" not in json.loads((index / "images.json").read_text())["made"]
+    assert "orientation" not in json.loads((index / "images.json").read_text())["made"]["network"]
 
 
 def test_index_of_a_benchmark_is_as_stored(cub_root, tmp_path, capsys):
@@ -285,7 +285,7 @@ def test_index_of_a_benchmark_is_as_stored(cub_root, tmp_path, capsys):
     search.main([*flags, "--out", str(tmp_path / "index")])
     search.main([*flags, "--out", str(tmp_path / "index")])
     assert "taken as stored" not in capsys.readouterr().out
-    assert Index.open(tmp_path / "index").made["orientation"] == "stored"
+    assert Index.open(tmp_path / "index").spec.orientation == "stored"
     _, err = ask(tmp_path / "index", capsys, cub_root / "CUB_200_2011/images/101.Bird_101/Bird_101_0000.jpg")
     assert not err
 
@@ -313,11 +313,11 @@ def test_pictures_of_a_search_are_upright(turned):
 def test_orientation_that_a_checkpoint_does_not_record_is_as_stored(tmp_path):
     network = net.create("resnet18", 8)
     for orientation in ("stored", "upright"):
-        checkpoint.save(tmp_path / "a.pth", network, RECORD | {"orientation": orientation})
-        assert checkpoint.Checkpoint(tmp_path / "a.pth").contract["orientation"] == orientation
-    checkpoint.save(tmp_path / "a.pth", network, RECORD)
-    assert checkpoint.Checkpoint(tmp_path / "a.pth").contract["orientation"] == "stored"
-    checkpoint.save(tmp_path / "a.pth", network, RECORD | {"orientation": "sideways"})
+        trees.save_checkpoint(tmp_path / "a.pth", network, RECORD | {"orientation": orientation})
+        assert checkpoint.Checkpoint(tmp_path / "a.pth").spec.orientation == orientation
+    trees.save_checkpoint(tmp_path / "a.pth", network, RECORD)
+    assert checkpoint.Checkpoint(tmp_path / "a.pth").spec.orientation == "stored"
+    trees.save_checkpoint(tmp_path / "a.pth", network, RECORD | {"orientation": "sideways"})
     with pytest.raises(ValueError, match="damaged: its record of the network"):
         checkpoint.Checkpoint(tmp_path / "a.pth")
 
@@ -364,7 +364,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
     train_on(turned, tmp_path)
     (run,) = (tmp_path / "logs_folder").iterdir()
     assert run_folders.read_config(run)["orientation"] == "upright" and seen.pop() == {True}
-    assert checkpoint.Checkpoint(run / "folder_resnet18_best.pth").contract["orientation"] == "upright"
+    assert checkpoint.Checkpoint(run / "folder_resnet18_best.pth").spec.orientation == "upright"
     config = json.loads((run / "config.json").read_text())
     del config["orientation"]
     (run / "config.json").write_text(json.dumps(config))
@@ -380,7 +380,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
 
 
 def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root):
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"orientation": "stored"})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"orientation": "stored"})
     seen = []
     monkeypatch.setattr("dataset.images.read_image", lambda path, upright: seen.append(upright) or read_image(path))
     flags = ["--resume", str(tmp_path / "a.pth"), "--workers", "0"]
@@ -395,7 +395,7 @@ def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root)
 def test_exported_file_records_the_orientation(orientation, turned, tmp_path):
     pytest.importorskip("safetensors")
     record = RECORD if orientation is None else RECORD | {"orientation": orientation}
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), record)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), record)
     export.main(["--resume", str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.safetensors"), "--check", str(turned)])
     assert exported.read(tmp_path / "a.safetensors")["network"]["orientation"] == (orientation or "stored")
     assert ("were turned upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
@@ -601,7 +601,7 @@ def test_too_many_pixels_are_one_line(tmp_path, monkeypatch):
 
 
 def test_transform_of_the_hub_is_evaluation_in_all_modes(turned, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
     _, transform = hubconf.embedding(str(tmp_path / "a.pth"))
     rgba, _ = cut_out(np.asarray(picture(2)))
     Image.fromarray(rgba).save(tmp_path / "alpha.png")
@@ -673,7 +673,7 @@ def test_files_that_are_left_out_are_named(phone, tmp_path, capsys):
     assert printed(search.main, *query, phone / "ant", phone / "bee").count("2 .cr2") == 1
     assert "Left out" not in printed(search.main, *query, phone / "ant" / "1.JPG")
     pytest.importorskip("safetensors")
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
     check = ["--resume", tmp_path / "a.pth", "--out", tmp_path / "a.safetensors", "--check", phone]
     assert printed(export.main, *check).count("1 .mov") == 1
 

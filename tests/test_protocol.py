@@ -215,8 +215,8 @@ def test_folds_one_by_one_and_together(root, of_three_folds, capsys):
 def test_checkpoints_of_two_kinds_are_refused(root, of_three_folds, tmp_path, capsys):
     logs, content, _ = of_three_folds
     path = logs / content["seeds"][0]["runs"][0] / "cub_resnet18_best.pth"
-    other = {**checkpoint.Checkpoint(path).contract, "image_size": 64}
-    checkpoint.save(tmp_path / "b.pth", net.create("resnet18", 8), other)
+    other = checkpoint.Checkpoint(path).spec.to_record() | {"image_size": 64}
+    trees.save_checkpoint(tmp_path / "b.pth", net.create("resnet18", 8), other)
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--dataset", "cub", "--resume", str(path), str(tmp_path / "b.pth")])
     assert end.value.code == 2 and "image_size 64 instead of 32" in capsys.readouterr().err
@@ -296,7 +296,10 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
         (["--seeds", "1", "1"], "argument --seeds: expected different numbers"),
-        (["--seeds", "1", str(2**63)], "argument --seeds: expected different numbers"),  # not after the first training
+        (
+            ["--seeds", "1", str(2**63)],
+            "argument --seeds: 9223372036854775808 is too large",
+        ),  # not after the first training
         (["--", f"--remark={'x' * 170}"], "argument --remark: the name of a run's folder would have"),
         (["--seeds", "-1"], "argument --seeds"),
         (["--folds", "1"], "argument --folds: expected 2, 4 or another number"),

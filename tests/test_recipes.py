@@ -121,8 +121,8 @@ def test_layernorm_head():
     "line, message",
     [
         ("--eps 1e-4 --optimizer sgd", "argument --eps: sgd has no such setting"),
-        ("--eps 0", "argument --eps: 0.0 is not positive"),
-        ("--embedding-lr -1", "argument --embedding-lr: -1.0 is not positive"),
+        ("--eps 0", "argument --eps: 0 is not positive"),
+        ("--embedding-lr -1", "argument --embedding-lr: -1 is not positive"),
         ("--lr-schedule linear", "argument --lr-schedule: invalid choice: 'linear'"),
         ("--head mlp", "argument --head: invalid choice: 'mlp'"),
     ],
@@ -153,7 +153,7 @@ def run_folder(logs):
 
 def of_epochs(folder):
     """The rows of the epochs in metrics.csv, but for their time."""
-    return [row | {"seconds": None} for row in read_metrics(folder) if row["epoch"] != "-1"]
+    return [row | {"seconds": None} for row in read_metrics(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -163,22 +163,23 @@ def logs(cub_root, weights, tmp_path_factory):
     return logs
 
 
-def test_backbone_alone_is_a_row_before_the_first_epoch(logs, weights, cub_root):
-    before, *rows = read_metrics(run_folder(logs))
-    assert [row["epoch"] for row in (before, *rows)] == ["-1", "0", "1"]
-    assert (before["loss"], before["lr"], before["seconds"]) == ("", "", "")
+def test_backbone_alone_has_a_file_of_its_own(logs, weights, cub_root):
+    assert [row["epoch"] for row in read_metrics(run_folder(logs))] == ["0", "1"]
+    before = json.loads((run_folder(logs) / "backbone.json").read_text())
     network = net.create("resnet18", 8, weights).eval()
     (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
     with torch.no_grad():
         features = network.model.pooled(network.normalize(torch.stack([image for image, _ in images])))
     labels = torch.tensor(images.labels)
     similarity = F.cosine_similarity(features[:, None].double(), features[None].double(), dim=2).fill_diagonal_(-2)
-    assert float(before["R@1"]) == (labels[similarity.argmax(dim=1)] == labels).double().mean()
+    assert before["R@1"] == (labels[similarity.argmax(dim=1)] == labels).double().mean()
 
 
-def test_without_the_baseline_training_is_the_same(logs, weights, cub_root, tmp_path):
-    train.main([*arguments(cub_root, pretrained=weights, LOG_DIR=tmp_path, **SETTINGS), "--skip-baseline"])
-    assert [row["epoch"] for row in read_metrics(run_folder(tmp_path))] == ["0", "1"]
+def test_without_the_baseline_training_is_the_same(logs, weights, cub_root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "measure_backbone", lambda run, evaluate: None)
+        train.main(arguments(cub_root, pretrained=weights, LOG_DIR=tmp_path, **SETTINGS))
+    assert not (run_folder(tmp_path) / "backbone.json").exists()
     assert of_epochs(run_folder(tmp_path)) == of_epochs(run_folder(logs))
     with_it, without = (torch.load(run_folder(place) / "last.pth") for place in (logs, tmp_path))
     for name, tensor in with_it["model_state_dict"].items():
@@ -204,7 +205,34 @@ def test_stopped_run_keeps_its_baseline(weights, cub_root, tmp_path, monkeypatch
     shown = capsys.readouterr().out
     assert "Resuming" in shown and "backbone alone  R@1" not in shown
     assert re.search(r"^backbone alone +\d+\.\d\d", shown, re.M)
-    assert [row["epoch"] for row in read_metrics(run_folder(tmp_path))] == ["-1", "0"]
+    assert [row["epoch"] for row in read_metrics(run_folder(tmp_path))] == ["0"]
+
+
+def test_run_of_an_earlier_version_keeps_its_baseline(weights, cub_root, tmp_path, capsys):
+    """It was in last.pth, and in metrics.csv as epoch -1."""
+    train.main(arguments(cub_root, pretrained=weights, LOG_DIR=tmp_path, epochs=1))
+    folder = run_folder(tmp_path)
+    backbone = json.loads((folder / "backbone.json").read_text())
+    (folder / "backbone.json").unlink()
+    last = checkpoint.read(folder / "last.pth")
+    last["progress"]["backbone"] = backbone
+    torch.save(last, folder / "last.pth")
+    head, row = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text(f"{head}\n-1,,,,{','.join(map(str, backbone.values()))}\n{row}\n")
+    rows, read = figures.read(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [0] and {name: read[name] for name in backbone} == backbone
+    capsys.readouterr()
+    train.main(["--resume", str(folder), "--epochs", "2"])
+    assert f"backbone alone  {100 * backbone['R@1']:>6.2f}" in capsys.readouterr().out
+    assert json.loads((folder / "backbone.json").read_text()) == backbone
+    assert [row["epoch"] for row in read_metrics(folder)] == ["0", "1"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"R@1": "x"}', '{"R@1": 7}', "{}"])
+def test_damaged_baseline_is_an_error(tmp_path, text):
+    (tmp_path / "backbone.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/backbone.json is damaged"):
+        figures.read_backbone(tmp_path)
 
 
 def test_ending_below_the_backbone_is_said(weights, cub_root, tmp_path, monkeypatch, capsys):
@@ -225,11 +253,16 @@ def test_other_epochs_do_not_continue_a_cosine(logs, weights, cub_root, capsys):
     assert "schedule: cosine over 2 epochs, now cosine over 3 epochs" in capsys.readouterr().err
 
 
+def settings(*flags):
+    """The plain values among the arguments of a training."""
+    return {name: value for name, value in vars(train.parse([*flags])).items() if name != "spec"}
+
+
 @pytest.mark.parametrize("change", [{"head": "orthogonal"}, {"freeze": "conv1"}, {"lr_schedule": "constant"}])
 @pytest.mark.parametrize("script", [{}, {"teacher": "of transfer.py", "head": "orthogonal", "lr_schedule": "cosine"}])
 def test_run_of_an_earlier_version_is_not_continued_as_another_experiment(script, change):
     """It does not tell these settings, which had one value then; transfer.py had its own."""
-    then = vars(train.parse([])) | script
+    then = settings() | script
     earlier = {name: value for name, value in then.items() if name not in ("head", "freeze", "lr_schedule", "eps")}
     assert run_folders.differences(earlier, then) == []
     if change != {name: then[name] for name in change}:
@@ -238,13 +271,12 @@ def test_run_of_an_earlier_version_is_not_continued_as_another_experiment(script
 
 def test_given_defaults_are_recorded_as_defaults_are():
     """Runs that were resumed, or given a default by hand, are the same experiment to compare.py."""
-    given = train.parse(["--embedding-lr", "1", "--alpha", "32", "--mrg", "0.1"])
-    assert json.dumps(vars(given)) == json.dumps(vars(train.parse([])))
+    assert json.dumps(settings("--embedding-lr", "1", "--alpha", "32", "--mrg", "0.1")) == json.dumps(settings())
 
 
 def test_head_is_in_the_record_and_obeyed(logs, cub_root):
     best = run_folder(logs) / "cub_resnet18_best.pth"
-    assert checkpoint.Checkpoint(best).contract["head"] == "layernorm"
+    assert checkpoint.Checkpoint(best).spec.head == "layernorm"
     line = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(best)]
     metrics = evaluate.main(line)
     row = max(of_epochs(run_folder(logs)), key=lambda row: float(row["R@1"]))
@@ -255,7 +287,7 @@ def test_figures_show_the_backbone_alone(logs, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **more: drawn.append(figure) or path.touch())
     figures.draw_run(run_folder(logs) / "metrics.csv", tmp_path / "curves.png", "title")
-    recall = 100 * float(read_metrics(run_folder(logs))[0]["R@1"])
+    recall = 100 * json.loads((run_folder(logs) / "backbone.json").read_text())["R@1"]
     assert f"backbone alone: R@1 {recall:.1f}" in [text.get_text() for text in drawn[0].axes[1].texts]
     compare.main([str(run_folder(logs)), "--save", str(tmp_path / "comparison.png")])
     head, line = capsys.readouterr().out.splitlines()[:2]

@@ -17,7 +17,7 @@ from test_scripts import arguments
 
 import evaluate
 import net
-from proxy_anchor import checkpoint, verification
+from proxy_anchor import verification
 from proxy_anchor.evaluation import measure
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report import page as report_page
@@ -70,7 +70,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     trees.inshop(folder / "data")
     torch.manual_seed(0)
-    checkpoint.save(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
     flags = {"dataset": "Inshop", "resume": folder / "a.pth", "report": folder / "page"}
     evaluate.main(arguments(folder / "data", **flags))
     return folder / "page" / "index.html"
@@ -391,7 +391,7 @@ def test_class_that_the_gallery_lacks(tmp_path):
 
 def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
     """Also a web page of somebody's, whose pictures would go; a report is written over."""
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
     site = tmp_path / "site"
     (site / "images").mkdir(parents=True)
     (site / "index.html").write_text("<html>mine</html>")

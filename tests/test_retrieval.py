@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+import trees
 
 import evaluate
 import net
-from proxy_anchor import checkpoint, evaluation, published, retrieval, tiles
+from proxy_anchor import evaluation, published, retrieval, tiles
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 from proxy_anchor.vectors import DISTANCES
 from proxy_anchor.verification import verify
@@ -295,7 +296,7 @@ def test_map_at_r_ties_and_lonely_queries():
 
 
 def evaluate_untrained(root, folder, network=None, **changed):
-    checkpoint.save(folder / "a.pth", network or net.create("resnet18", 8), {})
+    trees.save_checkpoint(folder / "a.pth", network or net.create("resnet18", 8), {})
     flags = {"dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "image-size": 32}
     flags |= {"workers": 0, "resume": folder / "a.pth"} | changed
     return evaluate.main(

@@ -20,7 +20,7 @@ import train
 from proxy_anchor import checkpoint, cli
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank
-from proxy_anchor.runs import run_folders, tracking
+from proxy_anchor.runs import logbook, run_folders
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8"
@@ -199,11 +199,11 @@ def test_crop_that_a_checkpoint_or_a_run_does_not_tell_is_the_former(tmp_path):
     """Releases that did not record it cropped glyphs as all others; today's network sees them whole."""
     network = net.create("resnet18", 8)
     former = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
-    checkpoint.save(tmp_path / "former.pth", network, former)
-    assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).geometry == {"crop": 0.875}
+    trees.save_checkpoint(tmp_path / "former.pth", network, former)
+    assert evaluate.parse(["--dataset", "glyphs", "--resume", str(tmp_path / "former.pth")]).spec.crop == 0.875
     assert run_folders.differences(former, former | {"crop": 0.875}) == []
-    assert run_folders.differences(former, former | dataset.geometry_of("glyphs")) == ["crop: 0.875, now 1.0"]
-    checkpoint.save(tmp_path / "damaged.pth", network, None)
+    assert run_folders.differences(former, former | {"crop": dataset.crop_of("glyphs")}) == ["crop: 0.875, now 1.0"]
+    torch.save({"model_state_dict": network.state_dict(), "network": None}, tmp_path / "damaged.pth")
     with pytest.raises(ValueError, match="damaged: its record of the network has no entries: 'None'"):
         checkpoint.Checkpoint(tmp_path / "damaged.pth")
 
@@ -320,7 +320,7 @@ def test_wandb_offline(cub_root, tmp_path):
 
 
 def test_wandb_credentials_are_found_without_wandb(monkeypatch, tmp_path):
-    from proxy_anchor.runs.tracking import has_credentials
+    from proxy_anchor.runs.logbook import has_credentials
 
     assert not has_credentials()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
@@ -362,7 +362,7 @@ def test_variables_of_wandb_come_first(variable, setting, monkeypatch, tmp_path)
         monkeypatch.delenv(name, raising=False)
     for expected in (ours, ours - {setting}):
         with pytest.raises(Told) as told:
-            tracking.start("offline", tmp_path, "project", "name", {}, run_id="id")
+            logbook.start_wandb("offline", tmp_path, "project", "name", {}, run_id="id")
         assert told.value.args[0].keys() == expected | {"mode", "config"}
         monkeypatch.setenv(variable, "mine")
 
@@ -371,7 +371,7 @@ def test_who_never_asked_for_wandb_reads_no_word_of_it(monkeypatch, tmp_path, ca
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert tracking.start(None, tmp_path, "project", "name", {}) is None
+    assert logbook.start_wandb(None, tmp_path, "project", "name", {}) is None
     assert capsys.readouterr() == ("", "")
 
 
@@ -387,7 +387,7 @@ def test_wandb_that_does_not_start_is_one_short_line(error, monkeypatch, tmp_pat
     with pytest.raises(
         RuntimeError, match="^wandb does not start: Invalid URL .{1,190}. Choose --wandb offline or dis"
     ):
-        tracking.start("offline", tmp_path, "project", "name", {})
+        logbook.start_wandb("offline", tmp_path, "project", "name", {})
 
 
 # Evaluation of published checkpoints
@@ -408,7 +408,7 @@ def test_queries_without_a_positive_are_counted(tmp_path, capsys):
     trees.cub(tmp_path / "data")
     for i in range(5):
         (tmp_path / "data" / "CUB_200_2011" / "images" / "101.Bird_101" / f"Bird_101_{i:04d}.jpg").unlink()
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), {})
     evaluate.main(arguments(tmp_path / "data", resume=tmp_path / "a.pth"))
     assert "1 of 13 queries have no image of their class to find" in capsys.readouterr().out
 
@@ -446,13 +446,13 @@ def fails(capsys, script, argv, message, status=1):
         ({"test-classes": ""}, "--test-classes: expected a path, found an empty one"),
         ({"LOG_DIR": ""}, "--LOG_DIR: expected a path, found an empty one"),
         ({"batch-size": -1}, "--batch-size: -1 is not positive"),
-        ({"lr": 0}, "--lr: 0.0 is not positive"),
+        ({"lr": 0}, "--lr: 0 is not positive"),
         ({"lr": "nan"}, "--lr: nan is not positive"),
         ({"epochs": -1}, "--epochs: -1 is negative"),
         ({"epochs": 0, "resume": "auto"}, "--epochs: 0 evaluates an untrained network"),
         ({"IPC": 9}, "--IPC: 9 images per class do not fit into a batch of 8"),
         ({"model": "bn_inception", "image-size": 300}, "--image-size: bn_inception cannot take images of 300"),
-        ({"gpu-id": "x"}, "--gpu-id: invalid int"),
+        ({"gpu-id": "x"}, "--gpu-id: 'x' is not a whole number"),
         ({"embedding": 8}, "unrecognized arguments: --embedding 8"),
     ],
 )
@@ -497,9 +497,21 @@ def test_unreadable_image_is_one_line(tmp_path, capsys, workers):
     assert not list(tmp_path.glob("logs/**/*.pth"))
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        train.main(["--debug", *arguments(tmp_path, pretrained="none")])
+def test_unforeseen_error_keeps_its_traceback(cub_root, tmp_path, monkeypatch):
+    """A ValueError of a library is no advice to the user; it is in the run's folder until the run continues."""
+
+    def train_one_epoch(*args, **kwargs):
+        int("not raised on purpose")
+
+    argv = [*arguments(cub_root, pretrained="none", LOG_DIR=tmp_path, epochs=1), "--resume", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="invalid literal"):
+        patch.setattr(train.training, "train_one_epoch", train_one_epoch)
+        train.main(argv)
+    (path,) = tmp_path.glob("logs_cub/*/error.txt")
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("ValueError: invalid literal for int()")
+    train.main(argv)
+    assert (path.parent / "last.pth").exists() and not path.exists()
 
 
 def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
@@ -510,7 +522,7 @@ def test_loss_that_is_not_finite(cub_root, tmp_path, capsys):
 
 def test_checkpoint_errors(cub_root, tmp_path, capsys):
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), "There is no checkpoint")
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 16), {})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 16), {})
     message = r"another network: .*model.embedding.weight: expected \(8, 512\), found \(16, 512\)"
     fails(capsys, evaluate, arguments(cub_root, resume=tmp_path / "a.pth"), message)
 
@@ -587,7 +599,7 @@ def test_shared_memory_that_workers_cannot_have(cub_root, tmp_path, options):
     assert "/dev/shm is full or cannot be written: choose --workers 0" in done.stderr
 
 
-def test_compiler_that_fails_is_one_short_line(cub_root, tmp_path):
+def test_compiler_that_fails_keeps_its_traceback(cub_root, tmp_path):
     compiler = tmp_path / "compiler"
     answer = "sys.exit(0 if '--version' in sys.argv else 'error: ' * 20_000)"
     compiler.write_text(f"#!{sys.executable}\nimport sys\nprint('g++ 12.0')\n{answer}\n")
@@ -595,9 +607,7 @@ def test_compiler_that_fails_is_one_short_line(cub_root, tmp_path):
     flags = [*arguments(cub_root, LOG_DIR=tmp_path / "logs"), "--pretrained", "none", "--compile"]
     cache = f"export TORCHINDUCTOR_CACHE_DIR={tmp_path}/cache CXX={compiler}"
     done = run_limited(cache, *flags)
-    *remarks_of_torch, line = done.stderr.splitlines()
-    assert done.returncode == 1 and len(line) < 400 and len("".join(remarks_of_torch)) < 1000, done.stderr[:2000]
-    assert "torch.compile cannot compile the network here: leave out --compile (" in line
+    assert done.returncode == 1 and "Traceback" in done.stderr and "CppCompileError" in done.stderr, done.stderr[:2000]
 
 
 def without_reader(command, lines, **streams):
@@ -624,14 +634,15 @@ def test_other_output_that_nobody_reads_ends_silently(cub_root, tmp_path):
 
 
 def test_broken_pipe_of_something_else_is_an_error(capfd):
-    with pytest.raises(SystemExit) as error, cli.errors_in_one_line("a.py", debug=False):
+    with pytest.raises(SystemExit) as error, cli.errors_in_one_line("a.py"):
         raise BrokenPipeError("the manager is gone")
     assert error.value.code == 1 and capfd.readouterr().err == "a.py: error: the manager is gone\n"
 
 
-def test_batchnorm_on_a_single_image(cub_root, tmp_path, capsys):
+def test_batchnorm_on_a_single_image(cub_root, tmp_path):
     argv = arguments(cub_root, **{"pretrained": "none", "LOG_DIR": tmp_path, "batch-size": 1, "bn-freeze": 0})
-    fails(capsys, train, argv, "error: BatchNorm cannot train on a single image: choose a larger --batch-size")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        train.main(argv)
 
 
 def test_embeddings_that_are_not_finite(trained, cub_root, tmp_path, capsys):

@@ -32,7 +32,7 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(("a.pth", "b.pth")):
         torch.manual_seed(seed)
-        checkpoint.save(folder / name, net.create("resnet18", 8), RECORD)
+        trees.save_checkpoint(folder / name, net.create("resnet18", 8), RECORD)
     return folder
 
 
@@ -113,7 +113,7 @@ def euclidean(tmp_path_factory):
     folder = tmp_path_factory.mktemp("euclidean")
     torch.manual_seed(0)
     network = net.create("resnet18", 8, l2_norm=False)
-    checkpoint.save(folder / "a.pth", network, RECORD | {"l2_norm": 0, "distance": "euclidean"})
+    trees.save_checkpoint(folder / "a.pth", network, RECORD | {"l2_norm": 0, "distance": "euclidean"})
     return folder
 
 
@@ -140,7 +140,7 @@ def test_table_of_distances(euclidean, images, tmp_path, capsys):
 
 
 def test_unknown_distance_is_damage(images, tmp_path, capsys):
-    checkpoint.save(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"distance": "manhattan"})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"distance": "manhattan"})
     fails(lambda: make(tmp_path, images, tmp_path / "index"), capsys, "a.pth is damaged: its record of the network")
 
 
@@ -284,7 +284,9 @@ def test_checkpoint_that_has_moved_is_named(weights, images, tmp_path, capsys):
     (tmp_path / "here.pth").write_bytes((weights / "a.pth").read_bytes())
     make(tmp_path, images, tmp_path / "index", name="here.pth")
     (tmp_path / "here.pth").unlink()
-    words = f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}: say with --resume where"
+    words = (
+        f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}: give its place with --resume"
+    )
     fails(lambda: search.main(["query", "--index", str(tmp_path / "index"), str(images)]), capsys, words)
     assert found(tmp_path / "index", capsys, images / "ant", "--resume", weights / "a.pth")
 
@@ -325,7 +327,7 @@ def test_nprobe(weights, images, tmp_path, capsys):
     query = ["query", str(images), "--index"]
     fails(lambda: search.main([*query, str(tmp_path / "index"), "--nprobe", "0"]), capsys, "not positive", code=2)
     make(weights, images, tmp_path / "flat")
-    words = "flat is an index Flat: only those with IVF in it take --nprobe"
+    words = "flat is an index Flat: --nprobe needs an IVF index"
     fails(lambda: search.main([*query, str(tmp_path / "flat"), "--nprobe", "2"]), capsys, words)
 
 
@@ -349,7 +351,7 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(lambda: search.main(query), capsys, "There is no index in")
     make(weights, images, tmp_path / "index")
     fails(lambda: search.main([*query, str(tmp_path / "no.jpg")]), capsys, "There is no ")
-    fails(lambda: search.main([*query, "-k", "0"]), capsys, "argument --neighbours: 0 is not positive", code=2)
+    fails(lambda: search.main([*query, "-k", "0"]), capsys, "argument --neighbours/-k: 0 is not positive", code=2)
     (tmp_path / "empty").mkdir()
     fails(lambda: make(weights, tmp_path / "empty", tmp_path / "index"), capsys, "There are no images in")
     fails(

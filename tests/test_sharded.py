@@ -14,6 +14,9 @@ from torch import nn
 import train
 from proxy_anchor import collectives, distributed, losses, sharded, training
 from proxy_anchor.runs import resuming
+from proxy_anchor.spec import NetworkSpec
+
+SPEC = NetworkSpec("tiny", 4, 32)
 
 SIZE, EPOCHS = 8, 5
 # Classes, images in a batch, share of the classes: neither is divided by 2, 3 or 4; fewer classes than processes.
@@ -102,7 +105,7 @@ def cases(folder: Path):
         if collectives.world_size() == 4:
             half = Training(num_classes, batch_size, share).epochs(0, 3)
             progress = {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []}
-            resuming.save(last, half.network, {}, half.parts, progress)
+            resuming.save(last, half.network, SPEC, half.parts, progress)
             dist.barrier()
         resumed = Training(num_classes, batch_size, share)
         assert resuming.load(last, resumed.network, resumed.parts)["epoch"] == 3
@@ -284,7 +287,7 @@ def test_labels_and_empty_batches_are_those_of_the_whole_loss(share):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--sample-proxies", "0"], "argument --sample-proxies: 0.0 is not a share, from 1e-15 to 1"),
+        (["--sample-proxies", "0"], "argument --sample-proxies: 0 is not a share, from 1e-15 to 1"),
         (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
         (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
         (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),

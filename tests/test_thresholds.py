@@ -23,7 +23,7 @@ def photos(tmp_path_factory):
 def new_checkpoint(path, **changed):
     torch.manual_seed(0)
     network = net.create("resnet18", 8, l2_norm=bool(changed.get("l2_norm", 1)))
-    checkpoint.save(path, network, RECORD | changed)
+    trees.save_checkpoint(path, network, RECORD | changed)
     return path
 
 
@@ -51,10 +51,7 @@ def test_checkpoint_gets_the_threshold_and_stays_the_same_network(calibrated, ph
     assert now.keys() == content.keys() | {"threshold"} and now["network"] == content["network"]
     assert list(now["model_state_dict"]) == list(content["model_state_dict"])
     assert all(torch.equal(now["model_state_dict"][k], v) for k, v in content["model_state_dict"].items())
-    assert (
-        checkpoint.Checkpoint(path).identity == identity
-        and checkpoint.Checkpoint(path).contract["distance"] == distance
-    )
+    assert checkpoint.Checkpoint(path).identity == identity and checkpoint.Checkpoint(path).spec.distance == distance
     assert [file.name for file in path.parent.iterdir()] == ["a.pth"]
 
 
@@ -93,7 +90,7 @@ def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
     evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", "--far", 0.1))
     assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold["distance"] == "cosine"
     assert checkpoint.Checkpoint(tmp_path / "old.pth").identity == identity
-    assert checkpoint.Checkpoint(tmp_path / "old.pth").contract == {}
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").spec is None
     assert checkpoint.read(tmp_path / "old.pth")["model_state_dict"].keys() == state.keys()
 
 

@@ -26,6 +26,7 @@ from net.backbone import Normalize
 from proxy_anchor import checkpoint, retrieval
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import logbook
+from proxy_anchor.spec import GEOMETRY
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 SIZES = {
@@ -188,10 +189,10 @@ def test_weights_come_from_the_hub(tmp_path, monkeypatch):
     theirs = timm.create_model("test_vit").state_dict()
     path = save(tmp_path / "model.safetensors", theirs)
     asked = []
-    monkeypatch.setattr(hub, "hf_hub_download", lambda **file: asked.append(file) or path)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *file, **more: asked.append((*file, more)) or path)
     network = net.create("test_vit", 8, "imagenet", image_size=160)
     assert torch.equal(network.model.cls_token, theirs["cls_token"])
-    wanted = {"repo_id": "timm/test_vit.r160_in1k", "filename": "model.safetensors", "local_files_only": True}
+    wanted = "timm/test_vit.r160_in1k", "model.safetensors", {"local_files_only": True}
     assert not network.model.remark
     assert asked == [wanted]  # what is in its cache needs no network
 
@@ -252,9 +253,9 @@ def test_image_size_is_the_networks_own_unless_it_is_given_or_in_a_recipe():
 def test_index_of_a_dataset_sees_its_images_as_evaluation_does():
     """Glyphs are not cropped, whatever the weights of the network expect; your images are as the weights expect."""
     flags = ["index", "--backbone-only", "--model", "test_vit", "--out", "index"]
-    made = lambda *of: search.parse([*flags, *of]).contract  # noqa: E731
-    assert made("--dataset", "glyphs", "--split", "eval")["crop"] == dataset.geometry_of("glyphs")["crop"] == 1
-    assert made("--images", "photos")["crop"] == net.expects("test_vit")["crop"] < 1
+    made = lambda *of: search.parse([*flags, *of]).spec  # noqa: E731
+    assert made("--dataset", "glyphs", "--split", "eval").crop == dataset.crop_of("glyphs") == 1
+    assert made("--images", "photos").crop == net.expects("test_vit")["crop"] < 1
 
 
 def test_timm_that_is_missing_is_said(monkeypatch, capsys):
@@ -310,7 +311,7 @@ def test_evaluation_sees_what_timm_sees(name, size, pictures):
     )
     theirs = timm.data.create_transform(**config)
     expected = net.expects(name)
-    ours = transforms.evaluation(size, **{key: expected[key] for key in dataset.GEOMETRY})
+    ours = transforms.evaluation(size, **{key: expected[key] for key in GEOMETRY})
     normalize = Normalize(expected["mean"], expected["std"], bgr=False)
     for path in pictures:
         with Image.open(path) as image:
@@ -342,10 +343,14 @@ def test_training_crops_are_torchvisions_of_pillow_images(interpolation, picture
 
 
 def test_a_crop_that_the_data_names_wins():
-    expected = net.expects("vit_small_patch16_224.dino")
-    assert dataset.geometry_of("cub", expected) == {"crop": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
-    assert dataset.geometry_of("glyphs", expected)["crop"] == 1.0
-    assert dataset.geometry_of("cub", net.expects("resnet18")) == {"crop": 0.875}
+    geometry = lambda *flags: train.parse([*flags]).spec.geometry  # noqa: E731
+    dino = {"crop": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
+    assert geometry("--dataset", "cub", "--model", "vit_small_patch16_224.dino") == dino
+    assert (
+        geometry("--dataset", "glyphs", "--model", "vit_small_patch16_224.dino", "--image-size", "224")["crop"] == 1.0
+    )
+    published = {"crop": 0.875, "crop_mode": "center", "interpolation": None}
+    assert geometry("--dataset", "cub", "--model", "resnet18") == published
 
 
 # A run
@@ -416,8 +421,7 @@ def test_a_tiny_transformer_learns(run, letters):
 
 
 def test_the_record_is_the_contract_and_needs_no_flags(run, letters, tmp_path, capsys):
-    record = checkpoint.Checkpoint(best_of(run)).contract
-    assert record == {
+    assert checkpoint.Checkpoint(best_of(run)).spec.to_record() == {
         "model": "test_vit",
         "embedding_size": 64,
         "image_size": 32,
@@ -429,6 +433,8 @@ def test_the_record_is_the_contract_and_needs_no_flags(run, letters, tmp_path, c
         "std": [0.5, 0.5, 0.5],
         "head": "linear",
         "orientation": "stored",
+        "distance": "cosine",
+        "backbone_only": False,
     }
     pytest.importorskip("sklearn")
     metrics = evaluate.main(of_letters(letters, "--resume", best_of(run), "--report", tmp_path / "report"))
@@ -549,9 +555,8 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
     weights = {key.removeprefix("model."): value for key, value in weights.items() if "embedding" not in key}
     path = save(tmp_path / "weights.pth", weights)
     flags = ["--model", name, "--backbone-only", "--pretrained", str(path), "--image-size", "160"]
-    images = dataset.eval_sets(
-        "glyphs", letters, 160, dataset.geometry_of("glyphs", net.expects(name)), allow_partial=True
-    )[0]
+    geometry = evaluate.parse(of_letters(letters, *flags)).spec.geometry
+    images = dataset.eval_sets("glyphs", letters, 160, geometry, allow_partial=True)[0]
     few = tmp_path / "glyphs" / "eval"
     for label in range(4):
         (few / f"{label:04X}").mkdir(parents=True)
@@ -561,7 +566,6 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
 
     network = net.create(name, None, path, image_size=160).eval()
     paths = search.images_at(str(few))
-    geometry = dataset.geometry_of("glyphs", net.expects(name))
     with torch.inference_mode():
         pixels = [transforms.evaluation(160, **geometry)(read_image(image)) for image in paths]
         features = torch.cat([network.model.pooled(network.normalize(image[None])) for image in pixels]).double()

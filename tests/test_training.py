@@ -4,10 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trees
 
 import net
 from proxy_anchor import checkpoint, exported, losses, training
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.spec import NetworkSpec
 
 CPU = torch.device("cpu")
 
@@ -144,7 +146,7 @@ def network():
 
 
 def test_checkpoint_has_the_published_layout(network, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", network, {})
+    trees.save_checkpoint(tmp_path / "a.pth", network, {})
     content = torch.load(tmp_path / "a.pth", weights_only=True)  # as the published code reads it, up to weights_only
     assert list(content["model_state_dict"]) == list(network.state_dict())
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
@@ -204,7 +206,7 @@ def test_prefix_that_hides_another_tensor_is_refused(network, tmp_path):
 
 
 def test_other_network_is_refused_and_nothing_loaded(network, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", network, {})
+    trees.save_checkpoint(tmp_path / "a.pth", network, {})
     for other in (net.create("resnet18", 16), net.create("resnet34", 8), net.create("googlenet", 8)):
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(
@@ -286,15 +288,15 @@ def test_values_of_a_record_that_are_out_of_range_are_named(network, tmp_path, r
     whole = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
     path = tmp_path / f"a{ending}"
     if ending == ".pth":
-        checkpoint.save(path, network, whole | record)
+        trees.save_checkpoint(path, network, whole | record)
     else:
         pytest.importorskip("safetensors")
-        exported.save(path, ending, exported.Served(network, "cosine"), 32, {"network": whole | record})
+        exported.save(path, ending, exported.InferenceNet(network, "cosine"), 32, {"network": whole | record})
     ((name, _),) = record.items()
     with pytest.raises(ValueError, match=f"a{ending} is damaged: its record of the network has {name} ") as error:
         checkpoint.Checkpoint(path)
     assert len(str(error.value)) < 300 + len(str(path)) and str(error.value).isprintable()
-    assert checkpoint.is_contract(whole) and not checkpoint.is_contract(whole | record)
+    NetworkSpec.from_record(whole)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 neither"])
@@ -305,7 +307,7 @@ def test_not_a_checkpoint(network, tmp_path, content):
 
 
 def test_truncated_missing_or_other_content(network, tmp_path):
-    checkpoint.save(tmp_path / "a.pth", network, {})
+    trees.save_checkpoint(tmp_path / "a.pth", network, {})
     (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-1000])
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.load(tmp_path / "a.pth", network)

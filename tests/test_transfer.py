@@ -20,8 +20,9 @@ import transfer
 from proxy_anchor import checkpoint, distillation
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import map_at_r, recall_at_k
+from proxy_anchor.spec import NetworkSpec
 
-CONTRACT = {"model": "resnet18", "embedding_size": 12, "image_size": 32, "l2_norm": 1, "crop": 0.875}
+RECORD = {"model": "resnet18", "embedding_size": 12, "image_size": 32, "l2_norm": 1, "crop": 0.875}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def teacher(tmp_path_factory):
     network = net.create("resnet18", 12)
     for norm in network.model.norms():
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    checkpoint.save(folder / "teacher.pth", network, CONTRACT)
+    trees.save_checkpoint(folder / "teacher.pth", network, RECORD)
     return folder / "teacher.pth"
 
 
@@ -100,9 +101,8 @@ def test_folder_and_schedule(logs, teacher):
     )
     rows = read_metrics(logs)
     assert [row["lr"] for row in rows] == pytest.approx([1e-4 * (1 + math.cos(math.pi * e / 2)) / 2 for e in (0, 1)])
-    expected = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 0, "crop": 0.875}
-    expected |= {"head": "orthogonal", "orientation": "stored"}
-    assert checkpoint.Checkpoint(folder / "cub_resnet18_best.pth").contract == expected | {"distance": "euclidean"}
+    expected = NetworkSpec("resnet18", 8, 32, l2_norm=0, head="orthogonal", distance="euclidean")
+    assert checkpoint.Checkpoint(folder / "cub_resnet18_best.pth").spec == expected
     assert (folder / "curves.png").exists()
 
 
@@ -153,11 +153,11 @@ def test_other_teacher_or_schedule_does_not_continue_a_run(teacher, cub_root, tm
     before = config.read_text()
     other = tmp_path / "other.pth"
     torch.manual_seed(6)
-    checkpoint.save(other, net.create("resnet18", 12), CONTRACT)
+    trees.save_checkpoint(other, net.create("resnet18", 12), RECORD)
     for flags, words in (
         (
             ["--source-ckpt", str(other)],
-            "is another experiment (teacher: another one, or known by its file to an earlier version); start",
+            "(teacher: a different teacher, or one recorded by file path in an older version); start a new one",
         ),
         (["--epochs", "3"], "(schedule: cosine over 2 epochs, now cosine over 3 epochs)"),
     ):
@@ -184,7 +184,7 @@ def test_own_images_cached_and_in_mixed_precision(teacher, tmp_path):
     flags = {"dataset": "folder", "cache": tmp_path / "cache", "amp": "bf16", "l2-norm": 1, "epochs": 1}
     transfer.main(arguments(teacher, tmp_path / "photos", tmp_path, **flags))
     (best,) = tmp_path.glob("logs_folder/*/folder_resnet18_best.pth")
-    assert checkpoint.Checkpoint(best).contract["distance"] == "cosine" and list((tmp_path / "cache").iterdir())
+    assert checkpoint.Checkpoint(best).spec.distance == "cosine" and list((tmp_path / "cache").iterdir())
 
 
 def test_two_processes_are_one(teacher, cub_root, tmp_path):
@@ -228,7 +228,7 @@ def test_search_with_the_student(logs, cub_root, tmp_path, capsys):
     network = net.create("resnet18", 8, l2_norm=False)
     checkpoint.load(best, network)
     paths = [result["query"] for result in results]
-    images = dataset.ImageDataset(paths, torch.zeros(len(paths)), [""], search.geometry(CONTRACT))
+    images = search.unlabelled(paths, NetworkSpec("resnet18", 8, 32))
     x, _ = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0))
     nearest = torch.cdist(x.double(), x.double()).topk(4, largest=False)
     for result, distances, order in zip(results, *nearest):
@@ -248,11 +248,11 @@ def fails(argv, capsys, words, code=1):
     "changed, words",
     [
         ({"IPC": 3}, "argument --IPC: a batch of 4 images does not consist of 3 of each class"),
-        ({"sigma": 0}, "argument --sigma: 0.0 is not positive"),
+        ({"sigma": 0}, "argument --sigma: 0 is not positive"),
         ({"sigma": "nan"}, "argument --sigma: nan is not positive"),
-        ({"delta": -1}, "argument --delta: -1.0 is not positive"),
+        ({"delta": -1}, "argument --delta: -1 is not positive"),
         ({"view": 0}, "argument --view: 0 is not positive"),
-        ({"save": 0}, "argument --save: invalid choice: 0"),
+        ({"save": 0}, "argument --save: invalid choice: '0'"),
         ({"source-embedding-size": 0}, "argument --source-embedding-size: 0 is not positive"),
         ({"source-embedding-size": 13}, "--source-embedding-size: the teacher was trained with 12, not 13"),
         ({"source-model": "resnet50"}, "--source-model: the teacher was trained with resnet18, not resnet50"),

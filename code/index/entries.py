@@ -1,4 +1,4 @@
-"""What the entries of an index are: images or, by folder, the mean of the images that lie in one."""
+"""The entries of an index: images or, by folder, the mean of the images in it."""
 
 import os
 
@@ -8,7 +8,7 @@ from proxy_anchor.vectors import comparable
 
 
 def group(paths: list[str]) -> dict[str, list[str]]:
-    """{folder: the images that lie in it}, by their paths."""
+    """{folder: the images in it}, from their paths."""
     folders: dict[str, list[str]] = {}
     for path in paths:
         folders.setdefault(os.path.dirname(path) or ".", []).append(path)
@@ -16,34 +16,34 @@ def group(paths: list[str]) -> dict[str, list[str]]:
 
 
 def stamp(paths: list[str]) -> str:
-    """What tells whether one of these files has changed, or is another: their sizes and times of change in ns."""
+    """The sizes and times of change (ns) of these files: it differs where a file has changed or is another."""
     stats = sorted((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths))
     return " ".join(f"{size} {time}" for size, time in stats)  # takes half the memory of a list
 
 
 def blocks(entries, size: int):
-    """Parts {entry: its images} of pairs (entry, its images), in their order, each with `size` images or a few more."""
-    part: dict[str, list[str]] = {}
+    """Divide pairs (entry, its images) into dicts {entry: its images} with `size` images each, or a few more."""
+    block: dict[str, list[str]] = {}
     count = 0
     for entry, images in entries:
-        part[entry] = images
+        block[entry] = images
         count += len(images)
         if count >= size:
-            yield part
-            part, count = {}, 0
-    if part:
-        yield part
+            yield block
+            block, count = {}, 0
+    if block:
+        yield block
 
 
 def embeddings_of(entries: dict[str, list[str]], paths: list[str], embeddings: torch.Tensor, distance: str):
-    """(entries, (E, D)) from the embeddings (N, D) of images at these paths; the entries without an image are left out.
+    """(entries, (E, D)) from the embeddings (N, D) of images at these paths; entries without an image are left out.
 
     The mean of several images is of unit vectors, or of embeddings as they are; it has no unit length yet.
     """
-    place = {path: i for i, path in enumerate(paths)}
-    rows = {entry: [place[path] for path in images if path in place] for entry, images in entries.items()}
-    rows = {entry: own for entry, own in rows.items() if own}
-    if all(len(own) == 1 for own in rows.values()):
-        return list(rows), embeddings[[own[0] for own in rows.values()]]
+    row_of = {path: row for row, path in enumerate(paths)}
+    rows = {entry: [row_of[path] for path in images if path in row_of] for entry, images in entries.items()}
+    rows = {entry: indices for entry, indices in rows.items() if indices}
+    if all(len(indices) == 1 for indices in rows.values()):
+        return list(rows), embeddings[[indices[0] for indices in rows.values()]]
     vectors = comparable(embeddings, distance)
-    return list(rows), torch.stack([vectors[own].double().mean(dim=0) for own in rows.values()])
+    return list(rows), torch.stack([vectors[indices].double().mean(dim=0) for indices in rows.values()])

@@ -1,4 +1,4 @@
-"""The nearest vectors: exact search, or an index of FAISS in parts; neither needs the memory of all vectors."""
+"""The nearest vectors: exact search, or an index of FAISS in shards; neither needs all vectors in memory."""
 
 import shutil
 from itertools import takewhile
@@ -11,11 +11,11 @@ from proxy_anchor.index.rows import Rows
 from proxy_anchor.runs.run_folders import numbered
 
 EXACT = "Flat"
-PART = 2**27  # bytes of vectors, or of their codes, that are in memory at a time
+SHARD = 2**27  # bytes of vectors, or of their codes, in memory at a time
 
 
 def faiss():
-    """The library. Raises ImportError saying how to get it."""
+    """The library. Raises ImportError with how to install it."""
     try:
         import faiss
     except ImportError as error:
@@ -37,7 +37,7 @@ class Exact:
     def search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's values and the rows of the `count` nearest of each query (N, D), the best first."""
         best = _best(len(queries), count, self.metric)
-        for start, vectors in self.images.slices(_rows_per_part(self.images)):
+        for start, vectors in self.images.slices(_rows_per_shard(self.images)):
             values, rows = faiss().knn(queries, vectors, min(count, len(vectors)), self.metric)
             best.add_result(values, rows + start)
         best.finalize()
@@ -45,9 +45,9 @@ class Exact:
 
 
 class FaissFiles:
-    """FAISS's index in one or more files: path, path_2, path_3, ..., which may be deleted from now on.
+    """FAISS's index in one or more files, shards: path, path_2, path_3, ..., which may be deleted once they are open.
 
-    They are read one by one for each search: whole or, where the kind has cells, what is searched of them. Raises
+    Each search reads them one by one: whole or, where the kind has cells, only the cells that it visits. Raises
     RuntimeError or FileNotFoundError if they cannot be read, ValueError if they are not of `shape`, (N, D).
     """
 
@@ -57,11 +57,11 @@ class FaissFiles:
             raise FileNotFoundError(f"there is no {path.name}")
         self.nprobe: int | None = None
         self.cells, total = 0, 0
-        for part in self:
-            if part.d != shape[1]:
-                raise ValueError(f"expected vectors of {shape[1]} numbers in FAISS's index, found {part.d}")
-            self.metric, self.cells = part.metric_type, getattr(faiss().try_extract_index_ivf(part), "nlist", 0)
-            total += part.ntotal
+        for shard in self:
+            if shard.d != shape[1]:
+                raise ValueError(f"expected vectors of {shape[1]} numbers in FAISS's index, found {shard.d}")
+            self.metric, self.cells = shard.metric_type, getattr(faiss().try_extract_index_ivf(shard), "nlist", 0)
+            total += shard.ntotal
         if total != shape[0]:
             raise ValueError(f"expected {shape[0]:,} vectors in FAISS's index, found {total:,}")
 
@@ -69,20 +69,20 @@ class FaissFiles:
         return (_read(file, mapped=True) for file in self.files)
 
     def search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """See Exact.search; of each query, what is not found is -1 at the end."""
+        """See Exact.search; where fewer are found, the rest of a row is -1."""
         best, start = _best(len(queries), count, self.metric), 0
-        for part in self:
+        for shard in self:
             if self.nprobe:
-                faiss().extract_index_ivf(part).nprobe = min(self.nprobe, self.cells)
-            values, rows = part.search(queries, min(count, part.ntotal))
+                faiss().extract_index_ivf(shard).nprobe = min(self.nprobe, self.cells)
+            values, rows = shard.search(queries, min(count, shard.ntotal))
             best.add_result(values, np.where(rows < 0, -1, rows + start))
-            start += part.ntotal
+            start += shard.ntotal
         best.finalize()
         return best.D, best.I
 
 
 def create(factory: str, size: int, metric: int):
-    """An empty index of FAISS. Raises ValueError for a factory string that it does not know."""
+    """An empty index of FAISS. Raises ValueError for an unknown factory string."""
     try:
         return faiss().index_factory(size, factory, metric)
     except RuntimeError as error:
@@ -104,30 +104,30 @@ def extend(path: Path, images: Rows, former: FaissFiles) -> None:
         with replacing(next(files)) as temporary:
             shutil.copyfile(_path(file), temporary)
     index = _read(last, mapped=False)
-    done = sum(part.ntotal for part in former)
+    done = sum(shard.ntotal for shard in former)
     _write(files, images, done, index)
 
 
 def sample(images: Rows) -> np.ndarray:
-    """The vectors that an index is trained on: all or, at random but always the same, as many as fit in a part."""
-    rows, most = np.arange(len(images)), _rows_per_part(images)
+    """The vectors that an index is trained on: all or, at random but always the same, as many as fit in a shard."""
+    rows, most = np.arange(len(images)), _rows_per_shard(images)
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
     return images.take(rows)
 
 
 def reason(error: Exception) -> str:
-    """FAISS's messages without the place in its source."""
+    """FAISS's message without the position in its source."""
     return str(error).rsplit(": ", 1)[-1] if "Error in" in str(error) else str(error)
 
 
 def _write(files, images, done, index):
-    """Add the rows after the first `done` to the last part, and to others after it; write each of them."""
+    """Add the rows after the first `done` to the last shard and to new ones after it, and write each."""
     cells = faiss().try_extract_index_ivf(index)
-    size = PART // (cells.code_size + 8) if cells else _rows_per_part(images)  # codes, with their numbers
+    size = SHARD // (cells.code_size + 8) if cells else _rows_per_shard(images)  # codes, with their numbers
     while True:
         stop = min(done + max(size - index.ntotal, 0), len(images))
-        for _, vectors in images.slices(_rows_per_part(images), done, stop):
+        for _, vectors in images.slices(_rows_per_shard(images), done, stop):
             index.add(vectors)
         done = stop
         with replacing(next(files)) as temporary:
@@ -137,12 +137,12 @@ def _write(files, images, done, index):
         index.reset()  # stays trained
 
 
-def _rows_per_part(images):
-    return max(PART // (4 * images.vectors.shape[1]), 1)
+def _rows_per_shard(images):
+    return max(SHARD // (4 * images.vectors.shape[1]), 1)
 
 
 def _best(queries, count, metric):
-    """Merges the results of parts as FAISS merges within one: in the same order, among equal values too."""
+    """Merges the results of shards as FAISS merges within one: in the same order, among equal values too."""
     return faiss().ResultHeap(queries, count, keep_max=metric == faiss().METRIC_INNER_PRODUCT)
 
 

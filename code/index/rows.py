@@ -1,4 +1,4 @@
-"""Vectors on disk, each with the path and the stamp of its image: written and read in blocks."""
+"""Vectors on disk, each with the path and the stamp of its image, written and read in blocks."""
 
 import json
 import mmap
@@ -15,7 +15,7 @@ _as_line = json.JSONEncoder().encode
 
 
 class Rows:
-    """The rows of two files: vectors (N, size), float32, and lines, ["path", stamp] in JSON for each vector.
+    """The rows of two files: vectors (N, size), float32, and a line ["path", stamp] in JSON for each vector.
 
     Raises FileNotFoundError if one is missing, ValueError if they do not fit each other.
     """
@@ -24,9 +24,9 @@ class Rows:
         self.file = lines
         self._vectors, self._lines = open(vectors, "rb"), open(lines, "rb")  # noqa: SIM115 (they may be deleted)
         self._ends = _ends_of_lines(self._lines)
-        if (found := os.fstat(self._vectors.fileno()).st_size) != 4 * size * len(self):
-            raise ValueError(f"{vectors.name} has {found:,} bytes, expected {len(self):,} vectors of {size} numbers")
-        self._mapped = mmap.mmap(self._vectors.fileno(), 0, access=mmap.ACCESS_READ) if found else None
+        if (length := os.fstat(self._vectors.fileno()).st_size) != 4 * size * len(self):
+            raise ValueError(f"{vectors.name} has {length:,} bytes, expected {len(self):,} vectors of {size} numbers")
+        self._mapped = mmap.mmap(self._vectors.fileno(), 0, access=mmap.ACCESS_READ) if length else None
         self.vectors = np.frombuffer(self._mapped or b"", np.float32).reshape(len(self), size)
 
     def __len__(self):
@@ -49,14 +49,14 @@ class Rows:
         return (self[row] for row in range(len(self)))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Copies of the vectors of some rows. They are read, as the system may map megabytes for each."""
+        """Copies of the vectors of some rows, read one by one: mapping could load megabytes for each."""
         copies = np.empty((len(rows), self.vectors.shape[1]), np.float32)
         for copy, row in zip(copies, rows.tolist()):
             os.preadv(self._vectors.fileno(), [copy.data], row * copy.nbytes)
         return copies
 
     def slices(self, rows: int, start: int = 0, stop: int | None = None):
-        """(start, vectors) of so many rows at a time, mapped until the next is asked for."""
+        """(start, vectors) of this many rows at a time, mapped until the next is asked for."""
         stop = len(self) if stop is None else stop
         for first in range(start, stop, rows):
             yield first, self.vectors[first : min(first + rows, stop)]
@@ -64,7 +64,7 @@ class Rows:
                 self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def blocks(self, kept: np.ndarray):
-        """Those rows, kept (N,), in blocks as write takes them."""
+        """The rows of a mask (N,), in blocks as write takes them."""
         for start, vectors in self.slices(BLOCK):
             chosen = kept[start : start + len(vectors)]
             lines = self._read_lines(start, start + len(vectors)).splitlines(keepends=True)
@@ -83,13 +83,13 @@ def block(stamps: dict[str, str], vectors: np.ndarray) -> tuple[bytes, np.ndarra
 def write(vectors: Path, lines: Path, blocks) -> None:
     """Write the files of Rows, that of the lines last, from blocks (lines, vectors)."""
     with replacing(lines) as text, replacing(vectors) as numbers, open(text, "wb") as a, open(numbers, "wb") as b:
-        for own, some in blocks:
-            a.write(own)
-            b.write(np.ascontiguousarray(some, np.float32).data)
+        for block_lines, block_vectors in blocks:
+            a.write(block_lines)
+            b.write(np.ascontiguousarray(block_vectors, np.float32).data)
 
 
 def _ends_of_lines(file) -> np.ndarray:
-    """The places behind the line feeds."""
+    """The offsets behind the line feeds."""
     ends, start = [np.empty(0, int)], 0
     while text := file.read(2**20):
         ends.append(start + 1 + np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")))

@@ -1,10 +1,9 @@
 """An index of embedded images, or of their folders: paths, vectors, and the checkpoint that embedded them.
 
-images.json in its folder says which checkpoint and which NUMBER, and has the seals of the other files;
-images-NUMBER.jsonl and vectors-NUMBER.float32 are its rows, and vectors-NUMBER.faiss is FAISS's index of them, unless
-its kind is Flat. Each time the index is written, the
-number is new and images.json is replaced last. Until then, new rows wait in blocks, block-NUMBER.0.float32 and .jsonl,
-block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added to.
+In its folder, images.json records the checkpoint, a NUMBER and the seals of the other files. images-NUMBER.jsonl and
+vectors-NUMBER.float32 are the rows, and vectors-NUMBER.faiss is FAISS's index of them, unless its kind is Flat. Each
+time the index is written, the number is new and images.json is replaced last. Until then new rows wait in blocks,
+block-NUMBER.0.float32 and .jsonl, block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added to.
 """
 
 import hashlib
@@ -12,25 +11,26 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from proxy_anchor import checkpoint
 from proxy_anchor.files import is_intact, replacing, seal
 from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
 from proxy_anchor.runs import run_folders
+from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.vectors import comparable
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
 LAYOUT = {"made": MADE, "factory": str, "number": int}  # of images.json
 SINCE = {"folders": list, "files": dict, "sha256": str}  # what older ones lack; sha256: of all other entries
-UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was not begun for long
+UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was just begun
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
 
@@ -38,11 +38,10 @@ RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
 class Index:
     """The index in a folder: images, its Rows (path, stamp) with their vectors (N, D); its factory string.
 
-    They are compared by the network's distance: unit vectors by their cosine similarity, embeddings as they are by
-    their Euclidean distance; measure says which.
-    stamp: of entries.stamp, which tells whether the files have changed since.
-    made: "checkpoint", its path then; "weights", its identity; "network", its contract (see checkpoint.CONTRACT);
-    "by_folder": whether each of the images stands for all images in a folder, whose path it has.
+    Vectors are compared by the network's distance: unit vectors by cosine similarity, others by Euclidean distance;
+    measure is the name of that number. stamp: see entries.stamp; it changes with the files.
+    made: "checkpoint", its path; "weights", its identity; "network", the record of its spec; "by_folder": whether each
+    entry is a folder, with the mean of the images in it.
     folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal.
     """
 
@@ -51,6 +50,8 @@ class Index:
 
     def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
+        orientation = {name: made[name] for name in ("orientation",) if name in made}  # where older ones have it
+        self.spec = NetworkSpec.from_record(made["network"] | orientation)
         self.folders: list[str] = list(folders)
         self.files: dict[str, dict] = files or {}
 
@@ -75,8 +76,6 @@ class Index:
             _check(content, LAYOUT | {name: kind for name, kind in SINCE.items() if name in content})
             if unknown := content.keys() - LAYOUT.keys() - SINCE.keys():
                 raise ValueError(f"it has an entry {sorted(unknown)[0][:80]!r}")
-            if not checkpoint.is_contract(network := content["made"]["network"]):
-                raise ValueError(f"'network' is {str(network)[:80]}")
             if content.pop("sha256", None) not in (None, _digest(content)):
                 raise ValueError(f"{IMAGES} has changed since it was written")
             index = cls(folder, **content)
@@ -105,8 +104,12 @@ class Index:
             self.neighbours = FaissFiles(self._file("vectors", "faiss"), self.images.vectors.shape)
 
     def check(self, made: dict, factory: str | None = None) -> None:
-        """Raise ValueError if this index was made with another checkpoint, or, where told, is of another kind."""
-        if made["weights"] != self.made["weights"] or made["network"] != self.made["network"]:
+        """Raise ValueError if this index was made with another checkpoint, or is of another kind than asked for.
+
+        It keeps the orientation that it was made with.
+        """
+        spec = replace(NetworkSpec.from_record(made["network"]), orientation=self.spec.orientation)
+        if made["weights"] != self.made["weights"] or spec != self.spec:
             raise ValueError(
                 f"{self.folder} was made with another checkpoint than {made['checkpoint']}: with the one that was at "
                 f"{self.made['checkpoint']}, with {self.made['network']}. Their embeddings do not compare"
@@ -119,14 +122,14 @@ class Index:
                 self.factory = factory
                 self._new_faiss_index()
                 return
-            raise ValueError(f"{self.folder} is an index {self.factory}, not {factory}; make a new one")
+            raise ValueError(f"{self.folder} holds an index {self.factory}, not {factory}; make a new one")
 
     def compare(self, stamps: dict[str, str | None], exists) -> tuple[int, int, int, int]:
-        """How many images are new, changed, deleted, and done, of what is there, {path: stamp}.
+        """The numbers of images that are new, changed, deleted and done, for the present {path: stamp}.
 
-        Done are those of the new and changed ones that an interrupted run has embedded. The stamps of all that need not
-        be embedded become None; what is deleted or out of date is left out by finish.
-        exists(path) says whether an indexed path that is not among them still has its images.
+        Done are those of the new and changed ones that an interrupted run has embedded. Stamps of images that need no
+        embedding become None; finish leaves out what is deleted or out of date.
+        exists(path): whether an indexed path that is not among the stamps still has its images.
         """
         kept, *of_blocks = self._kept
         elsewhere, done = set(), 0  # of other folders, embedded by an interrupted run
@@ -147,27 +150,27 @@ class Index:
                 changed += not kept[row]
                 stamps[path] = None if kept[row] else stamps[path]
             else:
-                there = exists(path)
-                kept[row] = there and path not in elsewhere
-                deleted += not there
+                present = exists(path)
+                kept[row] = present and path not in elsewhere
+                deleted += not present
         return len(stamps) - known, changed, deleted, int(done)
 
     def add(self, stamps: dict[str, str], embeddings: torch.Tensor) -> None:
-        """Write a block: images, {path: stamp}, with their embeddings (N, D). Interrupted, the next run has them."""
+        """Write a block: images, {path: stamp}, with their embeddings (N, D). It survives an interruption."""
         if stamps:
-            kept = self._kept  # of the blocks that are there
+            kept = self._kept  # also of the blocks that exist
             rows.write(*self._files_of_block(len(kept) - 1), [rows.block(stamps, self._vectors_of(embeddings))])
             kept.append(np.ones(len(stamps), dtype=bool))
 
     def finish(self) -> "Index":
-        """Write the index with all blocks, without the images that compare found to be gone, and open it.
+        """Write the index with all blocks, without the images that are gone according to compare, and open it.
 
         A kind that needs training is trained on a sample of all images. Most kinds cannot drop images: they are built
-        again. Raises ValueError where images are too few; the former index and the blocks are then still there.
+        again. Raises ValueError where there are too few images; the former index and the blocks then remain.
         """
         if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
-        self._delete_others()  # what a run has left that was interrupted here
+        self._delete_others()  # leftovers of a run that was interrupted here
         index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders)
         try:
             rows.write(*index._files(), self._blocks_to_keep())
@@ -188,7 +191,7 @@ class Index:
             yield from (self.images if number < 0 else self._block(number)).blocks(kept)
 
     def _write_neighbours(self, former: FaissFiles | None):
-        """Write FAISS's index of the rows; former: that of the first of them, if it is still true."""
+        """Write FAISS's index of the rows; former: the index of the first of them, if it is still valid."""
         path, images = self._file("vectors", "faiss"), Rows(*self._files(), self.size)
         try:
             if former:
@@ -200,7 +203,7 @@ class Index:
 
     @cached_property
     def _kept(self) -> list[np.ndarray]:
-        """What the next index will have of the images and of each block that is there, (N,) for each: all, at first."""
+        """Masks (N,) of what the next index keeps, of the images and of each block; everything at first."""
         kept = [np.ones(len(self.images), dtype=bool)]
         while self._files_of_block(len(kept) - 1)[1].exists():
             kept.append(np.ones(len(self._block(len(kept) - 1)), dtype=bool))
@@ -211,7 +214,7 @@ class Index:
             return Rows(*self._files_of_block(number), self.size)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
-                f"What an interrupted run has left in {self.folder} is damaged ({error}): delete its files block-*"
+                f"Blocks of an interrupted run in {self.folder} are damaged ({error}): delete the files block-*"
             ) from error
 
     def _files_of_block(self, number: int) -> tuple[Path, Path]:
@@ -224,7 +227,7 @@ class Index:
         return list(itertools.takewhile(Path.exists, run_folders.numbered(self._file("vectors", "faiss"))))
 
     def describe(self) -> None:
-        """Write images.json: by what it says, the files are those of the index."""
+        """Write images.json, which makes the present files those of the index."""
         self.files = {file.name: seal(file) for file in (*self._files(), *self._faiss_files())}
         content = {name: getattr(self, name) for name in LAYOUT | SINCE if name != "sha256"}
         content["sha256"] = _digest(content)
@@ -232,9 +235,9 @@ class Index:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def _delete_others(self):
-        """Delete what killed processes may have left of the index before this one and of the next, and no other file.
+        """Delete leftovers of killed processes, of the index before this one and of the next, and no other file.
 
-        The last of numbered files goes first, so that the others are still found should this process be killed, too.
+        The last of numbered files goes first, so that the others can still be counted if this process is killed too.
         """
         for number in (self.number - 1, self.number + 1):
             other = Index(self.folder, self.made, self.factory, number)
@@ -246,8 +249,8 @@ class Index:
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The (path, similarity or distance) of the images nearest to each of the embeddings (N, D), the best first."""
         return [
-            [(self.images[row][0], float(value)) for row, value in zip(found, measured)]
-            for found, measured in self._search(self._vectors_of(embeddings), count)
+            [(self.images[row][0], float(value)) for row, value in zip(rows, values)]
+            for rows, values in self._search(self._vectors_of(embeddings), count)
         ]
 
     def _search(self, queries: np.ndarray, count: int):
@@ -255,8 +258,8 @@ class Index:
         cosine = self.distance == "cosine"
         exact = cosine and self.factory == EXACT
         candidates = count if exact else max(CANDIDATES, CANDIDATES_PER_NEIGHBOUR * count)
-        values, found = self.neighbours.search(queries, min(candidates, len(self.images)))
-        for query, measured, indices in zip(queries, values, found):
+        values, rows = self.neighbours.search(queries, min(candidates, len(self.images)))
+        for query, measured, indices in zip(queries, values, rows):
             if not exact:  # FAISS's may be of vectors that it has compressed, or the difference of large squares
                 indices = indices[indices >= 0]
                 vectors = self.images.take(indices)
@@ -265,18 +268,28 @@ class Index:
             yield indices[order], measured[order]
 
     @property
+    def is_upright(self) -> bool:
+        """Whether its images are turned upright by their EXIF."""
+        return self.spec.orientation == "upright"
+
+    @property
+    def records_orientation(self) -> bool:
+        """Whether it records how its images are seen; older ones do not, and see them as stored."""
+        return "orientation" in self.made or "orientation" in self.made["network"]
+
+    @property
     def size(self) -> int:
         """The dimensions of its vectors."""
-        return self.made["network"]["embedding_size"]
+        return self.spec.embedding_size
 
     @property
     def distance(self) -> str:
         """One of vectors.DISTANCES."""
-        return self.made["network"].get("distance", "cosine")
+        return self.spec.distance
 
     @property
     def measure(self) -> str:
-        """What search returns of each image."""
+        """The name of the number that search returns with each image."""
         return "similarity" if self.distance == "cosine" else "distance"
 
     @property
@@ -290,22 +303,22 @@ class Index:
 
     @property
     def cells(self) -> int:
-        """How many cells the vectors are divided into (a search looks in nprobe of them); 0 for kinds without cells."""
+        """The number of cells that the vectors are divided into, of which a search visits nprobe; 0 without cells."""
         return self.neighbours.cells
 
     def set_nprobe(self, nprobe: int) -> None:
-        """Search so many cells instead of one. Raises ValueError for a kind without cells."""
+        """Search this many cells instead of one. Raises ValueError for a kind without cells."""
         if not (isinstance(self.neighbours, FaissFiles) and self.cells):
-            raise ValueError(f"{self.folder} is an index {self.factory}: only those with IVF in it take --nprobe")
+            raise ValueError(f"{self.folder} is an index {self.factory}: --nprobe needs an IVF index")
         self.neighbours.nprobe = nprobe
 
     def recall(self) -> float:
-        """The share of the exact nearest neighbours that it finds, over some of its images."""
+        """The share of the exact nearest neighbours that the search finds, over a sample of its images."""
         total, count = len(self.images), min(RECALL_AT, len(self.images))
         queries = self.images.take(np.linspace(0, total - 1, min(RECALL_QUERIES, total)).astype(int))
         _, exact = Exact(self.images, self._metric).search(queries, count)
-        found = (indices for indices, _ in self._search(queries, count))
-        return sum(np.isin(a, b).sum() for a, b in zip(exact, found)) / exact.size
+        approximate = (indices for indices, _ in self._search(queries, count))
+        return sum(np.isin(a, b).sum() for a, b in zip(exact, approximate)) / exact.size
 
     def _new_faiss_index(self):
         return neighbours.create(self.factory, self.size, self._metric)
@@ -328,7 +341,7 @@ def lock(folder: Path):
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds an index, damaged or not, or what was left of one that was just begun, or nothing."""
+    """Whether a folder holds an index, damaged or not, leftovers of one that was just begun, or nothing."""
     if (folder / IMAGES).exists():
         return all(f'"{name}"'.encode() in (folder / IMAGES).read_bytes() for name in LAYOUT)
     return all(re.fullmatch(UNFINISHED, file.name) for file in folder.iterdir())

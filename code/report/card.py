@@ -1,4 +1,4 @@
-"""The card of an exported file: what it is, what it achieved and where, and how to use it."""
+"""The model card of an exported file: what it is, its results, and how to use it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from proxy_anchor.files import printable, sha256
 from proxy_anchor.runs import run_folders
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
-MARK = "whose weights have the sha256"  # that cards are recognized by
+MARK = "whose weights have the sha256"  # cards are recognized by it
 LOAD = {
     ".onnx": """import json, numpy, onnxruntime
 session = onnxruntime.InferenceSession("{name}")
@@ -20,12 +20,6 @@ from PIL import Image
 network, transform = torch.hub.load("proxy-anchor", "embedding", checkpoint="{name}", source="local")
 embeddings = network(transform(Image.new("RGB", (640, 480)))[None])  # (1, {dimensions}); your image instead
 """,
-    ".pt2": """import json, torch
-files = {{"record": ""}}
-network = torch.export.load("{name}", extra_files=files).module()
-record = json.loads(files["record"])
-embeddings = network(torch.zeros(1, 3, {size}, {size}, dtype=torch.uint8))  # (1, {dimensions}); your images, see Input
-""",
 }
 TURNED = {
     "upright": "Images of the training were turned upright by the orientation in their EXIF; turn yours too.",
@@ -35,18 +29,18 @@ TURNED = {
 
 
 def path(file: Path) -> Path:
-    """Where the card of a file is: beside it, one for all files of a stem, of which it describes the last."""
+    """Path of the model card: one per stem, next to the file; the last export wins."""
     return file.with_name(f"{file.stem}-card.md")
 
 
 def check(file: Path) -> None:
     """Raise FileExistsError where the card of a file would replace something that is not a card."""
     if path(file).exists() and MARK.encode() not in path(file).read_bytes():
-        raise FileExistsError(f"{path(file)} is there and is not a card of export.py: choose another --out")
+        raise FileExistsError(f"{path(file)} exists and is not a card of export.py: choose another --out")
 
 
 def text(file: Path, record: dict, measured: str, license: str, checkpoint: str) -> str:
-    """The card as Markdown. measured: what export.py found, "" for nothing; license: of the pretrained weights."""
+    """The card as Markdown. measured: results of export.py, "" for none; license: of the pretrained weights."""
     network, recipe, pixels = record["network"], record["preprocessing"], record["normalization"]
     size, dimensions, resize = network["image_size"], network["embedding_size"], recipe["resize"]
     cosine = network.get("distance", "cosine") == "cosine"

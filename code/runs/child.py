@@ -1,4 +1,4 @@
-"""A command in a process of its own, as if it were part of this one: signals reach it, and it does not outlive it."""
+"""Runs a command as a child process that receives this process's signals and does not outlive it."""
 
 import ctypes
 import signal
@@ -26,7 +26,7 @@ def run(command: list[str]) -> int:
 
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-    def end_with_parent():  # also where that is killed; elsewhere the lock of the run tells of one that continues
+    def end_with_parent():  # also on SIGKILL (Linux only; elsewhere the run's lock blocks a second start)
         if libc:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

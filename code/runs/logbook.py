@@ -3,20 +3,33 @@
 import argparse
 import csv
 import json
+import netrc
+import os
 import platform
 import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
-from proxy_anchor import checkpoint, collectives, figures, metrics
+from proxy_anchor import checkpoint, cli, collectives, evaluation, figures, metrics
 from proxy_anchor.files import printable, replacing
-from proxy_anchor.runs import resuming, run_folders, tracking
+from proxy_anchor.runs import resuming, run_folders
 from proxy_anchor.runs.stopping import Interrupted
+from proxy_anchor.spec import NetworkSpec
 
-BACKBONE = "backbone alone"  # what it is called
+BACKBONE = "backbone alone"  # as people read it
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
 LOG_DIR = Path(__file__).resolve().parents[2] / "logs"
+LONGEST_REASON = 200  # characters of an error of wandb
+WANDB_VARIABLES = {  # by which the user overrides the settings of a wandb run
+    "project": "WANDB_PROJECT",
+    "notes": "WANDB_NOTES",
+    "dir": "WANDB_DIR",
+    "id": "WANDB_RUN_ID",
+    "resume": "WANDB_RESUME",
+}
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
 
 
@@ -25,26 +38,34 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("record")
     group.add_argument(
-        "--LOG_DIR", default=str(LOG_DIR), metavar="DIR", help="where the folders of runs go (default: logs/ here)"
+        "--LOG_DIR",
+        default=str(LOG_DIR),
+        type=cli.path,
+        metavar="DIR",
+        help="where the folders of runs go (default: logs/ here)",
     )
     group.add_argument(
         "--resume",
+        type=cli.path,
         metavar="auto|PATH",
         help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
     )
     group.add_argument(
-        "--remark", default="", help="text at the end of the name of the run's folder, to tell runs apart"
+        "--remark",
+        default="",
+        type=cli.name_part,
+        help="text at the end of the name of the run's folder, to tell runs apart",
     )
     group.add_argument(
         "--wandb",
-        choices=("online", "offline", "disabled"),
+        **cli.one_of("online", "offline", "disabled"),
         help="mode of Weights & Biases; without this flag, online if there are credentials",
     )
     return parser
 
 
 def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark, fold=None) -> str:
-    """The published folder name of a run; method: settings of the loss. A fold, and a seed other than 1, are added."""
+    """The published folder name of a run, with the fold and a seed other than 1; method: the settings of the loss."""
     method = f"{method}_" if method else ""
     name = f"{model}_{loss}_embedding{embedding_size}_{method}{optimizer}_lr{lr}_batch{batch_size}{remark}"
     return name + (f"_fold{fold.replace('/', 'of')}" if fold else "") + ("" if seed == 1 else f"_seed{seed}")
@@ -60,9 +81,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of this code, ending in -dirty where files differ from it; None where that is not known."""
+    """The git commit of this code, with -dirty if files differ from it; None if it is unknown."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # maybe inside another project's
+    if not (root / ".git").exists():  # the folder may be inside another project's repository
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     with suppress(FileNotFoundError):  # without git
@@ -71,13 +92,13 @@ def commit() -> str | None:
 
 
 def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
-    """The Logbook of the run to resume or of a new one in the first process, which alone writes; in others an idle one.
+    """The Logbook of a run in the first process, and a NullLogbook in the others.
 
-    name: of a new run's folder. config: the configuration, which says where it is. resume: the folder of a run, see
-    runs.to_resume. Raises as Logbook does.
+    name: of a new run's folder. resume: the folder of a run to continue, see run_folders.to_resume. Raises as Logbook
+    does.
     """
     log_dir, dataset, wandb = Path(config["LOG_DIR"]), config["dataset"], config["wandb"]
-    log: Logbook = NullLogbook()
+    log: Logbook = NullLogbook(config)
     if collectives.rank() == 0:
         log = Logbook(log_dir, dataset, config["model"], name, config, wandb, resume)
     log.folder, log.resumes = collectives.from_rank_zero(lambda: (log.folder, log.resumes))
@@ -87,11 +108,11 @@ def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
 class Logbook:
     """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
 
-    The files are whole at any moment: metrics.csv (a row per epoch), classes.csv, config.json,
+    The files are whole at any moment: metrics.csv (a row per epoch), backbone.json, classes.csv, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. curves.png is drawn when the run ends or stops. folder: of the run;
     resumes: whether it continues from the last.pth that is there. As a context, it ends with the run.
-    resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see tracking.start. Raises
-    runs.Locked if another process writes the run.
+    resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see start_wandb. Raises
+    run_folders.Locked if another process writes the run.
     """
 
     def __init__(
@@ -105,8 +126,8 @@ class Logbook:
         resume: Path | None = None,
     ):
         self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
-        self.contract = {name: config[name] for name in checkpoint.CONTRACT | checkpoint.OPTIONAL if name in config}
-        wanted = run_folders.place(log_dir, dataset, name)
+        self.spec = NetworkSpec.from_record(config)
+        wanted = run_folders.run_dir(log_dir, dataset, name)
         old = {}
         if resume is not None:
             self.folder, self.lock = resume, run_folders.lock(resume)
@@ -114,11 +135,12 @@ class Logbook:
             if (then := old.get("versions")) != (now := versions()):
                 print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
         # Before anything is written, because it may fail.
-        self.wandb = tracking.start(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
+        self.wandb = start_wandb(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
         if resume is None:
             self.folder, self.lock = run_folders.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
             print(printable(f"Logging to {self.folder}{other}"))
+        (self.folder / run_folders.ERROR).unlink(missing_ok=True)  # of the run that is continued
         self.resumes = (self.folder / run_folders.LAST).exists()
         began_with = {name: old[name] for name in old if name == "pretrained_sha256"}  # the file may be gone by now
         config = (
@@ -144,39 +166,42 @@ class Logbook:
         self.lock.close()
 
     def resume(self, progress: dict) -> None:
-        """Say where the run continues, and bring metrics.csv there."""
+        """Print where the run continues, and cut metrics.csv to that point."""
         print(f"Resuming {printable(str(self.folder))} at epoch {progress['epoch']}, step {len(progress['losses'])}")
+        if backbone := progress.pop("backbone", None):  # an earlier version kept it there
+            self.write_backbone(backbone)
         if progress["rows"]:  # the file may have one more, of an epoch that was not saved
-            self._write_rows("metrics.csv", with_backbone(progress["rows"], progress.get("backbone")))
+            self._write_rows("metrics.csv", progress["rows"])
 
     def log_backbone(self, row: dict) -> None:
-        """Print the metrics of the backbone alone, shortened, and keep them for wandb; they are in 0..1."""
+        """Write the metrics of the backbone alone to backbone.json and print them, shortened; they are in 0..1."""
+        self.write_backbone(row)
         print(f"{BACKBONE}  {shortened(row)}", flush=True)
         if self.wandb:
             self.wandb.summary.update({f"{BACKBONE}/{name}": value for name, value in row.items()})
 
-    def log_epoch(self, rows: list[dict], backbone: dict | None) -> None:
-        """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1.
+    def write_backbone(self, row: dict) -> None:
+        self._write(figures.BACKBONE, json.dumps(row, indent=2) + "\n")
 
-        backbone: the metrics of the backbone alone, the row of epoch -1.
-        """
+    def log_epoch(self, rows: list[dict]) -> None:
+        """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
         row = rows[-1]
         print(
             f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  "
             f"{shortened(metrics.of(row))}",
             flush=True,
         )
-        self._write_rows("metrics.csv", with_backbone(rows, backbone))
+        self._write_rows("metrics.csv", rows)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
 
     def save_classes(self, epoch: int, classes: list[dict]) -> None:
-        """What the best epoch so far finds of each class, see evaluation.Result.by_class."""
+        """Write the hits of each class in the best epoch so far, see evaluation.Result.by_class."""
         self._write_rows(run_folders.CLASSES, [{"epoch": epoch} | row for row in classes])
 
     def save_best(self, row: dict, network) -> None:
-        """The network of the best epoch so far as a checkpoint, and its Recall@K in the published text file."""
-        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.contract)
+        """Write the network of the best epoch so far as a checkpoint, and its Recall@K as the published text file."""
+        checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.spec)
         prefix, row = metrics.prefix(row), metrics.plain(row)
         recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
         lines = [
@@ -186,8 +211,8 @@ class Logbook:
         self._write(f"{self.prefix}_best_results.txt", "\n".join(lines) + "\n")
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
-        """Where the run is, to resume it from; each process writes its part."""
-        resuming.save(self.folder / run_folders.LAST, network, self.contract, parts, progress)
+        """Write last.pth, which a run resumes from; each process writes its shard of the proxies."""
+        resuming.save(self.folder / run_folders.LAST, network, self.spec, parts, progress)
 
     def _write_rows(self, name, rows):
         with replacing(self.folder / name) as path, open(path, "w", newline="") as file:
@@ -201,11 +226,11 @@ class Logbook:
 
 
 class NullLogbook(Logbook):
-    """A Logbook that writes no more than the process's part of last.pth, for all processes but the first."""
+    """The Logbook of all processes but the first: it writes only the process's shard of last.pth."""
 
-    def __init__(self):
+    def __init__(self, config: dict):
         self.folder = self.resumes = None
-        self.contract = {}  # the first process writes it
+        self.spec = NetworkSpec.from_record(config)
 
     def __exit__(self, *error):
         pass
@@ -216,7 +241,7 @@ class NullLogbook(Logbook):
     def log_backbone(self, row):
         pass
 
-    def log_epoch(self, rows, backbone):
+    def log_epoch(self, rows):
         pass
 
     def save_classes(self, epoch, classes):
@@ -226,14 +251,14 @@ class NullLogbook(Logbook):
         pass
 
 
-def with_backbone(rows: list[dict], backbone: dict | None) -> list[dict]:
-    """The rows of epochs after that of the backbone alone, if it was measured."""
-    return [{"epoch": -1} | backbone, *rows] if backbone else rows
-
-
 def shortened(row: dict[str, float]) -> str:
     """The first of the metrics, in percent."""
     return "  ".join(f"{name} {100 * value:.2f}" for name, value in list(row.items())[:SHOWN])
+
+
+def untrained(result: evaluation.Result) -> str:
+    """The results of a network before training, as lines."""
+    return table({"untrained": result.metrics}) + "\n" + result.remark()
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -250,3 +275,42 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = (f"{100 * row[c]:.2f}" if c in row else "-" for c in columns)
         lines.append(f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells))
     return "\n".join(lines)
+
+
+def has_credentials() -> bool:
+    """Whether wandb would find an API key, in the environment or in the netrc file, without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: no URL, or not UTF-8
+        return False
+
+
+def start_wandb(
+    mode: str | None, log_dir: Path, project: str, name: str, config: dict, run_id: str | None = None
+) -> Any:
+    """A wandb run, which continues that of run_id if given, or None if the mode is disabled.
+
+    Mode None: WANDB_MODE, else online with credentials, else disabled. The user's WANDB_VARIABLES come first.
+    Raises ValueError for online without credentials, for which wandb would ask, and RuntimeError if wandb fails.
+    """
+    if mode is None:
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "disabled")
+    if mode == "disabled":
+        return None
+    if mode == "online" and not has_credentials():
+        raise ValueError("wandb has no credentials to go online with: run `wandb login`, or choose --wandb offline")
+    import wandb  # slow to import, and not everyone has it
+
+    log_dir.mkdir(parents=True, exist_ok=True)
+    resume = "allow" if run_id and mode == "online" else None
+    settings: dict[str, Any] = {"project": project, "notes": name, "dir": str(log_dir), "id": run_id, "resume": resume}
+    settings = {name: value for name, value in settings.items() if not os.environ.get(WANDB_VARIABLES[name])}
+    settings["mode"] = mode
+    try:
+        return wandb.init(config=config, **settings)
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise RuntimeError(f"wandb does not start: {reason}. Choose --wandb offline or disabled") from error

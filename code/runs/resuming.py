@@ -12,22 +12,23 @@ from pathlib import Path
 
 import torch
 
-from proxy_anchor import collectives, randomness, sharded
-from proxy_anchor.checkpoint import SHOWN, digest, load_weights, read
+from proxy_anchor import collectives, randomness, sharded, weights
 from proxy_anchor.files import replacing
 from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.metrics import plain
 from proxy_anchor.sharded import ShardedProxyAnchor
+from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.weights import SHOWN, digest, read
 
 PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
 
 
-def save(path: Path, network: torch.nn.Module, contract: dict, parts: dict, progress: dict) -> None:
+def save(path: Path, network: torch.nn.Module, spec: NetworkSpec, parts: dict, progress: dict) -> None:
     """Write a checkpoint to resume from: that of checkpoint.save, the parts, the progress and the random states.
 
     parts: each has a state_dict. Each process writes its own rows of classes, and the first one the rest.
     """
-    content = {"model_state_dict": network.state_dict(), "network": contract}
+    content = {"model_state_dict": network.state_dict(), "network": spec.to_record()}
     content |= {name: part.state_dict() for name, part in parts.items()}
     content |= {"progress": progress, "random": randomness.state()}
     files = []
@@ -60,7 +61,7 @@ def load(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     if missing:
         raise ValueError(f"{path} is no checkpoint to resume from: it has no {', '.join(missing)}")
     progress = progress_of(path, content)
-    load_weights(path, content, network)
+    weights.load(path, content, network)
     try:
         criterion = parts.get("criterion")
         if isinstance(criterion, ShardedProxyAnchor):

@@ -1,23 +1,25 @@
-"""A run: the epochs still to do and the results so far; nothing is lost when it is stopped."""
+"""A run: the remaining epochs and the results so far; a signal stops it with everything saved."""
 
 import shlex
+import sys
 import time
-from contextlib import ExitStack
+import traceback
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
-from proxy_anchor import metrics
-from proxy_anchor.checkpoint import digest
+from proxy_anchor import collectives, figures, metrics
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import logbook, resuming, run_folders
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.stopping import Interrupted, Stop
+from proxy_anchor.weights import digest
 
 
 class Run:
-    """A context: on entering, a stopped run is restored to where it stopped; a signal stops it with everything saved.
+    """A context that continues a stopped run where it stopped, and saves everything when a signal stops it.
 
     parts: what last.pth holds beside the network, each with a state_dict; among them the "optimizer" and the
     "scheduler", which is stepped at the end of an epoch. by: the metric that tells which epoch is the best. Raises
@@ -35,7 +37,7 @@ class Run:
         with ExitStack() as contexts:
             contexts.enter_context(self.log)
             contexts.enter_context(self.stop)
-            contexts.push(self._save_if_interrupted)
+            contexts.push(self._save_on_error)
             if self.log.resumes:
                 self.progress = resuming.load(self.log.folder / run_folders.LAST, self.network, self.parts)
                 self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
@@ -48,10 +50,14 @@ class Run:
     def __exit__(self, *error):
         return self.contexts.__exit__(*error)
 
-    def _save_if_interrupted(self, kind, error, traceback):
+    def _save_on_error(self, kind, error, trace):
         if isinstance(error, Interrupted):
             self.progress["seconds"] = time.perf_counter() - self.start
             self.log.save_last(self.network, self.parts, self.progress)
+        elif isinstance(error, Exception):
+            path = self.log.folder / run_folders.ERROR
+            with suppress(OSError), open(path, "a", errors="backslashreplace") as file:  # of several processes too
+                traceback.print_exception(error, file=file)
 
     @property
     def rows(self) -> list[dict]:
@@ -59,7 +65,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """Of the steps of this epoch."""
+        """The losses of the steps of this epoch."""
         return self.progress["losses"]
 
     @property
@@ -69,17 +75,15 @@ class Run:
     @property
     def backbone(self) -> dict | None:
         """The metrics of the backbone alone, if they were measured."""
-        return self.progress.get("backbone")
+        return figures.read_backbone(self.log.folder)
 
     def measure_backbone(self, evaluate) -> None:
-        """Before the first step, what the backbone can do alone; evaluate() -> Result."""
+        """Evaluate the backbone alone, before the first step; evaluate() -> Result."""
         if self.progress["epoch"] == 0 and not self.losses and not self.backbone:
-            found = evaluate().metrics
-            self.progress["backbone"] = found
-            self.log.log_backbone(found)
+            self.log.log_backbone(evaluate().metrics)
 
     def epochs(self, count: int):
-        """The epochs of `count` that are still to do."""
+        """Yield the remaining ones of `count` epochs."""
         for epoch in range(self.progress["epoch"], count):
             self.start = time.perf_counter() - self.progress["seconds"]
             yield epoch
@@ -88,21 +92,22 @@ class Run:
         """The epoch's batches from the step where it stopped, with a progress bar, up to a signal."""
         epoch = self.progress["epoch"]
         loader.batch_sampler.set_epoch(epoch, done=len(self.losses))
-        self.bar = progress(loader, f"epoch {epoch}")
+        images = len(loader) * collectives.shard_sizes(loader.batch_sampler.images_per_batch)[collectives.rank()]
+        self.bar = progress(loader, f"epoch {epoch}", images)
         return self.stop.after_each(self.bar)
 
     def show_loss(self, loss: float) -> None:
         self.bar.show_loss(loss)
 
     def end_epoch(self, loss: float, result: Result) -> None:
-        """Log the epoch and save where the run is, then the network if it is the best so far."""
+        """Log the epoch, save the state of the run, and the network if it is the best so far."""
         epoch, scheduler = self.progress["epoch"], self.parts["scheduler"]
         row = {"epoch": epoch, "loss": loss, "lr": scheduler.get_last_lr()[0]}
         self.rows.append(row | {"seconds": round(time.perf_counter() - self.start, 2)} | result.metrics)
         self.remark = result.remark()
         scheduler.step()
         self.progress |= {"epoch": epoch + 1, "losses": [], "seconds": 0.0}
-        self.log.log_epoch(self.rows, self.backbone)
+        self.log.log_epoch(self.rows)
         if self.best is self.rows[-1]:
             self.log.save_classes(epoch, result.by_class())
             self.progress["best"] = digest(self.network.state_dict())  # by which its checkpoint is known
@@ -112,7 +117,7 @@ class Run:
             self.log.save_best(self.best, self.network)
 
     def summary(self, data_flags: list[str]) -> str:
-        """A table of the backbone alone, the best epoch and the last one, and the command to run next.
+        """A table of the backbone alone, the best epoch and the last one, and the next command.
 
         data_flags: those by which evaluate.py finds the data.
         """
@@ -120,9 +125,9 @@ class Run:
         ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({last['epoch']})": last}
         rows = {name: metrics.of(row) for name, row in ends.items()}
         remark = self.remark
-        if self.backbone:
-            rows = {logbook.BACKBONE: self.backbone} | rows
-            if metrics.plain(last)["R@1"] < metrics.plain(self.backbone)["R@1"]:
+        if backbone := self.backbone:
+            rows = {logbook.BACKBONE: backbone} | rows
+            if metrics.plain(last)["R@1"] < metrics.plain(backbone)["R@1"]:
                 remark += "Training made it worse: the last epoch is below the untrained backbone. "
                 remark += "Try fewer epochs or a lower --lr.\n"
         text = f"{logbook.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
@@ -130,3 +135,15 @@ class Run:
             return text
         command = shlex.join(["python", "evaluate.py", *data_flags, "--resume", str(self.log.folder)])
         return f"{text}\nNext: {printable(command)} --report report"
+
+
+@contextmanager
+def ending(script: str):
+    """A context for a training: one line says that the run had finished before, or that it was interrupted."""
+    try:
+        yield
+    except run_folders.Finished as finished:
+        print(finished)
+    except Interrupted as interruption:
+        print(f"{script}: {interruption}; everything is saved, --resume auto continues from here", file=sys.stderr)
+        sys.exit(128 + interruption.signum)

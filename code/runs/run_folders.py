@@ -1,19 +1,20 @@
-"""The folders of runs: a new one for a new run, the old one to resume a run; one process at a time writes to it."""
+"""The folders of runs: new ones, those to resume, and a lock that lets one process at a time write to each."""
 
+import argparse
 import json
 import os
 import re
 import socket
 from pathlib import Path
 
-from proxy_anchor import checkpoint, metrics
-from proxy_anchor.files import hold
+from proxy_anchor import checkpoint, cli, metrics
+from proxy_anchor.files import hold, printable
 from proxy_anchor.runs import resuming
 
-CONFIG, CLASSES, LAST, LOCK = "config.json", "classes.csv", "last.pth", ".lock"
-# Entries of the configuration that are not part of the experiment.
-SURROUNDINGS = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
-# Arguments that do not change the experiment, so that a run may be resumed with others.
+CONFIG, CLASSES, LAST, ERROR, LOCK = "config.json", "classes.csv", "last.pth", "error.txt", ".lock"
+# Entries of config.json that describe the machine or the code, not the experiment.
+NOT_CONFIG = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
+# Arguments that do not change the experiment: a run may be resumed with other values.
 MAY_CHANGE = (
     "epochs",
     "workers",
@@ -25,12 +26,10 @@ MAY_CHANGE = (
     "compile",
     "wandb",
     "resume",
-    "debug",
-    "skip_baseline",
 )
-# What was so in runs that do not tell it.
-FORMER = {
-    "crop": checkpoint.FORMER_CROP,
+# Defaults for settings that older runs did not record.
+LEGACY_DEFAULTS = {
+    "crop": 0.875,
     "fold": None,
     "by": "R@1",
     "freeze": "",
@@ -41,23 +40,23 @@ FORMER = {
     "sample_proxies": 1.0,
     "loss_args": "",
     "loss_sha256": None,
-    "orientation": checkpoint.FORMER_ORIENTATION,
+    "orientation": "stored",
 }
-FORMER_TRANSFER = {"head": "orthogonal", "lr_schedule": "cosine"}
+LEGACY_TRANSFER_DEFAULTS = {"head": "orthogonal", "lr_schedule": "cosine"}
 
 
 class Locked(RuntimeError):
-    """A run that another process is writing."""
+    """Another process is writing the run."""
 
 
 class Finished(Exception):
-    """A run to resume that has no epochs left."""
+    """The run to resume has no epochs left."""
 
 
 def lock(folder: Path, instead: str = "give this run another --remark"):
-    """Hold the folder until the returned file is closed, or this process ends however it ends; raises Locked.
+    """Lock the folder until the returned file is closed or this process ends, even by SIGKILL.
 
-    instead: what else to do where another process holds it.
+    Raises Locked if another process holds it; the message ends with `instead`, what else the user can do.
     """
     try:
         file = hold(folder / LOCK, wait=False)
@@ -80,10 +79,12 @@ def numbered(path: Path):
 
 
 def new(path: Path):
-    """Create the folder or, where it holds anything, the first of path_2, path_3, ... that is empty: (folder, lock)."""
+    """Create and lock the folder or, if it is not empty, the first of path_2, path_3, ... that is: (folder, lock)."""
     for folder in numbered(path):
         folder.mkdir(parents=True, exist_ok=True)
-        if any(not file.name.startswith(".") for file in folder.iterdir()):  # the lock, what a killed start has left
+        if any(
+            not file.name.startswith(".") for file in folder.iterdir()
+        ):  # hidden: the lock, and leftovers of a killed start
             continue
         try:
             held = lock(folder)
@@ -94,24 +95,24 @@ def new(path: Path):
         held.close()
 
 
-def place(log_dir: Path, dataset: str, name: str) -> Path:
+def run_dir(log_dir: Path, dataset: str, name: str) -> Path:
     """The folder of a run of this name."""
     return log_dir / f"logs_{dataset}" / name
 
 
 def to_resume(name: str, config: dict) -> Path | None:
-    """The folder of the run that the configuration's --resume means, if any.
+    """The folder of the run to continue, as the configuration's "resume" says; None for a new run.
 
-    For "auto" it is the latest of the folders of this name, name_2, ... that holds a run of this configuration,
-    unfinished ones first. Raises Finished where it has no epochs left, and ValueError where the run of --resume is
-    another experiment, or the only run that "auto" might mean is one of before photos were turned upright.
+    "auto" means the latest of the folders name, name_2, ... with a run of this configuration, unfinished runs first.
+    Raises Finished if the run has no epochs left, and ValueError if it is another experiment, or if "auto" finds only a
+    run of an earlier version, which did not turn photos upright.
     """
-    resume, path = config["resume"], place(Path(config["LOG_DIR"]), config["dataset"], name)
+    resume, path = config["resume"], run_dir(Path(config["LOG_DIR"]), config["dataset"], name)
     if resume is None:
         return None
     if resume == "auto":
         folders = of_experiment(path, config)
-        if not folders and (former := of_experiment(path, config | {"orientation": FORMER["orientation"]})):
+        if not folders and (former := of_experiment(path, config | {"orientation": LEGACY_DEFAULTS["orientation"]})):
             raise ValueError(
                 f"{former[-1]} has its photos as stored, not turned by their EXIF: --resume {former[-1]} continues it "
                 "so; choose another --remark to train with upright photos"
@@ -132,14 +133,14 @@ def to_resume(name: str, config: dict) -> Path | None:
 
 
 def existing(path: Path) -> list[Path]:
-    """Those of path, path_2, path_3, ... that exist, in this order."""
+    """The folders among path, path_2, path_3, ... that exist, in this order."""
     pattern = re.compile(re.escape(path.name) + r"(?:_(\d+))?")
-    found = [(int(match[1] or 1), other) for other in path.parent.glob("*") if (match := pattern.fullmatch(other.name))]
-    return [folder for _, folder in sorted(found) if folder.is_dir()]
+    numbers = {other: int(match[1] or 1) for other in path.parent.glob("*") if (match := pattern.fullmatch(other.name))}
+    return [folder for folder in sorted(numbers, key=numbers.__getitem__) if folder.is_dir()]
 
 
 def of_experiment(path: Path, config: dict) -> list[Path]:
-    """Those of path, path_2, path_3, ... that hold a run of this configuration, in this order."""
+    """The folders among path, path_2, path_3, ... that hold a run of this configuration, in this order."""
     return [
         folder
         for folder in existing(path)
@@ -148,10 +149,10 @@ def of_experiment(path: Path, config: dict) -> list[Path]:
 
 
 def is_finished(folder: Path, epochs: int) -> bool:
-    """Whether a run has done these epochs and saved its best network, before which it may have been killed.
+    """Whether a run has done these epochs and saved its best network, which it does last.
 
-    Raises FileNotFoundError if it has results, but no last.pth or no longer its best network, and ValueError if that
-    is another one.
+    Raises FileNotFoundError if it has results but no last.pth, or has lost its best network, and ValueError if that was
+    replaced.
     """
     if not (folder / LAST).exists():
         if saved := sorted(folder.glob("*_best.pth")):  # which is written after it
@@ -162,7 +163,7 @@ def is_finished(folder: Path, epochs: int) -> bool:
     progress = resuming.progress(folder / LAST)
     if progress["epoch"] < epochs:
         return False
-    config = FORMER | read_config(folder)
+    config = LEGACY_DEFAULTS | read_config(folder)
     epoch = metrics.best(progress["rows"], config["by"])["epoch"]
     best = folder / f"{config['dataset']}_{config['model']}_best.pth"
     results = best.with_name(f"{best.stem}_results.txt")
@@ -175,12 +176,12 @@ def is_finished(folder: Path, epochs: int) -> bool:
 
 
 def folder(path: str) -> Path:
-    """The folder of a run, which may be named by a file in it; a path to nothing stays what it is."""
+    """The folder of a run, given itself or a file in it."""
     return Path(path).parent if Path(path).is_file() else Path(path)
 
 
 def read_config(folder: Path) -> dict:
-    """The configuration of a run. Raises FileNotFoundError or ValueError if there is none."""
+    """The content of config.json. Raises FileNotFoundError or ValueError if there is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}")
@@ -193,21 +194,46 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:
+    """Parse the command line of a training; defaults come from the dataset's recipe, or from the run to resume.
+
+    recipe_of(name of a dataset) -> {argument: default}, of which the parser may lack some. args.recipe lists the
+    defaults of the recipe that are in use.
+    """
+    args = parser.parse_args(argv)
+    if args.resume in (None, "auto"):
+        recipe = {name: value for name, value in recipe_of(args.dataset).items() if name in args}
+        parser.set_defaults(**recipe)
+        args = parser.parse_args(argv)
+        used = [f"--{name.replace('_', '-')} {value}" for name, value in recipe.items() if getattr(args, name) == value]
+        args.recipe = " ".join(used)
+        return args
+    try:
+        path = folder(args.resume)
+        config = read_config(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --resume: {error}")
+    cli.set_recorded(parser, config, path / CONFIG)
+    args = parser.parse_args(argv)  # arguments that are not given stay as they were
+    args.resume, args.recipe = str(path), printable(str(config.get("recipe", "")))
+    return args
+
+
 def upright(resume: str | None) -> bool | None:
-    """Whether the run of --resume has its images upright, as it then continues; None where it does not say a run."""
+    """Whether the run to resume turns its images upright; None unless --resume names a run."""
     if resume in (None, "auto"):
         return None
-    return (FORMER | read_config(Path(resume)))["orientation"] == "upright"
+    return (LEGACY_DEFAULTS | read_config(Path(resume)))["orientation"] == "upright"
 
 
 def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
-    old = FORMER | (FORMER_TRANSFER if "teacher" in old else {}) | old
+    old = LEGACY_DEFAULTS | (LEGACY_TRANSFER_DEFAULTS if "teacher" in old else {}) | old
     new = json.loads(json.dumps(new))  # as it would be read back
     for config in (old, new):
         if "loss" in config:  # the path of a file may change: its content is compared
             config["loss"] = str(config["loss"]).rpartition(":")[2]
-    compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *SURROUNDINGS)]
+    compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *NOT_CONFIG)]
     if "pretrained_sha256" in compared:  # a file is known by its content, wherever it is
         compared.remove("pretrained")
     words = {
@@ -215,6 +241,6 @@ def differences(old: dict, new: dict) -> list[str]:
         "files": "images of other sizes or times than the run had; where they were copied, copy the times too",
         "pretrained_sha256": "other pretrained weights than the run began with",
         "loss_sha256": "the file of the loss has changed since the run began",
-        "teacher": "another one, or known by its file to an earlier version",
+        "teacher": "a different teacher, or one recorded by file path in an older version",
     }  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

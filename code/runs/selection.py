@@ -29,7 +29,7 @@ def result_of(seed: int, epochs: int, validation: dict[str, float], rows: list[d
         "validation": validation,
         "honest": {name: last[name] for name in names},
         "best_epoch_on_test": {name: best[name] for name in names},
-        "epochs_of_best": figures.epochs_done(best),
+        "epochs_of_best": int(best["epoch"]) + 1,
         "gap": {name: best[name] - last[name] for name in names},
     }
 

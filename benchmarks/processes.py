@@ -83,7 +83,7 @@ def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int
     device = join(rank, count)
     before = held(device)
     torch.manual_seed(0)
-    criterion = sharded.create("Proxy_Anchor", classes, size, 0.1, 32.0, share, seed=0).to(device)
+    criterion = sharded.create("Proxy_Anchor", classes, size, 0.1, 32.0, share=share, seed=0).to(device)
     network = torch.nn.Module()
     network.model = torch.nn.Module()
     network.model.embedding = torch.nn.Linear(1, 1)

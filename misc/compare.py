@@ -45,9 +45,11 @@ SETTINGS = {
     "model": "{}",
     "remark": "{}",
     "fold": "fold {} held out",
+    "loss_args": "{}",
+    "loss_sha256": "file {:.8}",
 }
 # What nearly always follows from other settings: shown only where nothing else tells runs apart.
-FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule", "head")
+FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule", "head", "loss_sha256")
 
 
 class Run(NamedTuple):
@@ -75,6 +77,7 @@ def read(folders: list[str]) -> list[Run]:
         config = run_folders.read_config(folder)
         if not isinstance(config.get("loss"), str):
             raise ValueError(f'{folder / run_folders.CONFIG} names no "loss"; expected what train.py writes')
+        config["loss"] = losses.label(config["loss"])
         if config.get("lr_schedule", "step") != "step":  # recorded, but without effect
             config = {name: value for name, value in config.items() if not name.startswith("lr_decay_")}
         rows, backbone = figures.read(folder / "metrics.csv")

@@ -66,7 +66,8 @@ def options() -> argparse.ArgumentParser:
 
 def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark, fold=None) -> str:
     """The published folder name of a run, with the fold and a seed other than 1; method: the settings of the loss."""
-    name = f"{model}_{loss}_embedding{embedding_size}_{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}"
+    method = f"{method}_" if method else ""
+    name = f"{model}_{loss}_embedding{embedding_size}_{method}{optimizer}_lr{lr}_batch{batch_size}{remark}"
     return name + (f"_fold{fold.replace('/', 'of')}" if fold else "") + ("" if seed == 1 else f"_seed{seed}")
 
 

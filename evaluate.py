@@ -11,7 +11,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distributed, evaluation, exported, hardware, published, verification
+from proxy_anchor import cli, collectives, distributed, evaluation, exported, hardware, metrics, verification
 from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
 from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
@@ -184,7 +184,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
 
     measured = measure(args, [evaluation.embed(embedder, loaders) for embedder in embedders])
     table = dict(measured.rows)
-    if reference := published.RESULTS.get((args.dataset, args.spec.model)):
+    if reference := metrics.PUBLISHED.get((args.dataset, args.spec.model)):
         # A row with --remark published stays.
         name = "published by the authors" if "published" in table else "published"
         table[name] = {f"R@{k}": recall / 100 for k, recall in reference.items()}

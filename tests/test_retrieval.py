@@ -6,7 +6,7 @@ from helpers import examples
 
 import evaluate
 import net
-from proxy_anchor import evaluation, published, retrieval, tiles
+from proxy_anchor import evaluation, metrics, retrieval, tiles
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 from proxy_anchor.vectors import DISTANCES, Embeddings, concat_columns
 from proxy_anchor.verification import verify
@@ -315,8 +315,8 @@ def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
 @pytest.mark.parametrize("remark, lines", [("", ["this checkpoint", "published"]), ("published", ["published"] * 2)])
 def test_published_results_have_a_line_of_their_own(cub_root, tmp_path, monkeypatch, capsys, remark, lines):
     """Also where the user's name for the measured ones is that of the published."""
-    monkeypatch.setitem(published.RESULTS, ("cub", "tiny"), {1: 12.34})
-    metrics = evaluate_untrained(cub_root, tmp_path, remark=remark)
+    monkeypatch.setitem(metrics.PUBLISHED, ("cub", "tiny"), {1: 12.34})
+    measured = evaluate_untrained(cub_root, tmp_path, remark=remark)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(lines))]
     assert [row.startswith(name) for row, name in zip(rows, lines, strict=True)] == [True, True]
-    assert f"{100 * metrics['R@1']:.2f}" in rows[0] and "12.34" in rows[1]
+    assert f"{100 * measured['R@1']:.2f}" in rows[0] and "12.34" in rows[1]

@@ -221,7 +221,7 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
         for rank in ranks:
             rank_of_two(rank)
             progress = {"epoch": epoch, "losses": [], "seconds": 0.0, "rows": []}
-            resuming.save(last, halves[rank].network, {}, halves[rank].parts, progress)
+            resuming.save(last, halves[rank].network, SPEC, halves[rank].parts, progress)
 
     def load():
         with monkeypatch.context() as patch:

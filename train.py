@@ -2,14 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, randomness, sharded, training
+from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, sharded, training
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.runs import logbook, run_folders
+from proxy_anchor.runs import logbook, randomness, run_folders
 from proxy_anchor.runs.run import Run, ending
 
 EXAMPLES = """examples:
@@ -110,7 +111,7 @@ def create_network(args: argparse.Namespace, config: dict, resume: Path | None, 
     """The network to train; a run to resume has its weights in its own checkpoint."""
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
     with collectives.rank_zero_first():
-        network = net.from_spec(args.spec, pretrained, bool(args.bn_freeze))
+        network: Any = net.from_spec(args.spec, pretrained, bool(args.bn_freeze))
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)

@@ -28,6 +28,7 @@ import net
 from benchmarks.timing import interleaved, print_row, synchronize
 from proxy_anchor import collectives, retrieval, sharded, training
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.vectors import Embeddings
 
 CLASSES, SIZE = 1000, 512
 STEPS = 3  # of the loss
@@ -173,7 +174,7 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     epoch()
     before = peak(device)
     embeddings = F.normalize(torch.randn(len(labels), SIZE, device=device))
-    search = partial(retrieval.search, embeddings, labels, group=collectives.world())
+    search = partial(retrieval.search, Embeddings(embeddings, labels), group=collectives.world())
     search()
     memory = peak(device) - before
     with Counted() as counted:

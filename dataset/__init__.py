@@ -37,8 +37,9 @@ and may give
 import argparse
 import os
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -226,7 +227,7 @@ def _load(name, root, wanted, transform, allow_partial=False, test_classes=None,
 
 def _groups(source, place, splits) -> dict[str, int] | None:
     """{path: number of its group} of the images in these splits, which share groups; None where there are none."""
-    names = [source.groups(place, split) for split in splits] if hasattr(source, "groups") else [None]
+    names: list[Any] = [source.groups(place, split) for split in splits] if hasattr(source, "groups") else [None]
     if None in names:
         return None
     numbers: dict = {}
@@ -317,7 +318,7 @@ def open(
 def make_ready(image_sets, skip_bad_images: bool = False, cache: str | None = None, workers: int = 0) -> None:
     """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
     for images in image_sets if skip_bad_images else ():
-        bad = collectives.from_rank_zero(lambda images=images: images.find_bad(workers))
+        bad = collectives.from_rank_zero(partial(images.find_bad, workers))
         images.leave_out(bad)
         print(
             f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
@@ -363,15 +364,16 @@ def for_training(
     train_images, *test_images = splits.values()
     make_ready(splits.values(), skip_bad_images, cache, workers)
     share = collectives.rank(), collectives.world_size()
-    batches = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
+    loader = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
+    batches: Any = loader.batch_sampler
     return TrainingData(
-        batches,
+        loader,
         # Without gradients, twice the images fit into the memory.
         [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
         train_images.num_classes,
         ALL[name].KS,
         validation.PREFIX if fold else "",
-        batches.batch_sampler.images_per_batch,
+        batches.images_per_batch,
         f"{describe(splits)}\n{remark(test_images)}",
         record(splits, root),
     )

@@ -31,7 +31,7 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
-    common = argparse.ArgumentParser(add_help=False)
+    common = cli.Parser(add_help=False)
     common.add_argument(
         "--data-root",
         type=cli.path,

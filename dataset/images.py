@@ -44,7 +44,7 @@ class ImageDataset(Dataset):
         self.transform = transform
         self.upright = upright
         self.left_out = ""  # a line on the files beside them that are not read, see files.left_out
-        self.cache = None
+        self.cache: Cache | None = None
         self.total = len(paths)
         self.numbers = np.arange(len(paths))  # in the whole split, also when some are left out
 

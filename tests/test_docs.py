@@ -142,7 +142,9 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
                 if match := re.match(r"python (evaluate|search)\.py (.*)", line):
                     flags = shlex.split(match[2])
                     kind = flags[0] if match[1] == "search" else "evaluate"
-                    flags += [*more[kind], *(["--far", "0.3"] if "--calibrate" in flags else [])]
+                    flags += more[kind]
+                    if "--calibrate" in flags:
+                        flags[flags.index("--calibrate") + 1] = "0.3"
                     {"evaluate": evaluate, "search": search}[match[1]].main(flags)
                     run += 1
     out = capsys.readouterr().out
@@ -179,11 +181,10 @@ def test_python_of_the_page_on_transfer_runs():
     assert names["loss"].item() > 0 and names["student"].weight.grad.abs().sum() > 0
 
 
-def test_method_quotes_the_loss_in_six_lines():
+def test_method_quotes_the_loss():
     source = inspect.getsource(losses.equation)
     body = textwrap.dedent(source.split("\n\n")[-1])  # after the check of the labels
     assert blocks(REPOSITORY / "docs" / "method.md", "python") == [body]
-    assert len(body.splitlines()) == 6
 
 
 @pytest.mark.parametrize("folder", ["code", "code/runs", "code/report", "code/index", "net", "dataset"])

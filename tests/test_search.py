@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import RECORD, described, fails
+from helpers import make_index as make
+from helpers import query_index as found
 from PIL import Image
-from test_report import RECORD
 
 import dataset
 import net
 import search
 from dataset import transforms
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, files
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.store import Index
-from proxy_anchor.runs import run_folders
 
 pytest.importorskip("faiss")
 
@@ -32,32 +33,13 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(("a.pth", "b.pth")):
         torch.manual_seed(seed)
-        trees.save_checkpoint(folder / name, net.create("resnet18", 8), RECORD)
+        trees.save_checkpoint(folder / name, net.create("tiny", 8), RECORD)
     return folder
 
 
 @pytest.fixture
 def images(tmp_path):
     return trees.folder(tmp_path / "images", classes=("ant", "bee", "cat"))
-
-
-def make(weights, images, out, *more, name="a.pth"):
-    search.main(
-        ["index", "--resume", str(weights / name), "--images", str(images), "--out", str(out), "--workers", "0", *more]
-    )
-
-
-def found(out, capsys, *more):
-    capsys.readouterr()
-    search.main(["query", "--index", str(out), "--json", *map(str, more)])
-    return json.loads(capsys.readouterr().out)
-
-
-def described(out):
-    """images.json, with the images {path: stamp} of the file beside it."""
-    content = json.loads((out / "images.json").read_text())
-    lines = (out / f"images-{content['number']}.jsonl").read_text().splitlines()
-    return content | {"images": dict(map(json.loads, lines))}
 
 
 def describe(out, content):
@@ -74,17 +56,9 @@ def describe(out, content):
     (out / "images.json").write_text(json.dumps(content))
 
 
-def fails(run, capsys, words, code=1):
-    with pytest.raises(SystemExit) as error:
-        run()
-    assert error.value.code == code
-    message = capsys.readouterr().err
-    assert words in message and (code == 2 or message.count("\n") == 1), message
-
-
 def embeddings(weights, paths, l2_norm=True):
     """Of these images, in float64 and, with l2_norm, of unit length, straight from the network."""
-    network = net.create("resnet18", 8, l2_norm=l2_norm).eval()
+    network = net.create("tiny", 8, l2_norm=l2_norm).eval()
     checkpoint.load(weights / "a.pth", network)
     images = dataset.ImageDataset(paths, np.zeros(len(paths), int), [""], transforms.evaluation(32))
     with torch.inference_mode():
@@ -112,7 +86,7 @@ def euclidean(tmp_path_factory):
     """A checkpoint whose embeddings are compared by their Euclidean distance, as they are."""
     folder = tmp_path_factory.mktemp("euclidean")
     torch.manual_seed(0)
-    network = net.create("resnet18", 8, l2_norm=False)
+    network = net.create("tiny", 8, l2_norm=False)
     trees.save_checkpoint(folder / "a.pth", network, RECORD | {"l2_norm": 0, "distance": "euclidean"})
     return folder
 
@@ -140,7 +114,7 @@ def test_table_of_distances(euclidean, images, tmp_path, capsys):
 
 
 def test_unknown_distance_is_damage(images, tmp_path, capsys):
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"distance": "manhattan"})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD | {"distance": "manhattan"})
     fails(lambda: make(tmp_path, images, tmp_path / "index"), capsys, "a.pth is damaged: its record of the network")
 
 
@@ -264,7 +238,7 @@ def test_index_that_is_written_while_it_is_opened(factory, weights, images, tmp_
 
 def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, capsys):
     (tmp_path / "index").mkdir()
-    held = run_folders.lock(tmp_path / "index")
+    held = files.lock_folder(tmp_path / "index")
     words = (
         f"is being written by process {os.getpid()} on {socket.gethostname()}; end that first, or choose another --out"
     )
@@ -320,7 +294,7 @@ def test_recall_is_printed_whenever_images_are_indexed(weights, images, tmp_path
 def test_nprobe(weights, images, tmp_path, capsys):
     make(weights, images, tmp_path / "index", "--index-factory", "IVF4,Flat")
     counts = []
-    for more in ([], ["--nprobe", 1], ["--nprobe", 2], ["--nprobe", 4], ["--nprobe", 10**20]):
+    for more in ([], ["--nprobe", 1], ["--nprobe", 2], ["--nprobe", 4], ["--nprobe", 10**18]):
         results = found(tmp_path / "index", capsys, images, "-k", 18, *more)
         counts.append(sum(len(result["neighbours"]) for result in results))
     assert counts[0] == counts[1] < counts[2] < counts[3] == counts[4] == 18 * 18
@@ -644,10 +618,10 @@ def test_folder_with_bad_images(weights, images, tmp_path, capsys):
     make(weights, images, tmp_path / "index", "--by-folder", "--skip-bad-images")
     assert "Indexed 5 folders" in capsys.readouterr().out
     (images / "bee" / "2.jpg").unlink()
-    (result,) = found(tmp_path / "index", capsys, images / "bee" / "1.jpg", "-k", 1)
-    assert result["neighbours"][0]["path"] == str(images / "bee")
+    (result,) = found(tmp_path / "index", capsys, images / "bee" / "1.jpg", "-k", 5)
+    similarities = {neighbour["path"]: neighbour["similarity"] for neighbour in result["neighbours"]}
     value = means(weights, [images / "bee"]) @ embeddings(weights, [str(images / "bee" / "1.jpg")]).T
-    assert result["neighbours"][0]["similarity"] == pytest.approx(float(value), abs=1e-5)
+    assert similarities[str(images / "bee")] == pytest.approx(float(value), abs=1e-5)
 
 
 def test_index_of_folders_is_not_one_of_images(weights, images, tmp_path, capsys):

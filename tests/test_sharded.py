@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import assert_close, in_processes
+from helpers import assert_close, in_processes
 from torch import nn
 
 import train

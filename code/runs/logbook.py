@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from proxy_anchor import checkpoint, cli, collectives, evaluation, figures, metrics
-from proxy_anchor.files import printable, replacing
+from proxy_anchor.files import lock_folder, printable, replacing
 from proxy_anchor.runs import resuming, run_folders
 from proxy_anchor.runs.stopping import Interrupted
 from proxy_anchor.spec import NetworkSpec
@@ -112,7 +112,7 @@ class Logbook:
     {dataset}_{model}_best_results.txt, checkpoints. curves.png is drawn when the run ends or stops. folder: of the run;
     resumes: whether it continues from the last.pth that is there. As a context, it ends with the run.
     resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see start_wandb. Raises
-    run_folders.Locked if another process writes the run.
+    files.Locked if another process writes the run.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Logbook:
         wanted = run_folders.run_dir(log_dir, dataset, name)
         old = {}
         if resume is not None:
-            self.folder, self.lock = resume, run_folders.lock(resume)
+            self.folder, self.lock = resume, lock_folder(resume)
             old = run_folders.read_config(resume)
             if (then := old.get("versions")) != (now := versions()):
                 print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
@@ -188,12 +188,12 @@ class Logbook:
         row = rows[-1]
         print(
             f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  "
-            f"{shortened(metrics.of(row))}",
+            f"{shortened(metrics.metrics_only(row))}",
             flush=True,
         )
         self._write_rows("metrics.csv", rows)
         if self.wandb:
-            self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
+            self.wandb.log({"loss": row["loss"]} | metrics.metrics_only(row), step=row["epoch"])
 
     def save_classes(self, epoch: int, classes: list[dict]) -> None:
         """Write the hits of each class in the best epoch so far, see evaluation.Result.by_class."""
@@ -229,7 +229,6 @@ class NullLogbook(Logbook):
     """The Logbook of all processes but the first: it writes only the process's shard of last.pth."""
 
     def __init__(self, config: dict):
-        self.folder = self.resumes = None
         self.spec = NetworkSpec.from_record(config)
 
     def __exit__(self, *error):

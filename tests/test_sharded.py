@@ -259,7 +259,7 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
     save(4)
     assert (tmp_path / "last-backup.pth").exists() and (tmp_path / "last-3.0-1of2.pth.bak").exists()
     (tmp_path / "last-4.0-2of2.pth").unlink()
-    with pytest.raises(ValueError, match="does not fit this run: There is no checkpoint .*last-4.0-2of2.pth"):
+    with pytest.raises(ValueError, match="does not fit this run: There is no file .*last-4.0-2of2.pth"):
         load()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from proxy_anchor import blocked, cli
 from proxy_anchor.files import sha256
-from proxy_anchor.vectors import norms
+from proxy_anchor.vectors import norms, whole_numbers
 
 
 def equation(
@@ -88,15 +88,6 @@ def checked_labels(
     elif not in_range:
         raise ValueError(f"Expected labels from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")
     return labels
-
-
-def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
-    """Labels of any integer type as int64. Raises ValueError for anything else."""
-    kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels)
-    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        found = kind if isinstance(kind, torch.dtype) else kind.__name__
-        raise ValueError(f"Expected {name} as a tensor of whole numbers, found {found}")
-    return labels.long()
 
 
 class MinedLoss(nn.Module):

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 
 from proxy_anchor.collectives import ProcessGroup
-from proxy_anchor.losses import whole_numbers
 from proxy_anchor.tiles import Panel, Tiled, origin_of
-from proxy_anchor.vectors import Embeddings, finite
+from proxy_anchor.vectors import Embeddings, finite, whole_numbers
 
 PANEL = 1 << 25  # similarities in memory at a time; never fewer than those of one tile's queries with their positives
 

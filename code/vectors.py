@@ -89,3 +89,12 @@ def similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
 def to_nearness(value, distance: str):
     """A cosine or a Euclidean distance as a similarity (larger is nearer), and the other way round."""
     return value if distance == "cosine" else 0.0 - value  # which is never -0.0
+
+
+def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
+    """Labels of any integer type as int64. Raises ValueError for anything else."""
+    kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels)
+    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        found = kind if isinstance(kind, torch.dtype) else kind.__name__
+        raise ValueError(f"Expected {name} as a tensor of whole numbers, found {found}")
+    return labels.long()

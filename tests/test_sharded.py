@@ -221,7 +221,7 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
         for rank in ranks:
             rank_of_two(rank)
             progress = {"epoch": epoch, "losses": [], "seconds": 0.0, "rows": []}
-            resuming.save(last, halves[rank].network, {}, halves[rank].parts, progress)
+            resuming.save(last, halves[rank].network, SPEC, halves[rank].parts, progress)
 
     def load():
         with monkeypatch.context() as patch:
@@ -259,7 +259,7 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
     save(4)
     assert (tmp_path / "last-backup.pth").exists() and (tmp_path / "last-3.0-1of2.pth.bak").exists()
     (tmp_path / "last-4.0-2of2.pth").unlink()
-    with pytest.raises(ValueError, match="does not fit this run: There is no checkpoint .*last-4.0-2of2.pth"):
+    with pytest.raises(ValueError, match="does not fit this run: There is no file .*last-4.0-2of2.pth"):
         load()
 
 

@@ -343,7 +343,14 @@ def one_step(amp="none", scale=None, compiled=False, fused=None, memory_format=t
     return loss, gradients, torch.cat([p.detach().flatten() for p in parameters])
 
 
-@pytest.mark.parametrize("change", [{"compiled": True}, {"memory_format": torch.channels_last}, {"fused": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"compiled": True}, marks=pytest.mark.slow),
+        {"memory_format": torch.channels_last},
+        {"fused": False},
+    ],
+)
 def test_what_makes_it_faster_changes_nothing(change):
     """One step's loss and gradients with and without torch.compile, channels_last and fused optimizers."""
     for ours, expected in zip(map(torch.as_tensor, one_step(**change)), map(torch.as_tensor, one_step())):

@@ -10,17 +10,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import (
-    cli,
-    collectives,
-    distributed,
-    evaluation,
-    exported,
-    hardware,
-    published,
-    randomness,
-    verification,
-)
+from proxy_anchor import cli, collectives, distributed, evaluation, exported, hardware, published, verification
 from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
@@ -134,7 +124,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     """The metrics of each checkpoint and, of several, of their mean and of all together, by the names of their rows."""
     print(hardware.describe(device))
     if args.backbone_only:
-        randomness.seed(1)  # for --pretrained none: the same network each time, and in each process
+        torch.manual_seed(1)  # for --pretrained none: the same network each time, and in each process
         with collectives.rank_zero_first():
             network = net.from_spec(args.spec, args.pretrained)
         source, identity = f"{args.spec.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())

@@ -36,15 +36,9 @@ EXAMPLES = """examples:
 """
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = cli.Parser(
-        usage="export.py --resume PATH --out FILE [--flag value ...]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-        formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False, alone=False)],
-    )
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the export."""
+    parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("export")
     group.add_argument("--resume", required=True, metavar="PATH", help="checkpoint to export, or the folder of its run")
     group.add_argument(
@@ -64,6 +58,22 @@ def parse(argv=None) -> argparse.Namespace:
     )
     group.add_argument(
         "--fp16", action="store_true", help="weights in half precision: half the size; prints what that costs"
+    )
+    return parser
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = cli.Parser(
+        usage="export.py --resume PATH --out FILE [--flag value ...]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=cli.HelpFormatter,
+        parents=[
+            options(),
+            dataset.options(training=False, without=("--cache",)),
+            net.options(training=False, without=("--l2-norm", "--backbone-only", "--pretrained")),
+        ],
     )
     args = parser.parse_args(argv)
     with cli.errors_in_one_line("export.py"):
@@ -141,7 +151,7 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     test_sets = dataset.eval_sets(args.dataset, args.data_root, args.spec.image_size, args.spec.geometry, **choice)
-    dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    dataset.make_ready(test_sets, args.skip_bad_images, workers=args.workers)
     return test_sets
 
 

@@ -15,7 +15,7 @@ import evaluate
 import net
 import train
 from proxy_anchor import cli, figures
-from proxy_anchor.files import replacing
+from proxy_anchor.files import numbered, replacing
 from proxy_anchor.runs import child, logbook, run_folders, selection
 from proxy_anchor.runs.stopping import Interrupted
 
@@ -200,7 +200,7 @@ def open_folder(args: argparse.Namespace) -> Path:
     given = args.training
     name = train.run_name(argparse.Namespace(**vars(given) | {"seed": 1}))  # which is not in the name
     path = Path(args.out or Path(given.LOG_DIR) / f"protocol_{given.dataset}" / f"{name}_folds{args.folds}")
-    folder = next(folder for folder in run_folders.numbered(path) if settings_in(folder) in (None, settings(args)))
+    folder = next(folder for folder in numbered(path) if settings_in(folder) in (None, settings(args)))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

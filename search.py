@@ -19,7 +19,7 @@ from dataset import transforms
 from dataset.files import BadFile, is_hidden, left_out, read_image
 from dataset.folder import find
 from dataset.folder import images as images_in
-from proxy_anchor import cli, figures, hardware, randomness
+from proxy_anchor import cli, figures, hardware
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
@@ -45,25 +45,10 @@ with several photos of each thing, in one folder per thing:
 """
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser: argparse.ArgumentParser = cli.Parser(
-        prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
-    form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
-    common = [hardware.options()]
-
-    make = commands.add_parser(
-        "index",
-        help="embed images into an index",
-        usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
-        "[--flag value ...]",
-        parents=[dataset.options(training=False), net.options(training=False), *common],
-        description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
-        "those that are new or have changed, and to drop those whose files are gone.",
-        **form,
-    )
-    group = make.add_argument_group("index")
+def index_options() -> argparse.ArgumentParser:
+    """Command-line flags of `search.py index`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("index")
     group.add_argument(
         "--resume", metavar="PATH", help="checkpoint to embed with, the folder of its run, or its .onnx or .safetensors"
     )
@@ -86,16 +71,13 @@ def parse(argv=None) -> argparse.Namespace:
         metavar="STRING",
         help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",
     )
+    return parser
 
-    ask = commands.add_parser(
-        "query",
-        help="find the neighbours of images",
-        usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]",
-        parents=common,
-        description="Print the images of an index that are most similar to each of yours.",
-        **form,
-    )
-    group = ask.add_argument_group("query")
+
+def query_options() -> argparse.ArgumentParser:
+    """Command-line flags of `search.py query`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
     group.add_argument(
         "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
@@ -134,7 +116,39 @@ def parse(argv=None) -> argparse.Namespace:
         metavar="N",
         help="processes that read images; useful for many queries",
     )
+    return parser
 
+
+def parse(argv=None) -> argparse.Namespace:
+    parser: argparse.ArgumentParser = cli.Parser(
+        prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
+    form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
+    device = hardware.options(without=("--compile",))
+    make = commands.add_parser(
+        "index",
+        help="embed images into an index",
+        usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
+        "[--flag value ...]",
+        parents=[
+            index_options(),
+            dataset.options(training=False, without=("--test-classes", "--cache")),
+            net.options(training=False, without=("--l2-norm",)),
+            device,
+        ],
+        description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
+        "those that are new or have changed, and to drop those whose files are gone.",
+        **form,
+    )
+    commands.add_parser(
+        "query",
+        help="find the neighbours of images",
+        usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]",
+        parents=[query_options(), device],
+        description="Print the images of an index that are most similar to each of yours.",
+        **form,
+    )
     args = parser.parse_args(argv)
     if args.command == "index":
         net.check_weights(make, args)
@@ -222,7 +236,7 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
         paths = [image for paths in block.values() for image in paths]
         images = unlabelled(paths, index.spec)
-        dataset.make_ready([images], args.skip_bad_images, args.cache, args.workers)
+        dataset.make_ready([images], args.skip_bad_images, workers=args.workers)
         if len(images):
             embedded, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
             index.add({entry: new[entry] for entry in embedded}, embeddings)
@@ -248,8 +262,7 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
     They lead through no linked folder, so that images that are reached in two ways are in the index once.
     """
     if args.split:
-        choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-        paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
+        paths = dataset.load(args.dataset, args.data_root, args.split, allow_partial=args.allow_partial).paths
     else:
         paths = images_at(args.images)
     return list(dict.fromkeys(map(canonical, paths)))
@@ -343,7 +356,7 @@ def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) ->
     """
     if checkpoint:
         return checkpoint.open(spec, net.from_spec), checkpoint.identity
-    randomness.seed(1)  # for --pretrained none: the same network each time
+    torch.manual_seed(1)  # for --pretrained none: the same network each time
     network = net.from_spec(spec, path)
     print(network.model.remark, end="", file=sys.stderr)
     return network, digest(network.state_dict())
@@ -351,7 +364,7 @@ def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) ->
 
 def embedder(network: torch.nn.Module, args: argparse.Namespace):
     """A function from images to their embeddings (N, D)."""
-    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp, args.compile)
+    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
     return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))[0]
 
 

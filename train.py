@@ -8,9 +8,9 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, randomness, sharded, training
+from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, sharded, training
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.runs import logbook, run_folders
+from proxy_anchor.runs import logbook, randomness, run_folders
 from proxy_anchor.runs.run import Run, ending
 
 EXAMPLES = """examples:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def _remove_leftovers(path: Path) -> None:
             leftover.unlink()
 
 
+LOCK = ".lock"
+
+
+class Locked(RuntimeError):
+    """Another process is writing the run."""
+
+
 def hold(path: Path, wait: bool = True):
     """Hold a lock file until the returned file is closed, or this process ends however it ends.
 
@@ -85,6 +93,31 @@ def hold(path: Path, wait: bool = True):
         file.close()
         raise
     return file
+
+
+def lock_folder(folder: Path, instead: str = "give this run another --remark"):
+    """Lock the folder until the returned file is closed or this process ends, even by SIGKILL.
+
+    Raises Locked if another process holds it; the message ends with `instead`, what else the user can do.
+    """
+    try:
+        file = hold(folder / LOCK, wait=False)
+    except BlockingIOError:
+        holder = (folder / LOCK).read_text().strip() or "another process"
+        raise Locked(f"{folder} is being written by {holder}; end that first, or {instead}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def numbered(path: Path):
+    """path, path_2, path_3, ..."""
+    yield path
+    number = 2
+    while True:
+        yield path.with_name(f"{path.name}_{number}")
+        number += 1
 
 
 @contextmanager

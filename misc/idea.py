@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import net
 from dataset import transforms
-from proxy_anchor import cli, figures, losses, randomness, training
+from proxy_anchor import cli, figures, losses, training
+from proxy_anchor.runs import randomness
 
 LETTERS, ANCHOR = "AMST", 2  # the classes, and the one whose proxy has arrows
 SHOWN = 7  # images of each

@@ -1,7 +1,7 @@
 """Embedding networks: a backbone, global average + max pooling, a linear embedding and an l2 norm."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -123,30 +123,28 @@ def within(key: str, name: str) -> bool:
     return f"{key}.".startswith(f"{name}.")
 
 
-def options(training: bool, alone: bool = True) -> argparse.ArgumentParser:
-    """Command-line flags of the network, for a script that trains or one that only evaluates.
+def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Command-line flags of the network, for a script that trains or one that only evaluates, without these flags.
 
-    In the latter a flag that is not given is None: a checkpoint or DEFAULTS have its value, see spec_of. alone: with
-    flags for a backbone without a checkpoint.
+    In the latter a flag that is not given is None: a checkpoint or DEFAULTS have its value, see spec_of.
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("network")
-    group.add_argument(
+    add = cli.adder(group, without)
+    add(
         "--model",
         metavar="NAME",
         help=f"backbone: {', '.join(BACKBONES)}, or any of timm, e.g. vit_small_patch16_224.dino; bn_inception and "
         "resnet50 have published results, resnet18 is the quickest (default: bn_inception)",
     )
-    group.add_argument(
+    add(
         "--embedding-size",
         type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
         help="dimensions of an embedding; fewer make search faster and recall lower (default: 512)",
     )
-    group.add_argument(
-        "--l2-norm", **cli.one_of(0, 1), help="1: embeddings of unit length; 0: of any length (default: 1)"
-    )
-    group.add_argument(
+    add("--l2-norm", **cli.one_of(0, 1), help="1: embeddings of unit length; 0: of any length (default: 1)")
+    add(
         "--image-size",
         type=cli.integer(1, LARGEST["image_size"]),
         metavar="PIXELS",
@@ -154,32 +152,30 @@ def options(training: bool, alone: bool = True) -> argparse.ArgumentParser:
         "or what a network of timm was made for)",
     )
     if training:
-        group.add_argument(
+        add(
             "--bn-freeze",
             default=1,
             **cli.one_of(0, 1),
             help="1: BatchNorm keeps its ImageNet statistics; 0 for SOP, In-shop and training from scratch",
         )
     else:
-        group.add_argument(
+        add(
             "--distance",
             **cli.one_of(*DISTANCES),
             help="how embeddings are compared, if the checkpoint does not record it (default: cosine)",
         )
-    if not training and alone:
-        group.add_argument(
+        add(
             "--backbone-only",
             action="store_true",
             help="without a checkpoint: the pooled features of the pretrained backbone, as it was before any training",
         )
-    if training or alone:
-        group.add_argument(
-            "--pretrained",
-            metavar="imagenet|none|PATH",
-            help="weights that the backbone starts from: ImageNet's (of a timm network: its own), none (from scratch) "
-            "or those of a file, a checkpoint of yours too (default: imagenet)"
-            + ("" if training else "; with --backbone-only"),
-        )
+    add(
+        "--pretrained",
+        metavar="imagenet|none|PATH",
+        help="weights that the backbone starts from: ImageNet's (of a timm network: its own), none (from scratch) or "
+        "those of a file, a checkpoint of yours too (default: imagenet)"
+        + ("" if training else "; with --backbone-only"),
+    )
     if training:
         parser.set_defaults(**DEFAULTS)
     return parser

@@ -22,7 +22,7 @@ import evaluate
 import net
 import protocol
 import train
-from proxy_anchor import checkpoint
+from proxy_anchor import checkpoint, files
 from proxy_anchor.runs import child, run_folders, selection
 from proxy_anchor.runs.stopping import Interrupted
 
@@ -248,9 +248,9 @@ def test_stopped_killed_and_started_again(root, finished, tmp_path):
     (folder,) = (tmp_path / "logs_cub").iterdir()
     for _ in range(100):  # the kernel ends the training, and with it the lock
         try:
-            run_folders.lock(folder).close()
+            files.lock_folder(folder).close()
             break
-        except run_folders.Locked:
+        except files.Locked:
             time.sleep(0.05)
     else:
         pytest.fail("the training outlives protocol.py")

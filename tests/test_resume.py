@@ -20,11 +20,12 @@ import trees
 
 import net
 import train
-from proxy_anchor import checkpoint, files, randomness
+from proxy_anchor import checkpoint, files
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.runs import resuming, run_folders, stopping
+from proxy_anchor.runs import randomness, resuming, run_folders, stopping
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.run import Run
+from proxy_anchor.spec import NetworkSpec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -305,7 +306,7 @@ def test_damaged_last_checkpoint_is_an_error(cub_root, tmp_path, capsys, damage)
 def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
-    held = run_folders.lock(folder)
+    held = files.lock_folder(folder)
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(folder), "--epochs", "2"])
     assert refused.value.code == 1
@@ -316,7 +317,7 @@ def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
 
 def test_child_does_not_hold_the_lock(tmp_path):
     """A worker that outlives its killed parent must not keep others from the run."""
-    held = run_folders.lock(tmp_path)
+    held = files.lock_folder(tmp_path)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -326,7 +327,7 @@ def test_child_does_not_hold_the_lock(tmp_path):
     try:
         os.read(reading, 4)
         held.close()
-        run_folders.lock(tmp_path).close()
+        files.lock_folder(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -392,14 +393,14 @@ def test_signal_to_a_running_command(cub_root, tmp_path, whole_job):
 def test_write_that_fails_leaves_the_old_file(tmp_path):
     """The file size limit of the process makes real writes fail half-way."""
     path = tmp_path / "run.pth"
-    network = torch.nn.Linear(100, 100)
-    trees.save_checkpoint(path, network, {})
+    network, spec = torch.nn.Linear(100, 100), NetworkSpec("linear", 100, 32)
+    checkpoint.save(path, network, spec)
     old = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(OSError, match=r"run\.pth cannot be written .*MB free"):
-            trees.save_checkpoint(path, network, {})
+            checkpoint.save(path, network, spec)
         with pytest.raises(OSError, match=r"text cannot be written"), files.replacing(tmp_path / "text") as temporary:
             temporary.write_text("x" * 30_000)
     finally:

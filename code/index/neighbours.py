@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from proxy_anchor.files import replacing
+from proxy_anchor.files import numbered, replacing
 from proxy_anchor.index.rows import Rows
-from proxy_anchor.runs.run_folders import numbered
 
 EXACT = "Flat"
 SHARD = 2**27  # bytes of vectors, or of their codes, in memory at a time

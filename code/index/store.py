@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from proxy_anchor.files import is_intact, replacing, seal
+from proxy_anchor.files import is_intact, lock_folder, numbered, replacing, seal
 from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
-from proxy_anchor.runs import run_folders
 from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.vectors import comparable
 
@@ -224,7 +223,7 @@ class Index:
         return self._file("vectors", "float32"), self._file("images", "jsonl")
 
     def _faiss_files(self) -> list[Path]:
-        return list(itertools.takewhile(Path.exists, run_folders.numbered(self._file("vectors", "faiss"))))
+        return list(itertools.takewhile(Path.exists, numbered(self._file("vectors", "faiss"))))
 
     def describe(self) -> None:
         """Write images.json, which makes the present files those of the index."""
@@ -337,7 +336,7 @@ def lock(folder: Path):
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    return run_folders.lock(folder, instead="choose another --out")
+    return lock_folder(folder, instead="choose another --out")
 
 
 def _is_ours(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from proxy_anchor import checkpoint, cli, collectives, evaluation, figures, metrics
-from proxy_anchor.files import printable, replacing
+from proxy_anchor.files import lock_folder, printable, replacing
 from proxy_anchor.runs import resuming, run_folders
 from proxy_anchor.runs.stopping import Interrupted
 from proxy_anchor.spec import NetworkSpec
@@ -111,7 +111,7 @@ class Logbook:
     {dataset}_{model}_best_results.txt, checkpoints. curves.png is drawn when the run ends or stops. folder: of the run;
     resumes: whether it continues from the last.pth that is there. As a context, it ends with the run.
     resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see start_wandb. Raises
-    run_folders.Locked if another process writes the run.
+    files.Locked if another process writes the run.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Logbook:
         wanted = run_folders.run_dir(log_dir, dataset, name)
         old = {}
         if resume is not None:
-            self.folder, self.lock = resume, run_folders.lock(resume)
+            self.folder, self.lock = resume, lock_folder(resume)
             old = run_folders.read_config(resume)
             if (then := old.get("versions")) != (now := versions()):
                 print(f"The run was written with {then}, and continues with {now}: rounding may differ.")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from proxy_anchor import collectives, randomness, weights
+from proxy_anchor import collectives, weights
 from proxy_anchor.files import replacing
 from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.metrics import plain
+from proxy_anchor.runs import randomness
 from proxy_anchor.sharded import DividedProxyAnchor
 from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.weights import SHOWN, digest, read

@@ -2,16 +2,14 @@
 
 import argparse
 import json
-import os
 import re
-import socket
 from pathlib import Path
 
 from proxy_anchor import checkpoint, cli, metrics
-from proxy_anchor.files import hold, printable
+from proxy_anchor.files import Locked, lock_folder, numbered, printable
 from proxy_anchor.runs import resuming
 
-CONFIG, CLASSES, LAST, ERROR, LOCK = "config.json", "classes.csv", "last.pth", "error.txt", ".lock"
+CONFIG, CLASSES, LAST, ERROR = "config.json", "classes.csv", "last.pth", "error.txt"
 # Entries of config.json that describe the machine or the code, not the experiment.
 NOT_CONFIG = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
 # Arguments that do not change the experiment: a run may be resumed with other values.
@@ -43,37 +41,8 @@ LEGACY_DEFAULTS = {
 LEGACY_TRANSFER_DEFAULTS = {"head": "orthogonal", "lr_schedule": "cosine"}
 
 
-class Locked(RuntimeError):
-    """Another process is writing the run."""
-
-
 class Finished(Exception):
     """The run to resume has no epochs left."""
-
-
-def lock(folder: Path, instead: str = "give this run another --remark"):
-    """Lock the folder until the returned file is closed or this process ends, even by SIGKILL.
-
-    Raises Locked if another process holds it; the message ends with `instead`, what else the user can do.
-    """
-    try:
-        file = hold(folder / LOCK, wait=False)
-    except BlockingIOError:
-        holder = (folder / LOCK).read_text().strip() or "another process"
-        raise Locked(f"{folder} is being written by {holder}; end that first, or {instead}") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def numbered(path: Path):
-    """path, path_2, path_3, ..."""
-    yield path
-    number = 2
-    while True:
-        yield path.with_name(f"{path.name}_{number}")
-        number += 1
 
 
 def new(path: Path):
@@ -85,7 +54,7 @@ def new(path: Path):
         ):  # hidden: the lock, and leftovers of a killed start
             continue
         try:
-            held = lock(folder)
+            held = lock_folder(folder)
         except Locked:
             continue
         if not (folder / CONFIG).exists():  # another may have come first

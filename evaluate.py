@@ -1,8 +1,9 @@
-"""Evaluate a checkpoint, or a backbone before training: Recall@K beside the published results, thresholds for pairs."""
+"""Evaluate a checkpoint, or a backbone before training: Recall@K next to the published results, and thresholds."""
 
 import argparse
 import shlex
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -10,13 +11,15 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distributed, evaluation, exported, hardware, published, verification
+from proxy_anchor import cli, collectives, distributed, evaluation, exported, hardware, metrics, verification
 from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.report import page
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.vectors import Embeddings, concat_columns
 from proxy_anchor.weights import digest
 
 EXAMPLES = """examples:
@@ -28,8 +31,8 @@ EXAMPLES = """examples:
     python evaluate.py --dataset cub --resume A.pth B.pth C.pth D.pth
   what a pretrained backbone can do before it is trained:
     python evaluate.py --dataset cub --model resnet50 --backbone-only
-  choose the similarity from which two images show one thing, for 1% false accepts, and keep it in the checkpoint:
-    python evaluate.py --dataset cub --resume logs/logs_cub/RUN --calibrate --far 0.01
+  choose the similarity from which two images count as the same thing, for 0.1% false accepts, and record it:
+    python evaluate.py --dataset cub --resume logs/logs_cub/RUN --calibrate 0.001
 """
 
 
@@ -48,9 +51,9 @@ def parse(argv=None) -> argparse.Namespace:
         nargs="+",
         metavar="PATH",
         default=[],
-        help="checkpoint to evaluate, the folder of its run, or its .onnx or .safetensors; those of train.py record "
-        "--model, --embedding-size, --image-size and --l2-norm. Several of one kind, such as those of folds, are "
-        "evaluated one by one and together",
+        help="checkpoint to evaluate, the folder of its run, or its .onnx or .safetensors file; those of train.py "
+        "record --model, --embedding-size, --image-size and --l2-norm. Several of the same kind, such as those of "
+        "folds, are evaluated one by one and together",
     )
     group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
@@ -63,19 +66,16 @@ def parse(argv=None) -> argparse.Namespace:
         "--verify",
         action="store_true",
         help="also print how well a threshold tells same-class from different-class pairs of images; takes three times "
-        "as long as the recalls, and comes with --calibrate and --report",
+        "as long as the recalls (implied by --calibrate and --report)",
     )
     group.add_argument(
         "--calibrate",
-        action="store_true",
-        help="choose a threshold for pairs of images on half of the classes, check it on the other half, and record it "
-        "in the checkpoint, for search.py",
-    )
-    group.add_argument(
-        "--far",
-        type=float,
+        nargs="?",
+        type=cli.number(lambda value: 0 < value < 1, "not between 0 and 1"),
+        const=0.01,
         metavar="RATE",
-        help="with --calibrate: the share of different-class pairs that the threshold may accept (default: 0.01)",
+        help="choose the threshold that accepts this share of different-class pairs (0.01 if not given) on half of the "
+        "classes, check it on the other half, and record it in the checkpoint, for search.py",
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
@@ -96,11 +96,7 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error(
             "argument --calibrate: the threshold is recorded in a checkpoint: calibrate it and export it again"
         )
-    if args.far is not None and not args.calibrate:
-        parser.error("--far requires --calibrate")
-    args.far = 0.01 if args.far is None else args.far
-    if not 0 < args.far < 1:
-        parser.error(f"argument --far: {args.far} is not between 0 and 1")
+    args.verify = bool(args.verify or args.calibrate or args.report)
     args.command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
@@ -120,95 +116,129 @@ def load(checkpoint: Checkpoint, spec: NetworkSpec) -> torch.nn.Module:
     return network
 
 
-def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """The metrics of each checkpoint and, of several, of their mean and of all together, by the names of their rows."""
-    print(hardware.describe(device))
-    if args.backbone_only:
-        torch.manual_seed(1)  # for --pretrained none: the same network each time, and in each process
-        with collectives.rank_zero_first():
-            network = net.from_spec(args.spec, args.pretrained)
-        source, identity = f"{args.spec.model} alone, pretrained: {args.pretrained}", digest(network.state_dict())
-        print(f"{printable(source)}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
-        networks = [network]
-    else:
+def open_networks(args: argparse.Namespace) -> tuple[list[torch.nn.Module], str, str]:
+    """The networks to evaluate, where they come from, and the identity of their weights."""
+    if not args.backbone_only:
         networks = [load(checkpoint, args.spec) for checkpoint in args.checkpoints]
-        source, identity = ", ".join(args.resume), ", ".join(checkpoint.identity for checkpoint in args.checkpoints)
-    embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
+        return networks, ", ".join(args.resume), ", ".join(checkpoint.identity for checkpoint in args.checkpoints)
+    torch.manual_seed(1)  # for --pretrained none: the same network each time, and in each process
+    with collectives.rank_zero_first():
+        network = net.from_spec(args.spec, args.pretrained)
+    source = f"{args.spec.model} alone, pretrained: {args.pretrained}"
+    print(f"{printable(source)}; {network.embedding_size} pooled features.\n{network.model.remark}", end="")
+    return [network], source, digest(network.state_dict())
 
+
+def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
+    """The test images or, for some datasets, the queries and the gallery."""
     spec = args.spec
     with collectives.rank_zero_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         test_sets = dataset.eval_sets(args.dataset, args.data_root, spec.image_size, spec.geometry, **choice)
     dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
-    share = collectives.rank(), collectives.world_size()
+    return test_sets
+
+
+@dataclass
+class Measurement:
+    """The embeddings and the result of one network, or of several together, and the metrics of each row to print."""
+
+    queries: Embeddings
+    gallery: Embeddings | None
+    distance: str
+    result: evaluation.Result
+    rows: dict[str, dict[str, float]]
+
+    def all_gather(self, processes: ProcessGroup) -> "Measurement":
+        """With the embeddings of all processes."""
+        gallery = None if self.gallery is None else self.gallery.all_gather(processes)
+        return replace(self, queries=self.queries.all_gather(processes), gallery=gallery)
+
+
+def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embeddings | None]]) -> Measurement:
+    """Measure the networks one by one and, if there are several, their embeddings as those of one network."""
+    ks = dataset.ALL[args.dataset].KS
+    results = [evaluation.measure(queries, ks, gallery, args.spec.distance) for queries, gallery in networks]
+    if len(networks) == 1:
+        name = args.remark or ("backbone alone" if args.backbone_only else "this checkpoint")
+        return Measurement(*networks[0], args.spec.distance, results[0], {name: results[0].metrics})
+    rows = {f"checkpoint {number}": result.metrics for number, result in enumerate(results, start=1)}
+    rows["mean"] = {name: fmean(row[name] for row in rows.values()) for name in results[0].metrics}
+    queries = concat_columns([queries for queries, _ in networks])
+    galleries = [gallery for _, gallery in networks if gallery is not None]
+    gallery = concat_columns(galleries) if galleries else None
+    result = evaluation.measure(queries, ks, gallery, "cosine")
+    return Measurement(queries, gallery, "cosine", result, rows | {args.remark or "together": result.metrics})
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
+    """The metrics of each checkpoint and, if there are several, of their mean and of all together, by row."""
+    print(hardware.describe(device))
+    networks, source, weights = open_networks(args)
+    embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
+    test_sets = open_test_sets(args)
+    share, group = (collectives.rank(), collectives.world_size()), collectives.world()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     if args.report and collectives.rank() == 0:
         page.open_folder(Path(args.report))  # before the work is done
-    ks, distance = dataset.ALL[args.dataset].KS, spec.distance
-    of_each = [[tensor for loader in loaders for tensor in embedder.embed(loader)] for embedder in embedders]
-    groups = [images.groups for images in test_sets]
-    results = [evaluation.measure(embedded, ks, distance, groups) for embedded in of_each]
 
-    rows = {}
-    name = args.remark or ("backbone alone" if args.backbone_only else "this checkpoint")
-    embedded, result = of_each[0], results[0]
-    if len(results) > 1:
-        rows = {f"checkpoint {number}": result.metrics for number, result in enumerate(results, start=1)}
-        rows["mean"] = {name: fmean(row[name] for row in rows.values()) for name in result.metrics}
-        name = args.remark or "together"
-        embedded, distance = evaluation.side_by_side(of_each), "cosine"
-        result = evaluation.measure(embedded, ks, groups=groups)
-    rows[name] = result.metrics
-    shown = dict(rows)
-    if reference := published.RESULTS.get((args.dataset, spec.model)):
-        # Never the row above under the same name.
-        authors = "published by the authors" if name == "published" else "published"
-        shown[authors] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
-    print(logbook.table(shown) + "\n" + result.remark() + dataset.remark(test_sets), end="")
-    if args.verify or args.calibrate or args.report:
-        pairs = verification.verify(**evaluation.arguments(embedded, distance, groups), group=collectives.world())
+    measured = measure(args, [evaluation.embed(embedder, loaders) for embedder in embedders])
+    table = dict(measured.rows)
+    if reference := metrics.PUBLISHED.get((args.dataset, args.spec.model)):
+        # A row with --remark published stays.
+        name = "published by the authors" if "published" in table else "published"
+        table[name] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
+    print(logbook.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
+    if args.verify:
+        pairs = verification.verify(measured.queries, measured.gallery, measured.distance, group=group)
         print(pairs.text(), end="")
-    if reference and (networks[0].embedding_size, spec.image_size) != (512, 224):
+    if reference and (networks[0].embedding_size, args.spec.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
-        print("With --allow-partial: results on a part of the dataset do not compare with others.")
+        print("With --allow-partial, only a part of the dataset was evaluated: do not compare the results with others.")
 
     if args.calibrate or args.report:
-        embedded = evaluation.whole(embedded)
+        measured = measured.all_gather(ProcessGroup(group))
     if args.calibrate and collectives.rank() == 0:
-        calibrate(args, embedded, test_sets, groups)
-
+        calibrate(args, measured, test_sets)
     if args.report and collectives.rank() == 0:
-        environment = {
-            "command": args.command,
-            "checkpoint": source,
-            "weights": identity,
-            "device": hardware.describe(device),
-            "versions": ", ".join(f"{name} {version}" for name, version in logbook.versions().items()),
-        }
-        sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
-        path = page.write(
-            Path(args.report),
-            f"{spec.model} on {args.dataset}",
-            f"{source}; {' searched in '.join(sizes)}",
-            shown,
-            result,
-            pairs,
-            args.checkpoints[0].threshold if len(args.resume) == 1 else {},
-            environment,
-            *(page.TestSet(*embedded[2 * i : 2 * i + 2], images, distance) for i, images in enumerate(test_sets)),
-        )
-        print(f"The report is {printable(str(path))}")
-    return rows
+        environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}
+        write_report(args, measured, pairs, table, test_sets, environment)
+    return measured.rows
 
 
-def calibrate(args: argparse.Namespace, embedded: list[torch.Tensor], test_sets: list, groups: list) -> None:
+def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[dataset.ImageDataset]) -> None:
     """Choose and check a threshold, and record it in the checkpoint."""
-    found = verification.calibrate(embedded, args.far, args.spec.distance, groups)
+    calibration = verification.calibrate(measured.queries, args.calibrate, measured.gallery, measured.distance)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
-    save_threshold(args.resume[0], found.record() | data, args.checkpoints[0].identity)
-    print(f"{found.text()}The threshold is recorded in {printable(args.resume[0])}")
+    save_threshold(args.resume[0], calibration.record() | data, args.checkpoints[0].identity)
+    print(f"{calibration.text()}The threshold is recorded in {printable(args.resume[0])}")
+
+
+def write_report(
+    args: argparse.Namespace,
+    measured: Measurement,
+    pairs: verification.Verification,
+    rows: dict[str, dict[str, float]],
+    test_sets: list[dataset.ImageDataset],
+    environment: dict[str, str],
+) -> None:
+    sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
+    versions = ", ".join(f"{name} {version}" for name, version in logbook.versions().items())
+    embeddings = [side for side in (measured.queries, measured.gallery) if side is not None]
+    path = page.write(
+        Path(args.report),
+        f"{args.spec.model} on {args.dataset}",
+        f"{environment['checkpoint']}; {' searched in '.join(sizes)}, in {args.data_root}",
+        rows,
+        measured.result,
+        pairs,
+        args.checkpoints[0].threshold if len(args.resume) == 1 else {},
+        {"command": args.command} | environment | {"versions": versions},
+        *(page.TestSet(side, images, measured.distance) for side, images in zip(embeddings, test_sets)),
+    )
+    print(f"The report is {printable(str(path))}")
 
 
 def main(argv=None):

@@ -123,7 +123,9 @@ class Training(NamedTuple):
         """The folder of the run. Raises FileNotFoundError if it has not run."""
         args = train.parse(self.argv)
         path = run_folders.run_dir(Path(args.LOG_DIR), args.dataset, train.run_name(args))
-        if folders := run_folders.of_experiment(path, vars(args) | net.identity(args.pretrained)):
+        config = vars(args) | args.spec.to_record() | net.identity(args.pretrained)
+        del config["spec"]
+        if folders := run_folders.of_experiment(path, config):
             return folders[-1]
         raise FileNotFoundError(f"There is no run {path}")
 
@@ -213,7 +215,8 @@ def settings_in(folder: Path) -> dict | None:
     if folder.is_dir() and not path.exists() and not all(file.name.startswith(".") for file in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a folder of protocol.py's results: choose another --out")
     try:
-        return json.loads(path.read_text())["settings"] if path.exists() else None
+        older = {"loss_args": "", "loss_sha256": None}  # what older results do not record
+        return older | json.loads(path.read_text())["settings"] if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not one of protocol.py: {error}; choose another --out") from error
 

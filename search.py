@@ -365,7 +365,7 @@ def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) ->
 def embedder(network: torch.nn.Module, args: argparse.Namespace):
     """A function from images to their embeddings (N, D)."""
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
-    return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))[0]
+    return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers)).vectors
 
 
 class Answer(NamedTuple):

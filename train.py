@@ -61,9 +61,9 @@ def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run."""
     return logbook.run_name(
         args.model,
-        args.loss,
+        losses.label(args.loss),
         args.embedding_size,
-        f"alpha{args.alpha:g}_mrg{args.mrg:g}",
+        losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
         args.optimizer,
         args.lr,
         args.batch_size,
@@ -136,9 +136,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     resume = run_folders.to_resume(run_name(args), config)
     network = create_network(args, config, resume, device)
     embedder = Embedder(network, device, args.amp, args.compile)
-    criterion = sharded.create(
-        args.loss, data.num_classes, args.embedding_size, args.mrg, args.alpha, args.sample_proxies, args.seed
-    ).to(device)
+    settings = args.mrg, args.alpha, args.loss_args, args.sample_proxies, args.seed
+    criterion = sharded.create(args.loss, data.num_classes, args.embedding_size, *settings).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 

@@ -28,6 +28,7 @@ import net
 from benchmarks.timing import interleaved, print_row, synchronize
 from proxy_anchor import collectives, retrieval, sharded, training
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.vectors import Embeddings
 
 CLASSES, SIZE = 1000, 512
 STEPS = 3  # of the loss
@@ -82,7 +83,7 @@ def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int
     device = join(rank, count)
     before = held(device)
     torch.manual_seed(0)
-    criterion = sharded.create("Proxy_Anchor", classes, size, 0.1, 32.0, share, seed=0).to(device)
+    criterion = sharded.create("Proxy_Anchor", classes, size, 0.1, 32.0, share=share, seed=0).to(device)
     network = torch.nn.Module()
     network.model = torch.nn.Module()
     network.model.embedding = torch.nn.Linear(1, 1)
@@ -173,7 +174,7 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     epoch()
     before = peak(device)
     embeddings = F.normalize(torch.randn(len(labels), SIZE, device=device))
-    search = partial(retrieval.search, embeddings, labels, group=collectives.world())
+    search = partial(retrieval.search, Embeddings(embeddings, labels), group=collectives.world())
     search()
     memory = peak(device) - before
     with Counted() as counted:

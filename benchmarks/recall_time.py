@@ -14,6 +14,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import device_here, installed, interleaved, peak_bytes, print_ratios, print_row
 from proxy_anchor.retrieval import search
+from proxy_anchor.vectors import Embeddings
 
 KS = (1, 10, 100, 1000)
 
@@ -55,18 +56,18 @@ def main():
     print(f"{args.images} images, {args.per_class} per class, {args.size} dimensions, {device}, {threads} threads")
 
     if args.memory:
-        search(x[:2000], y[:2000])  # what a first call loads is not counted
-        peak = peak_bytes(lambda: search(x, y))
+        search(Embeddings(x[:2000], y[:2000]))  # what a first call loads is not counted
+        peak = peak_bytes(lambda: search(Embeddings(x, y)))
         print_row("peak memory beyond the embeddings", f"{peak / 2**20:.0f} MiB")
         return
 
-    functions = {"bare product": lambda: bare_product(x, x), "ours": lambda: search(x, y)}
+    functions = {"bare product": lambda: bare_product(x, x), "ours": lambda: search(Embeddings(x, y))}
     if not args.ours:
         functions |= others(x, y)
     print_ratios(interleaved(functions, args.rounds), of="ours")
     functions = {
         "bare product, half against half": lambda: bare_product(x[:half], x[half:]),
-        "ours, half against half": lambda: search(x[:half], y[:half], x[half:], y[half:]),
+        "ours, half against half": lambda: search(Embeddings(x[:half], y[:half]), Embeddings(x[half:], y[half:])),
     }
     print_ratios(interleaved(functions, args.rounds), of="ours, half against half")
 

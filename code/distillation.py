@@ -1,7 +1,7 @@
-"""Losses that transfer an embedding: a student learns how a teacher relates the images of a batch, without labels.
+"""Losses of embedding transfer: a student learns, without labels, how a teacher relates the images of a batch.
 
 The relaxed contrastive loss (Kim et al., "Embedding Transfer with Label Relaxation", CVPR 2021, arXiv 2103.14908) and
-two that it is compared with.
+its two baselines.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from torch import nn
 
 from proxy_anchor import cli
 
-FLOOR = 1e-12  # of squared distances, as published: it keeps equal rows from 0 / 0
+FLOOR = 1e-12  # the smallest squared distance, as published: equal rows would give 0 / 0
 
 
 class Distillation(nn.Module, ABC):
-    """A loss of a student's embeddings and a teacher's, of which only the directions count; no gradient flows to them.
+    """A loss of a student's embeddings, given the directions of a teacher's, which get no gradient.
 
-    Half-precision embeddings are computed with in float32.
+    Half-precision embeddings are converted to float32.
     """
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -36,17 +36,17 @@ class Distillation(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """The scalar, of embeddings in float32 or better; the teacher's have unit length."""
+        """The scalar for embeddings in float32 or float64; the teacher's have unit length."""
 
 
 class RelaxedContrastive(Distillation):
-    """The relaxed contrastive loss, of the distances d_ij between students and D_ij between teachers of unit length.
+    """The relaxed contrastive loss of the distances d_ij of the student and D_ij of the teacher.
 
         1/n sum_i sum_j  w_ij r_ij^2 + (1 - w_ij) max(delta - r_ij, 0)^2
         w_ij = exp(-D_ij^2 / sigma),  r_ij = d_ij / mean_k d_ik
 
-    Near pairs of the teacher attract each other and far ones are kept delta apart, as far as the label w is near to 1
-    or to 0. The means are over all n, i itself with its 0 included; the gradient flows through them.
+    The label w is near 1 for pairs that are near for the teacher: these attract each other. It is near 0 for far pairs,
+    which repel each other up to delta. The means include k = i, where d_ik is 0; the gradient flows through them.
     """
 
     def __init__(self, sigma: float = 1.0, delta: float = 1.0):
@@ -84,32 +84,32 @@ class PKT(Distillation):
         return (q * torch.log((q + self.epsilon) / (p + self.epsilon))).mean()
 
     def shares(self, x: torch.Tensor) -> torch.Tensor:
-        """The similarities of each row of (n, d) to all, itself included, divided by their sum: (n, n)."""
+        """The similarities of each row of (n, d) to all rows, divided by their sum: (n, n)."""
         x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.epsilon)
         similarity = (x @ x.T + 1) / 2
         return similarity / similarity.sum(dim=1, keepdim=True)
 
 
 def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_j - x_i of rows (n, d): (n, n, d), and their squared lengths (n, n). Equal rows are exactly 0 apart."""
+    """x_j - x_i of rows (n, d) as (n, n, d), and the squared lengths (n, n); equal rows give exactly 0."""
     apart = x - x[:, None]
     return apart, apart.square().sum(dim=2)
 
 
 def distances(x: torch.Tensor) -> torch.Tensor:
-    """Between rows (n, d): (n, n). Others than of a row to itself are floored, and have no gradient there."""
+    """The distances between rows (n, d) as (n, n), at least the root of FLOOR but on the diagonal."""
     _, squared = differences(x)
     return squared.clamp(min=FLOOR).sqrt() * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
 
 
 def relative(x: torch.Tensor) -> torch.Tensor:
-    """Distances between rows (n, d), divided by the mean of those between two: (n, n)."""
+    """The distances between rows (n, d), divided by their mean over all pairs of two rows: (n, n)."""
     d = distances(x)
     return d / (d.sum() / (len(x) * (len(x) - 1)))
 
 
 def cosines(x: torch.Tensor) -> torch.Tensor:
-    """Of the angles at row i of (n, d) between j and k: (n, n, n), 0 where i equals one of them."""
+    """The cosines of the angles at row i of (n, d) between j and k as (n, n, n); 0 where i equals j or k."""
     apart, squared = differences(x)
     directions = torch.where(squared > FLOOR, squared, torch.inf).rsqrt()[:, :, None] * apart
     return directions @ directions.mT

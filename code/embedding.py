@@ -4,6 +4,7 @@ import torch
 
 from proxy_anchor import distributed, hardware
 from proxy_anchor.progress import progress
+from proxy_anchor.vectors import Embeddings
 
 
 class Scaler(torch.amp.GradScaler):
@@ -60,19 +61,22 @@ class Embedder:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def embed(self, loader, description: str = "embedding", stop=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (N, D) and labels (N,) of all images of a loader's dataset, in eval mode, with a progress bar.
+    def embed(self, loader, description: str = "embedding", stop=None) -> Embeddings:
+        """Embeddings of all images of an evaluation loader, in eval mode, with a progress bar.
 
-        Where several processes share the work, they are of this one's part of the images, which the loader has. stop: a
-        Stop, which may end it early; check it before the embeddings are used.
+        With several processes, the loader has this one's share of the images. A dataset with `groups` gives them too.
+        stop: a Stop, which may end the pass early; check it before the embeddings are used.
         """
         self.network.eval()
         bar = progress(loader, description, len(loader.sampler))
         if stop:
             bar = stop.after_each(bar)
-        embeddings = [torch.empty(0, self.network.embedding_size, device=self.device)]
+        vectors = [torch.empty(0, self.network.embedding_size, device=self.device)]
         labels = [torch.empty(0, dtype=torch.long, device=self.device)]
         for images, batch_labels in self.batches(bar):
-            embeddings.append(self(images))
+            vectors.append(self(images))
             labels.append(batch_labels)
-        return torch.cat(embeddings), torch.cat(labels)
+        groups = getattr(loader.dataset, "groups", None)
+        if groups is not None:
+            groups = torch.as_tensor(groups)[list(loader.sampler)].to(self.device)
+        return Embeddings(torch.cat(vectors), torch.cat(labels), groups)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import textwrap
+from collections.abc import Collection
 from contextlib import contextmanager
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -103,8 +104,10 @@ def read_backbone(folder: Path) -> dict[str, float] | None:
 
 
 def draw_run(table: Path, path: Path, title: str) -> None:
-    """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv."""
+    """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv of two or more epochs."""
     rows, backbone = read(table)
+    if len(rows) == 1:  # no curve yet
+        return
     x = [int(row["epoch"]) for row in rows]
     edges = [x[0] - 0.5, *(epoch + 0.5 for epoch in x)]
     first = metrics.prefix(rows[0]) + "R@1"
@@ -152,7 +155,7 @@ def draw_run(table: Path, path: Path, title: str) -> None:
         lr_axes.stairs(rates, edges, fill=True, color="#c9d3df")
         lr_axes.set(ylim=(0, 1.1 * max(rates) or 1), yticks=[max(rates)], yticklabels=[f"{max(rates):g}"])
         lr_axes.grid(False)
-        lr_axes.set(xlabel="epoch", xlim=(edges[0], edges[-1]))
+        lr_axes.set(xlabel="epoch", xlim=(edges[0], x[-1] + 0.02 * len(x)))  # the labels stand at the ends of the lines
         lr_axes.xaxis.get_major_locator().set_params(integer=True)
         for ax in (loss_axes, recall_axes):
             ax.tick_params(labelbottom=False)
@@ -241,10 +244,11 @@ def colors_of(primary: list[bool]) -> list[str]:
     return [next(strong if first else muted) for first in primary]
 
 
-def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> None:
+def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path, wrong: Collection[str] = ()) -> None:
     """Draw rows of (path of an image, caption), each a query and its neighbours; at most ROWS by COLUMNS.
 
     read_image gives uint8 (3, H, W) for a path. An image that it cannot read is an empty frame with the file's name.
+    wrong: paths of neighbours to frame.
     """
     from matplotlib.patches import Rectangle
     from PIL import Image
@@ -268,6 +272,8 @@ def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path) -> No
                     shown = "\n".join(textwrap.wrap(printable(Path(name).name), 16))
                     ax.text(left + 0.46, bottom + 0.46, shown, fontsize=7, color=QUIET, ha="center", va="center")
                 color, line, weight = (STRONG[0], 2, "bold") if column == 0 else (GRID, 1, "normal")
+                if column and name in wrong:
+                    color, line = STRONG[1], 2
                 ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=line, zorder=3))
                 caption = "\n".join(map(printable, caption.split("\n")))
                 ax.text(left + 0.46, bottom + 0.97, caption, ha="center", va="bottom", fontsize=9, fontweight=weight)

@@ -39,7 +39,7 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
 def to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The network on the device. On a CPU its convolutions take the layout of the images, see memory_format."""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return network.to(device).to(memory_format=layout)
+    return network.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def memory_format(device: torch.device, image_size: int) -> torch.memory_format:

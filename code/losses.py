@@ -1,45 +1,79 @@
 """Proxy-Anchor loss (Kim et al., CVPR 2020, arXiv 2003.13911) and the losses it is compared with."""
 
 import argparse
+import ast
+import inspect
+import os
+import re
+import runpy
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from proxy_anchor import cli
-from proxy_anchor.vectors import norms
-
-BLOCK_ELEMENTS = 1 << 19  # similarities at a time; they stay in a CPU's cache
+from proxy_anchor import blocked, cli
+from proxy_anchor.files import sha256
+from proxy_anchor.vectors import norms, whole_numbers
 
 
 def equation(
     embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor, margin=0.1, alpha=32.0
 ) -> torch.Tensor:
-    """Equation 4 of the paper, see ProxyAnchor, on the whole matrix of similarities.
+    """Equation 4 of the paper, see ProxyAnchor: embeddings (B, D), proxies (C, D), labels (B,) -> scalar.
 
     It has derivatives of any order, also with respect to margin and alpha. Raises ValueError as ProxyAnchor does.
     """
+    labels = checked_labels(labels, embeddings, *proxies.shape)
+
     s = embeddings / norms(embeddings) @ (proxies / norms(proxies)).T  # (B, C)
-    positive = F.one_hot(checked(labels, embeddings, *proxies.shape), len(proxies)).bool()
-    one = torch.zeros_like(s[:1])  # log(1 + sum exp(z)) is logsumexp over z and a 0
+    positive = F.one_hot(labels, len(proxies)).bool()
+    one = torch.zeros_like(s[:1])  # log(1 + sum exp(z)) is the logsumexp of z and a 0
     pull = torch.cat([one, (-alpha * (s - margin)).masked_fill(~positive, -torch.inf)]).logsumexp(dim=0)
     push = torch.cat([one, (alpha * (s + margin)).masked_fill(positive, -torch.inf)]).logsumexp(dim=0)
     return pull.sum() / positive.any(dim=0).sum() + push.mean()
 
 
-def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
-    """Labels, of any integer type, as int64. Raises ValueError for anything else."""
-    kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels)
-    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        found = kind if isinstance(kind, torch.dtype) else kind.__name__
-        raise ValueError(f"Expected {name} as a tensor of whole numbers, found {found}")
-    return labels.long()
+class ProxyAnchor(nn.Module):
+    """Proxy-Anchor loss, equation 4 of the paper.
+
+        1/|P+| sum_{p in P+} log(1 + sum_{x in X+_p} exp(-alpha (s(x, p) - margin)))
+      + 1/|P|  sum_{p in P}  log(1 + sum_{x in X-_p} exp( alpha (s(x, p) + margin)))
+
+    s is the cosine similarity, P are all proxies (one per class), P+ those with a positive in the batch, X+_p and X-_p
+    the embeddings of p's class and of all other classes. Half-precision embeddings are converted to float32.
+
+    It computes `equation` in blocks of classes, with first derivatives only. For other derivatives, call `equation`.
+    """
+
+    proxy_lr = 100  # learning rate of the proxies, as a multiple of the network's
+    clipped = True  # gradients of the proxies are clipped, as the network's are
+
+    def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
+        super().__init__()
+        self.margin = margin
+        self.alpha = alpha
+        self.proxies = nn.Parameter(nn.init.kaiming_normal_(torch.empty(num_classes, embedding_size), mode="fan_out"))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels."""
+        labels = checked_labels(labels, embeddings, *self.proxies.shape)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x, proxies = in_full_precision(embeddings, self.proxies)
+            return blocked.equation(x, proxies, labels, self.margin, self.alpha)
 
 
-def checked(labels: torch.Tensor, embeddings: torch.Tensor, num_classes: int, embedding_size: int) -> torch.Tensor:
-    """The labels of a batch as int64. Raises ValueError for others than 0 ... num_classes - 1 and for other shapes.
+def in_full_precision(embeddings: torch.Tensor, proxies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the same type: float32, or float64 if one of them is."""
+    dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, proxies.dtype))
+    return embeddings.to(dtype), proxies.to(dtype)
 
-    On CUDA, labels out of range end the process by an assertion on the device, for which the host does not wait.
+
+def checked_labels(
+    labels: torch.Tensor, embeddings: torch.Tensor, num_classes: int, embedding_size: int
+) -> torch.Tensor:
+    """The labels of a batch as int64. Raises ValueError for labels other than 0 ... num_classes - 1 or other shapes.
+
+    On CUDA, labels out of range end the process by an assertion on the device: a check on the host would force a sync.
     """
     labels = whole_numbers(labels)
     fits = embeddings.ndim == 2 and embeddings.shape[1] == embedding_size and labels.shape == embeddings.shape[:1]
@@ -54,120 +88,6 @@ def checked(labels: torch.Tensor, embeddings: torch.Tensor, num_classes: int, em
     elif not in_range:
         raise ValueError(f"Expected labels from 0 to {num_classes - 1}, found {labels.min()} to {labels.max()}")
     return labels
-
-
-class ProxyAnchor(nn.Module):
-    """Proxy-Anchor loss, equation 4 of the paper.
-
-        1/|P+| sum_{p in P+} log(1 + sum_{x in X+_p} exp(-alpha (s(x, p) - margin)))
-      + 1/|P|  sum_{p in P}  log(1 + sum_{x in X-_p} exp( alpha (s(x, p) + margin)))
-
-    s is the cosine similarity, P are all proxies (one per class), P+ those with a positive in the batch, X+_p and X-_p
-    the embeddings of p's class and of all others. Half-precision embeddings are converted to float32. It needs the
-    memory of the proxies and their gradient, for any number of classes, and gives first derivatives alone; the
-    function `equation` gives the others.
-    """
-
-    proxy_lr = 100  # learning rate of the proxies, as a multiple of the network's
-    clipped = True  # gradients of the proxies are clipped, as the network's are
-
-    def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
-        super().__init__()
-        self.num_classes = num_classes
-        self.margin = margin
-        self.alpha = alpha
-        self.proxies = nn.Parameter(self.initial_proxies(embedding_size))  # (C, D)
-
-    def initial_proxies(self, embedding_size: int) -> torch.Tensor:
-        return nn.init.kaiming_normal_(torch.empty(self.num_classes, embedding_size), mode="fan_out")
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """embeddings (B, D), labels (B,) of 0 ... C - 1 -> scalar. Raises ValueError on other shapes or labels."""
-        labels = checked(labels, embeddings, self.num_classes, self.proxies.shape[1])
-        with torch.autocast(embeddings.device.type, enabled=False):
-            dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, self.proxies.dtype))
-            embeddings = embeddings.to(dtype)
-            return self.of_unit_vectors(embeddings / norms(embeddings), labels)
-
-    def of_unit_vectors(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.of_proxies(self.proxies, x, labels, rows=labels, weights=x.new_ones(len(self.proxies), 1))
-
-    def of_proxies(self, proxies, x, labels, rows, weights) -> torch.Tensor:
-        """The terms of the classes of these proxies, all or a part of them; see ProxyAnchorFunction."""
-        proxies = proxies.to(x.dtype)
-        return ProxyAnchorFunction.apply(x, proxies, labels, rows, weights, self.num_classes, self.margin, self.alpha)
-
-
-class ProxyAnchorFunction(torch.autograd.Function):
-    """The equation and its gradient in one pass over blocks of classes.
-
-    A class's terms depend on others only by the factors 1/|P+| and 1/|P|, known beforehand, so the gradient of
-    a block is complete as soon as its similarities are there, and nothing of size B x C is kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x, proxies, labels, rows, weights, num_classes, margin, alpha):
-        """x (B, D) of unit length, proxies (c, D) of any length, labels (B,).
-
-        rows (B,): where the proxies have that of each embedding's class; outside of 0 ... c - 1 if it is not among
-        them. weights (c, 1): how many of the num_classes classes each proxy's negative term stands for.
-        """
-        batch = len(x)
-        columns = torch.arange(batch, device=x.device)
-        here = (rows >= 0) & (rows < len(proxies))
-        same = labels[:, None] == labels  # (B, B)
-        with_positive = (1 / same.sum(dim=1).to(x.dtype)).sum()  # |P+|: a class of n embeddings counts n times 1/n
-
-        # Positives: one similarity for each embedding, that with the proxy of its class. log(1 + sum exp(z)) and its
-        # derivatives exp(z) / (1 + sum exp(z)), without overflow, from log_softmax over z with a 0 in front.
-        p = proxies[rows.clamp(0, len(proxies) - 1)]  # (B, D)
-        p_norms = norms(p)
-        s = (x * p).sum(dim=1) / p_norms[:, 0]  # (B,)
-        z = torch.where(same, -alpha * (s - margin), -torch.inf)  # (B, B): row i holds all positives of i's class
-        log_shares = F.log_softmax(F.pad(z, (1, 0)), dim=1)  # (B, 1 + B)
-        # A class is in as many rows as it has embeddings.
-        loss = -torch.where(here, log_shares[:, 0] / same.sum(dim=1), 0).sum() / with_positive
-        positive_slopes = -alpha / with_positive * log_shares[columns, 1 + columns].exp()  # (B,): dL/ds
-
-        grad_x = torch.zeros_like(x) if any(ctx.needs_input_grad) else None
-        grad_proxies = torch.empty_like(proxies) if any(ctx.needs_input_grad) else None
-        step = max(1, BLOCK_ELEMENTS // (1 + batch))
-        for start in range(0, len(proxies), step):
-            p = proxies[start : start + step]  # (c, D)
-            p_norms = norms(p)  # (c, 1)
-            s = p @ x.T / p_norms  # (c, B)
-            # Negatives: all but each embedding's own class. The positives are overwritten by index, both in and out
-            # of the block, for a search would make a GPU's host wait.
-            own = (rows - start).clamp(0, len(p) - 1)  # (B,)
-            in_block = (rows >= start) & (rows < start + len(p))
-            z = F.pad(alpha * (s + margin), (1, 0))  # (c, 1 + B)
-            z[own, 1 + columns] = torch.where(in_block, -torch.inf, z[own, 1 + columns])
-            log_shares = F.log_softmax(z, dim=1)
-            stand_for = weights[start : start + step]
-            loss -= log_shares[:, 0].mul_(stand_for[:, 0]).sum() / num_classes
-            if grad_x is None:
-                continue
-            slopes = log_shares[:, 1:].exp_().mul_(stand_for * (alpha / num_classes))  # (c, B): dL/ds
-            slopes[own, columns] += torch.where(in_block, positive_slopes, 0)
-            slopes /= p_norms  # from here the slopes by p . x
-            grad_x.addmm_(slopes.T, p)
-            grad_p = torch.mm(slopes, x, out=grad_proxies[start : start + step])
-            # Through the proxies' normalization: minus the part along the proxy.
-            grad_p.addcmul_(p, (slopes * s).sum(dim=1, keepdim=True) / p_norms, value=-1)
-        ctx.save_for_backward(grad_x, grad_proxies)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        # The gradients are constants to autograd: differentiated again, they would give 0, and a wrong sum with it.
-        *_, margin, alpha = ctx.needs_input_grad
-        if torch.is_grad_enabled() or margin or alpha:
-            raise NotImplementedError(
-                "ProxyAnchor gives first derivatives, and none with respect to margin or alpha; for others, call "
-                "proxy_anchor.losses.equation(embeddings, proxies, labels, margin, alpha)"
-            )
-        grad_x, grad_proxies = ctx.saved_tensors
-        return grad_x * grad_loss, grad_proxies * grad_loss, None, None, None, None, None, None
 
 
 class MinedLoss(nn.Module):
@@ -190,8 +110,18 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--loss",
         default="Proxy_Anchor",
-        **cli.one_of(*LOSSES),
-        help="Proxy-Anchor, or one that it is compared with, set as in the paper; the last four need --IPC 2 or more",
+        type=name_or_file,
+        metavar="NAME|FILE.py:CLASS",
+        help=f"{', '.join(LOSSES)}, set as in the paper (the last four need --IPC 2 or more), or a loss of your own",
+    )
+    group.add_argument(
+        "--loss-args",
+        default="",
+        type=assignments,
+        nargs="+",
+        action=JoinedAction,
+        metavar="NAME=VALUE",
+        help="arguments of your own loss, e.g. s=16 m=0.5: CLASS(num_classes, embedding_size, s=16, m=0.5)",
     )
     group.add_argument(
         "--alpha",
@@ -225,9 +155,19 @@ def later_options() -> argparse.ArgumentParser:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error for a sample or a batch that the loss cannot take."""
+    """End with a usage error for arguments that the loss cannot take; adds loss_sha256, by which a file is known."""
+    args.loss_sha256 = None
+    if args.loss not in LOSSES:
+        try:
+            args.loss_sha256 = sha256(args.loss.rpartition(":")[0])
+        except OSError as error:
+            parser.error(f"argument --loss: {error.filename}: {error.strerror}")
+    elif args.loss_args:
+        parser.error(f"argument --loss-args: {args.loss} takes none; they are for a loss of your own, FILE.py:CLASS")
     if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
-        parser.error(f"argument --sample-proxies: {args.loss} takes all proxies or none; Proxy_Anchor samples them")
+        parser.error(
+            f"argument --sample-proxies: {label(args.loss)} takes all proxies or none; Proxy_Anchor samples them"
+        )
     if args.loss in OF_PAIRS and (args.IPC or 1) < 2:
         parser.error(
             f"argument --loss: {args.loss} compares images of one class with each other, of which a random batch may "
@@ -235,25 +175,113 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         )
 
 
+def name_or_file(text: str) -> str:
+    """The type of --loss: a name of LOSSES, or FILE.py:CLASS with the absolute path of the file."""
+    path, _, class_name = text.rpartition(":")
+    if path.endswith(".py") and class_name.isidentifier():
+        return f"{os.path.abspath(path)}:{class_name}"
+    if text not in LOSSES:
+        names = ", ".join(LOSSES)
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: '{text}' (choose from {names}, or FILE.py:CLASS of your own)"
+        )
+    return text
+
+
+def assignments(text: str) -> str:
+    """The type of --loss-args: NAME=VALUE, or several with spaces between them."""
+    for assignment in text.split():
+        name, sign, _ = assignment.partition("=")
+        if not sign or not name.isidentifier():
+            raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found '{assignment}'")
+    return text
+
+
+class JoinedAction(argparse.Action):
+    """Stores the values of a flag as one text, with spaces between them."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, " ".join(values))
+
+
+def keywords(arguments: str) -> dict[str, object]:
+    """The values of --loss-args by their names: Python literals, or else texts."""
+    values: dict[str, object] = {}
+    for assignment in arguments.split():
+        name, _, text = assignment.partition("=")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
 OF_PAIRS = ("MS", "Contrastive", "Triplet", "NPair")  # without proxies
 SMALLEST_SHARE = 1e-15  # the draws have steps of 2**-53
 
 
-def create(name: str, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0) -> nn.Module:
-    """A loss by its name in LOSSES: module (embeddings (B, D), labels (B,)) -> scalar.
+def label(name: str) -> str:
+    """The name of a loss without its file."""
+    return name.rpartition(":")[2]
 
-    margin and alpha are Proxy-Anchor's; the others are pytorch-metric-learning's, with the settings of the published
-    comparison. A loss may have the attributes proxy_lr and clipped, see ProxyAnchor; without them its parameters learn
-    as fast as the network, and their gradients are not clipped. Raises ValueError for another name, ImportError without
-    that library.
+
+def settings_in_words(name: str, margin: float, alpha: float, arguments: str) -> str:
+    """The settings in the name of a run's folder. Published names have margin and alpha for every loss of LOSSES."""
+    if name in LOSSES:
+        return f"alpha{alpha:g}_mrg{margin:g}"
+    return "_".join(re.sub(r"[^\w.,+-]", "-", text.replace("=", "", 1)) for text in arguments.split())
+
+
+def create(
+    name: str, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0, arguments: str = ""
+) -> nn.Module:
+    """A loss by its name in LOSSES or its FILE.py:CLASS: module (embeddings (B, D), labels (B,)) -> scalar.
+
+    margin and alpha are Proxy-Anchor's, arguments those of a file's class. The baselines are pytorch-metric-learning's,
+    with the settings of the published comparison. A loss may have the attributes proxy_lr and clipped, see ProxyAnchor;
+    without them its parameters learn as fast as the network, and their gradients are not clipped. Raises ValueError for
+    another name, ImportError without that library.
     """
     if name == "Proxy_Anchor":
         return ProxyAnchor(num_classes, embedding_size, margin, alpha)
-    return create_rival(name, num_classes, embedding_size)
+    if name in LOSSES:
+        return create_baseline(name, num_classes, embedding_size)
+    if ":" in name:
+        return create_from_file(name, num_classes, embedding_size, keywords(arguments))
+    raise ValueError(f"There is no loss '{name}'; there are {', '.join(LOSSES)}")
 
 
-def create_rival(name: str, num_classes: int, embedding_size: int) -> nn.Module:
+def create_from_file(name: str, num_classes: int, embedding_size: int, arguments: dict[str, object]) -> nn.Module:
+    """FILE.py:CLASS, called as CLASS(num_classes, embedding_size, **arguments).
+
+    Raises ValueError if there is no such class, if it does not accept the arguments or is no module, and, when it is
+    called, if it does not return a scalar.
+    """
+    path, _, class_name = name.rpartition(":")
+    make = runpy.run_path(path).get(class_name)
+    if make is None:
+        raise ValueError(f"{path} has no class {class_name}")
+    try:
+        inspect.signature(make).bind(num_classes, embedding_size, **arguments)
+    except TypeError as error:
+        names = ", ".join(["num_classes", "embedding_size", *arguments])
+        raise ValueError(f"{class_name} does not accept the arguments {names}: {error}; see --loss-args") from error
+    loss = make(num_classes, embedding_size, **arguments)
+    if not isinstance(loss, nn.Module):
+        raise ValueError(f"{path}: expected {class_name} to be a torch.nn.Module, found {type(loss).__name__}")
+    loss.register_forward_hook(check_scalar)
+    return loss
+
+
+def check_scalar(loss: nn.Module, _, value) -> None:
+    """Raise ValueError if the loss has not returned a scalar."""
+    if not isinstance(value, torch.Tensor) or value.ndim:
+        found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{type(loss).__name__} returned {found}, expected a scalar such as the mean over the batch")
+
+
+def create_baseline(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     """One of the losses that Proxy-Anchor is compared with, see create."""
     # Only the comparison needs it. Each setting is given, even a default one: defaults change between versions.
     from pytorch_metric_learning import distances, losses, miners, reducers
@@ -280,6 +308,5 @@ def create_rival(name: str, num_classes: int, embedding_size: int) -> nn.Module:
             ),
             miners.TripletMarginMiner(margin=0.1, type_of_triplets="semihard", **euclidean),
         )
-    if name == "NPair":  # refuses embeddings that its distance normalises
-        return losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False, power=1), **mean)
-    raise ValueError(f"There is no loss '{name}'; there are {', '.join(LOSSES)}")
+    # NPair; it refuses embeddings that its distance normalises.
+    return losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False, power=1), **mean)

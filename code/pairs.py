@@ -1,6 +1,6 @@
-"""All pairs of images, counted by their nearness: as they are, and for classes drawn again.
+"""All pairs of images, counted by their similarity: as they are, and for a bootstrap sample of the classes.
 
-Nearness is the cosine similarity, or minus the Euclidean distance: more is nearer.
+The similarity is the cosine, or minus the Euclidean distance: larger is nearer.
 """
 
 import math
@@ -8,44 +8,46 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from proxy_anchor.collectives import ProcessGroup
-from proxy_anchor.retrieval import groups_searched, searched
+from proxy_anchor.retrieval import validate_gallery
 from proxy_anchor.tiles import Points, Tiled, origin_of
+from proxy_anchor.vectors import Embeddings
 
-RESOLUTION = 1 << 16  # bins in the range of the similarities
+RESOLUTION = 1 << 16  # bins in the range of the cosine
 STEPS, MANTISSA = 1 << 14, 52 - 14  # of distances: bins from one power of two to the next, and the bits left out
-OCTAVES = 26  # from the farthest to rounding errors: of distances, the root of those of float64
+OCTAVES = 26  # of distances, from the farthest down to rounding errors: half the bits of float64
 CELLS = 1 << 23  # numbers at a time in the bootstrap
 
 
 @dataclass
 class Scale:
-    """Bins of nearness; a threshold is the lower edge of one, and the last begins at the nearest possible.
+    """Bins of similarities; a threshold is the lower edge of one, and the last begins at the largest similarity.
 
-    Those of similarities are equal. Those of distances are the numbers with STEPS steps from one power of two to the
-    next: each is as exact as all others, relative to itself, however far the farthest image is.
+    Bins of cosines have equal widths. Bins of distances divide each power of two into STEPS: every threshold has the
+    same relative precision, however far the farthest image is.
     """
 
     edges: np.ndarray  # ascending: the first accepts all pairs, the last none
-    farthest: int | None = None  # of distances: the number of the first edge, see steps
+    farthest: int | None = None  # of distances: the step of the first edge, see steps
 
     @classmethod
-    def of_similarities(cls) -> "Scale":
+    def for_cosines(cls) -> "Scale":
         return cls(-1 + 2 / RESOLUTION * np.arange(RESOLUTION + 2))
 
     @classmethod
-    def of_distances(cls, farthest: float) -> "Scale":
-        """Down to 2**-OCTAVES of the farthest: what is nearer, but for rounding errors of the squares, is at 0."""
+    def for_distances(cls, farthest: float) -> "Scale":
+        """From the farthest down to its 2**-OCTAVES; shorter distances, lost in rounding errors, count as 0."""
         last = int(steps(torch.tensor(farthest or 1, dtype=torch.double)))
         numbers = torch.arange(last, last - OCTAVES * STEPS, -1) << MANTISSA
         edges = -numbers.view(torch.double).numpy()
         return cls(np.concatenate([edges, [0, -edges[-1]]]), last)
 
     @classmethod
-    def of(cls, queries: Points, targets: Points, processes: ProcessGroup) -> "Scale":
+    def for_points(cls, queries: Points, targets: Points, processes: ProcessGroup) -> "Scale":
         halves = [processes.max(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
-        return cls.of_distances(sum(math.sqrt(2 * half) for half in halves)) if halves else cls.of_similarities()
+        return cls.for_distances(sum(math.sqrt(2 * half) for half in halves)) if halves else cls.for_cosines()
 
     def __len__(self):
         return len(self.edges) - 1
@@ -54,29 +56,29 @@ class Scale:
         """The number of the first edge that is not below the threshold."""
         return min(int(np.searchsorted(self.edges, threshold)), len(self))
 
-    def bins(self, nearness: torch.Tensor) -> torch.Tensor:
-        """The numbers of the bins; overwrites the nearness."""
+    def bins(self, similarities: torch.Tensor) -> torch.Tensor:
+        """The numbers of the bins; overwrites the similarities."""
         if self.farthest is None:
-            numbers = nearness.add_(1).div_(2 / RESOLUTION).long()
+            numbers = similarities.add_(1).div_(2 / RESOLUTION).long()
         else:
-            numbers = steps(nearness.abs_()).neg_().add_(self.farthest)
+            numbers = steps(similarities.abs_()).neg_().add_(self.farthest)
         return numbers.clamp_(0, len(self) - 1)
 
 
 def steps(distances: torch.Tensor) -> torch.Tensor:
-    """Their numbers among those with STEPS steps to an octave, rounded up; they are float64 and not negative.
+    """The distances, float64 and not negative, as whole numbers with STEPS to each power of two, rounded up.
 
-    The bits of floating-point numbers are in the order of the numbers: those after the first are left out.
+    The bits of floating-point numbers have the order of the numbers; all but the leading ones are dropped.
     """
     return -(-distances.view(torch.long) >> MANTISSA)
 
 
 @dataclass
 class Pairs:
-    """The pairs of queries and targets, in tiles of the matrix of their nearness; each pair once, no image with itself.
+    """Pairs of queries and targets, in tiles of their similarity matrix; each pair once, no image with itself.
 
-    Of images with groups, two of one group are no pair. Only a tile is in memory at a time. Of several processes each
-    has a part of the queries and of the targets, and the queries travel, as in retrieval.search.
+    Two images of one group are not a pair. Only one tile is in memory at a time. With several processes, each has a
+    share of the queries and of the targets, and the queries travel, as in retrieval.search.
     """
 
     queries: Tiled
@@ -87,55 +89,51 @@ class Pairs:
     processes: ProcessGroup
 
     @classmethod
-    def of(
+    def from_embeddings(
         cls,
-        embeddings,
-        labels,
-        gallery=None,
-        gallery_labels=None,
-        distance="cosine",
-        groups=None,
-        gallery_groups=None,
-        group=None,
+        queries: Embeddings,
+        gallery: Embeddings | None = None,
+        distance: str = "cosine",
+        group: dist.ProcessGroup | None = None,
     ) -> "Pairs":
-        within = gallery is None
-        processes = ProcessGroup(group)
-        embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, processes)
-        groups, gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
-        origin = origin_of(gallery, distance, processes)
-        queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
-        targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
-        labels = [part for tiled in (queries, targets) for part in processes.all_gather(tiled.labels)]
-        classes = torch.unique(torch.cat(labels))
-        return cls(queries, targets, within, Scale.of(queries.points, targets.points, processes), classes, processes)
+        """Pairs of the queries with the gallery or, without one, of the queries among themselves."""
+        within, processes = gallery is None, ProcessGroup(group)
+        queries, gallery = validate_gallery(queries, gallery, processes)
+        origin = origin_of(gallery.vectors, distance, processes)
+        tiled = Tiled.from_embeddings(queries, origin)
+        targets = tiled if within else Tiled.from_embeddings(gallery, origin)
+        classes = torch.unique(torch.cat([*processes.all_gather(tiled.labels), *processes.all_gather(targets.labels)]))
+        scale = Scale.for_points(tiled.points, targets.points, processes)
+        return cls(tiled, targets, within, scale, classes, processes)
 
     def tiles(self):
-        """Of each tile: the labels of its rows and columns, whether it has more than different-class pairs, its bins.
+        """For each tile: the labels of its rows and columns, whether it may hold same-class or missing pairs, its bins.
 
-        The bins of different-class pairs come first, then those of one class, then one for what is no pair.
+        Different-class pairs are in the first len(scale) bins, same-class pairs in as many after them, and what is no
+        pair in a last one.
         """
         targets, no_pair = self.targets, 2 * len(self.scale)
-        for owner, queries in enumerate(self.queries.all_gather(self.processes)):
+        for owner, queries in enumerate(self.queries.per_process(self.processes)):
             selves = self.within and owner == self.processes.rank
             for i in range(len(queries)):
-                block, rows = queries.broadcast_tile(i, owner, self.processes), queries.slice(i)
+                block, rows = queries.broadcast(i, owner, self.processes), queries.rows(i)
                 for j in range(i if selves else 0, len(targets)) if self.compares(owner) else ():
-                    columns = targets.slice(j)
-                    nearness = block.similarities(targets.tile(j))[: queries.length(i), : targets.length(j)]
+                    columns = targets.rows(j)
+                    similarities = block.similarities(targets.tile(j))[: queries.length(i), : targets.length(j)]
                     if block.halves is not None:  # these are -d^2 / 2
-                        nearness = nearness.clamp_(max=0).mul_(-2).sqrt_().neg_()
-                    bins = self.scale.bins(nearness)
-                    if others := queries.shares_labels(i, targets, j):
+                        similarities = similarities.clamp_(max=0).mul_(-2).sqrt_().neg_()
+                    bins = self.scale.bins(similarities)
+                    if mixed := queries.shares_labels(i, targets, j):
                         bins += (queries.labels[rows, None] == targets.labels[columns]) * len(self.scale)
                     if queries.groups is not None and targets.groups is not None:
                         bins.masked_fill_(queries.groups[rows, None] == targets.groups[columns], no_pair)
-                        others = True
+                        mixed = True
                     if selves and i == j:
                         bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), no_pair)
-                    yield queries.labels[rows], targets.labels[columns], others, bins
+                    yield queries.labels[rows], targets.labels[columns], mixed, bins
 
     def compares(self, owner: int) -> bool:
-        """Whether this process compares the owner's queries with its targets: within one set, one of two does."""
+        """Whether this process compares the owner's queries with its targets: within one set, one of the two does."""
         ahead, count = (self.processes.rank - owner) % self.processes.size, self.processes.size
         return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.processes.rank)
 
@@ -150,38 +148,38 @@ class Pairs:
     def resampled(self, edges: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of same-class and different-class pairs between edges, with weighted classes: (K - 1, R) each.
 
-        edges (K,): numbers of the scale's; the first and the last are its first and last. weights (C, R): how often
-        each class was drawn. A pair of class c counts w_c, one of classes c and c' counts w_c w_c': two copies of a
-        class are not compared with each other.
+        edges (K,): numbers of the scale's edges, from its first to its last. weights (C, R): how often each class was
+        drawn. A pair of class c counts w_c times, one of classes c and c' w_c w_c' times: two copies of a class are not
+        compared with each other.
         """
         device = self.queries.labels.device
         cells = len(edges) - 1
-        of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(len(self.scale)), side="right") - 1)
-        cell_of = torch.cat([of_bin, of_bin + cells, torch.tensor([2 * cells])]).to(device)
+        cell_of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(len(self.scale)), side="right") - 1)
+        cell_of = torch.cat([cell_of_bin, cell_of_bin + cells, torch.tensor([2 * cells])]).to(device)
         drawn = torch.from_numpy(weights).float().to(device)  # (C, R)
-        total = torch.zeros(2, cells, drawn.shape[1], dtype=torch.double)  # of two classes, of one
-        for *labels, others, bins in self.tiles():
-            kinds = 2 * cells + 1 if others else cells
-            row, column = (torch.searchsorted(self.classes, of) for of in labels)  # numbers of classes, ascending
+        total = torch.zeros(2, cells, drawn.shape[1], dtype=torch.double)  # different-class, same-class
+        for *labels, mixed, bins in self.tiles():
+            kinds = 2 * cells + 1 if mixed else cells
+            row, column = (torch.searchsorted(self.classes, y) for y in labels)  # class numbers, ascending
             first, left, width = int(row[0]), int(column[0]), int(column[-1] - column[0]) + 1
             step = max(1, CELLS // (kinds * max(width, drawn.shape[1])))
-            for start in range(first, int(row[-1]) + 1, step):  # some classes, together with all of the columns'
-                part = slice(*torch.searchsorted(row, torch.tensor([start, start + step], device=device)).tolist())
+            for start in range(first, int(row[-1]) + 1, step):  # some classes of the rows, all of the columns
+                rows = slice(*torch.searchsorted(row, torch.tensor([start, start + step], device=device)).tolist())
                 height = min(step, int(row[-1]) + 1 - start)
-                place = cell_of[bins[part]]
-                place += (row[part, None] - start) * kinds
-                place *= width
-                place += column - left
-                counts = torch.bincount(place.flatten(), minlength=height * kinds * width).float()
+                index = cell_of[bins[rows]]
+                index += (row[rows, None] - start) * kinds
+                index *= width
+                index += column - left
+                counts = torch.bincount(index.flatten(), minlength=height * kinds * width).float()
                 counts = counts.view(height, kinds, width)
-                own = drawn[start : start + height]
-                met = counts[:, :cells].reshape(-1, width) @ drawn[left : left + width]
-                total[0] += (met.view(height, cells, -1) * own[:, None]).sum(dim=0).cpu()
+                row_weights = drawn[start : start + height]
+                weighted = counts[:, :cells].reshape(-1, width) @ drawn[left : left + width]
+                total[0] += (weighted.view(height, cells, -1) * row_weights[:, None]).sum(dim=0).cpu()
                 if kinds > cells:
-                    ones = counts[:, cells : 2 * cells].sum(dim=2)  # (height, cells)
-                    total[1] += (ones.T @ own).cpu()
-        other, same = self._over_all_processes(total).numpy()
-        return same, other
+                    same = counts[:, cells : 2 * cells].sum(dim=2)  # (height, cells)
+                    total[1] += (same.T @ row_weights).cpu()
+        different, same_class = self._over_all_processes(total).numpy()
+        return same_class, different
 
     def _over_all_processes(self, counts: torch.Tensor) -> torch.Tensor:
         return self.processes.sum(counts.to(self.queries.labels.device)).cpu()

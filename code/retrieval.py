@@ -1,18 +1,17 @@
 """Exact image retrieval: the rank of each query's best positive, Recall@K, MAP@R, R-precision; cosine or Euclidean."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
 import torch.distributed as dist
 
 from proxy_anchor.collectives import ProcessGroup
-from proxy_anchor.losses import whole_numbers
-from proxy_anchor.tiles import Panel, Points, Tiled, origin_of
-from proxy_anchor.vectors import finite
+from proxy_anchor.tiles import Panel, Tiled, origin_of
+from proxy_anchor.vectors import Embeddings, finite, whole_numbers
 
-PANEL = 1 << 25  # similarities that are kept at a time, at least those with the positives of a tile's rows
+PANEL = 1 << 25  # similarities in memory at a time; never fewer than those of one tile's queries with their positives
 
 
 def best_positive_rank(
@@ -28,28 +27,27 @@ def best_positive_rank(
 ) -> torch.Tensor:
     """Number of negatives that rank above each query's nearest positive: (N,), from 0; -1 where there is no positive.
 
-    embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D) each query is compared with all others;
-    it is left out of its own ranking by its index, so duplicate images count. distance: "cosine", or "euclidean", of
+    embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D), each query is compared with all others;
+    it is left out of its own ranking by its index, so duplicate images count. distance: "cosine", or "euclidean" for
     the embeddings as they are. A negative exactly as near as the nearest positive ranks above it: a network that maps
-    all images to one point finds nothing. groups (N,) and gallery_groups (M,), numbers: images of the query's own group
-    (taken in one burst, say) are left out of its gallery. Raises ValueError for embeddings that are not finite, for no
-    embeddings, for shapes that do not agree, and for another distance.
+    all images to one point finds nothing. groups (N,) and gallery_groups (M,), whole numbers: images of the query's own
+    group (one burst of photos, say) are left out of its gallery. Raises ValueError for embeddings that are not finite,
+    for no embeddings, for shapes that do not agree, and for any other distance.
 
-    The processes of a torch.distributed group each pass their own part of the queries and of the gallery, which may be
+    The processes of a torch.distributed group each pass their share of the queries and of the gallery, which may be
     empty; all get the ranks of all queries, in the order of the processes.
     """
-    return search(
-        embeddings, labels, gallery, gallery_labels, distance, groups=groups, gallery_groups=gallery_groups, group=group
-    ).ranks
+    queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
+    return search(queries, others, distance, group).ranks
 
 
 @dataclass
-class Found:
-    """What is found of each query (N,).
+class QueryResults:
+    """The measurements of each query (N,).
 
-    ranks: of best_positive_rank; average_precisions, r_precisions: of map_at_r; tied: whether negatives tie with the
-    best positive for the first place. By the published rule, a negative is above a positive only if it is more similar:
-    queries that tie are misses at K = 1 here, and hits by that rule.
+    ranks: see best_positive_rank; average_precisions, r_precisions: see map_at_r; tied: whether a negative ties with
+    the best positive for first place. By the published rule a negative ranks above a positive only if it is more
+    similar, so tied queries are misses at K = 1 here, and hits by that rule.
     """
 
     ranks: torch.Tensor
@@ -60,69 +58,68 @@ class Found:
 
 @torch.no_grad()
 def search(
-    embeddings: torch.Tensor,
-    labels: torch.Tensor,
-    gallery: torch.Tensor | None = None,
-    gallery_labels: torch.Tensor | None = None,
+    queries: Embeddings,
+    gallery: Embeddings | None = None,
     distance: str = "cosine",
-    *,
-    groups: torch.Tensor | None = None,
-    gallery_groups: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-) -> Found:
-    """All that is measured of the queries, from one pass over their similarities to the gallery.
+) -> QueryResults:
+    """Measure the queries in one pass over their similarities to the gallery or, without one, to each other.
 
-    Arguments, ties, errors and the group as for best_positive_rank. No process holds more than its part of the
-    embeddings: the queries travel, a tile's rows at a time. What is found is the same for any number of processes.
+    Ties, errors and the group as for best_positive_rank. No process holds more than its share of the embeddings: the
+    queries travel, one tile at a time. The results are the same for any number of processes.
     """
     processes, within = ProcessGroup(group), gallery is None
-    embeddings, labels, gallery, gallery_labels = searched(embeddings, labels, gallery, gallery_labels, processes)
-    groups, gallery_groups = groups_searched(groups, gallery_groups, labels, gallery_labels, within)
-    origin = origin_of(gallery, distance, processes)
-    queries = Tiled.of(Points.of(embeddings, origin), labels, groups)
-    targets = queries if within else Tiled.of(Points.of(gallery, origin), gallery_labels, gallery_groups)
-    owners = enumerate(queries.all_gather(processes))
-    found = [of_queries(shard, owner, targets, within, processes) for owner, shard in owners]
-    ranks, tied, *precisions = (torch.cat(each) for each in zip(*found))
-    return Found(ranks.to(embeddings.device), tied.to(embeddings.device), *(each.cpu() for each in precisions))
+    device = queries.vectors.device
+    queries, gallery = validate_gallery(queries, gallery, processes)
+    origin = origin_of(gallery.vectors, distance, processes)
+    tiled = Tiled.from_embeddings(queries, origin)
+    targets = tiled if within else Tiled.from_embeddings(gallery, origin)
+    results = [
+        search_shard(shard, owner, targets, within, processes)
+        for owner, shard in enumerate(tiled.per_process(processes))
+    ]
+    ranks, tied, average_precisions, r_precisions = (torch.cat(columns) for columns in zip(*results))
+    return QueryResults(ranks.to(device), tied.to(device), average_precisions.cpu(), r_precisions.cpu())
 
 
-def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, processes: ProcessGroup) -> list[torch.Tensor]:
-    """What Found has of the queries of one process.
+def search_shard(
+    queries: Tiled, owner: int, targets: Tiled, within: bool, processes: ProcessGroup
+) -> list[torch.Tensor]:
+    """The columns of QueryResults for the queries of one process, the owner.
 
-    In the order of the labels, the positives of a tile's queries are in few tiles of the targets. These come first: so
-    the negatives above the best positive are counted tile by tile, while each is in the cache. To MAP@R only as many of
-    the nearest negatives matter as the query has positives.
+    Targets are sorted by label, so the positives of a tile of queries lie in a few tiles. These come first; then the
+    negatives above the best positive are counted tile by tile, while each tile is in the cache. MAP@R depends on no
+    more of the nearest negatives than the query has positives.
     """
     size, device = targets.size, targets.labels.device
-    begin = torch.searchsorted(targets.labels, queries.labels)  # (N,): where the query's label is among the targets'
+    begin = torch.searchsorted(targets.labels, queries.labels)  # (N,): where the query's class begins and ends
     end = torch.searchsorted(targets.labels, queries.labels, right=True)
-    numbers = processes.sum(end - begin) - int(within)  # of positives, in all processes
-    # The only look from the host: for each tile of queries, where its labels are, and the most positives of a query.
-    tiles = [queries.slice(i) for i in range(len(queries))]
-    bounds = [torch.stack([begin[rows][0], end[rows][-1], numbers[rows].max()]) for rows in tiles]
+    positives_of = processes.sum(end - begin) - int(within)  # (N,), over all processes
+    # The only host sync: where the labels of each tile of queries lie, and the most positives that a query has.
+    tile_rows = [queries.rows(i) for i in range(len(queries))]
+    bounds = [torch.stack([begin[rows][0], end[rows][-1], positives_of[rows].max()]) for rows in tile_rows]
     bounds = torch.stack(bounds).tolist() if bounds else []
     near = [range(first // size, -(-last // size)) if first < last else range(0) for first, last, _ in bounds]
     panel = Panel(targets, slots=min(max([1, PANEL // size**2, *map(len, near)]), max(1, len(targets))))
     ranks, tied = torch.zeros_like(begin), torch.zeros_like(begin, dtype=torch.bool)
     precisions = torch.zeros(2, len(begin), dtype=torch.float if device.type == "mps" else torch.double, device=device)
 
-    for i, (rows, near_tiles, (_, _, most)) in enumerate(zip(tiles, near, bounds)):
+    for i, (rows, near_tiles, (_, _, most)) in enumerate(zip(tile_rows, near, bounds)):
         height, most = rows.stop - rows.start, max(1, most)
-        block = queries.broadcast_tile(i, owner, processes)
+        block = queries.broadcast(i, owner, processes)
         groups = None if queries.groups is None else queries.groups[rows]
         for slot, tile in enumerate(near_tiles):
             panel.fill(slot, tile, block, groups)
 
-        # The positives of all processes, the nearest first: (b, most).
+        # The positives in all processes, the nearest first: (b, most).
         column = begin[rows, None] + torch.arange(most + within, device=device)
         positive = column < end[rows, None]
         if within and owner == processes.rank:
             positive &= column != torch.arange(rows.start, rows.stop, device=device)[:, None]
-        place = (column - near_tiles.start * size).clamp(0, panel.values.shape[1] - 1)
-        positives = panel.values[:height].gather(1, place).masked_fill_(~positive, -torch.inf)
+        index = (column - near_tiles.start * size).clamp(0, panel.values.shape[1] - 1)
+        positives = panel.values[:height].gather(1, index).masked_fill_(~positive, -torch.inf)
         positives = processes.concat_columns(positives).topk(most).values
-        if near_tiles:  # from here on, the panel has negatives alone
+        if near_tiles:  # from here on, the panel holds only negatives
             labels = targets.labels[near_tiles.start * size : near_tiles.stop * size]
             panel.values[:height, : len(labels)].masked_fill_(queries.labels[rows, None] == labels, -torch.inf)
 
@@ -139,16 +136,16 @@ def of_queries(queries: Tiled, owner: int, targets: Tiled, within: bool, process
             negatives = torch.cat([negatives, nearest], dim=1).topk(most).values
         above, negatives = processes.sum(above), processes.concat_columns(negatives).topk(most).values
 
-        # A positive is among the R nearest if its place among positives and the negatives above it are R at most.
+        # A positive is among the R nearest if its rank among the positives plus the negatives above it is at most R.
         count = (positives > -torch.inf).sum(dim=1, keepdim=True)  # (b, 1): R
-        place = torch.arange(1, most + 1, device=device)
+        rank = torch.arange(1, most + 1, device=device)
         passed = most - torch.searchsorted(negatives.flip(1), positives)
-        found = (place <= count) & (passed + place <= count)
-        precision = torch.where(found, place / (passed + place).to(precisions.dtype), 0)
-        queries_of = queries.order[rows]
-        ranks[queries_of] = torch.where(count[:, 0] > 0, above, -1)
-        tied[queries_of] = (negatives[:, 0] == positives[:, 0]) & (count[:, 0] > 0)
-        precisions[:, queries_of] = torch.stack([precision.sum(dim=1), found.sum(dim=1)]) / count[:, 0].clamp(min=1)
+        hit = (rank <= count) & (passed + rank <= count)
+        precision = torch.where(hit, rank / (passed + rank).to(precisions.dtype), 0)
+        indices = queries.order[rows]
+        ranks[indices] = torch.where(count[:, 0] > 0, above, -1)
+        tied[indices] = (negatives[:, 0] == positives[:, 0]) & (count[:, 0] > 0)
+        precisions[:, indices] = torch.stack([precision.sum(dim=1), hit.sum(dim=1)]) / count[:, 0].clamp(min=1)
     return [ranks, tied, *precisions]
 
 
@@ -168,14 +165,12 @@ def recall_at_k(
     Arguments and errors as for best_positive_rank, and ValueError for a K that is not 1, 2, ... A query without a
     positive is a miss.
     """
-    ranks = best_positive_rank(
-        embeddings, labels, gallery, gallery_labels, distance, groups=groups, gallery_groups=gallery_groups
-    )
-    return recall_of_ranks(ranks, ks)
+    queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
+    return recall_of_ranks(search(queries, others, distance).ranks, ks)
 
 
 def recall_of_ranks(ranks: torch.Tensor, ks: Sequence[int]) -> dict[int, float]:
-    """Recall@K for each K from the ranks (N,) of best_positive_rank. Raises ValueError for other K than 1, 2, ..."""
+    """Recall@K for each K from the ranks (N,) of best_positive_rank. Raises ValueError for a K that is not 1, 2, ..."""
     if wrong := [k for k in ks if not isinstance(k, Integral) or k < 1]:
         raise ValueError(f"Recall@K is for whole numbers K from 1, found {wrong[0]}")
     return {k: ((ranks >= 0) & (ranks < k)).sum().item() / len(ranks) for k in ks}
@@ -194,66 +189,75 @@ def map_at_r(
 ) -> torch.Tensor:
     """MAP@R and R-precision of each query, (2, N) in 0..1, as in "A Metric Learning Reality Check" (2020).
 
-    R is the query's number of positives. R-precision is the share of positives among its R nearest neighbours; MAP@R
-    the mean over these places of the precision up to the place where it holds a positive, and 0 otherwise. Arguments,
-    ties and errors as for best_positive_rank; a query without a positive scores 0, and an image left out of its gallery
-    is no positive. The processes of a group each pass their part, as there.
+    R is the query's number of positives. R-precision is the share of positives among its R nearest neighbours. MAP@R is
+    the mean over these R ranks of the precision up to the rank where it holds a positive, and of 0 where it does not.
+    Arguments, ties, errors and the group as for best_positive_rank; a query without a positive scores 0, and an image
+    left out of the query's gallery is not one of its positives.
     """
-    found = search(
-        embeddings, labels, gallery, gallery_labels, distance, groups=groups, gallery_groups=gallery_groups, group=group
-    )
-    return torch.stack([found.average_precisions, found.r_precisions])
+    queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
+    results = search(queries, others, distance, group)
+    return torch.stack([results.average_precisions, results.r_precisions])
 
 
-def searched(
+def from_tensors(
     embeddings: torch.Tensor,
     labels: torch.Tensor,
     gallery: torch.Tensor | None,
     gallery_labels: torch.Tensor | None,
-    processes: ProcessGroup,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The queries and the gallery, without one the queries again: on one device, in one type, with int64 labels.
-
-    Raises ValueError for shapes that do not agree, for labels that are not whole numbers and, in all processes, for
-    embeddings that are not finite and for no embeddings at all; those of a part may be none.
-    """
-    if (gallery is None) != (gallery_labels is None):
-        raise ValueError("A gallery and its labels come together: pass both, or neither to search within the queries")
-    if gallery is None or gallery_labels is None:
-        gallery, gallery_labels = embeddings, labels
-    labels, gallery_labels = whole_numbers(labels), whole_numbers(gallery_labels, "gallery_labels")
-    size = embeddings.shape[1] if embeddings.ndim == 2 else "D"
-    for name, x, y in (("embeddings", embeddings, labels), ("gallery", gallery, gallery_labels)):
-        if x.ndim != 2 or x.shape[1] != size or y.shape != x.shape[:1]:
-            raise ValueError(
-                f"Expected {name} (N, {size}) and labels (N,), found {tuple(x.shape)} and {tuple(y.shape)}"
-            )
-        if not processes.sum(torch.tensor(len(x), device=x.device)):
-            raise ValueError(f"There is nothing to search: {name} {tuple(x.shape)}")
-        finite(x, processes)
-    dtype = torch.promote_types(embeddings.dtype, gallery.dtype)
-    return embeddings.to(dtype), labels, gallery.to(embeddings.device, dtype), gallery_labels
-
-
-def groups_searched(
     groups: torch.Tensor | None,
     gallery_groups: torch.Tensor | None,
-    labels: torch.Tensor,
-    gallery_labels: torch.Tensor,
-    within: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The groups of queries and gallery as int64, if there are any: without a gallery, those of the queries again.
+) -> tuple[Embeddings, Embeddings | None]:
+    """Queries and gallery as Embeddings. Raises ValueError for a gallery without labels, or its groups without it."""
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("A gallery and its labels come together: pass both, or neither to search within the queries")
+    queries = Embeddings(embeddings, labels, groups)
+    if gallery is None or gallery_labels is None:
+        if gallery_groups is not None:
+            raise ValueError("There is no gallery for these groups: pass gallery_groups only with a gallery")
+        return queries, None
+    return queries, Embeddings(gallery, gallery_labels, gallery_groups)
 
-    Raises ValueError where only one side has groups, for other than whole numbers, and for shapes that do not agree.
+
+def validate_gallery(
+    queries: Embeddings, gallery: Embeddings | None, processes: ProcessGroup
+) -> tuple[Embeddings, Embeddings]:
+    """Queries and gallery on one device and in one type; without a gallery, the queries twice. See `validate`.
+
+    Raises ValueError where they differ in dimensions, or where one has groups and the other none.
     """
-    if within and gallery_groups is None:
-        gallery_groups = groups
-    if (groups is None) != (gallery_groups is None) or (within and gallery_groups is not groups):
-        raise ValueError("The groups of queries and gallery come together: pass gallery_groups only with a gallery")
-    if groups is None or gallery_groups is None:
-        return None, None
-    groups, gallery_groups = whole_numbers(groups, "groups"), whole_numbers(gallery_groups, "gallery_groups")
-    for name, found, y in (("groups", groups, labels), ("gallery_groups", gallery_groups, gallery_labels)):
-        if found.shape != y.shape:
-            raise ValueError(f"Expected {name} {tuple(y.shape)}, a number for each image, found {tuple(found.shape)}")
-    return groups, gallery_groups
+    size = queries.vectors.shape[1] if queries.vectors.ndim == 2 else None
+    queries = validate(queries, size, processes)
+    if gallery is None:
+        return queries, queries
+    gallery = validate(gallery, size, processes, "gallery")
+    if (queries.groups is None) != (gallery.groups is None):
+        raise ValueError("The groups of queries and gallery come together: pass both, or neither")
+    dtype = torch.promote_types(queries.vectors.dtype, gallery.vectors.dtype)
+    gallery = replace(gallery, vectors=gallery.vectors.to(queries.vectors.device, dtype))
+    return replace(queries, vectors=queries.vectors.to(dtype)), gallery
+
+
+def validate(embeddings: Embeddings, size: int | None, processes: ProcessGroup, side: str = "") -> Embeddings:
+    """The embeddings with labels and groups as int64. side: "gallery", or "" for the queries, in messages.
+
+    Raises ValueError for vectors that are not (N, size), for labels or groups that are not N whole numbers and, in all
+    processes, for vectors that are not finite and for none at all; a single process may have none.
+    """
+    vectors, prefix, name = embeddings.vectors, f"{side}_" if side else "", side or "embeddings"
+    labels = whole_numbers(embeddings.labels, f"{prefix}labels")
+    if vectors.ndim != 2 or vectors.shape[1] != size or labels.shape != vectors.shape[:1]:
+        raise ValueError(
+            f"Expected {name} (N, {size or 'D'}) and labels (N,), found {tuple(vectors.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    if not processes.sum(torch.tensor(len(vectors), device=vectors.device)):
+        raise ValueError(f"There is nothing to search: {name} {tuple(vectors.shape)}")
+    finite(vectors, processes)
+    groups = embeddings.groups
+    if groups is not None:
+        groups = whole_numbers(groups, f"{prefix}groups")
+        if groups.shape != labels.shape:
+            raise ValueError(
+                f"Expected {prefix}groups {tuple(labels.shape)}, a number for each image, found {tuple(groups.shape)}"
+            )
+    return Embeddings(vectors, labels, groups)

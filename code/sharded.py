@@ -1,171 +1,199 @@
-"""The Proxy-Anchor loss with its classes divided over the processes, and with a sample of them instead of all.
+"""The Proxy-Anchor loss with its classes sharded over the processes, or with a random sample of them.
 
-For each class the logarithms of the loss run over the batch, so that classes do not meet: a process that has the whole
-batch needs no other process's proxies. Each owns a contiguous range of classes; their proxies, gradients and moments
-exist nowhere else, and what the processes exchange does not grow with the number of classes.
+The sums inside the loss's logarithms run over the batch, so the terms of two classes are independent: a process that
+has the whole batch needs no other process's proxies. Each process holds a contiguous range of classes, with their
+proxies, gradients and moments. What the processes exchange does not grow with the number of classes.
 """
 
 import math
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from proxy_anchor import collectives, losses
+from proxy_anchor.blocked import ProxyAnchorFunction
+from proxy_anchor.vectors import norms
 
-BLOCK = 1 << 14  # classes whose first proxies are drawn at a time
+BLOCK = 1 << 14  # classes whose initial proxies are drawn at a time
 
 
 def create(
-    name: str, num_classes: int, embedding_size: int, margin: float, alpha: float, share: float = 1, seed: int = 0
+    name: str,
+    num_classes: int,
+    embedding_size: int,
+    margin: float,
+    alpha: float,
+    arguments: str = "",
+    share: float = 1,
+    seed: int = 0,
 ) -> nn.Module:
-    """The loss of losses.create; Proxy-Anchor with its classes divided where there are several processes.
+    """The loss of losses.create; Proxy-Anchor with its classes sharded if there are several processes.
 
-    share: of the classes that are not in the batch, how many a step of Proxy-Anchor takes; seed: of this choice.
-    The others are computed whole by each process: for Proxy-NCA's softmax, too, the library holds all proxies.
+    share: the share of the classes outside the batch that each step of Proxy-Anchor samples, by this seed. Every
+    process computes the whole of any other loss.
     """
     if name == "Proxy_Anchor" and share < 1:
         return SampledProxyAnchor(num_classes, embedding_size, margin, alpha, share, seed)
     if name == "Proxy_Anchor" and collectives.world_size() > 1:
-        return DividedProxyAnchor(num_classes, embedding_size, margin, alpha)
-    return losses.create(name, num_classes, embedding_size, margin, alpha)
+        return ShardedProxyAnchor(num_classes, embedding_size, margin, alpha)
+    return losses.create(name, num_classes, embedding_size, margin, alpha, arguments)
 
 
-class DividedProxyAnchor(losses.ProxyAnchor):
-    """ProxyAnchor, of whose proxies each process has a part: (c, D), those of its `classes`.
+class ShardedProxyAnchor(nn.Module):
+    """losses.ProxyAnchor of which each process has the proxies (c, D) of its own `classes`.
 
-    All processes pass the same batch, and get the same loss and the same gradient of the embeddings: those of all
-    classes. It takes the sum of a number, and in the backward pass that of a gradient (B, D).
+    All processes pass the same batch, and get the same loss and the same gradient of the embeddings, those of all
+    classes. They exchange one number and, in the backward pass, a gradient (B, D).
     """
 
-    def initial_proxies(self, embedding_size: int) -> torch.Tensor:
-        """Those of ProxyAnchor, which do not depend on the number of processes, without ever holding all of them."""
-        self.classes = range(self.num_classes)[collectives.shard(self.num_classes)]
-        own = torch.empty(len(self.classes), embedding_size)
-        std = math.sqrt(2) / math.sqrt(self.num_classes)  # as kaiming_normal_ has it
-        # torch draws 16 numbers at a time, so the last block is not a small one.
-        starts = range(0, max(self.num_classes - BLOCK, 0) + 1, BLOCK)
-        for start in starts:
-            size = self.num_classes - start if start == starts[-1] else BLOCK
-            drawn = torch.empty(size, embedding_size).normal_(0, std)
-            begin, end = max(start, self.classes.start), min(start + size, self.classes.stop)
-            if begin < end:
-                own[begin - self.classes.start : end - self.classes.start] = drawn[begin - start : end - start]
-        return own
+    proxy_lr = losses.ProxyAnchor.proxy_lr
+    clipped = losses.ProxyAnchor.clipped
 
-    def of_unit_vectors(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return Sum.apply(self.of_own_classes(SumOfGradients.apply(x), labels))
+    def __init__(self, num_classes: int, embedding_size: int, margin: float, alpha: float):
+        super().__init__()
+        self.num_classes = num_classes
+        self.classes = range(num_classes)[collectives.shard(num_classes)]
+        self.margin = margin
+        self.alpha = alpha
+        self.proxies = nn.Parameter(initial_proxies(num_classes, embedding_size, self.classes))
 
-    def of_own_classes(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if not len(self.proxies):  # more processes than classes
-            return 0 * (x.sum() + self.proxies.sum())
-        weights = x.new_ones(len(self.proxies), 1)
-        return self.of_proxies(self.proxies, x, labels, labels - self.classes.start, weights)
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """As losses.ProxyAnchor.forward."""
+        labels = losses.checked_labels(labels, embeddings, self.num_classes, self.proxies.shape[1])
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x, _ = losses.in_full_precision(embeddings, self.proxies)
+            x = collectives.all_reduce_gradient(x / norms(x))
+            return collectives.all_reduce(self.local_terms(x, labels))
+
+    def local_terms(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The part of the loss that comes from this process's classes; x (B, D) of unit length."""
+        return self.terms(self.proxies, x, labels, labels - self.classes.start, x.new_ones(len(self.proxies), 1))
+
+    def terms(self, proxies, x, labels, rows, weights) -> torch.Tensor:
+        """The terms of these proxies, see ProxyAnchorFunction."""
+        if not len(proxies):  # more processes than classes
+            return 0 * (x.sum() + proxies.sum())
+        settings = self.margin, self.alpha, rows, weights, self.num_classes
+        return ProxyAnchorFunction.apply(x, proxies.to(x.dtype), labels, *settings)
 
 
-class SampledProxyAnchor(DividedProxyAnchor):
-    """An unbiased estimate of ProxyAnchor and of its gradient: all classes of the batch and a sample of the others.
+def initial_proxies(num_classes: int, embedding_size: int, classes: range) -> torch.Tensor:
+    """The initial proxies of these classes, as losses.ProxyAnchor draws them, without ever holding all of them."""
+    proxies = torch.empty(len(classes), embedding_size)
+    std = math.sqrt(2) / math.sqrt(num_classes)  # as kaiming_normal_ computes it
+    # torch draws 16 numbers at a time, so the last block must not be a small one.
+    starts = range(0, max(num_classes - BLOCK, 0) + 1, BLOCK)
+    for start in starts:
+        size = num_classes - start if start == starts[-1] else BLOCK
+        block = torch.empty(size, embedding_size).normal_(0, std)
+        begin, end = max(start, classes.start), min(start + size, classes.stop)
+        if begin < end:
+            proxies[begin - classes.start : end - classes.start] = block[begin - start : end - start]
+    return proxies
 
-    The negative terms are a mean over the classes: each of the others is in the sample with probability `share`, and
-    stands for 1/share of them. Which ones are in it follows from the seed and the number of the step alone, the same
-    for any number of processes.
 
-    `proxies` (m, D) are those of the step, a copy of their rows; the optimizer sees no others: proxies that were not
-    drawn are not decayed, and their moments rest. rows: {name: (c, D)}, all proxies of the process and their moments.
+class SampledProxyAnchor(ShardedProxyAnchor):
+    """An unbiased estimate of Proxy-Anchor and its gradient, from all classes of the batch and a sample of the others.
+
+    The negative terms are a mean over the classes. Each class outside the batch is sampled with probability `share`,
+    and then represents 1/share classes. The sample depends on the seed and the number of the step alone, not on the
+    number of processes.
+
+    `proxies` (m, D) are those of the step, copied from their rows. The optimizer sees no others: proxies that were not
+    drawn are not decayed, and their moments do not change. rows: {name: (c, D)}, all local proxies and their moments.
     """
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float, alpha: float, share: float, seed: int):
         super().__init__(num_classes, embedding_size, margin, alpha)
         self.share, self.seed, self.step = share, seed, 0
         self.rows = {"proxies": self.proxies.data}
-        self.places = torch.empty(0, dtype=torch.long)  # (m,), ascending: of the step's proxies among the rows
+        self.sample = torch.empty(0, dtype=torch.long)  # (m,), ascending: which rows the step's proxies are
         self.proxies = nn.Parameter(self.proxies.data[:0])
 
-    def of_own_classes(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        places = labels - self.classes.start
-        self.draw(places)
-        if not len(self.places):
-            return super().of_own_classes(x, labels)
-        rows = torch.where(torch.isin(places, self.places), torch.searchsorted(self.places, places), -1)
-        weights = torch.where(torch.isin(self.places, places), 1, 1 / self.share).to(x.dtype)[:, None]  # (m, 1)
+    def local_terms(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        local = labels - self.classes.start
+        self.draw(local)
+        rows = torch.where(torch.isin(local, self.sample), torch.searchsorted(self.sample, local), -1)
+        weights = torch.where(torch.isin(self.sample, local), 1, 1 / self.share).to(x.dtype)[:, None]  # (m, 1)
         # Autograd remembers the shape of a parameter, which changes with the step.
         proxies = self.proxies.detach().requires_grad_()
         proxies.register_post_accumulate_grad_hook(self._take_gradient)
-        return self.of_proxies(proxies, x, labels, rows, weights)
+        return self.terms(proxies, x, labels, rows, weights)
 
-    def draw(self, places: torch.Tensor) -> None:
-        """Take the proxies of the next step: a sample, and those of the batch, at these places where they are here.
+    def draw(self, local: torch.Tensor) -> None:
+        """Take the proxies of the next step: a sample, and the local ones of the batch. It forces a host sync.
 
-        A GPU is waited for.
+        local (B,): the rows of the batch's classes, outside of the range of rows for those of other processes.
         """
-        self.rows = {name: rows.to(self.proxies) for name, rows in self.rows.items()}  # wherever the module was moved
-        # Philox gives its numbers by fours, and leaps to any of them.
+        self.rows = {name: rows.to(self.proxies) for name, rows in self.rows.items()}  # follow the module's device
+        # Philox draws four numbers at a time, and can skip any multiple of four.
         fours, skipped = divmod(self.classes.start, 4)
         philox = np.random.Philox(key=[self.seed % 2**64, self.step]).advance(fours)
         numbers = np.random.Generator(philox).random(skipped + len(self.classes))[skipped:]
-        sample = torch.from_numpy(np.flatnonzero(numbers < self.share)).to(places.device)
-        here = (places >= 0) & (places < len(self.classes))
-        self.places = torch.cat([sample, places[here]]).unique()
+        drawn = torch.from_numpy(np.flatnonzero(numbers < self.share)).to(local.device)
+        is_local = (local >= 0) & (local < len(self.classes))
+        self.sample = torch.cat([drawn, local[is_local]]).unique()
         self.proxies.grad = None
-        self.proxies.data = self.rows["proxies"][self.places]
+        self.proxies.data = self.rows["proxies"][self.sample]
         self.step += 1
 
     def _take_gradient(self, proxies):
         self.proxies.grad = proxies.grad
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer's steps, of any kind, read and write the rows."""
-        optimizer.register_step_pre_hook(self._lend)
-        optimizer.register_step_post_hook(self._keep)
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the steps of the optimizer, of any kind, read and write the rows."""
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
 
-    def _lend(self, optimizer, *_):
-        moments = {name: rows[self.places] for name, rows in self.rows.items() if name != "proxies"}
+    def before_step(self, optimizer, *_):
+        """Give the optimizer the moments of the step's proxies."""
+        moments = {name: rows[self.sample] for name, rows in self.rows.items() if name != "proxies"}
         optimizer.state[self.proxies].update(moments)
 
-    def _keep(self, optimizer, *_):
+    def after_step(self, optimizer, *_):
+        """Store the step's proxies and take their moments back."""
         state = optimizer.state[self.proxies]
         moments = {name: state.pop(name) for name in list(state) if state[name].ndim == 2}
         for name, values in ({"proxies": self.proxies.data} | moments).items():
             rows = self.rows.setdefault(name, torch.zeros_like(self.rows["proxies"]))
-            rows[self.places] = values
+            rows[self.sample] = values
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination |= {prefix + name: value for name, value in ({"step": self.step} | self.rows).items()}
 
     def _load_from_state_dict(self, state, prefix, *_):
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        rows = {name: value.to(self.proxies) for name, value in own.items() if name != "step"}
+        entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        rows = {name: value.to(self.proxies) for name, value in entries.items() if name != "step"}
         if wrong := [tuple(value.shape) for value in rows.values() if value.shape != self.rows["proxies"].shape]:
             raise ValueError(f"expected rows {tuple(self.rows['proxies'].shape)}, found {wrong[0]}")
-        self.step, self.rows = int(own["step"]), rows
+        self.step, self.rows = int(entries["step"]), rows
 
 
-class Sum(torch.autograd.Function):
-    """The sum of a number over the processes, which share its gradient."""
+def take_rows(content: dict) -> dict[str, torch.Tensor]:
+    """Remove the rows of classes, the proxies and their moments, from the content of a run's checkpoint.
 
-    @staticmethod
-    def forward(ctx, part):
-        total = part.clone()
-        if collectives.world_size() > 1:
-            dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+    Returns them by names such as "criterion proxies" and "optimizer exp_avg".
+    """
+    return {
+        f"{name} {key}": entry.pop(key)
+        for name, entry in _entries_with_rows(content).items()
+        for key in list(entry)
+        if isinstance(entry[key], torch.Tensor) and entry[key].ndim == 2
+    }
 
 
-class SumOfGradients(torch.autograd.Function):
-    """The same in each process; its gradient is the sum of theirs."""
+def put_rows(content: dict, rows: dict[str, torch.Tensor]) -> None:
+    """Put rows of classes into the content of a run's checkpoint, by the names of take_rows."""
+    entries = _entries_with_rows(content)
+    for full_name, values in rows.items():
+        name, key = full_name.split(" ")
+        entries[name][key] = values
 
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        if collectives.world_size() > 1:
-            dist.all_reduce(gradient)
-        return gradient
+def _entries_with_rows(content: dict) -> dict[str, dict]:
+    """The state of the loss, and the optimizer's of the proxies, as copies in the content: the originals are in use."""
+    proxies = content["optimizer"]["param_groups"][-1]["params"][0]  # the last group has the proxies alone
+    state = content["optimizer"]["state"]
+    content["criterion"], state[proxies] = dict(content["criterion"]), dict(state.get(proxies, {}))
+    return {"criterion": content["criterion"], "optimizer": state[proxies]}

@@ -7,30 +7,33 @@ import torch
 import torch.nn.functional as F
 
 from proxy_anchor.collectives import ProcessGroup
-from proxy_anchor.vectors import DISTANCES, finite, unit_vectors
+from proxy_anchor.vectors import DISTANCES, Embeddings, finite, unit_vectors
 
-# Rows and columns of the product at a time: on a CPU what its cache holds. All products have one shape, a multiple of
-# the kernels' width: at the edges of others, matrix multiplication adds in another order, and equal pairs would differ.
+# Rows and columns of each product: on a CPU, what its cache holds. All products have one shape, a multiple of the
+# kernels' width: at the edges of other shapes, products are summed in another order, and equal pairs would differ.
 TILE = {"cpu": 960, "cuda": 4096, "mps": 4096}
-CLUSTER = 32  # columns of a tile that are looked into together; a power of two that divides all tiles
+CLUSTER = 32  # columns of a tile that share one maximum; a power of two that divides all tiles
 
 
 @dataclass
 class Points:
-    """Embeddings ready to compare: by their product, minus half of their squared lengths if the distance is Euclidean.
+    """Vectors ready to compare: by their product, minus half of their squared lengths if the distance is Euclidean.
 
-    x.y - (|x|^2 + |y|^2) / 2 = -|x - y|^2 / 2. To the last bit, it is the same for (x, y) and (y, x).
+    x.y - (|x|^2 + |y|^2) / 2 = -|x - y|^2 / 2, to the last bit the same for (x, y) and (y, x).
     """
 
     vectors: torch.Tensor  # (N, D)
     halves: torch.Tensor | None = None  # (N,)
 
     @classmethod
-    def of(cls, embeddings: torch.Tensor, origin: torch.Tensor | None) -> "Points":
-        """Embeddings (N, D) seen from the origin (D,), or, without one, their directions."""
+    def from_vectors(cls, vectors: torch.Tensor, origin: torch.Tensor | None) -> "Points":
+        """Vectors (N, D) relative to the origin (D,) or, without one, their directions.
+
+        Raises ValueError for Euclidean vectors whose squares overflow.
+        """
         if origin is None:
-            return cls(unit_vectors(embeddings))
-        vectors = finite(embeddings).to(origin.device).double() - origin
+            return cls(unit_vectors(vectors))
+        vectors = finite(vectors).to(origin.device).double() - origin
         halves = vectors.square().sum(dim=1) / 2
         if not halves.isfinite().all():
             raise ValueError("The embeddings are too large to square: divide them by a constant")
@@ -40,18 +43,18 @@ class Points:
         return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
 
     def broadcast(self, processes: ProcessGroup, owner: int) -> "Points":
-        """The owner's, for all processes; those of the others are overwritten."""
+        """The owner's points in all processes; those of the others are overwritten."""
         halves = None if self.halves is None else processes.broadcast(self.halves, owner)
         return Points(processes.broadcast(self.vectors, owner), halves)
 
-    def filled_up(self, multiple: int) -> "Points":
-        """With zeros to a multiple of rows, at least one."""
+    def padded(self, multiple: int) -> "Points":
+        """The points and rows of zeros, up to a multiple of rows that is not 0."""
         fill = -len(self.vectors) % multiple if len(self.vectors) else multiple
         halves = None if self.halves is None else F.pad(self.halves, (0, fill))
         return Points(F.pad(self.vectors, (0, 0, 0, fill)), halves)
 
     def similarities(self, others: "Points", out: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, M): larger is nearer. Equal pairs are equal only in products of one shape."""
+        """Similarities (N, M): larger is nearer. Equal pairs are equal only in products of one shape."""
         products = torch.mm(self.vectors, others.vectors.T, out=out)
         if self.halves is None or others.halves is None:
             return products
@@ -59,11 +62,11 @@ class Points:
 
 
 def origin_of(gallery: torch.Tensor, distance: str, processes: ProcessGroup | None = None) -> torch.Tensor | None:
-    """The point (D,) from which to measure Euclidean distances, None for the cosine; the same in all processes.
+    """The point (D,) from which Euclidean distances are measured, None for the cosine; the same in all processes.
 
     Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
-    has digits enough for those of float32. Rounded to a few digits, it costs the embeddings none: on a grid, say, equal
-    distances stay exactly equal. Raises ValueError for another distance.
+    has enough digits for vectors of float32. The origin is rounded to a few digits, so subtracting it is exact: equal
+    distances, as on a grid, stay exactly equal. Raises ValueError for any other distance.
     """
     processes = processes or ProcessGroup()
     if distance not in DISTANCES:
@@ -74,7 +77,7 @@ def origin_of(gallery: torch.Tensor, distance: str, processes: ProcessGroup | No
         gallery = gallery.cpu()  # MPS has no float64
     zero = gallery.new_zeros((), dtype=torch.double)
     largest = float(processes.max(finite(gallery).abs().max().double() if len(gallery) else zero))
-    # Whole numbers, whose sum is exact: it is the same for any number of processes.
+    # Whole numbers have an exact sum, which is the same for any number of processes.
     unit = 2.0 ** (math.ceil(math.log2(largest or 1)) - 20)
     total = processes.sum((gallery.double() / unit).round().sum(dim=0))
     count = processes.sum(torch.tensor(len(gallery), device=total.device))
@@ -83,11 +86,11 @@ def origin_of(gallery: torch.Tensor, distance: str, processes: ProcessGroup | No
 
 @dataclass
 class Tiled:
-    """Points in the order of their labels, in tiles of equal size; zeros fill up the last tile."""
+    """Points sorted by label, in tiles of equal size; zeros fill up the last tile."""
 
     points: Points  # tiles x size
     labels: torch.Tensor  # (N,), ascending
-    order: torch.Tensor  # (N,): the index of each before sorting
+    order: torch.Tensor  # (N,): the indices before sorting
     size: int
     groups: torch.Tensor | None = None  # (N,)
 
@@ -97,12 +100,14 @@ class Tiled:
         self.ranges = ends.tolist()  # the first and the last label of each tile
 
     @classmethod
-    def of(cls, points: Points, labels: torch.Tensor, groups: torch.Tensor | None = None) -> "Tiled":
+    def from_embeddings(cls, embeddings: Embeddings, origin: torch.Tensor | None) -> "Tiled":
+        """The embeddings relative to the origin, see origin_of."""
+        points = Points.from_vectors(embeddings.vectors, origin)
         device = points.vectors.device
         size = TILE[device.type]
-        labels, order = torch.sort(labels.to(device), stable=True)
-        groups = None if groups is None else groups.to(device)[order]
-        return cls(points[order].filled_up(size), labels, order, size, groups)
+        labels, order = torch.sort(embeddings.labels.to(device), stable=True)
+        groups = None if embeddings.groups is None else embeddings.groups.to(device)[order]
+        return cls(points[order].padded(size), labels, order, size, groups)
 
     def __len__(self):
         return len(self.ranges)
@@ -110,24 +115,25 @@ class Tiled:
     def tile(self, tile) -> Points:
         return self.points[tile * self.size : (tile + 1) * self.size]
 
-    def slice(self, tile):
+    def rows(self, tile) -> slice:
+        """The rows of a tile, without those of the padding."""
         return slice(tile * self.size, min((tile + 1) * self.size, len(self.labels)))
 
     def length(self, tile):
         return min(self.size, len(self.labels) - tile * self.size)
 
-    def all_gather(self, processes: ProcessGroup) -> list["Tiled"]:
-        """Those of each process; instead of the others' points, there is room for a tile of them."""
+    def per_process(self, processes: ProcessGroup) -> list["Tiled"]:
+        """The tiles of each process; instead of the others' points, a buffer for one tile of them."""
         labels, orders = processes.all_gather(self.labels), processes.all_gather(self.order)
         groups = [None] * processes.size if self.groups is None else processes.all_gather(self.groups)
-        room = self.points[:0].filled_up(self.size)
+        buffer = self.points[:0].padded(self.size)
         return [
-            self if owner == processes.rank else Tiled(room, labels[owner], orders[owner], self.size, groups[owner])
+            self if owner == processes.rank else Tiled(buffer, labels[owner], orders[owner], self.size, groups[owner])
             for owner in range(processes.size)
         ]
 
-    def broadcast_tile(self, tile, owner: int, processes: ProcessGroup) -> Points:
-        """A tile of the owner's, for all processes."""
+    def broadcast(self, tile, owner: int, processes: ProcessGroup) -> Points:
+        """A tile of the owner's, in all processes."""
         return self.tile(tile if owner == processes.rank else 0).broadcast(processes, owner)
 
     def shares_labels(self, tile, other, other_tile):
@@ -137,40 +143,40 @@ class Tiled:
 
 
 class Panel:
-    """The similarities of a tile of queries to some tiles of targets, side by side in slots; -inf where none counts."""
+    """The similarities of a tile of queries to some tiles of targets, a slot each; -inf where none counts."""
 
     def __init__(self, targets: Tiled, slots: int):
         self.targets, self.size, self.slots = targets, targets.size, slots
         vectors = targets.points.vectors
         self.values = vectors.new_empty(self.size, slots * self.size)
         self.maxima = vectors.new_empty(self.size, slots * self.size // CLUSTER)
-        self.room = vectors.new_empty(self.size, self.size)
+        self.buffer = vectors.new_empty(self.size, self.size)
 
     def fill(self, slot: int, tile: int, queries: Points, groups: torch.Tensor | None) -> None:
-        """Compare a tile of queries, of these groups (b,), with a tile of the targets."""
+        """Compare a tile of queries, whose groups are (b,), with a tile of the targets."""
         values, length = self.values[:, slot * self.size : (slot + 1) * self.size], self.targets.length(tile)
         queries.similarities(self.targets.tile(tile), out=values)
         values[:, length:] = -torch.inf
         if groups is not None and self.targets.groups is not None:
-            same = groups[:, None] == self.targets.groups[self.targets.slice(tile)]
+            same = groups[:, None] == self.targets.groups[self.targets.rows(tile)]
             values[: len(groups), :length].masked_fill_(same, -torch.inf)
 
     def above(self, slot: int, limits: torch.Tensor) -> torch.Tensor:
-        """How many of a slot's values are not below their row's limit (b,): (b,). It notes the clusters' maxima."""
+        """How many of a slot's values reach their row's limit (b,): (b,). Stores the clusters' maxima for `nearest`."""
         values = self.values[: len(limits), slot * self.size : (slot + 1) * self.size]
         step = self.size // CLUSTER
         maxima = self.maxima[: len(limits), slot * step : (slot + 1) * step]
         halves = values
-        while halves.shape[1] > step:  # faster than amax over columns that are apart
+        while halves.shape[1] > step:  # faster than amax over strided columns
             halves = torch.maximum(*halves.chunk(2, dim=1))
         maxima.copy_(halves)
-        # 0 or 1 as floats, which are added faster than bools.
-        return torch.ge(values, limits[:, None], out=self.room[: len(limits)]).sum(dim=1).long()
+        # As floats, 0 and 1 are summed faster than as bools.
+        return torch.ge(values, limits[:, None], out=self.buffer[: len(limits)]).sum(dim=1).long()
 
     def nearest(self, slots: int, rows: int, count: int) -> torch.Tensor:
-        """Values among which are the `count` largest of each row in the first slots, after `above` of these.
+        """Values that include the `count` largest of each row in the first slots, for which `above` has been called.
 
-        They are in the clusters whose maxima are the largest: no row is sorted.
+        They lie in the clusters with the largest maxima, so no row is sorted.
         """
         values, step = self.values[:rows, : slots * self.size], self.size // CLUSTER
         if count * CLUSTER >= values.shape[1]:

@@ -141,8 +141,8 @@ def create_optimizer(
         groups.append({"params": proxies, "lr": lr * getattr(criterion, "proxy_lr", 1)})
     settings = {"weight_decay": weight_decay} | ({} if eps is None else {"eps": eps})
     optimizer = OPTIMIZERS[name](groups, lr=lr, **settings)
-    if follow := getattr(criterion, "follow", None):
-        follow(optimizer)
+    if attach_optimizer := getattr(criterion, "attach_optimizer", None):
+        attach_optimizer(optimizer)
     return optimizer
 
 

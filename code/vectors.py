@@ -1,10 +1,44 @@
-"""Embeddings as vectors: their lengths, their directions, and how near two of them are."""
+"""The embeddings of a set of images, their lengths and directions, and the similarity of two of them."""
+
+from dataclasses import dataclass, replace
 
 import torch
 
 from proxy_anchor.collectives import ProcessGroup
 
 DISTANCES = ("cosine", "euclidean")
+
+
+@dataclass
+class Embeddings:
+    """The vectors (N, D) of N images with their labels (N,) and, where images are grouped, the groups (N,).
+
+    Labels and groups are whole numbers. With several processes, each has the rows of its share of the images.
+    """
+
+    vectors: torch.Tensor
+    labels: torch.Tensor
+    groups: torch.Tensor | None = None
+
+    def of_classes(self, classes: torch.Tensor) -> "Embeddings":
+        """The rows whose labels are among the classes (C,)."""
+        rows = torch.isin(self.labels, classes.to(self.labels.device))
+        groups = None if self.groups is None else self.groups[rows.to(self.groups.device)]
+        return Embeddings(self.vectors[rows.to(self.vectors.device)], self.labels[rows], groups)
+
+    def all_gather(self, processes: ProcessGroup) -> "Embeddings":
+        """The rows of all processes, in each of them."""
+        columns = {name: torch.cat(processes.all_gather(x)) for name, x in vars(self).items() if x is not None}
+        return replace(self, **columns)
+
+
+def concat_columns(networks: list[Embeddings]) -> Embeddings:
+    """The embeddings of the same images by several networks as those of one, (N, D1 + D2 + ...).
+
+    Each network's vectors are scaled to unit length first. Raises ValueError if any is not finite.
+    """
+    vectors = torch.cat([unit_vectors(embeddings.vectors) for embeddings in networks], dim=1)
+    return replace(networks[0], vectors=vectors)
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:
@@ -47,11 +81,20 @@ def finite(embeddings: torch.Tensor, processes: ProcessGroup | None = None) -> t
     return embeddings
 
 
-def nearness(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
-    """Of the vectors (..., D), as `comparable` gives them."""
+def similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
+    """The cosine of vectors (..., D) from `comparable`, or minus their Euclidean distance: larger is nearer."""
     return (a * b).sum(dim=-1) if distance == "cosine" else -torch.linalg.vector_norm(a - b, dim=-1)
 
 
 def to_nearness(value, distance: str):
-    """A similarity or a distance as nearness, or nearness as the one or the other, by a distance of DISTANCES."""
+    """A cosine or a Euclidean distance as a similarity (larger is nearer), and the other way round."""
     return value if distance == "cosine" else 0.0 - value  # which is never -0.0
+
+
+def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
+    """Labels of any integer type as int64. Raises ValueError for anything else."""
+    kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels)
+    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        found = kind if isinstance(kind, torch.dtype) else kind.__name__
+        raise ValueError(f"Expected {name} as a tensor of whole numbers, found {found}")
+    return labels.long()

@@ -1,32 +1,32 @@
 """Verification: true accepts at false accepts over all pairs of images, with bootstrap intervals.
 
-A pair is accepted if its images are at least as near as the threshold. Of the same-class pairs, the share accepted is
-the true-accept rate (TAR); of the different-class pairs, it is the false-accept rate (FAR).
+A pair is accepted if its similarity reaches the threshold. The true-accept rate (TAR) is the share of same-class pairs
+that are accepted, the false-accept rate (FAR) the share of different-class pairs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from proxy_anchor.pairs import Pairs, Scale
-from proxy_anchor.vectors import to_nearness
+from proxy_anchor.vectors import Embeddings, to_nearness
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-FEWEST = 10  # different-class pairs that a threshold must accept: the rate of fewer is little more than chance
+FEWEST = 10  # different-class pairs that a threshold must accept: with fewer, the rate is little more than chance
 REPLICATES = 500  # of the bootstrap
 LEVEL = 0.95  # of the intervals
-FAR_STEPS, TAR_STEPS = 40, 24  # thresholds of the bootstrap's curves, chosen by either
+FAR_STEPS, TAR_STEPS = 40, 24  # thresholds of the bootstrap's curves, evenly spaced in each rate
 SEED = 0  # of the bootstrap, and of the halves of calibrate
 KINDS = {"cosine": "similarity", "euclidean": "distance"}
-BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of a pair that is accepted
+BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of accepted pairs
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its interval, which are NaN where there are too few classes for one."""
+    """A value and the ends of its interval, which are NaN if there are too few classes for one."""
 
     value: float
     low: float
@@ -40,21 +40,21 @@ class Estimate(NamedTuple):
         return self.text("{:.2f}", "%", 100)
 
     def measured(self, distance: str) -> "Estimate":
-        """Of nearness: as a similarity or a distance, see vectors.to_nearness."""
+        """A similarity (larger is nearer) as a cosine or a distance, see vectors.to_nearness."""
         value, *ends = (to_nearness(number, distance) for number in self)
         return Estimate(value, *sorted(ends))
 
 
 @dataclass
 class Verification:
-    """What thresholds achieve on the pairs of some classes, with intervals by a bootstrap over these classes.
+    """What thresholds achieve on the pairs of some classes, with intervals from a bootstrap over these classes.
 
     same, other: the numbers of same-class and different-class pairs in each bin of the scale.
-    auc: the ROC's area. equal_error: the rate where FAR = 1 - TAR, at its threshold.
+    auc: the area under the ROC curve. equal_error: (threshold, rate) where FAR = 1 - TAR.
     at_far: {FAR: (threshold, TAR)}; the threshold is the lowest edge of the scale that accepts no more than this share
-    of the different-class pairs. too_rare: the FARs that these pairs are too few for. at_threshold: {threshold:
-    (FAR, TAR)}. All thresholds are of nearness, see vectors.to_nearness. Without pairs of both kinds there are no
-    estimates.
+    of the different-class pairs. too_rare: the FARs for which there are too few of these pairs.
+    at_threshold: {threshold: (FAR, TAR)}. All thresholds are similarities: larger is nearer, see vectors.to_nearness.
+    Without pairs of both kinds there are no estimates.
     """
 
     distance: str
@@ -69,14 +69,14 @@ class Verification:
     at_threshold: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
 
     def table(self) -> list[tuple[str, str, str]]:
-        """(FAR, TAR, threshold) of each rate that the pairs resolve, with intervals."""
+        """(FAR, TAR, threshold) for each rate with enough pairs, with intervals."""
         return [
             (f"{100 * far:g}%", tar.percent(), threshold.measured(self.distance).text())
             for far, (threshold, tar) in self.at_far.items()
         ]
 
     def remark(self) -> str:
-        """A line on the pairs, and one on rates that they are too few for."""
+        """A line on the pairs, and one on the rates for which there are too few."""
         same, other = (f"{counts.sum():,}" for counts in (self.same, self.other))
         if self.auc is None:
             return f"{same} same-class and {other} different-class pairs; thresholds need both kinds.\n"
@@ -90,7 +90,7 @@ class Verification:
         return lines
 
     def text(self) -> str:
-        """All of it, as lines for a terminal."""
+        """All results as lines for a terminal."""
         if self.auc is None or self.equal_error is None:
             return self.remark()
         threshold, rate = self.equal_error
@@ -105,30 +105,30 @@ class Verification:
 
 @dataclass
 class Curve:
-    """FAR and TAR (K, R) at ascending thresholds (K,), from all pairs accepted to none, for each of R sets of pairs."""
+    """FAR and TAR (K, R) of R sets of pairs at ascending thresholds (K,), from all pairs accepted to none."""
 
     thresholds: np.ndarray
     far: np.ndarray
     tar: np.ndarray
 
     @classmethod
-    def of(cls, thresholds: np.ndarray, same: np.ndarray, other: np.ndarray) -> "Curve":
-        """From the numbers of pairs (K - 1, R) between the thresholds, of one class and of two."""
+    def from_counts(cls, thresholds: np.ndarray, same: np.ndarray, other: np.ndarray) -> "Curve":
+        """From the numbers (K - 1, R) of same-class and different-class pairs between the thresholds."""
         accepted = [np.pad(counts[::-1].cumsum(axis=0)[::-1], ((0, 1), (0, 0))) for counts in (other, same)]
-        with np.errstate(invalid="ignore"):  # NaN for sets that lack pairs of a kind
+        with np.errstate(invalid="ignore"):  # NaN for sets without pairs of a kind
             return cls(thresholds, *(counts / counts[0] for counts in accepted))
 
     def auc(self) -> np.ndarray:
-        """The ROC's area: how often a same-class pair is nearer than a different-class pair; of equals, one half."""
+        """How often a same-class pair is nearer than a different-class pair, where ties count half: the ROC's area."""
         return ((self.tar[1:] + self.tar[:-1]) * (self.far[:-1] - self.far[1:])).sum(axis=0) / 2
 
     def equal_errors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(threshold, rate) where FAR = 1 - TAR, on straight lines between the thresholds."""
+        """(threshold, rate) where FAR = 1 - TAR, interpolated between the thresholds."""
         threshold, rate, _ = self._where(self.far + self.tar - 1, 0)
         return threshold, rate
 
     def at_far(self, far: float) -> tuple[np.ndarray, np.ndarray]:
-        """(threshold, TAR) where FAR falls to this, on straight lines between the thresholds."""
+        """(threshold, TAR) where FAR falls to this value, interpolated between the thresholds."""
         threshold, _, tar = self._where(self.far, far)
         return threshold, tar
 
@@ -145,70 +145,66 @@ class Curve:
 
 @torch.no_grad()
 def verify(
-    embeddings: torch.Tensor,
-    labels: torch.Tensor,
-    gallery: torch.Tensor | None = None,
-    gallery_labels: torch.Tensor | None = None,
+    queries: Embeddings,
+    gallery: Embeddings | None = None,
     distance: str = "cosine",
-    groups: torch.Tensor | None = None,
-    gallery_groups: torch.Tensor | None = None,
     *,
     fars: Sequence[float] = FARS,
     thresholds: Sequence[float] = (),
     replicates: int = REPLICATES,
     group: dist.ProcessGroup | None = None,
 ) -> Verification:
-    """Tell same-class from different-class pairs by their nearness, at these rates and thresholds.
+    """Tell same-class from different-class pairs by their similarity, at these false-accept rates and thresholds.
 
-    Arguments and errors as for retrieval.best_positive_rank; the pairs are each query with each image of the gallery
-    or, without one, all pairs of two queries, but for those of one group. The rates are exact at the edges of the
-    scale, to one of which the thresholds are rounded up. The intervals are those of classes drawn with replacement,
-    since pairs that share a class vary together. Memory grows with the images and classes, not with the pairs; the
-    processes of a group divide these.
+    The pairs are each query with each image of the gallery or, without one, all pairs of two queries; two images of one
+    group are not a pair. Errors and the group of processes as for retrieval.best_positive_rank. The rates are exact at
+    the edges of the scale, to which the thresholds are rounded up. For the intervals, classes are drawn with
+    replacement, because pairs that share a class vary together. Memory grows with the images and classes, not with the
+    pairs, which the processes of a group divide.
     """
-    pairs = Pairs.of(embeddings, labels, gallery, gallery_labels, distance, groups, gallery_groups, group)
+    pairs = Pairs.from_embeddings(queries, gallery, distance, group)
     same, other = pairs.histograms()
-    found = Verification(distance, len(pairs.classes), pairs.scale, same, other)
+    result = Verification(distance, len(pairs.classes), pairs.scale, same, other)
     if not (same.any() and other.any()):
-        return found
-    curve = Curve.of(pairs.scale.edges, same[:, None], other[:, None])
-    found.too_rare = [far for far in fars if far * other.sum() < FEWEST]
-    chosen = {far: int((curve.far <= far).argmax()) for far in fars if far not in found.too_rare}
-    given = {threshold: pairs.scale.edge_from(threshold) for threshold in thresholds}
-    edges = edges_of_interest(curve, [*chosen.values(), *given.values()], other.sum())
+        return result
+    curve = Curve.from_counts(pairs.scale.edges, same[:, None], other[:, None])
+    result.too_rare = [far for far in fars if far * other.sum() < FEWEST]
+    edge_of_far = {far: int((curve.far <= far).argmax()) for far in fars if far not in result.too_rare}
+    edge_of_threshold = {threshold: pairs.scale.edge_from(threshold) for threshold in thresholds}
+    edges = edges_of_interest(curve, [*edge_of_far.values(), *edge_of_threshold.values()], other.sum())
     drawn = np.random.default_rng(SEED).multinomial(
-        found.classes, np.full(found.classes, 1 / found.classes), replicates
+        result.classes, np.full(result.classes, 1 / result.classes), replicates
     )
-    resampled = Curve.of(pairs.scale.edges[edges], *pairs.resampled(edges, drawn.T))
+    resampled = Curve.from_counts(pairs.scale.edges[edges], *pairs.resampled(edges, drawn.T))
 
-    found.auc = estimate(curve.auc(), resampled.auc())
+    result.auc = estimate(curve.auc(), resampled.auc())
     (threshold, rate), (thresholds_drawn, rates_drawn) = curve.equal_errors(), resampled.equal_errors()
-    found.equal_error = estimate(threshold, thresholds_drawn), estimate(rate, rates_drawn)
-    for far, edge in chosen.items():
+    result.equal_error = estimate(threshold, thresholds_drawn), estimate(rate, rates_drawn)
+    for far, edge in edge_of_far.items():
         thresholds_drawn, rates_drawn = resampled.at_far(far)
-        found.at_far[far] = estimate(curve.thresholds[edge], thresholds_drawn), estimate(curve.tar[edge], rates_drawn)
-    for limit, edge in given.items():
+        result.at_far[far] = estimate(curve.thresholds[edge], thresholds_drawn), estimate(curve.tar[edge], rates_drawn)
+    for limit, edge in edge_of_threshold.items():
         row = np.searchsorted(edges, edge)
-        found.at_threshold[limit] = (
+        result.at_threshold[limit] = (
             estimate(curve.far[edge], resampled.far[row]),
             estimate(curve.tar[edge], resampled.tar[row]),
         )
-    return found
+    return result
 
 
-def edges_of_interest(curve: Curve, wanted: list[int], pairs: int) -> np.ndarray:
-    """The numbers of the edges between which the bootstrap counts: those wanted, and enough to draw a curve."""
+def edges_of_interest(curve: Curve, required: list[int], pairs: int) -> np.ndarray:
+    """The numbers of the edges between which the bootstrap counts: the required ones, and enough to draw a curve."""
     far, tar = curve.far[:, 0], curve.tar[:, 0]
     levels = np.geomspace(1 / pairs, 1, FAR_STEPS), np.linspace(0, 1, TAR_STEPS)
     steps = [len(rate) - np.searchsorted(rate[::-1], level, side="right") for rate, level in zip((far, tar), levels)]
-    return np.unique([0, len(far) - 1, *np.concatenate(steps).clip(0, len(far) - 1), *wanted])
+    return np.unique([0, len(far) - 1, *np.concatenate(steps).clip(0, len(far) - 1), *required])
 
 
 def estimate(value, replicates: np.ndarray) -> Estimate:
-    """The value, with the interval of the replicates that have one: from quantile to quantile, and to the value.
+    """The value with the interval between the quantiles of the replicates, extended to the value itself.
 
-    Replicates are read off straight lines between some thresholds, and few classes drawn are fewer than all: the value
-    may lie beyond their quantiles. A wider interval holds the true value no less often.
+    The replicates are interpolated between a few thresholds, and a sample of few classes lacks some of them, so the
+    value may lie outside of the quantiles. A wider interval contains the true value no less often.
     """
     value, known = float(np.squeeze(value)), replicates[~np.isnan(replicates)]
     if not len(known):
@@ -219,7 +215,7 @@ def estimate(value, replicates: np.ndarray) -> Estimate:
 
 @dataclass
 class Calibration:
-    """A threshold with this FAR on the pairs of some classes, and what it achieves on those of others."""
+    """A threshold with the requested FAR on the pairs of some classes, and its rates on those of other classes."""
 
     asked: float
     seed: int
@@ -232,7 +228,7 @@ class Calibration:
 
     @property
     def far(self) -> Estimate:
-        """Of the checking classes."""
+        """The FAR on the checking classes."""
         return next(iter(self.checked.at_threshold.values()))[0]
 
     def text(self) -> str:
@@ -248,7 +244,7 @@ class Calibration:
         )
 
     def record(self) -> dict:
-        """What a checkpoint keeps of it, see checkpoint.THRESHOLD; the threshold is a similarity or a distance."""
+        """The entry in the checkpoint, see checkpoint.THRESHOLD; the threshold is a cosine or a distance."""
         value, *interval = self.threshold
         far, *far_interval = self.far
         return {
@@ -263,16 +259,22 @@ class Calibration:
 
 
 def calibrate(
-    embedded: list[torch.Tensor], far: float, distance: str = "cosine", groups: Sequence | None = None, seed: int = SEED
+    queries: Embeddings, far: float, gallery: Embeddings | None = None, distance: str = "cosine", seed: int = SEED
 ) -> Calibration:
     """Choose the threshold with this FAR on one half of the classes, and check it on the other.
 
-    embedded, groups: as for evaluation.measure. The first half of a shuffle of the classes with this seed chooses.
-    Raises ValueError where a half has too few classes or pairs, and where no same-class pair would be accepted.
+    The first half of a shuffle of the classes with this seed chooses; of several processes, one needs all embeddings.
+    Raises ValueError if a half has too few classes or pairs, or if no same-class pair would be accepted.
     """
-    classes = torch.unique(torch.cat([labels.cpu() for labels in embedded[1::2]])).numpy()
+
+    def verify_half(classes: np.ndarray, **at) -> Verification:
+        half = torch.from_numpy(classes)
+        return verify(queries.of_classes(half), None if gallery is None else gallery.of_classes(half), distance, **at)
+
+    labels = queries.labels if gallery is None else torch.cat([queries.labels, gallery.labels])
+    classes = labels.unique().cpu().numpy()
     first, second = np.array_split(np.random.default_rng(seed).permutation(classes), 2)
-    chosen = verify(*of_classes(embedded, first, distance, groups), fars=[far])
+    chosen = verify_half(first, fars=[far])
     if far not in chosen.at_far:
         raise ValueError(
             f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} same-class and "
@@ -282,26 +284,11 @@ def calibrate(
     threshold, true_accepts = chosen.at_far[far]
     if not true_accepts.value:
         raise ValueError(
-            f"No threshold with at most {100 * far:g}% false accepts accepts a same-class pair: different-class pairs "
-            "are as near as the nearest, as where a network maps all images to one point. Train it further, or ask for "
-            "a larger --far"
+            f"No threshold with at most {100 * far:g}% false accepts accepts a same-class pair: some different-class "
+            "pairs are as near as the nearest same-class pair, as when a network maps all images to one point. Train "
+            "it further, or give --calibrate a larger rate"
         )
-    limit = threshold.value
-    checked = verify(*of_classes(embedded, second, distance, groups), fars=[], thresholds=[limit])
+    checked = verify_half(second, fars=[], thresholds=[threshold.value])
     if not checked.at_threshold:
         raise ValueError(f"The {len(second):,} classes to check the threshold on do not have pairs of both kinds")
     return Calibration(far, seed, chosen, checked)
-
-
-def of_classes(
-    embedded: list[torch.Tensor], classes: np.ndarray, distance: str, groups: Sequence | None = None
-) -> list[Any]:
-    """The arguments of verify for the images of these classes."""
-    found: list[Any] = []
-    kept_groups: list[Any] = []
-    for embeddings, labels, own in zip(embedded[::2], embedded[1::2], groups or (None, None)):
-        kept = np.isin(labels.cpu().numpy(), classes)
-        rows = torch.from_numpy(kept).to(labels.device)
-        found += [embeddings[rows], labels[rows]]
-        kept_groups.append(None if own is None else torch.as_tensor(own)[kept])
-    return [*[*found, None, None][:4], distance, *[*kept_groups, None][:2]]

@@ -35,7 +35,7 @@ class Cache:
             [[path, s.st_size, s.st_mtime_ns] for path, s in zip(map(os.path.abspath, paths), stats)],
         ]
         self.folder = Path(folder, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20])
-        self.opened = None
+        self.opened: tuple[np.memmap, np.ndarray, np.ndarray] | None = None
 
     def __getstate__(self):
         return self.__dict__ | {"opened": None}  # each process maps the file itself

@@ -59,7 +59,7 @@ def with_several_labels(parts: dict[str, list[Image]], sets: dict) -> list[str]:
 
 def in_several(parts: dict[str, list[Image]]) -> list[list[str]]:
     """The paths of images of the same bytes that are in more than one of the parts, a list for each such image."""
-    where = defaultdict(dict)  # digest -> {part: first path}
+    where: dict[str, dict[str, str]] = defaultdict(dict)  # digest -> {split: first path}
     for part, images in parts.items():
         for image in images:
             if image.digest:

@@ -83,12 +83,14 @@ def find(hashes, digests, tests, classes, groups) -> Duplicates:
         np.add.at(in_two_classes, near[two_classes], 1)
         worst = np.concatenate([worst, np.stack([bits, ~two_classes, i, j], axis=1)])
         worst = worst[np.lexsort(worst.T[::-1])][:CANDIDATES]
-    listed, seen = [], set()
+    listed: list[tuple[int, int, int]] = []
+    seen: set[int] = set()
     for bits, _, i, j in worst.tolist():
         if not {i, j} & seen:
             listed.append((i, j, bits))
             seen |= {i, j}
-    return Duplicates(*counts, tuple(in_two_classes.tolist()), listed)
+    same, near = counts
+    return Duplicates(same, near, tuple(in_two_classes.tolist()), listed)
 
 
 def describe(images: list, tests: list[bool], classes: list, groups: list[int]) -> list[str]:

@@ -253,7 +253,7 @@ def to_tensor(image: Image.Image, upright: bool = True) -> torch.Tensor:
     image.load()
     turn = TURNS.get(_orientation(image)) if upright else None
     if image.mode.startswith(("I", "F")):
-        if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+        if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
             raise ValueError(f"its white is stored as 0 in 16 bits, which Pillow takes for black; {CONVERT}")
         image = Image.fromarray(_to_8_bits(np.asarray(image), image.info.get("transparency"), known))
     elif largest > 255 and not known:

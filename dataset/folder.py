@@ -89,7 +89,9 @@ class Found(NamedTuple):
 
 def find(folder: Path) -> Found:
     """The images in a folder and the folders in it; a linked one counts once, and not if it contains this folder."""
-    images, linked, hidden, others = [], 0, 0, Counter()
+    images: list[str] = []
+    linked, hidden = 0, 0
+    others: Counter[str] = Counter()
     seen = set(map(str, Path(os.path.realpath(folder)).parents))
     places = [folder]
     for place in places:

@@ -102,12 +102,12 @@ def choose_letters(characters: dict[str, set[int]]) -> list[int]:
         and not 0x1E00 <= character < 0x2000  # Latin Extended Additional, Greek Extended: letters a dot apart
     ]
     font = ImageFont.truetype(_font_path(TYPEFACES[0]), FONT_SIZE)
-    looks = []
+    pictures = []
     for letter in letters:
         image = Image.new("L", (96, 96))
         ImageDraw.Draw(image).text((48, 64), chr(letter), font=font, fill=255, anchor="ms")
-        looks.append(np.asarray(image, dtype=np.float32).ravel())
-    looks = np.stack(looks)
+        pictures.append(np.asarray(image, dtype=np.float32).ravel())
+    looks = np.stack(pictures)
     looks /= np.linalg.norm(looks, axis=1, keepdims=True)
     first_alike = (looks @ looks.T > SAME_LOOK).argmax(axis=1)
     return [letters[i] for i in sorted(set(first_alike))]

@@ -7,12 +7,16 @@ that the order depends on, so neither the number of workers nor what ran before 
 
 import signal
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.files import BadFile
+
+if TYPE_CHECKING:  # it is built on this module
+    from dataset.images import ImageDataset
 
 
 class RandomBatches(Sampler):
@@ -88,7 +92,7 @@ class BalancedBatches(RandomBatches):
 
 
 def train_loader(
-    images: Dataset,
+    images: "ImageDataset",
     batch_size: int,
     images_per_class: int | None,
     seed: int,
@@ -108,7 +112,7 @@ def train_loader(
     return DataLoader(images, batch_sampler=batches, **_worker_settings(workers))
 
 
-def eval_loader(images: Dataset, batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
+def eval_loader(images: "ImageDataset", batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
     """Batches of all images in order, or of the part of the process share = (rank, processes).
 
     Raises BadFile where all images were left out.
@@ -116,8 +120,8 @@ def eval_loader(images: Dataset, batch_size: int, workers: int, share=(0, 1)) ->
     if not len(images):
         raise BadFile(f"{images.name}: all {images.total:,} images are left out, which leaves none to evaluate on")
     rank, processes = share
-    own = np.array_split(np.arange(len(images)), processes)[rank]
-    return DataLoader(images, sampler=own.tolist(), batch_size=batch_size, **_worker_settings(workers))
+    shard = np.array_split(np.arange(len(images)), processes)[rank]
+    return DataLoader(images, sampler=shard.tolist(), batch_size=batch_size, **_worker_settings(workers))
 
 
 def _worker_settings(workers):

@@ -61,15 +61,15 @@ def _parts(split):
 
 def remarks(root: Path) -> list[str]:
     """A line on the groups of the test images, and on how many images are left out of their galleries."""
-    tests = [name for name in splits(root) if name != "train"]
-    found = [groups(root, split) for split in tests]
-    if None in found:
+    first, *others = [name for name in splits(root) if name != "train"]
+    queries = groups(root, first)
+    gallery = groups(root, others[0]) if others else queries
+    if queries is None or gallery is None:
         return []
-    queries, gallery = found[0], found[-1]
     sizes = Counter(filter(None, gallery.values()))
     left_out = sum(sizes[group] - (path in gallery) for path, group in queries.items() if group)
     named = set(filter(None, [*queries.values(), *gallery.values()]))
-    alone = sum(not group for group in (queries | gallery).values())
+    alone = len([path for path, group in (queries | gallery).items() if not group])
     return [
         f"{len(named):,} groups of test images, and {alone:,} images alone: images of a query's own group are left "
         f"out of its gallery, {left_out:,} in all",

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import cli, figures, metrics
+from proxy_anchor import cli, distillation, figures, losses, metrics
 from proxy_anchor.runs import logbook, run_folders, significance
 
 NOT_COMPARED = ("seed", "by", *run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE)
-MAIN_LOSS = "Proxy_Anchor"  # in strong colours
+BASELINES = {*losses.LOSSES, *distillation.LOSSES} - {"Proxy_Anchor", "Relaxed_Contra"}  # in muted colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {
     "Proxy_Anchor": "Proxy-Anchor",
@@ -45,9 +45,11 @@ SETTINGS = {
     "model": "{}",
     "remark": "{}",
     "fold": "fold {} held out",
+    "loss_args": "{}",
+    "loss_sha256": "file {:.8}",
 }
 # What nearly always follows from other settings: shown only where nothing else tells runs apart.
-FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule", "head")
+FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule", "head", "loss_sha256")
 
 
 class Run(NamedTuple):
@@ -75,6 +77,7 @@ def read(folders: list[str]) -> list[Run]:
         config = run_folders.read_config(folder)
         if not isinstance(config.get("loss"), str):
             raise ValueError(f'{folder / run_folders.CONFIG} names no "loss"; expected what train.py writes')
+        config["loss"] = losses.label(config["loss"])
         if config.get("lr_schedule", "step") != "step":  # recorded, but without effect
             config = {name: value for name, value in config.items() if not name.startswith("lr_decay_")}
         rows, backbone = figures.read(folder / "metrics.csv")
@@ -215,7 +218,7 @@ def draw(groups: list[Group], path: Path) -> None:
     with figures.picture(path, 8.2, 4.6) as figure:
         ax = figure.subplots()
         ends = []
-        colors = figures.colors_of([group.runs[0].config["loss"] == MAIN_LOSS for group in groups])
+        colors = figures.colors_of([group.runs[0].config["loss"] not in BASELINES for group in groups])
         for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
             recalls = [{int(row["epoch"]): 100 * row["R@1"] for row in run.rows} for run in members]
             x = sorted(set.intersection(*map(set, recalls)))
@@ -229,7 +232,8 @@ def draw(groups: list[Group], path: Path) -> None:
             low, high = zip(*[(m - d, m + d) for m, d in zip(mean, deviation)])
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
             ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
-        ax.set_title(f"R@1, %: mean ± standard deviation over {count_of_runs(groups)}")
+        single = all(len(group.runs) == 1 for group in groups)
+        ax.set_title("R@1, %" + ("" if single else f": mean ± standard deviation over {count_of_runs(groups)}"))
         ax.set(xlabel="epoch", xlim=(None, ax.dataLim.x1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         figures.label_ends(ax, ends)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Six losses on glyphs, three seeds each, with one recipe and budget, drawn by compare.py into misc/losses.svg and .png.
+# Six losses on glyphs, three seeds each, with one recipe and budget, drawn by compare.py into misc/losses.svg.
 # The losses that compare images with each other need several images per class in a batch: they have --IPC 4.
 # "misc/compare_losses.sh draw" only draws the runs that exist.
 set -euo pipefail
@@ -16,4 +16,4 @@ if [ "${1:-}" != draw ]; then
         done
     done
 fi
-python "$root/misc/compare.py" "$runs"/logs_glyphs/* --save "$root/misc/losses.svg" --save "$root/misc/losses.png"
+python "$root/misc/compare.py" "$runs"/logs_glyphs/* --save "$root/misc/losses.svg"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Embedding transfer on glyphs: students of 16 dimensions by three losses, from one teacher of 128, beside Proxy-Anchor
 # with 16 dimensions alone; three seeds each, one network, and the same number of steps. compare.py prints the table and
-# draws misc/transfer.svg and .png. "misc/compare_transfer.sh draw" draws the runs that are there.
+# draws misc/transfer.svg. "misc/compare_transfer.sh draw" draws existing runs.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 runs=$root/logs/transfer  # of this script alone, and made anew
@@ -22,4 +22,4 @@ if [ "${1:-}" != draw ]; then
         done
     done
 fi
-python "$root/misc/compare.py" "$runs"/logs_glyphs/* --save "$root/misc/transfer.svg" --save "$root/misc/transfer.png"
+python "$root/misc/compare.py" "$runs"/logs_glyphs/* --save "$root/misc/transfer.svg"

@@ -18,6 +18,7 @@ import dataset
 import net
 from dataset import transforms
 from proxy_anchor import cli, figures, losses, training
+from proxy_anchor.blocked import ProxyAnchorFunction
 from proxy_anchor.runs import randomness
 
 LETTERS, ANCHOR = "AMST", 2  # the classes, and the one whose proxy has arrows
@@ -63,11 +64,10 @@ def slopes(embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor
     The loss depends on embeddings only through their products with the proxies. With unit vectors as proxies, these
     products are an embedding's coordinates, so the derivative by one is the derivative by the other.
     """
-    criterion = losses.ProxyAnchor(len(proxies), len(proxies))
     similarities = (embeddings @ proxies.T).requires_grad_()
     units = torch.eye(len(proxies))
     weights = torch.ones(len(units), 1)
-    loss = criterion.of_proxies(units, similarities, labels, rows=labels, weights=weights)
+    loss = ProxyAnchorFunction.apply(similarities, units, labels, 0.1, 32.0, labels, weights, len(units))
     return torch.autograd.grad(loss, similarities)[0]
 
 

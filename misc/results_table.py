@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from proxy_anchor import cli, figures, published
+from proxy_anchor import cli, figures, metrics
 from proxy_anchor.runs import run_folders
 
 COLUMNS = [
@@ -79,7 +79,7 @@ def spread(values: list[float]) -> str:
 def row(logs: Path, recipe: str, seeds: list[int]) -> list[str]:
     args = train.parse(shlex.split(recipe))
     found, protocol = finished(logs, args, seeds), of_protocol(logs, args)
-    reference = published.RESULTS.get((args.dataset, args.model), {}).get(1)
+    reference = metrics.PUBLISHED.get((args.dataset, args.model), {}).get(1)
     folders = [run.folder for run in found] + ([protocol[1]] if protocol else [])
     return [
         f"{args.dataset}, {args.model}",

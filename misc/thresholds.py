@@ -1,4 +1,4 @@
-"""Measure what docs/use.md says of thresholds and folders, on the test classes of glyphs.
+"""Measure the figures on thresholds and folders in docs/use.md, on the test classes of glyphs.
 
 python misc/thresholds.py CHECKPOINT
 """
@@ -17,55 +17,60 @@ from proxy_anchor import cli, retrieval, verification
 from proxy_anchor.checkpoint import Checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.entries import embeddings_of, group
+from proxy_anchor.vectors import Embeddings
 
 SPLITS, FAR = 20, 0.01
 
 
-def embed(path: str, root: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """The embeddings, labels and paths of the test images. Raises ValueError for a checkpoint without a record."""
+def embed(path: str, root: str) -> tuple[Embeddings, list[str]]:
+    """The embeddings and the paths of the test images. Raises ValueError for a checkpoint without a record."""
     checkpoint = Checkpoint(path)
     if not (spec := checkpoint.spec):
         raise ValueError(f"{path} has no record of its network: expected a checkpoint of train.py --dataset glyphs")
     network = checkpoint.open(spec, net.from_spec)
     (images,) = dataset.eval_sets("glyphs", root, spec.image_size, spec.geometry)
     embedder = Embedder(network, torch.device("cpu"))
-    return *embedder.embed(dataset.eval_loader(images, batch_size=150, workers=0)), images.paths
+    return embedder.embed(dataset.eval_loader(images, batch_size=150, workers=0)), images.paths
 
 
-def calibrations(embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+def calibrations(embeddings: Embeddings) -> None:
     """Choose a threshold on half of the classes and check it on the other half, for several halves."""
-    rates, held = [], 0
+    rates, covered = [], 0
     for seed in range(SPLITS):
-        found = verification.calibrate([embeddings, labels], FAR, seed=seed)
-        rates.append(found.far.value)
-        held += found.far.low <= FAR <= found.far.high
-        print(f"seed {seed:2}  threshold {found.threshold.text()}  false accepts {found.far.percent()}", flush=True)
+        calibration = verification.calibrate(embeddings, FAR, seed=seed)
+        rates.append(calibration.far.value)
+        covered += calibration.far.low <= FAR <= calibration.far.high
+        print(
+            f"seed {seed:2}  threshold {calibration.threshold.text()}  false accepts {calibration.far.percent()}",
+            flush=True,
+        )
     print(
-        f"Asked: {FAR:.1%} false accepts. On the other classes, over {SPLITS} splits: mean {np.mean(rates):.2%}, from "
-        f"{min(rates):.2%} to {max(rates):.2%}; the 95% interval holds the rate asked for in {held}"
+        f"Requested: {FAR:.1%} false accepts. On the other classes, over {SPLITS} splits: mean {np.mean(rates):.2%}, "
+        f"from {min(rates):.2%} to {max(rates):.2%}; the 95% interval contains the requested rate in {covered}"
     )
 
 
-def folders(embeddings: torch.Tensor, labels: torch.Tensor, paths: list[str]) -> None:
+def folders(embeddings: Embeddings, paths: list[str]) -> None:
     """R@1 of one half of each class's images in the other half, as images and as means."""
     random = np.random.default_rng(0)
+    vectors, labels = embeddings.vectors, embeddings.labels
     second = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        own = random.permutation(torch.nonzero(labels == label).flatten().numpy())
-        second[own[len(own) // 2 :]] = True
+        rows = random.permutation(torch.nonzero(labels == label).flatten().numpy())
+        second[rows[len(rows) // 2 :]] = True
     halves = {}
     for name, half in (("queries", ~second), ("gallery", second)):
-        of_half = [path for path, kept in zip(paths, half) if kept]
-        label_of = dict(zip(group(of_half), labels[half].unique_consecutive()))
-        entries, means = embeddings_of(group(of_half), of_half, embeddings[half], "cosine")
+        half_paths = [path for path, chosen in zip(paths, half) if chosen]
+        label_of = dict(zip(group(half_paths), labels[half].unique_consecutive()))
+        entries, means = embeddings_of(group(half_paths), half_paths, vectors[half], "cosine")
         halves[name] = {
-            "images": (embeddings[half], labels[half]),
+            "images": (vectors[half], labels[half]),
             "folders": (means.float(), torch.stack([label_of[entry] for entry in entries])),
         }
-    for asked, index in (("images", "images"), ("images", "folders"), ("folders", "folders")):
-        (x, y), (gallery, gallery_labels) = halves["queries"][asked], halves["gallery"][index]
+    for kind, index in (("images", "images"), ("images", "folders"), ("folders", "folders")):
+        (x, y), (gallery, gallery_labels) = halves["queries"][kind], halves["gallery"][index]
         recall = retrieval.recall_at_k(x, y, [1], gallery, gallery_labels)[1]
-        print(f"R@1 of {len(x):,} {asked} among {len(gallery):,} {index}: {100 * recall:.2f}")
+        print(f"R@1 of {len(x):,} {kind} among {len(gallery):,} {index}: {100 * recall:.2f}")
 
 
 def main(argv=None):
@@ -74,9 +79,9 @@ def main(argv=None):
     parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
     args = parser.parse_args(argv)
     with cli.errors_in_one_line("thresholds.py"):
-        embeddings, labels, paths = embed(args.checkpoint, args.data_root)
-        folders(embeddings, labels, paths)
-        calibrations(embeddings, labels)
+        embeddings, paths = embed(args.checkpoint, args.data_root)
+        folders(embeddings, paths)
+        calibrations(embeddings)
 
 
 if __name__ == "__main__":

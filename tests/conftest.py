@@ -1,3 +1,8 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: threads only wait for each other
+
+import helpers  # noqa: F401 - makes the network "tiny" known
 import pytest
 import torch
 import trees
@@ -8,6 +13,7 @@ def no_credentials(request, monkeypatch, tmp_path_factory):
     """Tests neither find the user's wandb credentials nor his downloaded weights, and leave no random state behind."""
     monkeypatch.setenv("NETRC", str(tmp_path_factory.getbasetemp() / "no-netrc"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "no-weights"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
     if not request.node.get_closest_marker("cuda"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU's sums differ from run to run
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 
 def run(argv):
@@ -28,12 +29,13 @@ def run(argv):
             raise
 
 
-def processes():
-    """A context whose processes start as forks of one that has imported train.py, in milliseconds."""
+def processes(*modules):
+    """A context whose processes start as forks of one that has imported train.py and these modules, in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", __name__])
+    context.set_forkserver_preload(["train", __name__, *modules])
     first = context.Process(target=time.sleep, args=(0,))  # starts the server, which imports torch
-    first.start()
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # older Pythons give it no path
+        first.start()
     first.join()
     return context
 

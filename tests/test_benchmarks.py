@@ -11,6 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, words",
     [
@@ -31,6 +32,7 @@ def test_benchmark_runs(command, words):
     assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_libraries_that_are_missing_are_named(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('faiss', 'pytorch_metric_learning', 'wandb'):\n    sys.modules[name] = None\n"

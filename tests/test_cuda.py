@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import REPOSITORY
 from torch.utils.data import DataLoader, TensorDataset
 
 import net
@@ -15,7 +16,6 @@ from proxy_anchor import hardware, losses, retrieval, training
 from proxy_anchor.embedding import Embedder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.cuda,  # conftest.py hides CUDA from the other tests
@@ -130,9 +130,9 @@ def test_embeddings(name, amp, tolerance):
     embeddings = []
     loader = DataLoader(TensorDataset(photographs(4, 224), torch.arange(4)), batch_size=4)
     for device, precision in ((GPU, amp), (CPU, "none")):
-        found, labels = build(name, device, precision).embed(loader)
-        assert found.device == device and torch.equal(labels.cpu(), torch.arange(4))
-        embeddings.append(found)
+        found = build(name, device, precision).embed(loader)
+        assert found.vectors.device == device and torch.equal(found.labels.cpu(), torch.arange(4))
+        embeddings.append(found.vectors)
     assert_close(*embeddings, tolerance)
 
 

@@ -1,6 +1,5 @@
 """Several gloo processes must do what one process does on the same batches."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import assert_close, in_processes, read_figures, torchrun
+from pages import REPOSITORY
 from torch.utils.data import TensorDataset
 
 import dataset
@@ -22,34 +22,12 @@ import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, collectives, distributed, evaluation, losses, sharded, training
+from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 from proxy_anchor.runs.stopping import Interrupted, Stop
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
-
-
-def in_processes(count, function, *arguments):
-    """function(*arguments) in each of `count` processes; the result of the first."""
-    if count == 1:
-        return function(*arguments)
-    # Threads of this process would not be there in a fork, so the processes are spawned.
-    with mp.Manager() as manager:
-        results = manager.dict()
-        port = 20000 + os.getpid() % 20000
-        mp.spawn(_process, (count, port, function, arguments, results), nprocs=count)
-        assert all(results[rank][0] == results[0][0] for rank in results)
-        return results[0][1]
-
-
-def _process(rank, count, port, function, arguments, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
-    result = function(*arguments)
-    fingerprint = sum(float(tensor.double().sum()) for tensor in result.values())
-    results[rank] = fingerprint, {name: tensor.numpy() for name, tensor in result.items()}
-    dist.destroy_process_group()
 
 
 def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_Anchor"):
@@ -61,7 +39,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     sampler = (
         BalancedBatches(labels, BATCH, per_class, 1, share) if per_class else RandomBatches(labels, BATCH, 1, share)
     )
-    network = net.create("resnet18", 8, bn_freeze=bn_freeze).to(dtype)
+    network = net.create("tiny", 8, bn_freeze=bn_freeze).to(dtype)
     criterion = sharded.create(loss, CLASSES, 8, 0.1, 32.0).to(dtype)
     optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -89,12 +67,6 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
 def trainings(*settings):
     """Several, in processes that are started once."""
     return {f"{each}: {k}": tensor for each in settings for k, tensor in train(*each).items()}
-
-
-def assert_close(ours, expected, tolerance):
-    assert ours.keys() == expected.keys()
-    for name, tensor in ours.items():
-        np.testing.assert_allclose(tensor, expected[name].numpy(), rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def test_sgd_in_float32():
@@ -147,16 +119,18 @@ def figures(total, gallery_total):
 
     loaders = [part(total)] + ([part(gallery_total)] if gallery_total else [])
     embedder = Embedder(Pixels(8), torch.device("cpu"))
-    embedded = [tensor for loader in loaders for tensor in embedder.embed(loader)]
-    result = evaluation.measure(embedded, [1, 4])
-    group = collectives.world()
+    queries, gallery = evaluation.embed(embedder, loaders)
+    result = evaluation.measure(queries, [1, 4], gallery)
+    group, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
+    tensors = [tensor for side in sides for tensor in (side.vectors, side.labels)]
+    together = [side.all_gather(ProcessGroup(group)) for side in sides]
     return {
-        "ranks": best_positive_rank(*embedded, group=group),
-        "map": map_at_r(*embedded, group=group),
+        "ranks": best_positive_rank(*tensors, group=group),
+        "map": map_at_r(*tensors, group=group),
         "metrics": torch.tensor(list(result.metrics.values())),
         "labels": result.labels,
         "average precisions": result.average_precisions,
-    } | {f"embedded {number}": part for number, part in enumerate(evaluation.whole(embedded))}
+    } | {f"{name} {i}": getattr(side, name) for i, side in enumerate(together) for name in ("vectors", "labels")}
 
 
 def evaluations(*sizes):
@@ -200,19 +174,7 @@ def test_silent_processes_print_names_of_any_bytes(monkeypatch):
         print(os.fsdecode(b"\xff.jpg"))
 
 
-def torchrun(processes, script, *arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    arguments = [str(argument) for argument in arguments]
-    return subprocess.run(
-        [*command, str(REPOSITORY / script), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-
-
-def read_metrics(folder):
-    with open(next(folder.glob("**/metrics.csv")), newline="") as file:
-        return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
+@pytest.mark.slow
 def test_torchrun(cub_root, tmp_path):
     """The scripts under torchrun: the same figures, one folder, one voice."""
     common = [
@@ -236,7 +198,7 @@ def test_torchrun(cub_root, tmp_path):
     done = torchrun(2, "train.py", *flags, "--LOG_DIR", tmp_path / "two", "--resume", "auto", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("has finished (epochs: 2)") == 1
     script.main([str(argument) for argument in [*flags, "--LOG_DIR", tmp_path / "one"]])
-    for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
+    for ours, expected in zip(read_figures(tmp_path / "two"), read_figures(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-4)
 
     best = next(tmp_path.glob("one/**/*_best.pth"))
@@ -247,6 +209,7 @@ def test_torchrun(cub_root, tmp_path):
     assert [float(cell) for cell in row.split()[2:]] == pytest.approx([100 * v for v in metrics.values()], abs=0.005)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
     """A process dies: torchrun starts all again, and they go on. Then one process goes on where two were."""
     flags = [
@@ -290,17 +253,18 @@ def test_torchrun_restarts_and_other_numbers_of_processes(cub_root, tmp_path):
 
     done = torchrun(2, "train.py", *flags, "--epochs", 6, "--LOG_DIR", tmp_path / "one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert read_metrics(tmp_path / "resumed") == read_metrics(tmp_path / "one")
+    assert read_figures(tmp_path / "resumed") == read_figures(tmp_path / "one")
 
     import train as script
 
     (folder,) = (tmp_path / "one" / "logs_cub").iterdir()
     script.main(["--resume", str(folder), "--epochs", "7"])
     script.main([*flags, "--epochs", "7", "--LOG_DIR", str(tmp_path / "alone")])
-    losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "alone")]
+    losses = [[row["loss"] for row in read_figures(tmp_path / name)] for name in ("one", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
     """The processes agree on the step after which they stop."""
     flags = [
@@ -341,6 +305,7 @@ def test_torchrun_stopped_by_a_signal(cub_root, tmp_path):
     assert checkpoint.read(last)["progress"]["epoch"] >= 2
 
 
+@pytest.mark.slow
 def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
     import trees
 

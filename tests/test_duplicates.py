@@ -6,8 +6,8 @@ import imagehash
 import numpy as np
 import pytest
 import trees
+from helpers import write_csv
 from PIL import Image
-from test_own import write_csv
 
 import dataset
 from dataset import duplicates

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trees
+from helpers import fails
 from pages import REPOSITORY, blocks
 from PIL import Image
 
@@ -100,14 +101,6 @@ def by_onnxruntime(path, pixels, batch=64):
     return torch.from_numpy(
         np.concatenate([session.run(["embeddings"], {"images": part.numpy()})[0] for part in pixels.split(batch)])
     )
-
-
-def fails(call, capsys, words, code=1):
-    with pytest.raises(SystemExit) as error:
-        call()
-    assert error.value.code == code
-    message = capsys.readouterr().err
-    assert words in message and (code == 2 or message.count("\n") == 1), message
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
@@ -558,7 +551,7 @@ assert sys.path == [*before, repository + "/hub"]
     fresh(program, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_what_the_hub_returns_is_pickled_spawned_and_halved(name, tmp_path):
     """In this process, in one that it spawns, and in another one that has the folder hub/ in its path."""
     if name == "test_vit":

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import net
 from proxy_anchor import losses, retrieval, tiles, training
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.vectors import Embeddings
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -147,7 +148,8 @@ def test_networks(fake_cuda, name, amp, dtype):
     network.model.embedding.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
     with fake_cuda():
         loader = Batches([(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2))])
-        embeddings, labels = Embedder(network, GPU, amp).embed(loader)
+        embedded = Embedder(network, GPU, amp).embed(loader)
+        embeddings, labels = embedded.vectors, embedded.labels
         assert embeddings.device == labels.device == images[0].device == GPU
         assert embeddings.dtype == torch.float32 and embeddings.shape == (2, 8)
         assert images[0].is_contiguous(memory_format=torch.channels_last)
@@ -158,7 +160,7 @@ def test_networks(fake_cuda, name, amp, dtype):
 @pytest.mark.parametrize("name", ["adamw", "adam"])  # of the others torch has no fused one, or no fake of it
 def test_optimizers(fake_cuda, name, amp):
     """Unscaling, clipping and the step; with fp16 only a fused optimizer can skip a step without a look."""
-    network, criterion = net.create("resnet18", 8), losses.ProxyAnchor(4, 8)
+    network, criterion = net.create("tiny", 8), losses.ProxyAnchor(4, 8)
     with fake_cuda():
         scaler = Embedder(network, GPU, amp).scaler
         optimizer = training.create_optimizer(name, network, criterion.to(GPU), 1e-4, 1e-4)
@@ -191,6 +193,6 @@ def test_search_looks_at_no_values_in_its_loops(monkeypatch):
     for tile in 64, 640:
         monkeypatch.setitem(tiles.TILE, "cpu", tile)
         with Looks() as found:
-            retrieval.search(x, y)
+            retrieval.search(Embeddings(x, y))
         looks.append(len(found.found))
     assert looks[0] == looks[1] > 0

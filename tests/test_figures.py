@@ -1,36 +1,21 @@
 """curves.png of a run, misc/compare.py on several, images in rows, and misc/idea.py."""
 
-import csv
 import io
 import json
 import os
 import sys
 from itertools import combinations
-from pathlib import Path
 
+import compare
+import idea
 import pytest
 import torch
+from helpers import write_run
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from proxy_anchor import figures, losses
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
-import compare
-import idea
-
-
-def write_run(folder, recalls, seconds=10.0, **config):
-    """The folder of a run with these R@1."""
-    folder.mkdir()
-    settings = {"loss": "Proxy_Anchor", "IPC": None, "lr": 1e-4, "seed": 1, "epochs": 3, "workers": 4}
-    (folder / "config.json").write_text(json.dumps(settings | config))
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["epoch", "loss", "lr", "seconds", "R@1", "R@2"])
-        writer.writerows([epoch, 5 - epoch, 1e-4, seconds, r, r + 0.01] for epoch, r in enumerate(recalls))
-    return str(folder)
 
 
 def colours(path):

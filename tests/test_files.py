@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import trees
-from test_scripts import arguments
+from helpers import arguments
 
 import evaluate
 import export
@@ -21,7 +21,7 @@ from proxy_anchor import checkpoint, files, weights
 from proxy_anchor.report import page
 from proxy_anchor.spec import NetworkSpec
 
-RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1, "crop": 0.875}
+RECORD = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1, "crop": 0.875}
 
 
 def temporaries(folder):
@@ -152,7 +152,7 @@ def test_seal(tmp_path):
 
 def new_checkpoint(path, seed, **record):
     torch.manual_seed(seed)
-    trees.save_checkpoint(path, net.create("resnet18", 8), RECORD | record)
+    trees.save_checkpoint(path, net.create("tiny", 8), RECORD | record)
     return path
 
 
@@ -173,7 +173,7 @@ def test_calibration_of_weights_that_were_replaced_is_not_recorded(photos, repla
     measure = evaluate.evaluation.measure
     monkeypatch.setattr(evaluate.evaluation, "measure", lambda *args, **more: [measure(*args, **more), replace()][0])
     with pytest.raises(SystemExit, match="1"):
-        evaluate.main([*arguments(photos, dataset="folder", resume=path), "--calibrate", "--far", "0.1"])
+        evaluate.main([*arguments(photos, dataset="folder", resume=path), "--calibrate", "0.1"])
     assert "a.pth was replaced while it was measured, so its threshold is not recorded" in capsys.readouterr().err
     assert checkpoint.Checkpoint(path).threshold == {}
 
@@ -198,7 +198,7 @@ def test_index_is_of_the_weights_that_it_names(photos, replaced, tmp_path):
     assert index.made["weights"] == identity
     torch.manual_seed(0)
     image = search.unlabelled([index.images[0][0]], index.spec)[0][0]
-    network = net.create("resnet18", 8).eval()
+    network = net.create("tiny", 8).eval()
     with torch.inference_mode():
         expected = network(network.normalize(image[None]))[0]
     torch.testing.assert_close(torch.tensor(index.images.vectors[0]), expected, atol=1e-5, rtol=0)
@@ -215,7 +215,7 @@ def test_export_is_of_the_weights_that_it_names(photos, replaced, tmp_path, endi
     assert content["source"] == identity
     if ending == ".safetensors":
         torch.manual_seed(0)
-        weights = net.create("resnet18", 8).state_dict()
+        weights = net.create("tiny", 8).state_dict()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in content["model_state_dict"].items())
 
 
@@ -224,7 +224,7 @@ def test_teacher_is_the_one_that_is_named(photos, replaced, tmp_path):
     logs = {"LOG_DIR": tmp_path / "logs", "pretrained": "none", "dataset": "folder"}
     args = transfer.parse([*arguments(photos, **logs, epochs=1), "--source-ckpt", str(path)])
     replace()
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     args.teacher.load(network)
     assert args.teacher.identity == identity == weights.digest(network.state_dict())
 
@@ -232,7 +232,7 @@ def test_teacher_is_the_one_that_is_named(photos, replaced, tmp_path):
 def test_training_and_calibration_take_turns(tmp_path):
     """While a threshold is being added, a training waits with its better network."""
     path = new_checkpoint(tmp_path / "best.pth", 0)
-    network, saved = net.create("resnet18", 8), threading.Event()
+    network, saved = net.create("tiny", 8), threading.Event()
 
     def save():
         checkpoint.save(path, network, NetworkSpec(**RECORD))

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_distributed import in_processes
+from helpers import in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxy_anchor import collectives, retrieval, tiles
 from proxy_anchor.pairs import Pairs
-from proxy_anchor.vectors import DISTANCES
+from proxy_anchor.vectors import DISTANCES, Embeddings
 
 # Where the parts of each number of processes end: unequal ones, an empty one, one without any positive.
 CUTS = {1: [0, 1], 2: [0, 0.3, 1], 3: [0, 0.52, 0.52, 1], 4: [0, 0.01, 0.4, 0.75, 1]}
@@ -38,13 +38,13 @@ def share_of_memory(distance):
     """The largest tensor of this process, where each has an equal part of the gallery."""
     x = torch.randn(6000, 192)[collectives.shard(6000)]
     with Largest() as largest:
-        retrieval.search(x, torch.arange(len(x)) // 5, distance=distance, group=collectives.world())
+        retrieval.search(Embeddings(x, torch.arange(len(x)) // 5), distance=distance, group=collectives.world())
     return largest.elements
 
 
-def error(*arguments):
+def error(*sides):
     with pytest.raises(ValueError) as caught:
-        retrieval.search(*arguments, group=collectives.world())
+        retrieval.search(*sides, group=collectives.world())
     return str(caught.value)
 
 
@@ -52,9 +52,10 @@ def in_each(count):
     """Checks of what depends on the number of processes, in each of them."""
     x, y = torch.randn(40, 8), torch.arange(40) % 5
     wrong = torch.where(torch.arange(40)[:, None] == 17, torch.nan, x)
-    for arguments in (part(wrong), part(y)), (part(x), part(y), part(wrong), part(y)):
-        assert error(*arguments) == "1 of 40 embeddings are not finite; the first is number 17"
-    assert error(x[:0], y[:0]) == "There is nothing to search: embeddings (0, 8)"
+    queries, damaged = Embeddings(part(x), part(y)), Embeddings(part(wrong), part(y))
+    for sides in (damaged,), (queries, damaged):
+        assert error(*sides) == "1 of 40 embeddings are not finite; the first is number 17"
+    assert error(Embeddings(x[:0], y[:0])) == "There is nothing to search: embeddings (0, 8)"
     for distance in DISTANCES:
         assert share_of_memory(distance) == math.ceil(6000 / count / 192) * 192 * 192  # whole tiles of its vectors
 
@@ -77,13 +78,12 @@ def everything():
                 [(vectors, labels, groups)],
                 [(vectors[:250], labels[:250], groups[:250]), (vectors[250:], labels[250:], groups[250:])],
             ):
-                arguments = [part(y) for side in sets for y in side[:2]]
-                own_groups = dict(zip(("groups", "gallery_groups"), (part(side[2]) for side in sets)))
-                for keywords in {}, own_groups:
-                    found = retrieval.search(*arguments, distance=distance, **keywords, group=group)
-                    case = f"{name}, {distance}, {len(sets)}, {len(keywords)}"
+                for columns in 2, 3:  # without groups, and with them
+                    sides = [Embeddings(*map(part, side[:columns])) for side in sets]
+                    found = retrieval.search(*sides, distance=distance, group=group)
+                    case = f"{name}, {distance}, {len(sets)}, {columns}"
                     results |= {f"{key}: {case}": value for key, value in vars(found).items()}
-                    counted = Pairs.of(*arguments, distance=distance, **keywords, group=group)
+                    counted = Pairs.from_embeddings(*sides, distance=distance, group=group)
                     results |= {f"pairs: {case}": torch.tensor(np.stack(counted.histograms()))}
                     edges, weights = np.array([0, 40_000, len(counted.scale)]), np.arange(94).reshape(47, 2) % 3
                     results |= {f"resampled: {case}": torch.tensor(np.stack(counted.resampled(edges, weights)))}

@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from test_distributed import in_processes
-from test_own import write_csv
-from test_report import Squares
-from test_retrieval import examples
-from test_scripts import read_metrics
+from helpers import Squares, examples, in_processes, read_metrics, write_csv
 
 import dataset
 import evaluate
@@ -20,7 +16,8 @@ import train
 from dataset.__main__ import main as dataset_main
 from proxy_anchor import collectives, evaluation, retrieval, tiles, verification
 from proxy_anchor.report import confusion, page
-from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
+from proxy_anchor.retrieval import best_positive_rank, from_tensors, map_at_r, recall_at_k, search
+from proxy_anchor.vectors import Embeddings
 
 
 def by_sorting(queries, labels, groups, gallery, gallery_labels, gallery_groups, within, distance):
@@ -61,7 +58,9 @@ def test_metrics_are_brute_force(kind, distance, monkeypatch):
         arguments = [*map(torch.from_numpy, queries[:2]), *searched, distance]
         keywords = {"groups": torch.from_numpy(queries[2])}
         keywords |= {} if within else {"gallery_groups": torch.from_numpy(gallery[2])}
-        both = search(*arguments, **keywords)
+        both = search(
+            *[Embeddings(*map(torch.from_numpy, side)) for side in (queries, gallery)[: 2 - within]], distance=distance
+        )
         assert [both.ranks.tolist(), both.tied.tolist()] == [ranks, tied]
         assert best_positive_rank(*arguments, **keywords).tolist() == ranks
         hits = recall_at_k(*arguments[:2], [1, 5], *arguments[2:], **keywords)
@@ -72,12 +71,10 @@ def test_metrics_are_brute_force(kind, distance, monkeypatch):
 
 def test_an_image_alone_is_a_group_of_its_own():
     """Which changes nothing."""
-    x, y = torch.randn(300, 8), torch.randint(0, 20, (300,))
-    for arguments, groups in (
-        ((x, y), {"groups": torch.randperm(300)}),
-        ((x[:90], y[:90], x[90:], y[90:]), {"groups": torch.arange(90), "gallery_groups": torch.arange(90, 300)}),
-    ):
-        alone, without = search(*arguments, **groups), search(*arguments)
+    x, y, numbers = torch.randn(300, 8), torch.randint(0, 20, (300,)), torch.randperm(300)
+    for parts in ([slice(0, 300)], [slice(0, 90), slice(90, 300)]):
+        alone = search(*[Embeddings(x[part], y[part], numbers[part]) for part in parts])
+        without = search(*[Embeddings(x[part], y[part]) for part in parts])
         for key, value in vars(alone).items():
             assert torch.equal(value, vars(without)[key])
 
@@ -142,7 +139,7 @@ def evaluated():
 
         def embed(self, loader, *_):
             batches = [(vectors[images[:, 0, 0, 0].long()], labels) for images, labels in loader]
-            return [torch.cat(side) for side in zip(*batches)]
+            return Embeddings(*map(torch.cat, zip(*batches)), torch.as_tensor(loader.dataset.groups)[loader.sampler])
 
     results = {}
     for sets in parts[1:], parts:
@@ -165,13 +162,14 @@ def test_groups_stay_with_their_images_in_several_processes(monkeypatch):
 
 def test_what_is_left_out_is_said():
     x, y = torch.eye(5), torch.tensor([0, 0, 1, 1, 1])
-    result = evaluation.measure([x, y], [1], groups=[torch.tensor([7, 7, 1, 1, 2])])
+    queries = Embeddings(x, y, torch.tensor([7, 7, 1, 1, 2]))
+    result = evaluation.measure(queries, [1])
     assert result.remark().splitlines()[:2] == [
         "Images of a query's own group are left out of its gallery: 4 in all, of 4 of 5 queries.",
         "2 of 5 queries have no image of their class to find outside their own group: they are misses.",
     ]
-    assert "group" not in evaluation.measure([x, y], [1], groups=[None]).remark()
-    result = evaluation.measure([x, y, x[:2], y[:2]], [1], groups=[torch.tensor([7, 7, 1, 1, 2]), torch.tensor([7, 9])])
+    assert "group" not in evaluation.measure(Embeddings(x, y), [1]).remark()
+    result = evaluation.measure(queries, [1], Embeddings(x[:2], y[:2], torch.tensor([7, 9])))
     assert result.left_out.tolist() == [1, 1, 0, 0, 0]
 
 
@@ -179,17 +177,18 @@ def test_neighbours_and_pairs_of_the_report_are_of_other_groups(tmp_path):
     random = np.random.default_rng(0)
     x, labels, groups = random.normal(size=(60, 4)), random.integers(0, 5, 60), random.integers(0, 12, 60)
     groups[labels == 4] = 99  # pairs of one class are then of one group
-    tensors = [torch.from_numpy(part) for part in (x, labels, groups)]
-    nearest = confusion.nearest_neighbour(tensors[0], groups=tensors[2])
+    queries = Embeddings(*map(torch.from_numpy, (x, labels, groups)))
+    nearest = confusion.nearest_neighbour(queries)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     similarity = np.where(groups[:, None] == groups, -np.inf, unit @ unit.T)
     assert nearest.tolist() == similarity.argmax(axis=1).tolist()
-    assert confusion.nearest_neighbour(tensors[0], tensors[0], "euclidean", *[0 * tensors[2]] * 2).tolist() == 60 * [-1]
+    one_group = Embeddings(queries.vectors, queries.labels, 0 * queries.groups)
+    assert confusion.nearest_neighbour(one_group, one_group, "euclidean").tolist() == 60 * [-1]
 
     first, second = np.triu_indices(60, 1)
     apart = groups[first] != groups[second]
     one_class = (labels[first] == labels[second])[apart]
-    pairs = verification.verify(*tensors[:2], distance="euclidean", groups=tensors[2])
+    pairs = verification.verify(queries, distance="euclidean")
     distances = np.linalg.norm(x[first] - x[second], axis=1)[apart]
     for counts, chosen in ((pairs.same, one_class), (pairs.other, ~one_class)):
         assert counts.sum() == chosen.sum()
@@ -197,13 +196,13 @@ def test_neighbours_and_pairs_of_the_report_are_of_other_groups(tmp_path):
         assert abs(counts.cumsum() - expected.cumsum()).max() <= 1  # rounding at an edge
 
     images = Numbers(labels, groups)
-    result = evaluation.measure(tensors[:2], [1], groups=[groups])
+    result = evaluation.measure(queries, [1])
     page.open_folder(tmp_path)
-    queries = page.TestSet(*tensors[:2], images)
+    queries = page.TestSet(queries, images)
     pictures = page.Pictures(tmp_path, queries, queries)
     shown = []
     pictures.figure = lambda images, index, caption, kind="": shown.append((index, kind)) or ""
-    page.query_rows(queries, queries, True, result, pictures)
+    page.query_rows(queries, queries, True, result, nearest, pictures)
     query = None
     for index, kind in shown[::-1]:  # a row is the neighbours, then the query
         query = index if not kind else query
@@ -252,8 +251,8 @@ def test_other_groups_are_other_data(tmp_path):
 
 def test_scripts_leave_groups_out(tmp_path, capsys):
     """Copies of the images are found at once, unless the file says that they are of one group."""
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), {})
-    flags = ["--batch-size", "16", "--workers", "0", "--dataset", "csv", "--model", "resnet18", "--embedding-size", "8"]
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), {})
+    flags = ["--batch-size", "16", "--workers", "0", "--dataset", "csv", "--model", "tiny", "--embedding-size", "8"]
     flags += ["--image-size", "32", "--data-root"]
     tables = {name: str(photos(tmp_path / name, name == "with")) for name in ("with", "without")}
     evaluation_flags = ["--resume", str(tmp_path / "a.pth")]
@@ -266,7 +265,7 @@ def test_scripts_leave_groups_out(tmp_path, capsys):
     train.main([*flags, tables["with"], "--pretrained", "none", "--epochs", "1", "--LOG_DIR", str(tmp_path / "logs")])
     assert words in capsys.readouterr().out
     (run,) = tmp_path.glob("logs/logs_csv/*")
-    metrics = evaluate.main([*flags, tables["with"], "--resume", str(run / "csv_resnet18_best.pth")])
+    metrics = evaluate.main([*flags, tables["with"], "--resume", str(run / "csv_tiny_best.pth")])
     assert metrics["R@1"] == float(read_metrics(run)[0]["R@1"])
     assert metrics["MAP@R"] == float(read_metrics(run)[0]["MAP@R"])
 
@@ -310,6 +309,8 @@ def test_a_query_in_the_gallery_is_left_out_by_one_group(tmp_path):
     x, y = (torch.stack([image.flatten().double() for image, _ in images]) for images in (queries, gallery))
     labels = torch.as_tensor(queries.labels), torch.as_tensor(gallery.labels)
     given = {"groups": torch.as_tensor(queries.groups), "gallery_groups": torch.as_tensor(gallery.groups)}
-    assert confusion.nearest_neighbour(x, y, "euclidean").tolist() == [0]
-    assert confusion.nearest_neighbour(x, y, "euclidean", *given.values()).tolist() != [0]
+    sides = Embeddings(x, labels[0]), Embeddings(y, labels[1])
+    assert confusion.nearest_neighbour(*sides, "euclidean").tolist() == [0]
+    sides = from_tensors(x, labels[0], y, labels[1], **given)
+    assert confusion.nearest_neighbour(*sides, "euclidean").tolist() != [0]
     assert recall_at_k(x, labels[0], [2], y, labels[1], "euclidean", **given) == {2: 1.0}  # the other ant is there

@@ -1,15 +1,14 @@
 """Damaged files: each ends in an error that the scripts show as one line, or in the right result."""
 
 import csv
-import random
 import re
 import shutil
-import warnings
 
 import numpy as np
 import pytest
 import torch
 import trees
+from helpers import mutations, result_or_error
 from PIL import Image
 
 import dataset
@@ -29,34 +28,6 @@ from proxy_anchor.spec import NetworkSpec
 SPEC = NetworkSpec("tiny", 4, 32)
 
 
-def mutations(data: bytes, count: int, seed: int):
-    """Damaged copies: a flipped bit, a changed byte, cut short, a piece removed, doubled, zeroed or of random bytes."""
-    chance = random.Random(seed)
-    for number in range(count):
-        place = chance.randrange(len(data))
-        end = min(len(data), place + chance.choice((1, 8, 200)))
-        yield (
-            data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :],
-            data[:place] + chance.randbytes(1) + data[place + 1 :],
-            data[:place],
-            data[:place] + data[end:],
-            data[:end] + data[place:end] + data[end:],
-            data[:place] + bytes(end - place) + data[end:],
-            data[:place] + chance.randbytes(end - place) + data[end:],
-        )[number % 7]
-
-
-def outcome(function):
-    """What the function returns, or the error, which must be one that the scripts show as one line."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return function()
-    except Exception as error:
-        assert str(error) and cli.is_deliberate(error)
-        return error
-
-
 class Tiny(torch.nn.Module):
     unused = ()
 
@@ -73,8 +44,8 @@ def test_damaged_checkpoints(tmp_path):
     for data in mutations(path.read_bytes(), 210, seed=0):
         path.write_bytes(data)
         network = Tiny(0.0)
-        outcome(lambda: checkpoint.Checkpoint(path).spec)
-        if isinstance(outcome(lambda network=network: checkpoint.load(path, network)), Exception):
+        result_or_error(lambda: checkpoint.Checkpoint(path).spec)
+        if isinstance(result_or_error(lambda network=network: checkpoint.load(path, network)), Exception):
             errors += 1
             assert not network.weight.any()  # nothing was loaded
         else:
@@ -90,7 +61,7 @@ def test_damaged_legacy_checkpoints(tmp_path):
     for length in range(0, len(data), max(1, len(data) // 60)):
         path.write_bytes(data[:length])
         network = Tiny(0.0)
-        assert isinstance(outcome(lambda network=network: checkpoint.load(path, network)), Exception)
+        assert isinstance(result_or_error(lambda network=network: checkpoint.load(path, network)), Exception)
         assert not network.weight.any()
 
 
@@ -104,7 +75,7 @@ def test_damaged_run_checkpoints(tmp_path):
         path.write_bytes(data)
         other = Tiny(0.0)
         parts = {"optimizer": torch.optim.AdamW(other.parameters())}
-        progress = outcome(lambda other=other, parts=parts: resuming.load(path, other, parts))
+        progress = result_or_error(lambda other=other, parts=parts: resuming.load(path, other, parts))
         if isinstance(progress, Exception):
             assert not other.weight.any()
         else:
@@ -150,7 +121,7 @@ def test_damaged_weights_files(tmp_path):
     for data in mutations(path.read_bytes(), 70, seed=2):
         path.write_bytes(data)
         network = Tiny(0.0)
-        if isinstance(outcome(lambda network=network: pretrained.load_weights(network, path)), Exception):
+        if isinstance(result_or_error(lambda network=network: pretrained.load_weights(network, path)), Exception):
             assert not network.weight.any()
         else:
             assert (network.weight == 1.5).all()
@@ -169,10 +140,10 @@ def test_damaged_annotations(tmp_path, name, make, table):
     """Every split of what is read has an image and a label in range for each entry."""
     root = make(tmp_path)
     path = root / table
-    for data in mutations(path.read_bytes(), 35 if name == "cars" else 70, seed=3):
+    for data in mutations(path.read_bytes(), 14 if name == "cars" else 70, seed=3):
         path.write_bytes(data)
         for split in dataset.BENCHMARKS[name].SIZES:
-            images = outcome(lambda split=split: dataset.load(name, root, split, allow_partial=True))
+            images = result_or_error(lambda split=split: dataset.load(name, root, split, allow_partial=True))
             if not isinstance(images, Exception):
                 assert len(images.paths) == len(images.labels) > 0
                 assert images.labels.min() >= 0 and images.labels.max() < images.num_classes
@@ -185,7 +156,7 @@ def test_damaged_images(tmp_path, kind):
     Image.fromarray(pixels).save(path, kind)
     for data in mutations(path.read_bytes(), 35, seed=4):
         path.write_bytes(data)
-        image = outcome(lambda: read_image(str(path)))
+        image = result_or_error(lambda: read_image(str(path)))
         if isinstance(image, Exception):
             assert str(path) in str(image)
         else:
@@ -197,16 +168,16 @@ def test_path_of_several_lines_is_told_whole(tmp_path):
     path = str(tmp_path / "a\nTraceback: b.jpg")
     images = dataset.ImageDataset([path], np.zeros(1, dtype=int), [""])
     for workers in (0, 1):
-        error = outcome(lambda workers=workers: list(dataset.eval_loader(images, 1, workers)))
+        error = result_or_error(lambda workers=workers: list(dataset.eval_loader(images, 1, workers)))
         assert cli.one_line(error) == f"The image {tmp_path}/a Traceback: b.jpg is missing"
 
 
 def test_network_stays_as_it_was(tmp_path):
     """A checkpoint of another size loads nothing, not even the tensors that would fit."""
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    trees.save_checkpoint(tmp_path / "other.pth", net.create("resnet18", 16), {})
-    assert isinstance(outcome(lambda: checkpoint.load(tmp_path / "other.pth", network)), ValueError)
+    trees.save_checkpoint(tmp_path / "other.pth", net.create("tiny", 16), {})
+    assert isinstance(result_or_error(lambda: checkpoint.load(tmp_path / "other.pth", network)), ValueError)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
@@ -275,12 +246,12 @@ def test_errors_are_one_short_line(tmp_path, capsys, rows, words):
     assert words in error and is_plain(error) and error.count("\n") == 1 and len(error) < 900
 
 
-@pytest.mark.parametrize("model", [f"resnet18{FORGED}", "resnet18" + "\x1b" * 1_000_000])
+@pytest.mark.parametrize("model", [f"tiny{FORGED}", "tiny" + "\x1b" * 1_000_000])
 def test_a_record_forges_no_errors(tmp_path, capsys, model):
     """Those of usage, too, in which a file gave the argument."""
-    record = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), record)
-    trees.save_checkpoint(tmp_path / "b.pth", net.create("resnet18", 8), record | {"model": model})
+    record = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), record)
+    trees.save_checkpoint(tmp_path / "b.pth", net.create("tiny", 8), record | {"model": model})
     for script, argv in (
         (evaluate, ["--resume", str(tmp_path / "b.pth")]),
         (evaluate, ["--resume", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]),

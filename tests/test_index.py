@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import trees
-from test_report import RECORD
-from test_search import described, fails, found, make
+from helpers import RECORD, described, fails
+from helpers import make_index as make
+from helpers import query_index as found
+from pages import REPOSITORY
 
 import net
 import search
@@ -28,7 +30,7 @@ MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_s
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
     return folder
 
 
@@ -100,8 +102,8 @@ def test_kill_while_a_block_is_written(weights, images, tmp_path, capsys, monkey
     make(weights, images, tmp_path / "whole")
     program = f"""
         import os, signal, sys
-        sys.path[:0] = {[str(Path(search.__file__).parent)]}
-        import search
+        sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / "tests")]}
+        import helpers, search
         from proxy_anchor import files
 
         def replace(source, target, original=os.replace):
@@ -338,6 +340,7 @@ def test_search_goes_on_while_an_update_replaces_the_index(tmp_path):
         assert expected != Index.open(folder).search(x[:5], 3)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_index(tmp_path):
     """Ten times the vectors, 92 MB more of them, take hardly more memory to build, to update and to search."""
     program = f"""

@@ -1,4 +1,7 @@
+import argparse
 import math
+import os
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as library
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 
-from proxy_anchor import losses
+from proxy_anchor import blocked, losses
 from proxy_anchor.losses import LOSSES, ProxyAnchor, equation
 
 
@@ -70,7 +73,7 @@ def test_gradcheck(classes):
 @pytest.mark.parametrize("batch, classes", [(30, 50), (8, 1), (8, 2), (1, 7), (60, 5)])
 def test_gradients_are_those_of_the_equation(batch, classes, block, monkeypatch):
     """Whatever the size of the blocks of classes."""
-    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", block)
     loss = ProxyAnchor(classes, 8, margin=0.2, alpha=20).double()
     x, y = sample(batch, classes, 8)
     ours = value_and_gradients(lambda x, p: torch.func.functional_call(loss, {"proxies": p}, (x, y)), x, loss.proxies)
@@ -280,7 +283,7 @@ def test_every_loss_trains(name):
     assert value.ndim == 0 and torch.isfinite(value) and x.grad.abs().sum() > 0
 
 
-def test_settings_of_the_rivals():
+def test_settings_of_the_baselines():
     assert losses.create("Proxy_NCA", 4, 8).softmax_scale == 32
     ms = losses.create("MS", 4, 8)
     assert (ms.loss.alpha, ms.loss.beta, ms.loss.base, ms.miner.epsilon) == (2, 50, 0.5, 0.1)
@@ -291,7 +294,7 @@ def test_settings_of_the_rivals():
 
 
 def by_default(name):
-    """The rivals with no more settings than those of the comparison, the rest as the library 2.6 to 2.9 has it."""
+    """The baselines with no more settings than those of the comparison, the rest as the library 2.6 to 2.9 has it."""
     return {
         "Proxy_NCA": lambda: library.ProxyNCALoss(6, 8, softmax_scale=32),
         "MS": lambda: losses.MinedLoss(library.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)),
@@ -314,7 +317,7 @@ def outcome(make):
 
 
 @pytest.mark.parametrize("name", LOSSES[1:])
-def test_rivals_do_not_change_with_the_defaults_of_the_library(name, monkeypatch):
+def test_baselines_do_not_change_with_the_defaults_of_the_library(name, monkeypatch):
     """To the last bit as the defaults of 2.6 to 2.9 have it, with those defaults and with others."""
     expected = outcome(lambda: by_default(name))
     assert all(map(torch.equal, outcome(lambda: losses.create(name, 6, 8)), expected))
@@ -334,3 +337,92 @@ def test_rivals_do_not_change_with_the_defaults_of_the_library(name, monkeypatch
             if hasattr(built, getter):
                 monkeypatch.setattr(built, getter, None)
     assert all(map(torch.equal, outcome(lambda: losses.create(name, 6, 8)), expected))
+
+
+OWN = """
+import torch
+
+class Mine(torch.nn.Module):
+    def __init__(self, num_classes, embedding_size, s=1, reduction="mean"):
+        super().__init__()
+        self.s, self.reduction = s, reduction
+
+    def forward(self, embeddings, labels):
+        loss = self.s * embeddings.square().sum(dim=1)
+        return getattr(loss, self.reduction)() if self.reduction else loss
+
+def no_module(num_classes, embedding_size):
+    return lambda embeddings, labels: 0
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    return losses.name_or_file("own.py:Mine")
+
+
+def test_loss_from_a_file(file, monkeypatch):
+    """The path is that of the folder where the command was given; values are Python literals, or else texts."""
+    assert file == f"{os.getcwd()}/own.py:Mine" and losses.label(file) == "Mine" and losses.label("MS") == "MS"
+    monkeypatch.chdir("/")
+    criterion = losses.create(file, 6, 8, arguments="s=2.5 reduction=sum")
+    x = torch.randn(4, 8)
+    assert (criterion.s, criterion.reduction) == (2.5, "sum")
+    torch.testing.assert_close(criterion(x, torch.arange(4)), 2.5 * x.square().sum())
+    assert losses.keywords("a=-1 b=None c='x' d=[1,2] e=1e-3 f=x=y g=") == {
+        "a": -1,
+        "b": None,
+        "c": "x",
+        "d": [1, 2],
+        "e": 1e-3,
+        "f": "x=y",
+        "g": "",
+    }
+
+
+@pytest.mark.parametrize(
+    "name, arguments, words",
+    [
+        ("Yours", "", "own.py has no class Yours"),
+        ("Mine", "t=1", "Mine does not accept the arguments num_classes, embedding_size, t: got an unexpected .* 't'"),
+        ("no_module", "", "expected no_module to be a torch.nn.Module, found function"),
+        ("Mine", "reduction=", r"Mine returned \(4,\), expected a scalar"),
+        ("Mine", "reduction=tolist", "Mine returned list, expected a scalar"),
+    ],
+)
+def test_loss_from_a_file_that_cannot_be_used(file, name, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        losses.create(file.replace("Mine", name), 6, 8, arguments=arguments)(torch.randn(4, 8), torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--loss", "none.py:Mine"], "argument --loss: .*none.py: No such file"),
+        (["--loss", "own.py"], "argument --loss: invalid choice: 'own.py'"),
+        (["--loss", "own.py:1"], "argument --loss: invalid choice: 'own.py:1'"),
+        (["--loss", "own.py:Mine", "--loss-args", "s", "3"], "argument --loss-args: expected NAME=VALUE, found 's'"),
+        (["--loss-args", "s=3"], "argument --loss-args: Proxy_Anchor takes none"),
+        (["--loss", "own.py:Mine", "--sample-proxies", "0.5"], "argument --sample-proxies: Mine takes all proxies"),
+    ],
+)
+def test_usage_errors_of_a_loss_from_a_file(file, argv, words, capsys):
+    parser = argparse.ArgumentParser(parents=[losses.options(), losses.later_options()])
+    with pytest.raises(SystemExit):
+        losses.check_arguments(parser, parser.parse_args(argv))
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_settings_of_a_loss_from_a_file_are_in_the_name_of_the_run():
+    assert losses.settings_in_words("/a/own.py:Mine", 0.1, 32.0, "s=16 path=../x") == "s16_path..-x"
+    assert losses.settings_in_words("MS", 0.1, 32.0, "") == "alpha32_mrg0.1"  # as published
+
+
+def test_fast_path_is_the_equation_in_float32():
+    loss = ProxyAnchor(300, 16)
+    x, y = sample(40, 300, 16, torch.float32)
+    ours = value_and_gradients(lambda x, p: blocked.equation(x, p, y, 0.1, 32.0), x, loss.proxies)
+    for a, b in zip(ours, value_and_gradients(lambda x, p: equation(x, p, y), x, loss.proxies)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

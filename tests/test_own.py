@@ -1,11 +1,10 @@
 """Your own images: --dataset folder and --dataset csv."""
 
-import csv
 import shutil
 
 import pytest
 import trees
-from test_scripts import read_metrics
+from helpers import read_metrics, write_csv
 
 import dataset
 import evaluate
@@ -22,12 +21,6 @@ from dataset.files import BadFile
 def labelled(images):
     """{file name: class} of a dataset."""
     return [(path.split("/")[-1], images.classes[label]) for path, label in zip(images.paths, images.labels)]
-
-
-def write_csv(path, rows, columns=("path", "label", "split")):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    return path
 
 
 @pytest.fixture
@@ -197,11 +190,11 @@ def test_csv_that_is_a_folder_and_classes_for_others_are_errors(tmp_path, table)
 def test_training_and_evaluation(tmp_path, table, name, capsys):
     root = tmp_path / "images" if name == "folder" else table
     flags = ["--dataset", name, "--data-root", str(root), "--batch-size", "8", "--workers", "0"]
-    network = ["--model", "resnet18", "--pretrained", "none", "--embedding-size", "8", "--image-size", "32"]
+    network = ["--model", "tiny", "--pretrained", "none", "--embedding-size", "8", "--image-size", "32"]
     train.main([*flags, *network, "--epochs", "1", "--LOG_DIR", str(tmp_path / "logs")])
     assert "train: 1" in capsys.readouterr().out
     (run,) = (tmp_path / "logs" / f"logs_{name}").iterdir()
-    metrics = evaluate.main([*flags, "--resume", str(run / f"{name}_resnet18_best.pth")])
+    metrics = evaluate.main([*flags, "--resume", str(run / f"{name}_tiny_best.pth")])
     assert metrics["R@1"] == float(read_metrics(run)[0]["R@1"])
     assert "published" not in capsys.readouterr().out
 
@@ -209,7 +202,7 @@ def test_training_and_evaluation(tmp_path, table, name, capsys):
 def test_one_test_class_is_remarked(tmp_path, capsys):
     root = trees.folder(tmp_path / "images", classes=("ant", "bee"))
     words = "All test images are of one class: any network finds the right one, R@1 is 100% by definition.\n"
-    network = ["--model", "resnet18", "--pretrained", "none", "--embedding-size", "8", "--image-size", "32"]
+    network = ["--model", "tiny", "--pretrained", "none", "--embedding-size", "8", "--image-size", "32"]
     flags = ["--dataset", "folder", "--data-root", str(root), "--batch-size", "6", "--workers", "0"]
     train.main([*flags, *network, "--epochs", "1", "--LOG_DIR", str(tmp_path / "logs")])
     assert words in capsys.readouterr().out
@@ -367,8 +360,8 @@ def test_check_names_what_looks_alike(tmp_path, capsys):
 def test_data_root_is_required(tmp_path, name, capsys, monkeypatch):
     trees.save_checkpoint(
         tmp_path / "a.pth",
-        net.create("resnet18", 8),
-        {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1},
+        net.create("tiny", 8),
+        {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1},
     )
     resume = ["--resume", str(tmp_path / "a.pth")]
     data = ["--dataset", name]

@@ -4,11 +4,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from pages import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import write_csv
 from pages import REPOSITORY, blocks
 from PIL import Image, ImageOps
-from test_own import write_csv
 
 import dataset
 import evaluate
@@ -44,8 +44,8 @@ STORED = {  # how a camera stores a picture with this orientation in EXIF
     7: T.TRANSVERSE,
     8: T.ROTATE_270,
 }
-RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1, "crop": 1.0}
-ALONE = ["--backbone-only", "--model", "resnet18", "--pretrained", "none", "--image-size", "32", "--workers", "0"]
+RECORD = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1, "crop": 1.0}
+ALONE = ["--backbone-only", "--model", "tiny", "--pretrained", "none", "--image-size", "32", "--workers", "0"]
 
 
 def picture(seed=1, width=56, height=40):
@@ -311,7 +311,7 @@ def test_pictures_of_a_search_are_upright(turned):
 
 
 def test_orientation_that_a_checkpoint_does_not_record_is_as_stored(tmp_path):
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     for orientation in ("stored", "upright"):
         trees.save_checkpoint(tmp_path / "a.pth", network, RECORD | {"orientation": orientation})
         assert checkpoint.Checkpoint(tmp_path / "a.pth").spec.orientation == orientation
@@ -334,7 +334,7 @@ def train_on(root, logs, *more, epochs=1):
             "--workers",
             "0",
             "--model",
-            "resnet18",
+            "tiny",
             "--pretrained",
             "none",
             "--embedding-size",
@@ -364,7 +364,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
     train_on(turned, tmp_path)
     (run,) = (tmp_path / "logs_folder").iterdir()
     assert run_folders.read_config(run)["orientation"] == "upright" and seen.pop() == {True}
-    assert checkpoint.Checkpoint(run / "folder_resnet18_best.pth").spec.orientation == "upright"
+    assert checkpoint.Checkpoint(run / "folder_tiny_best.pth").spec.orientation == "upright"
     config = json.loads((run / "config.json").read_text())
     del config["orientation"]
     (run / "config.json").write_text(json.dumps(config))
@@ -380,7 +380,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
 
 
 def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root):
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"orientation": "stored"})
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD | {"orientation": "stored"})
     seen = []
     monkeypatch.setattr("dataset.images.read_image", lambda path, upright: seen.append(upright) or read_image(path))
     flags = ["--resume", str(tmp_path / "a.pth"), "--workers", "0"]
@@ -395,7 +395,7 @@ def test_evaluation_follows_the_dataset(turned, tmp_path, monkeypatch, cub_root)
 def test_exported_file_records_the_orientation(orientation, turned, tmp_path):
     pytest.importorskip("safetensors")
     record = RECORD if orientation is None else RECORD | {"orientation": orientation}
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), record)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), record)
     export.main(["--resume", str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.safetensors"), "--check", str(turned)])
     assert exported.read(tmp_path / "a.safetensors")["network"]["orientation"] == (orientation or "stored")
     assert ("were turned upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
@@ -601,7 +601,7 @@ def test_too_many_pixels_are_one_line(tmp_path, monkeypatch):
 
 
 def test_transform_of_the_hub_is_evaluation_in_all_modes(turned, tmp_path):
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD | {"model": "resnet18"})
     _, transform = hubconf.embedding(str(tmp_path / "a.pth"))
     rgba, _ = cut_out(np.asarray(picture(2)))
     Image.fromarray(rgba).save(tmp_path / "alpha.png")
@@ -673,7 +673,7 @@ def test_files_that_are_left_out_are_named(phone, tmp_path, capsys):
     assert printed(search.main, *query, phone / "ant", phone / "bee").count("2 .cr2") == 1
     assert "Left out" not in printed(search.main, *query, phone / "ant" / "1.JPG")
     pytest.importorskip("safetensors")
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
     check = ["--resume", tmp_path / "a.pth", "--out", tmp_path / "a.safetensors", "--check", phone]
     assert printed(export.main, *check).count("1 .mov") == 1
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import trees
+from helpers import mutations, result_or_error
 from PIL import Image
-from test_hostile import mutations, outcome
 
 import dataset
 from dataset import prepare
@@ -284,7 +284,7 @@ def test_damaged_archives(tmp_path):
         archive_of(tmp_path, archive, ["images"])
         for number, data in enumerate(mutations(archive.read_bytes(), 140, seed=5)):
             archive.write_bytes(data)
-            result = outcome(lambda a=archive, n=number: list(prepare.extract(a, tmp_path / f"{a.suffix}{n}")))
+            result = result_or_error(lambda a=archive, n=number: list(prepare.extract(a, tmp_path / f"{a.suffix}{n}")))
             assert isinstance(result, list) or str(archive) in str(result)
 
 

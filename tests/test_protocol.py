@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import poison
 import pytest
 import torch
 import trees
-from test_scripts import without_reader
+from helpers import without_reader
+from pages import REPOSITORY
 
 import dataset
 import evaluate
@@ -26,7 +26,6 @@ from proxy_anchor import checkpoint, files
 from proxy_anchor.runs import child, run_folders, selection
 from proxy_anchor.runs.stopping import Interrupted
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCHS = 3
 
 
@@ -40,7 +39,7 @@ def flags(root, logs, **changed):
     settings = {
         "dataset": "cub",
         "data-root": root,
-        "model": "resnet18",
+        "model": "tiny",
         "embedding-size": 8,
         "batch-size": 4,
         "warm": 0,
@@ -176,7 +175,7 @@ def test_spread_by_hand():
 
 
 def embeddings_of(path, images):
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     checkpoint.load(path, network)
     network.eval()
     with torch.inference_mode():
@@ -194,7 +193,7 @@ def test_folds_one_by_one_and_together(root, of_three_folds, capsys):
     """Equal to the networks' embeddings, of unit length, put side by side by hand."""
     logs, content, _ = of_three_folds
     (result,) = content["seeds"]
-    paths = [logs / place / "cub_resnet18_best.pth" for place in result["runs"][:3]]
+    paths = [logs / place / "cub_tiny_best.pth" for place in result["runs"][:3]]
     (images,) = dataset.eval_sets("cub", root, 32, allow_partial=True)
     labels = torch.from_numpy(images.labels)
     each = [embeddings_of(path, images) for path in paths]
@@ -214,17 +213,18 @@ def test_folds_one_by_one_and_together(root, of_three_folds, capsys):
 
 def test_checkpoints_of_two_kinds_are_refused(root, of_three_folds, tmp_path, capsys):
     logs, content, _ = of_three_folds
-    path = logs / content["seeds"][0]["runs"][0] / "cub_resnet18_best.pth"
+    path = logs / content["seeds"][0]["runs"][0] / "cub_tiny_best.pth"
     other = checkpoint.Checkpoint(path).spec.to_record() | {"image_size": 64}
-    trees.save_checkpoint(tmp_path / "b.pth", net.create("resnet18", 8), other)
+    trees.save_checkpoint(tmp_path / "b.pth", net.create("tiny", 8), other)
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--dataset", "cub", "--resume", str(path), str(tmp_path / "b.pth")])
     assert end.value.code == 2 and "image_size 64 instead of 32" in capsys.readouterr().err
 
 
-def test_stopped_killed_and_started_again(root, finished, tmp_path):
+@pytest.mark.slow
+def test_stopped_killed_and_started_again(root, tmp_path):
     """A signal reaches the training, which saves and ends; killed, it takes the training along; the end is the same."""
-    argv = ["--seeds", "1", "--", *flags(root, tmp_path)]
+    argv = ["--seeds", "1", "--", *flags(root, tmp_path, model="resnet18")]
     command = [sys.executable, str(REPOSITORY / "protocol.py"), *argv]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -259,8 +259,9 @@ def test_stopped_killed_and_started_again(root, finished, tmp_path):
         patch.setattr(child, "run", InThisProcess(root))
         protocol.main(argv)
     (path,) = tmp_path.glob("protocol_cub/*/results.json")
-    ours, expected = json.loads(path.read_text()), finished[1]
-    assert ours["seeds"] == expected["seeds"][:1] and ours["settings"] == expected["settings"]
+    ours = json.loads(path.read_text())
+    _, expected, _ = run_here(root, tmp_path / "at once", "--seeds", "1", model="resnet18")
+    assert ours["seeds"] == expected["seeds"] and ours["settings"] == expected["settings"]
     before = path.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(child, "run", again := InThisProcess(root))
@@ -280,7 +281,9 @@ def test_child_passes_on_how_it_ends():
 
 def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit) as end:
-        protocol.main(["--", *flags(root, tmp_path / "logs"), "--data-root", str(tmp_path / "nowhere")])
+        protocol.main(
+            ["--", *flags(root, tmp_path / "logs", model="resnet18"), "--data-root", str(tmp_path / "nowhere")]
+        )
     errors = capfd.readouterr().err.splitlines()
     assert end.value.code == 1 and len(errors) == 1 and errors[0].startswith("train.py: error: There is no ")
 
@@ -335,7 +338,8 @@ def test_results_of_other_settings_are_kept(root, finished):
 
 
 def test_protocol_goes_on_when_nobody_reads_its_output(root, tmp_path):
-    command = [sys.executable, "-u", protocol.__file__, "--seeds", "1", "--", *flags(root, tmp_path, epochs=1)]
+    argv = flags(root, tmp_path, model="resnet18", epochs=1)
+    command = [sys.executable, "-u", protocol.__file__, "--seeds", "1", "--", *argv]
     assert without_reader(command, 1, stderr=subprocess.STDOUT) == (0, "")
     assert list(tmp_path.glob("protocol_cub/*/results.json"))
 
@@ -384,8 +388,8 @@ def test_results_of_somebody_else_are_kept(root, tmp_path, capsys):
 def test_best_network_of_a_fold_is_known_by_its_content(root, tmp_path, capsys):
     """Replaced by another one of its kind, then gone."""
     logs, content, _ = run_here(root, tmp_path, "--seeds", "1", "--folds", "3")
-    best = logs / content["seeds"][0]["runs"][0] / "cub_resnet18_best.pth"
-    other = logs / content["seeds"][0]["runs"][1] / "cub_resnet18_best.pth"
+    best = logs / content["seeds"][0]["runs"][0] / "cub_tiny_best.pth"
+    other = logs / content["seeds"][0]["runs"][1] / "cub_tiny_best.pth"
     best.write_bytes(other.read_bytes())
     for words in (f"{best} is not the network that this run has written", f"There is no checkpoint {best}"):
         with pytest.raises(SystemExit, match="1"):
@@ -398,7 +402,7 @@ def test_pretrained_file_is_known_by_its_content(root, tmp_path):
     weights, results = tmp_path / "w.pth", []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
-        torch.save(net.create("resnet18", None).model.state_dict(), weights)
+        torch.save(net.create("tiny", None).model.state_dict(), weights)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(child, "run", training := InThisProcess(root))
             protocol.main(["--seeds", "1", "--", *flags(root, tmp_path, pretrained=weights)])

@@ -4,13 +4,12 @@ import json
 import math
 import re
 
+import compare
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import arguments, read_metrics, run_folder, run_train, stop_at
 from matplotlib.figure import Figure
-from test_figures import compare
-from test_resume import stop_at
-from test_scripts import arguments, read_metrics, run_train
 
 import dataset
 import evaluate
@@ -33,7 +32,7 @@ def loss_of_random_images(network, criterion):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rates_and_what_moves_at_every_step(schedule):
     """Warm-up for 2 epochs, the embedding layer at 5 times the rate, proxies at 100 times, two layers frozen."""
-    network = net.create("resnet18", 8, bn_freeze=False)
+    network = net.create("tiny", 8, bn_freeze=False)
     network.freeze("bn1,layer1.0")
     criterion = losses.create("Proxy_Anchor", 4, 8)
     optimizer = training.create_optimizer("adamw", network, criterion, PEAK, 1e-4, embedding_lr=5)
@@ -69,7 +68,7 @@ def test_rates_and_what_moves_at_every_step(schedule):
 
 @pytest.mark.parametrize("eps", [None, 1e-4])
 def test_eps_is_that_of_the_first_step_by_hand(eps):
-    network, criterion = net.create("resnet18", 8), losses.create("Proxy_Anchor", 4, 8)
+    network, criterion = net.create("tiny", 8), losses.create("Proxy_Anchor", 4, 8)
     optimizer = training.create_optimizer("adamw", network, criterion, PEAK, 0.01, eps=eps)
     loss_of_random_images(network, criterion).backward()
     weight = network.model.embedding.weight
@@ -96,7 +95,7 @@ def test_frozen_layers_are_whole_words(names):
 
 
 def test_unknown_layers_are_refused():
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     network.freeze("conv1, layer1.0")  # with a blank, as people write lists
     for name in ("patch_embed", "layer", "embedding", "layer1.0.conv", ""):
         with pytest.raises(ValueError, match=f"no layer '{name}' to freeze; it has conv1, bn1, layer1,"):
@@ -105,7 +104,7 @@ def test_unknown_layers_are_refused():
 
 def test_layernorm_head():
     """The equation of LayerNorm without an affine map, in float64; the state dict has the published keys."""
-    network = net.create("resnet18", 8, head="layernorm").eval()
+    network = net.create("tiny", 8, head="layernorm").eval()
     images = torch.randn(3, 3, 32, 32)
     features = network.model.pooled(images).double()
     centred = features - features.mean(dim=1, keepdim=True)
@@ -114,7 +113,7 @@ def test_layernorm_head():
     embeddings = embeddings / embeddings.norm(dim=1, keepdim=True)
     assert torch.allclose(network(images).double(), embeddings, atol=1e-6)
     assert torch.allclose(network.model.embedding.weight @ network.model.embedding.weight.T, torch.eye(8), atol=1e-6)
-    assert network.state_dict().keys() == net.create("resnet18", 8).state_dict().keys()
+    assert network.state_dict().keys() == net.create("tiny", 8).state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -136,19 +135,14 @@ def test_settings_that_do_not_exist(line, message, capsys):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file of backbone weights."""
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
     torch.manual_seed(7)
-    state = net.create("resnet18", 8).model.state_dict()
+    state = net.create("tiny", 8).model.state_dict()
     torch.save({name: tensor for name, tensor in state.items() if not name.startswith("embedding.")}, path)
     return path
 
 
 SETTINGS = {"epochs": 2, "head": "layernorm", "lr-schedule": "cosine", "freeze": "conv1,layer1", "warm": 1}
-
-
-def run_folder(logs):
-    (folder,) = (logs / "logs_cub").iterdir()
-    return folder
 
 
 def of_epochs(folder):
@@ -166,7 +160,7 @@ def logs(cub_root, weights, tmp_path_factory):
 def test_backbone_alone_has_a_file_of_its_own(logs, weights, cub_root):
     assert [row["epoch"] for row in read_metrics(run_folder(logs))] == ["0", "1"]
     before = json.loads((run_folder(logs) / "backbone.json").read_text())
-    network = net.create("resnet18", 8, weights).eval()
+    network = net.create("tiny", 8, weights).eval()
     (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
     with torch.no_grad():
         features = network.model.pooled(network.normalize(torch.stack([image for image, _ in images])))
@@ -275,7 +269,7 @@ def test_given_defaults_are_recorded_as_defaults_are():
 
 
 def test_head_is_in_the_record_and_obeyed(logs, cub_root):
-    best = run_folder(logs) / "cub_resnet18_best.pth"
+    best = run_folder(logs) / "cub_tiny_best.pth"
     assert checkpoint.Checkpoint(best).spec.head == "layernorm"
     line = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(best)]
     metrics = evaluate.main(line)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import RECORD, Squares, arguments
 from sklearn.metrics import roc_auc_score
-from test_scripts import arguments
 
 import evaluate
 import net
@@ -22,19 +22,7 @@ from proxy_anchor.evaluation import measure
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report import page as report_page
 from proxy_anchor.retrieval import best_positive_rank
-
-RECORD = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
-
-
-class Squares:
-    """Stands for a dataset: image i is a square of one grey."""
-
-    def __init__(self, labels, classes, side=32):
-        self.labels, self.classes, self.side = labels, classes, side
-        self.paths = [f"{i}.jpg" for i in range(len(labels))]
-
-    def __getitem__(self, index):
-        return torch.full((3, self.side, self.side), index % 256, dtype=torch.uint8), int(self.labels[index])
+from proxy_anchor.vectors import Embeddings
 
 
 def random_set(count, classes, seed=0, distance="cosine"):
@@ -42,13 +30,15 @@ def random_set(count, classes, seed=0, distance="cosine"):
     labels = random.integers(0, classes, count)
     embeddings = random.normal(size=(classes, 16))[labels] + random.normal(size=(count, 16))
     images = Squares(labels, [f"<b>class & {c}</b>" for c in range(classes)])
-    return report_page.TestSet(torch.from_numpy(embeddings).float(), torch.from_numpy(labels), images, distance)
+    return report_page.TestSet(
+        Embeddings(torch.from_numpy(embeddings).float(), torch.from_numpy(labels)), images, distance
+    )
 
 
 def write(folder, queries, gallery=None, name="a network", threshold=None, **rows):
-    embedded = [part for s in (queries, gallery) if s for part in (s.embeddings, s.labels)]
-    result = measure(embedded, [1, 2], queries.distance)
-    pairs = verification.verify(*[*embedded, None, None][:4], queries.distance)
+    embeddings = queries.embeddings, gallery and gallery.embeddings
+    result = measure(queries.embeddings, [1, 2], embeddings[1], queries.distance)
+    pairs = verification.verify(*embeddings, queries.distance)
     report_page.open_folder(folder)
     return report_page.write(
         folder,
@@ -70,7 +60,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     trees.inshop(folder / "data")
     torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
     flags = {"dataset": "Inshop", "resume": folder / "a.pth", "report": folder / "page"}
     evaluate.main(arguments(folder / "data", **flags))
     return folder / "page" / "index.html"
@@ -94,6 +84,7 @@ def page_of_photographs(tmp_path_factory):
     return write(tmp_path_factory.mktemp("photographs"), queries, **{"a_remark" * 5: {"R@1": 0.5}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["page", "page_of_photographs"])
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
 def test_browser_shows_the_page(request, which, width, scheme):
@@ -128,7 +119,7 @@ def test_browser_shows_the_page(request, which, width, scheme):
 def test_neighbours_and_classes_are_those_of_brute_force(tmp_path, gallery):
     queries = random_set(200, 12)
     targets = gallery or queries
-    similarity = (queries.embeddings @ targets.embeddings.T).double().numpy()
+    similarity = (queries.embeddings.vectors @ targets.embeddings.vectors.T).double().numpy()
     if gallery is None:
         np.fill_diagonal(similarity, -np.inf)
     nearest = similarity.argmax(axis=1)
@@ -152,7 +143,7 @@ def test_neighbours_and_classes_are_those_of_brute_force(tmp_path, gallery):
 def test_page_of_a_euclidean_network(tmp_path, gallery):
     queries = random_set(200, 12, distance="euclidean")
     targets = gallery or queries
-    distances = torch.cdist(queries.embeddings.double(), targets.embeddings.double())
+    distances = torch.cdist(queries.embeddings.vectors.double(), targets.embeddings.vectors.double())
     if gallery is None:
         distances.fill_diagonal_(torch.inf)
     found = confusion.nearest_neighbour(queries.embeddings, gallery and gallery.embeddings, "euclidean")
@@ -187,12 +178,65 @@ def test_page_escapes_names_and_frames_neighbours(tmp_path):
     text = write(tmp_path, queries).read_text()
     assert "<b>class" not in text and "&lt;b&gt;class &amp; 3&lt;/b&gt;" in text and "a &lt;CPU&gt;" in text
     text = text[text.index('id="queries"') : text.index('id="classes"')]
-    assert text.count('<div class="row">') == 3 * report_page.QUERIES
-    assert text.count('<figure class="right">') == text.count("✓ ")  # and one of each in the words above them
-    assert text.count('<figure class="right">') + text.count('<figure class="wrong">') == 3 * 6 * 8
+    assert text.count('<div class="row">') == 4 * report_page.QUERIES
+    assert text.count('<figure class="right">') == text.count("✓ ")
+    assert sum(text.count(f'<figure class="{kind}">') for kind in ("right", "wrong", "unjudged")) == 4 * 6 * 8
     ranks = [int(place.replace(",", "")) for place in re.findall(r"first match: place ([\d,]+)", text)]
-    expected = sorted((best_positive_rank(queries.embeddings, queries.labels) + 1).tolist())
-    assert ranks[12] == expected[-1] and ranks[12:] == sorted(ranks[12:], reverse=True) and set(ranks[:6]) == {1}
+    expected = sorted((best_positive_rank(queries.embeddings.vectors, queries.labels) + 1).tolist())
+    assert ranks[12] == expected[-1] and ranks[12:18] == sorted(ranks[12:18], reverse=True) and set(ranks[:6]) == {1}
+
+
+def test_only_as_many_neighbours_are_judged_as_there_are_images_to_find(tmp_path):
+    """Classes of four: three to find; what comes after the third neighbour is neither right nor wrong."""
+    random = np.random.default_rng(0)
+    text = write(tmp_path, set_of(random.normal(size=(20, 4)), [0, 1, 2, 3, 4] * 4)).read_text()
+    rows = text[text.index('id="queries"') : text.index('id="classes"')].split('<div class="row">')[1:]
+    for row in rows:
+        kinds = re.findall(r'<figure class="(\w*)">', row)
+        assert kinds[0] == "" and kinds[4:] == ["unjudged"] * 5 and set(kinds[1:4]) <= {"right", "wrong"}
+        assert len(re.findall("[✓✗] ", row)) == 3
+
+
+def test_confidently_wrong_queries_are_those_with_the_nearest_wrong_neighbours(tmp_path):
+    queries = random_set(200, 12)
+    similarity = (queries.embeddings.vectors @ queries.embeddings.vectors.T).fill_diagonal_(-2)
+    values, nearest = similarity.max(dim=1)
+    wrong = queries.labels[nearest] != queries.labels
+    text = write(tmp_path, queries).read_text()
+    rows = text[text.index('id="confidently-wrong"') : text.index('id="classes"')].split('<div class="row">')[1:]
+    shown = [int(re.search(r'alt="(\d+).jpg"', row)[1]) for row in rows]
+    assert shown[0] == values.where(wrong, -2).argmax() and wrong[shown].all()
+    assert values[shown].tolist() == sorted(values[shown].tolist(), reverse=True)
+    assert all(
+        re.search(r'<figure class="wrong">.*?✗ ([\d.]+)', row)[1] == f"{values[i]:.2f}" for row, i in zip(rows, shown)
+    )
+
+
+def test_pictures_open_with_their_path_and_names_can_break(tmp_path):
+    queries = random_set(40, 3)
+    queries.images.classes[:] = ["a_long-name_"] * 3
+    queries.images.paths[:] = [f"photos_of/<{i}>-1.jpg" for i in range(40)]
+    text = write(tmp_path, queries, name="resnet18 on my_photos").read_text()
+    assert "<b>a_<wbr>long-<wbr>name_</b>" in text and "resnet18 on my_<wbr>photos</h1>" in text
+    opened = re.findall(r'<button popovertarget="(p\d+)" title="photos_of/&lt;(\d+)&gt;-1.jpg"><img src="(.*?)"', text)
+    assert len(opened) > 100
+    for target, number, source in set(opened):
+        enlarged = re.search(rf'<div popover id="{target}"><img src="(.*?)" .*?><code>(.*?)</code></div>', text)
+        assert enlarged.groups() == (source, f"photos_<wbr>of/&lt;{number}&gt;-<wbr>1.jpg")
+
+
+def test_recall_has_an_interval_over_the_classes(tmp_path):
+    """That of classes drawn again, by brute force."""
+    queries = random_set(300, 20)
+    hits = (best_positive_rank(queries.embeddings.vectors, queries.labels) == 0).numpy()
+    random, labels, recalls = np.random.default_rng(1), queries.labels.numpy(), []
+    for _ in range(1000):
+        chosen = np.concatenate([hits[labels == label] for label in random.integers(0, 20, 20)])
+        recalls.append(100 * chosen.mean())
+    text = write(tmp_path, queries).read_text()
+    shown = re.search(r"R@1 ([\d.]+)% \[([\d.]+), ([\d.]+)\]; brackets: 95% bootstrap interval over 20 classes", text)
+    assert float(shown[1]) == pytest.approx(100 * hits.mean(), abs=0.01)
+    assert [float(end) for end in shown.groups()[1:]] == pytest.approx(np.quantile(recalls, [0.025, 0.975]), abs=1)
 
 
 def test_names_may_be_of_any_bytes(tmp_path):
@@ -222,7 +266,7 @@ def test_names_bring_no_control_characters_and_no_formulas(tmp_path):
 def test_title_is_the_result_and_each_metric_is_explained(tmp_path):
     queries = random_set(200, 12)
     text = write(tmp_path, queries, name="<a> network").read_text()
-    recall = 100 * (best_positive_rank(queries.embeddings, queries.labels) == 0).float().mean()
+    recall = 100 * (best_positive_rank(queries.embeddings.vectors, queries.labels) == 0).float().mean()
     title = f"R@1 {recall:.1f}% · &lt;a&gt; network"
     assert f"<title>{title}</title>" in text and f"<h1>{title}</h1>" in text and "<a> network" not in text
     table = text[: text.index('id="queries"')]
@@ -247,7 +291,7 @@ def test_bars_count_all_classes_and_the_hardest_are_shown(tmp_path):
 def test_similarities_say_how_many_pairs_they_are_of_and_the_threshold_is_drawn(tmp_path):
     queries, gallery = random_set(200, 12), random_set(300, 12, seed=1)
     text = write(tmp_path, queries, gallery).read_text()
-    similarity = (queries.embeddings @ gallery.embeddings.T).double().numpy()
+    similarity = (queries.embeddings.vectors @ gallery.embeddings.vectors.T).double().numpy()
     alike = queries.labels[:, None].numpy() == gallery.labels.numpy()
     same, other = similarity[alike], similarity[~alike]
     assert f"AUC {100 * roc_auc_score(alike.ravel(), similarity.ravel()):.2f}% [" in text
@@ -297,10 +341,10 @@ def test_threshold_of_the_checkpoint_is_drawn(tmp_path, distance):
     assert "0.600 [0.500, 0.700]" in text and "it had 2.00% [1.00, 3.00]" in text
     equal = float(re.search(r"At the threshold ([\d.]+) ", text)[1])
     if distance == "cosine":
-        least = min(0, float((queries.embeddings @ queries.embeddings.T).min()))
+        least = min(0, float((queries.embeddings.vectors @ queries.embeddings.vectors.T).min()))
         assert drawn_at("recorded", text) == pytest.approx((0.6 - least) / (1 - least), abs=0.01)
     else:
-        farthest = float(torch.pdist(queries.embeddings).max())
+        farthest = float(torch.pdist(queries.embeddings.vectors).max())
         assert drawn_at("recorded", text) == pytest.approx(1 - 0.6 / farthest, abs=0.01)
     assert (drawn_at("recorded", text) > drawn_at("threshold", text)) == ((equal < 0.6) == (distance == "cosine"))
 
@@ -343,7 +387,7 @@ def test_earlier_report_stays_until_the_new_one_is_complete(tmp_path):
 
 def set_of(embeddings, labels, distance="cosine"):
     embeddings, labels = torch.tensor(embeddings, dtype=torch.float32), torch.tensor(labels)
-    return report_page.TestSet(embeddings, labels, Squares(labels.numpy(), "abcde"), distance)
+    return report_page.TestSet(Embeddings(embeddings, labels), Squares(labels.numpy(), "abcde"), distance)
 
 
 FOUR_CLASSES = [0, 1, 2, 3] * 10
@@ -391,7 +435,7 @@ def test_class_that_the_gallery_lacks(tmp_path):
 
 def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
     """Also a web page of somebody's, whose pictures would go; a report is written over."""
-    trees.save_checkpoint(tmp_path / "a.pth", net.create("resnet18", 8), RECORD)
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
     site = tmp_path / "site"
     (site / "images").mkdir(parents=True)
     (site / "index.html").write_text("<html>mine</html>")
@@ -400,7 +444,7 @@ def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
         with pytest.raises(SystemExit):
             evaluate.main([*flags, "--report", str(folder)])
         assert "neither empty nor a report" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="a.pth is no folder: a report is written to one"):
+    with pytest.raises(ValueError, match="a.pth is not a folder: give --report a folder"):
         report_page.open_folder(tmp_path / "a.pth")
     report_page.open_folder(tmp_path / "page")  # as by an evaluation that then failed
     for _ in range(2):

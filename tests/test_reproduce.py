@@ -9,18 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import results_table
 import trees
-from pages import commands
+from pages import REPOSITORY, commands
 
 import dataset
 import train
 from proxy_anchor import figures
 from proxy_anchor.runs import logbook, run_folders
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "misc"))
-import results_table
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 FORMATS = {"cub": trees.cub, "cars": trees.cars, "SOP": trees.sop, "Inshop": trees.inshop}
 
 
@@ -72,7 +69,7 @@ def test_absent_datasets_are_named(tmp_path, data):
 
 def test_small_trees_reach_the_table(data, tmp_path, capsys, monkeypatch):
     """Each format is trained for an epoch by the command that the script prints, with flags that make it small."""
-    small = ["--allow-partial", "--epochs", "1", "--model", "resnet18", "--pretrained", "none", "--image-size", "32"]
+    small = ["--allow-partial", "--epochs", "1", "--model", "tiny", "--pretrained", "none", "--image-size", "32"]
     small += ["--embedding-size", "8", "--batch-size", "4", "--workers", "0", "--wandb", "disabled"]
     environment = {"DATA": str(data), "LOGS": str(tmp_path), "SEEDS": "1 2", "DATASETS": " ".join(FORMATS)}
     once = {}
@@ -89,7 +86,7 @@ def test_small_trees_reach_the_table(data, tmp_path, capsys, monkeypatch):
     results_table.main(["--logs", str(tmp_path), "--seeds", "1", "2", "--", *recipes, recipes[0] + " --lr 1e-3"])
     head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     rows = [dict(zip(head, row)) for row in rows]
-    assert [row["R@1, %"] for row in rows] == [f"{name}, resnet18" for name in ("cub", "cars", "SOP", "Inshop", "cub")]
+    assert [row["R@1, %"] for row in rows] == [f"{name}, tiny" for name in ("cub", "cars", "SOP", "Inshop", "cub")]
     assert [row["seeds"] for row in rows] == ["1, 2", "1", "1", "1", ""]
     folders = rows[0]["logs"].replace("`", "").split(", ")
     found = [figures.read(tmp_path / folder / "metrics.csv")[0][0]["R@1"] for folder in folders]

@@ -11,30 +11,28 @@ import time
 import types
 import warnings
 from contextlib import suppress
-from pathlib import Path
 
 import kills
 import pytest
 import torch
 import trees
+from helpers import run_folder, stop_at
+from pages import REPOSITORY
 
 import net
 import train
 from proxy_anchor import checkpoint, files
-from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import randomness, resuming, run_folders, stopping
 from proxy_anchor.runs.logbook import Logbook
 from proxy_anchor.runs.run import Run
 from proxy_anchor.spec import NetworkSpec
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def arguments(root, logs, **changed):
     settings = {
         "dataset": "cub",
         "data-root": root,
-        "model": "resnet18",
+        "model": "tiny",
         "embedding-size": 8,
         "batch-size": 4,
         "image-size": 32,
@@ -52,25 +50,6 @@ def uninterrupted(cub_root, tmp_path_factory):
     logs = tmp_path_factory.mktemp("uninterrupted")
     train.main(arguments(cub_root, logs))
     return logs
-
-
-def run_folder(logs):
-    (folder,) = (logs / "logs_cub").iterdir()
-    return folder
-
-
-def stop_at(monkeypatch, moment, signum=signal.SIGTERM):
-    """Send the signal while batch number `moment` is worked on, batches of training and of evaluation counted alike."""
-    seen = []
-
-    def batches(embedder, loader, batches=Embedder.batches):
-        for batch in batches(embedder, loader):
-            seen.append(batch)
-            if len(seen) == moment:
-                os.kill(os.getpid(), signum)
-            yield batch
-
-    monkeypatch.setattr(Embedder, "batches", batches)
 
 
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (stopping.Interrupted(signal.SIGTERM), 1), (ValueError(), 1)])
@@ -112,9 +91,10 @@ def test_every_part_goes_on(cub_root, tmp_path, monkeypatch, loss, flags):
     kills.assert_identical(kills.outcome(tmp_path / "two"), kills.outcome(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_kills(cub_root, tmp_path, uninterrupted):
     """20 times SIGKILL at random moments."""
-    context = kills.processes()
+    context = kills.processes("helpers")
     seconds = kills.finish(context, arguments(cub_root, tmp_path / "one", epochs=10))
     died = kills.killed_and_resumed(context, arguments(cub_root, tmp_path / "two", epochs=10), 20, seconds / 7, seed=0)
     assert died >= 15  # the others found the run at its end
@@ -127,7 +107,7 @@ def test_resume_by_path_takes_the_arguments_of_the_run(cub_root, tmp_path, unint
     train.main(["--resume", str(last), "--epochs", "3"])
     kills.assert_identical(kills.outcome(tmp_path), kills.outcome(uninterrupted))
     args = train.parse(["--resume", str(last.parent)])
-    assert (args.model, args.batch_size, args.epochs, args.workers) == ("resnet18", 4, 3, 0)
+    assert (args.model, args.batch_size, args.epochs, args.workers) == ("tiny", 4, 3, 0)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -200,7 +180,7 @@ def test_configuration_with_other_types_is_refused(tmp_path, capsys, name, value
 def test_plain_checkpoint_in_the_place_of_the_last(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
-    (folder / "cub_resnet18_best.pth").replace(folder / "last.pth")
+    (folder / "cub_tiny_best.pth").replace(folder / "last.pth")
     with pytest.raises(SystemExit) as refused:
         train.main(arguments(cub_root, tmp_path, epochs=2, resume="auto"))
     assert refused.value.code == 1 and "last.pth is no checkpoint to resume from" in capsys.readouterr().err
@@ -247,7 +227,7 @@ def test_auto_finds_the_run(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))  # there is none: it starts
     train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto", warm=0))  # another experiment of the same name
     train.main(arguments(cub_root, tmp_path, epochs=1))
-    name = "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch4"
+    name = "tiny_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch4"
     folders = run_folders.existing(tmp_path / "logs_cub" / name)
     assert [folder.name[-2:] for folder in folders] == ["h4", "_2", "_3"]
     shutil.rmtree(folders[0])
@@ -366,10 +346,11 @@ def test_second_interrupt_ends_at_once():
         time.sleep(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_job", [False, True])
 def test_signal_to_a_running_command(cub_root, tmp_path, whole_job):
     """SIGTERM as a scheduler sends it, to the process or to all of the job: the workers do not take the step away."""
-    flags = arguments(cub_root, tmp_path, epochs=1000, workers=2)
+    flags = arguments(cub_root, tmp_path, model="resnet18", epochs=1000, workers=2)
     process = subprocess.Popen(
         [sys.executable, REPOSITORY / "train.py", *flags],
         stdout=subprocess.PIPE,
@@ -419,7 +400,7 @@ def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(SystemExit) as failed:
             train.main(["--resume", str(folder), "--epochs", "3"])
@@ -439,7 +420,7 @@ def test_disk_that_fills_up_in_a_run(cub_root, tmp_path, capsys):
 
 def backbone_weights(path, seed):
     torch.manual_seed(seed)
-    torch.save(net.create("resnet18", None).model.state_dict(), path)
+    torch.save(net.create("tiny", None).model.state_dict(), path)
     return path
 
 
@@ -463,11 +444,11 @@ def test_pretrained_file_is_known_by_its_content(cub_root, tmp_path, capsys):
 def test_pretrained_file_that_is_replaced_while_it_is_read(cub_root, tmp_path, capsys, monkeypatch):
     """The run would have noted another than it began with."""
     weights, create = tmp_path / "w.pth", net.create
-    torch.save(create("resnet18", 8).state_dict(), weights)
+    torch.save(create("tiny", 8).state_dict(), weights)
 
     def replaced_before(name, size, pretrained=None, *more, **others):
         if pretrained:
-            torch.save(create("resnet18", 8).state_dict(), weights)
+            torch.save(create("tiny", 8).state_dict(), weights)
         return create(name, size, pretrained, *more, **others)
 
     monkeypatch.setattr(net, "create", replaced_before)
@@ -520,7 +501,7 @@ def test_images_that_were_moved_with_their_times_are_the_same(tmp_path):
 
 def test_best_network_that_is_another_or_gone_is_named(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1))
-    best = run_folder(tmp_path) / "cub_resnet18_best.pth"
+    best = run_folder(tmp_path) / "cub_tiny_best.pth"
     content = checkpoint.read(best)
     torch.save(content | {"threshold": {}}, best)  # the same weights
     train.main(arguments(cub_root, tmp_path, epochs=1, resume="auto"))
@@ -544,7 +525,7 @@ def test_what_the_user_keeps_in_the_folder_of_a_run_stays(cub_root, tmp_path):
 
 
 def test_new_run_takes_no_folder_that_holds_something_else(cub_root, tmp_path):
-    wanted = tmp_path / "logs_cub" / "resnet18_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch4"
+    wanted = tmp_path / "logs_cub" / "tiny_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch4"
     wanted.mkdir(parents=True)
     (wanted / "metrics.csv").write_text("mine")
     train.main(arguments(cub_root, tmp_path, epochs=1))

@@ -2,13 +2,19 @@ import numpy as np
 import pytest
 import torch
 import trees
+from helpers import examples
 
 import evaluate
 import net
-from proxy_anchor import evaluation, published, retrieval, tiles
+from proxy_anchor import evaluation, metrics, retrieval, tiles
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
-from proxy_anchor.vectors import DISTANCES
+from proxy_anchor.vectors import DISTANCES, Embeddings, concat_columns
 from proxy_anchor.verification import verify
+
+
+def sides(*tensors):
+    """The embeddings of the queries and, of four tensors, those of the gallery."""
+    return [Embeddings(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]
 
 
 def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="cosine"):
@@ -32,20 +38,6 @@ def brute_force(queries, labels, gallery=None, gallery_labels=None, distance="co
     return ranks, tied
 
 
-def examples(kind, distance, random):
-    """200 embeddings of a kind, in float32 or float64; of unit length for the cosine."""
-    x = random.normal(size=(200, 16))
-    if kind == "ties" and distance == "cosine":
-        # Products are exactly representable, so that ties are ties in any precision; many are duplicates.
-        return np.hstack([random.choice([-0.5, 0.5], size=(200, 4)), np.zeros((200, 12))]).astype(np.float32)
-    if kind == "ties":  # points of a grid, far from 0: many pairs are equally distant
-        return (1000 + random.integers(0, 4, size=(200, 3))).astype(np.float32)
-    if distance == "euclidean":
-        x *= 10 ** random.uniform(-4, 4, size=(200, 1))
-        return {"random": x.astype(np.float32), "float64": x, "far": (1e4 + 1e-2 * x).astype(np.float32)}[kind]
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
 @pytest.mark.parametrize(
     "distance, kind",
     [("cosine", "random"), ("cosine", "ties")] + [("euclidean", kind) for kind in ("random", "float64", "far", "ties")],
@@ -64,19 +56,20 @@ def test_ranks_are_brute_force(kind, distance, tile, monkeypatch):
         arguments = [*queries, *(gallery if len(arrays) == 4 else (None, None)), distance]
         ranks, tied = brute_force(*arrays, distance=distance)
         assert any(tied)
-        assert (found := search(*arguments)) and [found.ranks.tolist(), found.tied.tolist()] == [ranks, tied]
+        found = search(*sides(*map(torch.from_numpy, arrays)), distance=distance)
+        assert [found.ranks.tolist(), found.tied.tolist()] == [ranks, tied]
         assert best_positive_rank(*arguments).tolist() == ranks
         assert recall_at_k(*arguments[:2], [1, 5], *arguments[2:])[5] == np.mean([0 <= rank < 5 for rank in ranks])
 
 
 def test_measure_takes_the_distance():
     x, y = torch.randn(60, 8) + 3, torch.arange(60) % 20
-    results = {distance: evaluation.measure([x, y], [1, 4], distance) for distance in DISTANCES}
+    results = {distance: evaluation.measure(Embeddings(x, y), [1, 4], distance=distance) for distance in DISTANCES}
     for distance, result in results.items():
         assert torch.equal(result.ranks, best_positive_rank(x, y, distance=distance))
         assert torch.equal(result.average_precisions, map_at_r(x, y, distance=distance)[0])
     assert results["cosine"].metrics != results["euclidean"].metrics
-    assert evaluation.measure([x, y], [1, 4]).metrics == results["cosine"].metrics
+    assert evaluation.measure(Embeddings(x, y), [1, 4]).metrics == results["cosine"].metrics
 
 
 def test_distances_agree_on_unit_vectors():
@@ -165,14 +158,14 @@ def test_embeddings_beyond_float64_are_an_error():
 def test_embeddings_too_long_to_square_have_their_directions(dtype, lengths):
     """As rows among others, and all of them."""
     x, y = torch.randn(60, 8, dtype=dtype), torch.arange(60) % 6
-    expected = search(x, y)
+    expected = search(Embeddings(x, y))
     factors = torch.ones(60, 1, dtype=dtype)
     factors[7], factors[31] = lengths
     for scaled in x * factors, x * lengths[1]:
-        found = search(scaled, y)
+        found = search(Embeddings(scaled, y))
         assert torch.equal(found.ranks, expected.ranks) and torch.equal(found.tied, expected.tied)
-        (whole, *_) = evaluation.side_by_side([[scaled, y], [scaled, y]])
-        torch.testing.assert_close(whole[:, :8].norm(dim=1), torch.ones(60, dtype=dtype))
+        together = concat_columns([Embeddings(scaled, y)] * 2).vectors
+        torch.testing.assert_close(together[:, :8].norm(dim=1), torch.ones(60, dtype=dtype))
 
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -186,24 +179,25 @@ def test_queries_and_gallery_of_different_precision(of_queries, of_gallery, dist
     random = np.random.default_rng(0)
     x, z = (torch.from_numpy(random.integers(-8, 9, size=(n, 6)) / 4) for n in (40, 50))
     y, labels = torch.arange(40) % 5, torch.arange(50) % 5
-    found = search(x.to(of_queries), y, z.to(of_gallery), labels, distance)
-    assert torch.equal(found.ranks, search(x, y, z, labels, distance).ranks)
-    verified = verify(x.to(of_queries), y, z.to(of_gallery), labels, distance, replicates=2)
-    assert verified.auc.value == pytest.approx(verify(x, y, z, labels, distance, replicates=2).auc.value, abs=1e-4)
+    exact = sides(x, y, z, labels)
+    rounded = sides(x.to(of_queries), y, z.to(of_gallery), labels)
+    assert torch.equal(search(*rounded, distance).ranks, search(*exact, distance).ranks)
+    verified, expected = (verify(*sets, distance, replicates=2).auc.value for sets in (rounded, exact))
+    assert verified == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16], ids=str)
 def test_labels_of_any_integer_type(dtype):
     x, y = torch.randn(40, 8), torch.arange(40) % 5
-    expected = search(x[:20], y[:20], x[20:], y[20:])
+    expected = search(*sides(x[:20], y[:20], x[20:], y[20:]))
     for labels, others in (y.to(dtype), y), (y, y.to(dtype)), (y.to(dtype), y.to(dtype)):
-        found = search(x[:20], labels[:20], x[20:], others[20:])
+        found = search(*sides(x[:20], labels[:20], x[20:], others[20:]))
         assert torch.equal(found.ranks, expected.ranks)
     assert recall_at_k(x, y.to(dtype), [1]) == recall_at_k(x, y, [1])
-    assert verify(x, y.to(dtype), replicates=2).auc == verify(x, y, replicates=2).auc
+    assert verify(Embeddings(x, y.to(dtype)), replicates=2).auc == verify(Embeddings(x, y), replicates=2).auc
 
 
-@pytest.mark.parametrize("function", [best_positive_rank, map_at_r, verify])
+@pytest.mark.parametrize("function", [best_positive_rank, map_at_r, lambda *tensors: verify(*sides(*tensors))])
 def test_other_labels_are_an_error(function):
     for labels, found in (
         (Y.float(), "torch.float32"),
@@ -296,8 +290,8 @@ def test_map_at_r_ties_and_lonely_queries():
 
 
 def evaluate_untrained(root, folder, network=None, **changed):
-    trees.save_checkpoint(folder / "a.pth", network or net.create("resnet18", 8), {})
-    flags = {"dataset": "cub", "data-root": root, "model": "resnet18", "embedding-size": 8, "image-size": 32}
+    trees.save_checkpoint(folder / "a.pth", network or net.create("tiny", 8), {})
+    flags = {"dataset": "cub", "data-root": root, "model": "tiny", "embedding-size": 8, "image-size": 32}
     flags |= {"workers": 0, "resume": folder / "a.pth"} | changed
     return evaluate.main(
         ["--allow-partial", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
@@ -306,7 +300,7 @@ def evaluate_untrained(root, folder, network=None, **changed):
 
 def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
     """All the 18 images of 3 classes as one point: misses here, and hits by the published rule."""
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     with torch.no_grad():
         network.model.embedding.weight.zero_()
     assert evaluate_untrained(cub_root, tmp_path, network)["R@1"] == 0
@@ -321,8 +315,8 @@ def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
 @pytest.mark.parametrize("remark, lines", [("", ["this checkpoint", "published"]), ("published", ["published"] * 2)])
 def test_published_results_have_a_line_of_their_own(cub_root, tmp_path, monkeypatch, capsys, remark, lines):
     """Also where the user's name for the measured ones is that of the published."""
-    monkeypatch.setitem(published.RESULTS, ("cub", "resnet18"), {1: 12.34})
-    metrics = evaluate_untrained(cub_root, tmp_path, remark=remark)
+    monkeypatch.setitem(metrics.PUBLISHED, ("cub", "tiny"), {1: 12.34})
+    measured = evaluate_untrained(cub_root, tmp_path, remark=remark)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(lines))]
     assert [row.startswith(name) for row, name in zip(rows, lines, strict=True)] == [True, True]
-    assert f"{100 * metrics['R@1']:.2f}" in rows[0] and "12.34" in rows[1]
+    assert f"{100 * measured['R@1']:.2f}" in rows[0] and "12.34" in rows[1]

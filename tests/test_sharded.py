@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import assert_close, in_processes
+from helpers import assert_close, in_processes
 from torch import nn
 
 import train
@@ -46,7 +46,7 @@ class Training:
         torch.manual_seed(0)
         self.num_classes, self.batch_size, self.losses = num_classes, batch_size, []
         self.network = Tiny().double()
-        self.criterion = sharded.create("Proxy_Anchor", num_classes, SIZE, 0.1, 32.0, share, seed=3).double()
+        self.criterion = sharded.create("Proxy_Anchor", num_classes, SIZE, 0.1, 32.0, share=share, seed=3).double()
         self.optimizer = training.create_optimizer(optimizer, self.network, self.criterion, 1e-3, 1e-4)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.replica = distributed.Replica(self.network)
@@ -149,7 +149,7 @@ def test_initial_proxies_are_those_of_one_process(monkeypatch, count, num_classe
     for rank in range(count):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         torch.manual_seed(1)
-        parts.append(sharded.DividedProxyAnchor(num_classes, size, 0.1, 32.0).proxies)
+        parts.append(sharded.ShardedProxyAnchor(num_classes, size, 0.1, 32.0).proxies)
         assert torch.equal(torch.rand(1), after)  # the network that is made next is the same too
     assert torch.equal(torch.cat(parts), expected)
 
@@ -168,7 +168,7 @@ def test_sample_is_an_unbiased_estimate():
         loss.backward()
         by_x, by_proxies = x.grad, criterion.proxies.grad
         if criterion is sampled:
-            by_proxies = torch.zeros_like(whole.proxies).index_add(0, sampled.places, by_proxies)
+            by_proxies = torch.zeros_like(whole.proxies).index_add(0, sampled.sample, by_proxies)
         return torch.cat([loss[None], by_x.flatten(), by_proxies.flatten()]).detach()
 
     expected, draws = measured(whole), torch.stack([measured(sampled) for _ in range(2000)])
@@ -183,7 +183,7 @@ def test_proxies_that_were_not_drawn_rest():
     trained = Training(23, 6, 0.4).epochs(0, 3)
     before, drawn = copy.deepcopy(trained.criterion.rows), torch.zeros(23, dtype=torch.bool)
     draw = trained.criterion.draw
-    trained.criterion.draw = lambda places: (draw(places), drawn.index_fill_(0, trained.criterion.places, True))
+    trained.criterion.draw = lambda local: (draw(local), drawn.index_fill_(0, trained.criterion.sample, True))
     trained.epochs(3, 4)
     assert 0 < drawn.sum() < 23 and set(before) == {"proxies", "exp_avg", "exp_avg_sq"}
     for name, rows in trained.criterion.rows.items():
@@ -196,7 +196,7 @@ def test_sample_of_all_is_exact(optimizer, monkeypatch):
     """With any optimizer: its state follows the proxies."""
     expected = Training(5, 6, 1, optimizer).epochs(0, 4)
     monkeypatch.setattr(
-        sharded, "create", lambda name, *settings, seed: sharded.SampledProxyAnchor(*settings, seed=seed)
+        sharded, "create", lambda name, *settings, **sample: sharded.SampledProxyAnchor(*settings, **sample)
     )
     found = Training(5, 6, 1, optimizer).epochs(0, 4)
     assert found.losses == pytest.approx(expected.losses, rel=1e-12)
@@ -221,7 +221,7 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
         for rank in ranks:
             rank_of_two(rank)
             progress = {"epoch": epoch, "losses": [], "seconds": 0.0, "rows": []}
-            resuming.save(last, halves[rank].network, {}, halves[rank].parts, progress)
+            resuming.save(last, halves[rank].network, SPEC, halves[rank].parts, progress)
 
     def load():
         with monkeypatch.context() as patch:
@@ -259,7 +259,7 @@ def test_killed_between_the_files_of_a_checkpoint(tmp_path, monkeypatch):
     save(4)
     assert (tmp_path / "last-backup.pth").exists() and (tmp_path / "last-3.0-1of2.pth.bak").exists()
     (tmp_path / "last-4.0-2of2.pth").unlink()
-    with pytest.raises(ValueError, match="does not fit this run: There is no checkpoint .*last-4.0-2of2.pth"):
+    with pytest.raises(ValueError, match="does not fit this run: There is no file .*last-4.0-2of2.pth"):
         load()
 
 
@@ -270,7 +270,7 @@ def test_labels_and_empty_batches_are_those_of_the_whole_loss(share):
     def loss():
         torch.manual_seed(0)
         if share is None:
-            return sharded.DividedProxyAnchor(20, 8, 0.1, 32.0)
+            return sharded.ShardedProxyAnchor(20, 8, 0.1, 32.0)
         return sharded.SampledProxyAnchor(20, 8, 0.1, 32.0, share, 0)
 
     x, y = torch.randn(6, 8), torch.arange(6)

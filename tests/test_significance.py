@@ -4,9 +4,10 @@ import csv
 import itertools
 import json
 
+import compare
 import numpy as np
 import pytest
-from test_figures import compare, write_run
+from helpers import write_run
 
 from proxy_anchor.runs import significance
 

@@ -6,8 +6,7 @@ import re
 import pytest
 import torch
 import trees
-from test_report import RECORD
-from test_scripts import arguments
+from helpers import RECORD, arguments
 
 import evaluate
 import net
@@ -22,7 +21,7 @@ def photos(tmp_path_factory):
 
 def new_checkpoint(path, **changed):
     torch.manual_seed(0)
-    network = net.create("resnet18", 8, l2_norm=bool(changed.get("l2_norm", 1)))
+    network = net.create("tiny", 8, l2_norm=bool(changed.get("l2_norm", 1)))
     trees.save_checkpoint(path, network, RECORD | changed)
     return path
 
@@ -37,7 +36,7 @@ def calibrated(request, photos, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "a.pth"
     new_checkpoint(path, distance=request.param, l2_norm=int(request.param == "cosine"))
     before = checkpoint.Checkpoint(path).identity, checkpoint.read(path)
-    evaluate.main(flags(photos, path, "--calibrate", "--far", 0.1))
+    evaluate.main(flags(photos, path, "--calibrate", 0.1))
     return request.param, path, *before
 
 
@@ -60,7 +59,7 @@ def test_both_halves_are_printed_and_another_threshold_replaces_the_first(calibr
     copy = tmp_path / "b.pth"
     copy.write_bytes(path.read_bytes())
     (tmp_path / "link.pth").symlink_to("b.pth")
-    evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", "--far", 0.3))
+    evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", 0.3))
     found, first = checkpoint.Checkpoint(copy).threshold, checkpoint.Checkpoint(path).threshold
     assert (tmp_path / "link.pth").is_symlink() and found["asked_far"] == 0.3
     assert to_nearness(found["threshold"], distance) < to_nearness(first["threshold"], distance)
@@ -83,11 +82,11 @@ def test_pairs_are_compared_where_it_is_asked_for(photos, tmp_path, capsys):
 
 def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
     """In the old format, from several GPUs, without a record of its network."""
-    state = {f"module.{key}": value for key, value in net.create("resnet18", 8).state_dict().items()}
+    state = {f"module.{key}": value for key, value in net.create("tiny", 8).state_dict().items()}
     torch.save({"model_state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     identity = checkpoint.Checkpoint(tmp_path / "old.pth").identity
     assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold == {}
-    evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", "--far", 0.1))
+    evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", 0.1))
     assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold["distance"] == "cosine"
     assert checkpoint.Checkpoint(tmp_path / "old.pth").identity == identity
     assert checkpoint.Checkpoint(tmp_path / "old.pth").spec is None
@@ -95,7 +94,7 @@ def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
 
 
 def test_identity_is_that_of_the_weights(tmp_path):
-    network = net.create("resnet18", 8)
+    network = net.create("tiny", 8)
     state = network.state_dict()
     path = tmp_path / "a.pth"
 
@@ -138,10 +137,10 @@ def test_damaged_record_is_one_line(calibrated, damage, tmp_path):
 @pytest.mark.parametrize(
     "more, words, code",
     [
-        (["--far", "0.1"], "--far requires --calibrate", 2),
-        (["--calibrate", "--far", "1"], "argument --far: 1.0 is not between 0 and 1", 2),
-        (["--calibrate", "--far", "nan"], "argument --far: nan is not between 0 and 1", 2),
-        (["--calibrate", "--far", "0.0001"], "too few for a threshold with 0.01% false accepts", 1),
+        (["--calibrate", "1"], "argument --calibrate: 1 is not between 0 and 1", 2),
+        (["--calibrate", "nan"], "argument --calibrate: nan is not between 0 and 1", 2),
+        (["--calibrate", "often"], "argument --calibrate: ", 2),
+        (["--calibrate", "0.0001"], "too few for a threshold with 0.01% false accepts", 1),
     ],
 )
 def test_what_is_refused_leaves_the_checkpoint(photos, tmp_path, capsys, more, words, code):
@@ -157,5 +156,5 @@ def test_checkpoint_that_cannot_be_written(photos, tmp_path, capsys):
     path = new_checkpoint(tmp_path / "a.pth")
     tmp_path.chmod(0o500)
     with pytest.raises(SystemExit):
-        evaluate.main(flags(photos, path, "--calibrate", "--far", "0.1"))
+        evaluate.main(flags(photos, path, "--calibrate", "0.1"))
     assert f"{path} cannot be written" in capsys.readouterr().err

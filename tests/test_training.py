@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def setup(bn_freeze=True, optimizer="adamw", loss="Proxy_Anchor", lr=1e-3):
-    network = net.create("resnet18", 8, bn_freeze=bn_freeze)
+    network = net.create("tiny", 8, bn_freeze=bn_freeze)
     criterion = losses.create(loss, 4, 8)
     return network, criterion, training.create_optimizer(optimizer, network, criterion, lr, 1e-4)
 
@@ -142,7 +142,7 @@ def test_mean_loss_and_report():
 
 @pytest.fixture
 def network():
-    return net.create("resnet18", 8)
+    return net.create("tiny", 8)
 
 
 def test_checkpoint_has_the_published_layout(network, tmp_path):
@@ -157,7 +157,7 @@ def test_checkpoint_has_the_published_layout(network, tmp_path):
 def test_checkpoints_of_the_published_code_load(network, tmp_path, prefix, zip_format):
     state = {prefix + key: value for key, value in network.state_dict().items()}
     torch.save({"model_state_dict": state}, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_format)
-    other = net.create("resnet18", 8)
+    other = net.create("tiny", 8)
     assert checkpoint.load(tmp_path / "a.pth", other) == len(state)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values()))
 
@@ -175,7 +175,7 @@ def test_checkpoints_of_wrapped_parts_and_of_old_versions_load(network, tmp_path
     ):
         changed = {name: part for key, value in state.items() for name, part in change(key, value).items()}
         torch.save({"model_state_dict": changed}, tmp_path / "a.pth")
-        other = net.create("resnet18", 8)
+        other = net.create("tiny", 8)
         assert checkpoint.load(tmp_path / "a.pth", other) == len(changed)
         for key, value in other.state_dict().items():
             torch.testing.assert_close(value, state[key], atol=1e-2, rtol=1e-2)
@@ -207,7 +207,7 @@ def test_prefix_that_hides_another_tensor_is_refused(network, tmp_path):
 
 def test_other_network_is_refused_and_nothing_loaded(network, tmp_path):
     trees.save_checkpoint(tmp_path / "a.pth", network, {})
-    for other in (net.create("resnet18", 16), net.create("resnet34", 8), net.create("googlenet", 8)):
+    for other in (net.create("tiny", 16), net.create("resnet34", 8), net.create("googlenet", 8)):
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(
             ValueError, match=r"another network: .* tensors differ .*expected .*found .*--embedding-size"
@@ -253,7 +253,7 @@ def test_refused_file_is_named_with_what_it_holds_and_the_lines_that_save_its_we
     if extra is None:
         lines = lines.replace("content['model_state_dict']", "content.state_dict()")
     exec(lines, {"torch": torch})
-    assert checkpoint.load("weights.pth", net.create("resnet18", 8)) == len(network.state_dict())
+    assert checkpoint.load("weights.pth", net.create("tiny", 8)) == len(network.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_refused_file_is_named_with_what_it_holds_and_the_lines_that_save_its_we
 )
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_values_of_a_record_that_are_out_of_range_are_named(network, tmp_path, record, ending):
-    whole = {"model": "resnet18", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+    whole = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
     path = tmp_path / f"a{ending}"
     if ending == ".pth":
         trees.save_checkpoint(path, network, whole | record)
@@ -387,7 +387,7 @@ def test_scaler_skips_a_step_whose_gradients_overflow():
 
 def test_gradients_that_are_not_finite_are_named():
     """Proxy-NCA in two dimensions: the library's gradient is NaN, its loss is not."""
-    network = net.create("resnet18", 2)
+    network = net.create("tiny", 2)
     criterion = losses.create("Proxy_NCA", 10, 2)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-3, 1e-4)
     data = [(torch.randn(20, 3, 32, 32), torch.arange(20) % 10) for _ in range(8)]
@@ -424,6 +424,6 @@ def test_an_enabled_scaler_skips_steps_instead():
 
 
 def test_loss_without_attributes_learns_as_fast_as_the_network():
-    network, criterion = net.create("resnet18", 8), torch.nn.Linear(8, 4)
+    network, criterion = net.create("tiny", 8), torch.nn.Linear(8, 4)
     groups = training.create_optimizer("adamw", network, criterion, 1e-3, 0).param_groups
     assert [group["lr"] for group in groups] == [1e-3] * 3

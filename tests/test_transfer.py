@@ -9,8 +9,7 @@ import kills
 import pytest
 import torch
 import trees
-from test_distributed import read_metrics, torchrun
-from test_resume import run_folder, stop_at
+from helpers import read_figures, run_folder, stop_at, torchrun
 
 import dataset
 import evaluate
@@ -22,19 +21,22 @@ from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import map_at_r, recall_at_k
 from proxy_anchor.spec import NetworkSpec
 
-RECORD = {"model": "resnet18", "embedding_size": 12, "image_size": 32, "l2_norm": 1, "crop": 0.875}
+RECORD = {"model": "tiny", "embedding_size": 12, "image_size": 32, "l2_norm": 1, "crop": 0.875}
+
+
+def save_teacher(path, model="tiny"):
+    """A checkpoint whose network tells the images apart."""
+    torch.manual_seed(5)
+    network = net.create(model, 12)
+    for norm in network.model.norms():
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    trees.save_checkpoint(path, network, RECORD | {"model": model})
+    return path
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A checkpoint whose network tells the images apart."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(5)
-    network = net.create("resnet18", 12)
-    for norm in network.model.norms():
-        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    trees.save_checkpoint(folder / "teacher.pth", network, RECORD)
-    return folder / "teacher.pth"
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
 def arguments(teacher, root, logs, **changed):
@@ -42,7 +44,7 @@ def arguments(teacher, root, logs, **changed):
         "source-ckpt": teacher,
         "dataset": "cub",
         "data-root": root,
-        "model": "resnet18",
+        "model": "tiny",
         "embedding-size": 8,
         "batch-size": 4,
         "image-size": 32,
@@ -95,14 +97,12 @@ def test_defaults_are_the_published():
 
 def test_folder_and_schedule(logs, teacher):
     folder = run_folder(logs)
-    source = f"resnet18-12-{checkpoint.Checkpoint(teacher).identity[:8]}"
-    assert folder.name == (
-        f"resnet18_Relaxed_Contra_embedding8_from_{source}_sigma1_delta1_adamw_lr0.0001_batch4_seed0"
-    )
-    rows = read_metrics(logs)
+    source = f"tiny-12-{checkpoint.Checkpoint(teacher).identity[:8]}"
+    assert folder.name == (f"tiny_Relaxed_Contra_embedding8_from_{source}_sigma1_delta1_adamw_lr0.0001_batch4_seed0")
+    rows = read_figures(logs)
     assert [row["lr"] for row in rows] == pytest.approx([1e-4 * (1 + math.cos(math.pi * e / 2)) / 2 for e in (0, 1)])
-    expected = NetworkSpec("resnet18", 8, 32, l2_norm=0, head="orthogonal", distance="euclidean")
-    assert checkpoint.Checkpoint(folder / "cub_resnet18_best.pth").spec == expected
+    expected = NetworkSpec("tiny", 8, 32, l2_norm=0, head="orthogonal", distance="euclidean")
+    assert checkpoint.Checkpoint(folder / "cub_tiny_best.pth").spec == expected
     assert (folder / "curves.png").exists()
 
 
@@ -123,7 +123,7 @@ def test_both_see_the_same_pixels(teacher, cub_root, tmp_path, monkeypatch):
     monkeypatch.setattr(Embedder, "__call__", embed)
     monkeypatch.setattr(distillation.Distillation, "forward", forward)
     transfer.main(arguments(teacher, cub_root, tmp_path, epochs=1))
-    original = net.create("resnet18", 12).eval()
+    original = net.create("tiny", 12).eval()
     checkpoint.load(teacher, original)
     assert len(batches) == 6 and len(seen) == 12
     for (teaches, images, wanted), (learns, pixels, embeddings), batch in zip(seen[::2], seen[1::2], batches):
@@ -153,7 +153,7 @@ def test_other_teacher_or_schedule_does_not_continue_a_run(teacher, cub_root, tm
     before = config.read_text()
     other = tmp_path / "other.pth"
     torch.manual_seed(6)
-    trees.save_checkpoint(other, net.create("resnet18", 12), RECORD)
+    trees.save_checkpoint(other, net.create("tiny", 12), RECORD)
     for flags, words in (
         (
             ["--source-ckpt", str(other)],
@@ -174,7 +174,7 @@ def test_one_view_of_a_teacher_of_another_family(cub_root, tmp_path, loss):
     torch.save({"model_state_dict": net.create("bn_inception", 6).state_dict()}, tmp_path / "published.pth")
     flags = {"source-model": "bn_inception", "source-embedding-size": 6, "image-size": 64, "epochs": 1}
     transfer.main(arguments(tmp_path / "published.pth", cub_root, tmp_path, view=1, loss=loss, **flags))
-    (row,) = read_metrics(tmp_path)
+    (row,) = read_figures(tmp_path)
     assert math.isfinite(row["loss"])
 
 
@@ -183,33 +183,36 @@ def test_own_images_cached_and_in_mixed_precision(teacher, tmp_path):
     trees.folder(tmp_path / "photos")
     flags = {"dataset": "folder", "cache": tmp_path / "cache", "amp": "bf16", "l2-norm": 1, "epochs": 1}
     transfer.main(arguments(teacher, tmp_path / "photos", tmp_path, **flags))
-    (best,) = tmp_path.glob("logs_folder/*/folder_resnet18_best.pth")
+    (best,) = tmp_path.glob("logs_folder/*/folder_tiny_best.pth")
     assert checkpoint.Checkpoint(best).spec.distance == "cosine" and list((tmp_path / "cache").iterdir())
 
 
-def test_two_processes_are_one(teacher, cub_root, tmp_path):
+@pytest.mark.slow
+def test_two_processes_are_one(cub_root, tmp_path):
     """Frozen BatchNorm, as a CPU has its statistics for a process's part of the batch alone."""
-    flags = {"optimizer": "sgd", "lr": 1e-2, "bn-freeze": 1}
+    teacher = save_teacher(tmp_path / "teacher.pth", "resnet18")
+    flags = {"model": "resnet18", "optimizer": "sgd", "lr": 1e-2, "bn-freeze": 1}
     done = torchrun(2, "transfer.py", *arguments(teacher, cub_root, tmp_path / "two", **flags), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 processes: each takes 4 of the 8 images of a batch" in done.stdout
     transfer.main(arguments(teacher, cub_root, tmp_path / "one", **flags))
-    for ours, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
+    for ours, expected in zip(read_figures(tmp_path / "two"), read_figures(tmp_path / "one"), strict=True):
         # A CPU may round by the size of the batch; the mean of the gradients would change the loss by 18%.
         assert ours == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_evaluation_of_the_student_is_that_of_its_run(logs, cub_root):
-    best = run_folder(logs) / "cub_resnet18_best.pth"
+    best = run_folder(logs) / "cub_tiny_best.pth"
     flags = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume", str(best)]
     metrics = evaluate.main(flags)
     with open(run_folder(logs) / "metrics.csv", newline="") as file:
         row = max(csv.DictReader(file), key=lambda row: (float(row["R@1"]), -int(row["epoch"])))
     assert metrics == {name: float(value) for name, value in row.items() if name in metrics} and len(metrics) == 8
-    network = net.create("resnet18", 8, l2_norm=False)
+    network = net.create("tiny", 8, l2_norm=False)
     checkpoint.load(best, network)
     (images,) = dataset.eval_sets("cub", cub_root, 32, allow_partial=True)
-    embedded = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 18, 0))
+    found = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 18, 0))
+    embedded = found.vectors, found.labels
     recall, precision = (
         f(*embedded, *more, distance="euclidean") for f, more in ((recall_at_k, [[1]]), (map_at_r, []))
     )
@@ -219,17 +222,17 @@ def test_evaluation_of_the_student_is_that_of_its_run(logs, cub_root):
 
 def test_search_with_the_student(logs, cub_root, tmp_path, capsys):
     pytest.importorskip("faiss")
-    best = run_folder(logs) / "cub_resnet18_best.pth"
+    best = run_folder(logs) / "cub_tiny_best.pth"
     index = ["--images", str(cub_root), "--out", str(tmp_path / "index"), "--workers", "0"]
     search.main(["index", "--resume", str(best), *index])
     capsys.readouterr()
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(cub_root), "-k", "4"])
     results = json.loads(capsys.readouterr().out)
-    network = net.create("resnet18", 8, l2_norm=False)
+    network = net.create("tiny", 8, l2_norm=False)
     checkpoint.load(best, network)
     paths = [result["query"] for result in results]
-    images = search.unlabelled(paths, NetworkSpec("resnet18", 8, 32))
-    x, _ = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0))
+    images = search.unlabelled(paths, NetworkSpec("tiny", 8, 32))
+    x = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0)).vectors
     nearest = torch.cdist(x.double(), x.double()).topk(4, largest=False)
     for result, distances, order in zip(results, *nearest):
         assert [n["distance"] for n in result["neighbours"]] == pytest.approx(distances.tolist(), abs=1e-5)
@@ -255,7 +258,7 @@ def fails(argv, capsys, words, code=1):
         ({"save": 0}, "argument --save: invalid choice: '0'"),
         ({"source-embedding-size": 0}, "argument --source-embedding-size: 0 is not positive"),
         ({"source-embedding-size": 13}, "--source-embedding-size: the teacher was trained with 12, not 13"),
-        ({"source-model": "resnet50"}, "--source-model: the teacher was trained with resnet18, not resnet50"),
+        ({"source-model": "resnet50"}, "--source-model: the teacher was trained with tiny, not resnet50"),
         ({"image-size": 64}, "argument --image-size: the teacher was trained with 32, and sees what the student sees"),
     ],
 )
@@ -270,13 +273,13 @@ def test_bad_teachers(teacher, cub_root, tmp_path, capsys):
     )
     missing, damaged, other = (tmp_path / name for name in ("missing.pth", "damaged.pth", "other.pth"))
     damaged.write_bytes(teacher.read_bytes()[:-1000])
-    torch.save({"model_state_dict": net.create("resnet18", 12).state_dict()}, other)
+    torch.save({"model_state_dict": net.create("tiny", 12).state_dict()}, other)
     for path, words, more in (
         (missing, f"There is no checkpoint {missing}", {}),
         (damaged, f"{damaged} is damaged or not a checkpoint", {}),
         (other, "other.pth is of another network", {}),
-        (other, "model.embedding.weight: expected (512, 512), found (12, 512)", {"source-model": "resnet18"}),
-        (other, "Check --source-model and --source-embedding-size", {"source-model": "resnet18"}),
+        (other, "model.embedding.weight: expected (512, 48), found (12, 48)", {"source-model": "tiny"}),
+        (other, "Check --source-model and --source-embedding-size", {"source-model": "tiny"}),
     ):
         fails(arguments(path, cub_root, tmp_path / "logs", **more), capsys, words)
     assert not (tmp_path / "logs").exists()
@@ -305,11 +308,11 @@ def test_published_spelling_of_the_length():
 
 def test_student_of_the_published_code_is_compared_as_it_was_trained(logs, cub_root, tmp_path, capsys):
     """Its checkpoint has no record: two flags say what ours says itself."""
-    best = run_folder(logs) / "cub_resnet18_best.pth"
+    best = run_folder(logs) / "cub_tiny_best.pth"
     bare = tmp_path / "bare.pth"
     torch.save({"model_state_dict": torch.load(best)["model_state_dict"]}, bare)
     line = ["--allow-partial", "--data-root", str(cub_root), "--workers", "0", "--resume"]
-    flags = ["--model", "resnet18", "--embedding-size", "8", "--image-size", "32", "--l2-norm", "0"]
+    flags = ["--model", "tiny", "--embedding-size", "8", "--image-size", "32", "--l2-norm", "0"]
     recorded = evaluate.main([*line, str(best)])
     assert evaluate.main([*line, str(bare), *flags, "--distance", "euclidean"]) == recorded
     assert evaluate.main([*line, str(bare), *flags])["MAP@R"] != recorded["MAP@R"]

@@ -124,7 +124,7 @@ def arguments(name, place, logs, **changed):
     settings = {
         "dataset": name,
         "data-root": place,
-        "model": "resnet18",
+        "model": "tiny",
         "embedding-size": 8,
         "batch-size": 4,
         "warm": 0,
@@ -185,7 +185,7 @@ def test_run_on_a_fold(on_fold, capsys):
     names = ["val/R@1", "val/R@2", "val/R@4", "val/R@8", "val/R@16", "val/R@32", "val/MAP@R", "val/R-precision"]
     assert list(rows[0]) == ["epoch", "loss", "lr", "seconds", *names]
     best = max(range(3), key=lambda epoch: float(rows[epoch]["val/MAP@R"]))
-    lines = (on_fold / "cub_resnet18_best_results.txt").read_text().splitlines()
+    lines = (on_fold / "cub_tiny_best_results.txt").read_text().splitlines()
     assert lines[:2] == [f"Best Epoch: {best}", f"Best val/Recall@1: {100 * float(rows[best]['val/R@1']):.4f}"]
     assert run_folders.is_finished(on_fold, 3)
     assert resuming.progress(on_fold / "last.pth")["rows"][1]["val/R@1"] == float(rows[1]["val/R@1"])

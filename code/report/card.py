@@ -110,6 +110,8 @@ def training(checkpoint: Path) -> tuple[dict, str]:
     if not checkpoint.stem.endswith("_best") or not results.is_file() or not config.is_file():
         return {}, ""
     settings = run_folders.read_config(checkpoint.parent)
+    if "loss" in settings:  # without the path of a file
+        settings["loss"] = str(settings["loss"]).rpartition(":")[2]
     listed = ", ".join(map(printable, results.read_text().splitlines()))
     return (
         {name: printable(str(settings[name])) for name in SETTINGS if name in settings},

@@ -1,4 +1,4 @@
-"""Places for images in a picture, so that images with similar embeddings are close together."""
+"""Positions of images on a map: images with similar embeddings are close together."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ ROUNDING = 1e-5  # the most that coordinates of equal embeddings differ by
 
 
 def by_similarity(embeddings: np.ndarray) -> np.ndarray:
-    """Places (N, 2) by t-SNE; where it has no two directions to start from, the first two coordinates."""
+    """Points (N, 2) by t-SNE, or the first two coordinates where t-SNE has no two directions to start from."""
     from sklearn.manifold import TSNE  # slow to import, and needed only here
 
     count, dimensions = embeddings.shape
@@ -16,12 +16,12 @@ def by_similarity(embeddings: np.ndarray) -> np.ndarray:
     return np.pad(embeddings, ((0, 0), (0, 1)))[:, :2]
 
 
-def on_grid(places: np.ndarray, side: int) -> np.ndarray:
-    """A different cell for each place, (column, row) of side x side, so that the sum of squared moves is least."""
+def on_grid(points: np.ndarray, side: int) -> np.ndarray:
+    """A cell (column, row) of side x side for each point, none twice, with the least sum of squared moves."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 
-    low, high = places.min(axis=0), places.max(axis=0)
-    places = ((places - (low + high) / 2) / np.maximum(high - low, ROUNDING) + 0.5) * (side - 1)
+    low, high = points.min(axis=0), points.max(axis=0)
+    points = ((points - (low + high) / 2) / np.maximum(high - low, ROUNDING) + 0.5) * (side - 1)
     cells = np.stack(np.divmod(np.arange(side**2), side), axis=1)
-    return cells[linear_sum_assignment(cdist(places, cells, "sqeuclidean"))[1]]
+    return cells[linear_sum_assignment(cdist(points, cells, "sqeuclidean"))[1]]

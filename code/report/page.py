@@ -1,7 +1,7 @@
-"""A page on what a network has learned: metrics, queries and their neighbours, classes, similarities, a map.
+"""The page of evaluate.py --report: metrics, queries and their neighbours, classes, similarities, and a map.
 
-The report is a folder: index.html, classes.csv and a folder of pictures; it needs nothing else. An earlier report stays
-until the new one, which has its own folder of pictures, is complete.
+A report is a folder with index.html, classes.csv and a folder of pictures; it needs nothing else. An earlier report
+stays until the new one, which has its own folder of pictures, is complete.
 """
 
 import csv
@@ -26,8 +26,8 @@ from proxy_anchor.evaluation import Result
 from proxy_anchor.files import csv_cell, printable, replacing
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report.confusion import ClassResult
-from proxy_anchor.vectors import comparable, nearness, to_nearness
-from proxy_anchor.verification import Verification
+from proxy_anchor.vectors import Embeddings, comparable, similarity, to_nearness
+from proxy_anchor.verification import LEVEL, Verification
 
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query
@@ -36,8 +36,9 @@ HARDEST = 30  # classes
 MAPPED = 1_500  # images on the map, at most
 MAP_IMAGE = 48  # pixels, at most
 MAP_FILLED = 0.6  # the share of the map's cells that have an image
-THUMBNAIL, SHOWN = 160, 110  # pixels of the file and of the page, at most
-GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # that reports are recognized by
+STORED, SHOWN = 448, 110  # pixels of a picture's file and on the page, at most
+ENLARGED = 320, 640  # pixels of a picture after a click, at least and at most
+GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # reports are recognized by it
 EXPLANATIONS = {
     "R@1": "of the queries have a nearest neighbour of their class.",
     "R@": "of the queries have an image of their class among the {} nearest.",
@@ -49,39 +50,35 @@ EXPLANATIONS = {
 
 @dataclass
 class TestSet:
-    """Embeddings (N, D), labels (N,) and the images, which give (uint8 (3, H, W), label), with .paths and .classes.
+    """The embeddings of test images, and the images: (uint8 (3, H, W), label) by index, with .paths and .classes.
 
-    distance: of vectors.DISTANCES, by which they were searched. The images may have .groups (N,), too.
+    distance: one of vectors.DISTANCES.
     """
 
-    embeddings: torch.Tensor
-    labels: torch.Tensor
-    images: object
+    embeddings: Embeddings
+    images: Any
     distance: str = "cosine"
 
     def __post_init__(self):
-        self.embeddings = comparable(self.embeddings, self.distance)
-        self.labels = self.labels.cpu()
-        groups = getattr(self.images, "groups", None)
-        self.groups = None if groups is None else torch.as_tensor(groups)
+        labels, groups = self.embeddings.labels.cpu(), self.embeddings.groups
+        vectors = comparable(self.embeddings.vectors, self.distance)
+        self.embeddings = Embeddings(vectors, labels, None if groups is None else groups.cpu())
 
-    def name(self, label) -> str:
-        return printable(str(self.images.classes[int(label)]))
+    @property
+    def labels(self) -> torch.Tensor:
+        return self.embeddings.labels
 
-
-def sides(queries: TestSet, gallery: TestSet | None) -> tuple[list, list, list]:
-    """The embeddings, the labels and the groups, of the queries and of the gallery each, None where there are none."""
-    parts = (queries, gallery)
-    return [s and s.embeddings for s in parts], [s and s.labels for s in parts], [s and s.groups for s in parts]
+    def class_name(self, label) -> str:
+        return str(self.images.classes[int(label)])
 
 
 def open_folder(folder: Path) -> None:
-    """Make the folder of a report, in which an earlier one stays as it is.
+    """Make the folder of a report; an earlier report in it stays.
 
-    Raises ValueError for a folder that holds anything else, and OSError where nothing can be written.
+    Raises ValueError for a folder that holds anything else, and OSError if nothing can be written there.
     """
-    if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
-        raise ValueError(f"{folder} is no folder: a report is written to one, which need not exist")
+    if os.path.lexists(folder) and not folder.is_dir():  # a file, or a broken link
+        raise ValueError(f"{folder} is not a folder: give --report a folder, which need not exist")
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     content = f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>".encode()
@@ -89,7 +86,7 @@ def open_folder(folder: Path) -> None:
         content = page.read_bytes() if page.is_file() else b""
     if GENERATOR.encode() not in content:
         raise ValueError(f"{folder} is neither empty nor a report: choose another folder for the report")
-    with replacing(page) as temporary:  # even if unchanged: to find out now whether it can be written
+    with replacing(page) as temporary:  # even if unchanged, to fail now rather than after the work
         temporary.write_bytes(content)
 
 
@@ -105,32 +102,35 @@ def write(
     queries: TestSet,
     gallery: TestSet | None = None,
 ) -> Path:
-    """Write the report on the search of the queries in the gallery, or within themselves, into the folder.
+    """Write the report on a search of the gallery or, without one, of the queries themselves; returns the page's path.
 
-    name: of what was evaluated; rows: the metrics of each line of the table, in 0..1; threshold: the checkpoint's own,
-    see checkpoint.threshold. Returns the path of the page.
+    name: of what was evaluated; rows: the metrics in each column of the table, in 0..1; threshold: the one recorded in
+    the checkpoint, see Checkpoint.threshold, or {}.
     """
-    targets = gallery or queries
+    targets = queries if gallery is None else gallery
     with new_folder(folder) as new:
         pictures = Pictures(new, queries, targets)
         size = queries.images[0][0].shape[-1]
         shown = 2 * size if 2 * size <= SHOWN else min(size, SHOWN)  # small images are doubled where there is room
         metric, value = next(iter(result.metrics.items()))
-        vectors, _, groups = sides(queries, gallery)
-        nearest = confusion.nearest_neighbour(*vectors, queries.distance, *groups)
+        gallery_embeddings = None if gallery is None else gallery.embeddings
+        nearest = confusion.nearest_neighbour(queries.embeddings, gallery_embeddings, queries.distance)
         taken_for = torch.where(nearest < 0, queries.labels, targets.labels[nearest])
         classes, confused = confusion.by_class(queries.labels.tolist(), taken_for.tolist(), result.ranks.tolist())
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         page = Template(template).substitute(
             generator=GENERATOR,
             title=html.escape(f"{metric} {100 * value:.1f}% · {printable(name)}"),
-            subtitle=html.escape(printable(subtitle)),
+            heading=breakable(f"{metric} {100 * value:.1f}% · {name}"),
+            subtitle=breakable(subtitle),
             **similarities.WORDS[queries.distance],
             shown=shown,
+            enlarged=min(max(ENLARGED[0], 2 * size), ENLARGED[1]),
             rendering="pixelated" if shown > size else "auto",
             metrics=metrics_table(rows),
+            interval=interval(classes),
             remark=html.escape(result.remark()),
-            queries=query_rows(queries, targets, gallery is None, result, pictures),
+            queries=query_rows(queries, targets, gallery is None, result, nearest, pictures),
             recalls=recall_bars(classes),
             count=f"{len(classes):,}",
             hardest=hardest_classes(classes, pictures),
@@ -139,24 +139,17 @@ def write(
             rates=similarities.rates_table(pairs),
             map=draw_map(new / "map.webp", queries),
             environment="".join(
-                f"<dt>{html.escape(name)}</dt><dd>{html.escape(printable(str(value)))}</dd>"
-                for name, value in environment.items()
+                f"<dt>{html.escape(name)}</dt><dd>{breakable(str(value))}</dd>" for name, value in environment.items()
             ),
+            enlargements="\n".join(pictures.enlargements),
         )
         text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # file names may be of any bytes
         with replacing(folder / "classes.csv") as temporary, open(temporary, "w", newline="", **text) as file:
             writer = csv.writer(file)
             writer.writerow(["class", "queries", "R@1", "most often taken for", "times"])
-            writer.writerows(
-                [
-                    csv_cell(queries.name(c.label)),
-                    c.queries,
-                    c.recall,
-                    "" if c.rival is None else csv_cell(queries.name(c.rival)),
-                    c.times,
-                ]
-                for c in classes
-            )
+            for c in classes:
+                rival = "" if c.rival is None else csv_cell(printable(queries.class_name(c.rival)))
+                writer.writerow([csv_cell(printable(queries.class_name(c.label))), c.queries, c.recall, rival, c.times])
         path = folder / "index.html"
         former = path.read_text(**text)
         with replacing(path) as temporary:
@@ -168,7 +161,7 @@ def write(
 
 @contextmanager
 def new_folder(folder: Path):
-    """A new folder of pictures in that of a report, which is removed if something goes wrong."""
+    """A new folder of pictures in a report's folder; removed again if the report fails."""
     new = folder / f"images-{secrets.token_hex(4)}"
     new.mkdir()
     try:
@@ -178,33 +171,46 @@ def new_folder(folder: Path):
         raise
 
 
+def breakable(text: str) -> str:
+    """Text as HTML that can break after _ and -, of which long names consist."""
+    return re.sub("([_-])(?=.)", r"\1<wbr>", html.escape(printable(text)))
+
+
 class Pictures:
-    """Thumbnails of test images in a folder, each written when it is first asked for."""
+    """Pictures of test images in a folder, each written when it is first shown.
+
+    enlargements: for each picture, the HTML of what a click on it opens, with the path of the image.
+    """
 
     def __init__(self, folder: Path, queries: TestSet, targets: TestSet):
         self.folder = folder
-        self.names = {}
-        self.class_name = queries.name
-        self.examples = {}  # label: (images, index); a query's where the gallery has none
-        for part in (targets, queries):
-            for index, label in enumerate(part.labels.tolist()):
-                self.examples.setdefault(label, (part.images, index))
+        self.numbers: dict[tuple[int, int], int] = {}
+        self.enlargements: list[str] = []
+        self.class_name = queries.class_name
+        self.examples: dict[int, tuple[Any, int]] = {}  # by label; a query where the gallery has none
+        for test_set in (targets, queries):
+            for index, label in enumerate(test_set.labels.tolist()):
+                self.examples.setdefault(label, (test_set.images, index))
 
     def figure(self, images, index: int, caption: str, kind: str = "") -> str:
-        """An image with a caption as HTML; kind: right, wrong or nothing."""
-        key = (id(images), index)
-        if key not in self.names:
-            self.names[key] = f"{len(self.names):05d}.jpg"
-            to_pillow(images, index, THUMBNAIL).save(self.folder / self.names[key], quality=90, subsampling=0)
+        """An image with a caption as HTML; kind: right, wrong, unjudged or nothing."""
+        path = images.paths[index]
+        number = self.numbers.setdefault((id(images), index), len(self.numbers))
+        picture = (
+            f'<img src="{self.folder.name}/{number:05d}.jpg" loading="lazy" '
+            f'alt="{html.escape(printable(Path(path).name))}">'
+        )
+        if number == len(self.enlargements):
+            to_pillow(images, index, STORED).save(self.folder / f"{number:05d}.jpg", quality=90, subsampling=0)
+            self.enlargements.append(f'<div popover id="p{number}">{picture}<code>{breakable(path)}</code></div>')
         return (
-            f'<figure class="{kind}"><img src="{self.folder.name}/{self.names[key]}" '
-            f'loading="lazy" alt="{html.escape(printable(Path(images.paths[index]).name))}">'
-            f"<figcaption>{caption}</figcaption></figure>"
+            f'<figure class="{kind}"><button popovertarget="p{number}" title="{html.escape(printable(path))}">{picture}'
+            f"</button><figcaption>{caption}</figcaption></figure>"
         )
 
     def example(self, label: int, caption: str, kind: str = "") -> str:
-        """An image of the class as HTML, with its name and a caption."""
-        name = f"<b>{html.escape(self.class_name(label))}</b><br>"
+        """An image of the class as HTML, with the class's name and a caption."""
+        name = f"<b>{breakable(self.class_name(label))}</b><br>"
         return self.figure(*self.examples[label], name + caption, kind)
 
 
@@ -216,9 +222,9 @@ def to_pillow(images, index: int, size: int) -> Image.Image:
 
 
 def metrics_table(rows) -> str:
-    """A line for each metric: its value in each of the rows, and what it means."""
+    """A line for each metric as HTML: its value in each of the rows, and what it means."""
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    head = "".join(f"<th>{html.escape(printable(row))}</th>" for row in ["", *rows, ""])
+    head = "".join(f"<th>{breakable(row)}</th>" for row in ["", *rows, ""])
     body = "".join(
         f"<tr><td>{name}</td>"
         + "".join(
@@ -230,53 +236,86 @@ def metrics_table(rows) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
+def interval(classes: list[ClassResult]) -> str:
+    recall = confusion.recall_at_1(classes).percent()
+    return f"R@1 {recall}; brackets: {100 * LEVEL:g}% bootstrap interval over {len(classes):,} classes."
+
+
 def select(order: list[int], labels, count: int) -> list[int]:
-    """The first images in this order, at first one of each class."""
-    first = {}
+    """The first images in this order: one of each class before a second of any."""
+    first: dict[int, int] = {}
     for i in order:
         first.setdefault(int(labels[i]), i)
     chosen = list(first.values())[:count]
     return chosen + [i for i in order if i not in chosen][: count - len(chosen)]
 
 
-def query_rows(queries, targets, within: bool, result: Result, pictures: Pictures) -> str:
-    """Queries of three kinds as HTML; those without an image to find are left out."""
-    answerable = torch.nonzero(result.ranks >= 0).flatten().tolist()
-    if not answerable:
+def query_rows(
+    queries: TestSet, targets: TestSet, within: bool, result: Result, nearest: torch.Tensor, pictures: Pictures
+) -> str:
+    """Queries of four kinds with their neighbours as HTML; those without an image to find are left out.
+
+    nearest (N,): the index of each query's nearest image.
+    """
+    answerable = torch.nonzero(result.ranks >= 0).flatten()
+    if not len(answerable):
         return "<p>No query has an image of its class to find.</p>"
-    score, ranks = result.average_precisions, result.ranks
-    middle = score[answerable].median()
+    score = result.average_precisions[answerable]
+    wrong = answerable[targets.labels[nearest[answerable]] != queries.labels[answerable]]
+    wrong_neighbours = targets.embeddings.vectors[nearest[wrong]]
+    confidence = similarity(queries.embeddings.vectors[wrong], wrong_neighbours, queries.distance).cpu()
     kinds = {
-        "Best: the highest MAP@R": lambda i: (-score[i].item(), i),
-        "Typical: a MAP@R near the median": lambda i: (abs(score[i] - middle).item(), i),
-        "Worst: the most images of other classes before the first of their own": lambda i: (-ranks[i].item(), i),
+        "Best: the highest MAP@R": largest_first(answerable, score),
+        "Typical: a MAP@R near the median": largest_first(answerable, -(score - score.median()).abs()),
+        "Worst: the most images of other classes before the first of their own": largest_first(
+            answerable, result.ranks[answerable]
+        ),
+        "Confidently wrong: the nearest image is of another class, and very near": largest_first(wrong, confidence),
     }
-    parts = []
-    for kind, key in kinds.items():
-        parts.append(f'<h3 id="{kind.split(":")[0].lower()}">{kind}</h3>')
-        for query in select(sorted(answerable, key=key), queries.labels, QUERIES):
-            near = nearness(targets.embeddings, queries.embeddings[query], queries.distance)
-            if within:
-                near[query] = -torch.inf
-            if queries.groups is not None:
-                near[(targets.groups == queries.groups[query]).to(near.device)] = -torch.inf
-            values, found = near.topk(min(NEIGHBOURS, int((near > -torch.inf).sum())))
-            label = queries.labels[query]
+    rows = []
+    for kind, order in kinds.items():
+        rows.append(f'<h3 id="{kind.split(":")[0].lower().replace(" ", "-")}">{kind}</h3>')
+        for query in select(order, queries.labels, QUERIES):
             caption = (
-                f"<b>{html.escape(queries.name(label))}</b><br>MAP@R {100 * score[query]:.0f}%"
-                f"<br>first match: place {ranks[query] + 1:,}"
+                f"<b>{breakable(queries.class_name(queries.labels[query]))}</b><br>"
+                f"MAP@R {100 * result.average_precisions[query]:.0f}%<br>"
+                f"first match: place {result.ranks[query] + 1:,}"
             )
-            neighbours = []
-            for value, index in zip(values.tolist(), found.tolist()):
-                right = targets.labels[index] == label
-                name = html.escape(targets.name(targets.labels[index]))
-                text = f"{'✓' if right else '✗'} {to_nearness(value, queries.distance):.2f} {name}"
-                neighbours.append(pictures.figure(targets.images, index, text, "right" if right else "wrong"))
-            parts.append(
+            neighbours = "".join(neighbour_figures(queries, targets, query, within, pictures))
+            rows.append(
                 f'<div class="row">{pictures.figure(queries.images, query, caption)}'
-                f'<div class="neighbours">{"".join(neighbours)}</div></div>'
+                f'<div class="neighbours">{neighbours}</div></div>'
             )
-    return "\n".join(parts)
+        if not order:
+            rows.append("<p>No query's nearest neighbour is of another class.</p>")
+    return "\n".join(rows)
+
+
+def largest_first(queries: torch.Tensor, values: torch.Tensor) -> list[int]:
+    """The queries (N,) by their values (N,); of equal ones, the first comes first."""
+    return queries[values.argsort(descending=True, stable=True)].tolist()
+
+
+def neighbour_figures(queries: TestSet, targets: TestSet, query: int, within: bool, pictures: Pictures) -> list[str]:
+    """The nearest images of a query as HTML. As many are judged as there are images of its class to find."""
+    x, y = queries.embeddings, targets.embeddings
+    near = similarity(y.vectors, x.vectors[query], queries.distance).cpu()
+    if within:
+        near[query] = -torch.inf
+    if x.groups is not None:
+        near[y.groups == x.groups[query]] = -torch.inf
+    candidates = near > -torch.inf
+    relevant = int((candidates & (y.labels == x.labels[query])).sum())  # R
+    values, indices = near.topk(min(NEIGHBOURS, int(candidates.sum())))
+    figures = []
+    for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist())):
+        right = bool(y.labels[index] == x.labels[query])
+        mark, kind = ("✓ ", "right") if right else ("✗ ", "wrong")
+        if rank >= relevant:
+            mark, kind = "", "unjudged"
+        caption = f"{mark}{to_nearness(value, queries.distance):.2f} {breakable(targets.class_name(y.labels[index]))}"
+        figures.append(pictures.figure(targets.images, index, caption, kind))
+    return figures
 
 
 def recall_bars(classes: list[ClassResult]) -> str:
@@ -290,36 +329,36 @@ def recall_bars(classes: list[ClassResult]) -> str:
 
 
 def hardest_classes(classes: list[ClassResult], pictures: Pictures) -> str:
-    """The hardest classes, each beside the one that it is most often taken for, as HTML."""
-    parts = []
+    """The hardest classes, each next to the class it is most often taken for, as HTML."""
+    pairs = []
     for c in [c for c in classes if c.right < c.queries][:HARDEST]:
-        parts.append(f'<div class="pair">{pictures.example(c.label, f"R@1 {100 * c.recall:.0f}%")}')
+        example = pictures.example(c.label, f"R@1 {100 * c.recall:.0f}%")
         if c.rival is not None:
-            parts.append(pictures.example(c.rival, f"{c.times:,} of {c.queries:,}", "wrong"))
-        parts.append("</div>")
-    return "".join(parts) or "<p>Every query finds its class first.</p>"
+            example += pictures.example(c.rival, f"{c.times:,} of {c.queries:,}", "wrong")
+        pairs.append(f'<div class="pair">{example}</div>')
+    return "".join(pairs) or "<p>Every query finds its class first.</p>"
 
 
 def confused_pairs(confused: Counter, pictures: Pictures) -> str:
     """The pairs of classes that are most often taken for each other, as HTML."""
-    both = Counter()
+    both: Counter = Counter()
     for (label, other), count in confused.items():
         both[min(label, other), max(label, other)] += count
-    parts = [
+    pairs = [
         f'<div class="pair">{pictures.example(a, f"{confused[a, b]:,}&times;")}'
         f"{pictures.example(b, f'{confused[b, a]:,}&times;')}</div>"
         for (a, b), _ in both.most_common(PAIRS)
     ]
-    return "".join(parts) or "<p>No query's nearest neighbour is of another class.</p>"
+    return "".join(pairs) or "<p>No query's nearest neighbour is of another class.</p>"
 
 
 def draw_map(path: Path, queries: TestSet) -> str:
-    """Draw the test images, those with similar embeddings close together; returns the HTML that shows the picture."""
+    """Draw the test images with similar embeddings close together; returns HTML that shows the picture."""
     count = min(MAPPED, len(queries.labels))
     chosen = np.sort(np.random.default_rng(0).permutation(len(queries.labels))[:count])
     side = math.ceil(math.sqrt(count / MAP_FILLED))
-    places = layout.by_similarity(queries.embeddings[chosen].cpu().numpy())
-    cells = layout.on_grid(places, side)
+    points = layout.by_similarity(queries.embeddings.vectors[chosen].cpu().numpy())
+    cells = layout.on_grid(points, side)
     size = min(MAP_IMAGE, queries.images[0][0].shape[-1])
     canvas = Image.new("RGBA", (side * size, side * size))
     for index, cell in zip(chosen.tolist(), (cells * size).tolist()):

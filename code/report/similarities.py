@@ -1,4 +1,4 @@
-"""Similarities within and between classes, and the thresholds between them: a part of the report."""
+"""The report's section on similarities within and between classes, and on thresholds."""
 
 import html
 import math
@@ -10,12 +10,12 @@ from proxy_anchor.vectors import to_nearness
 from proxy_anchor.verification import BOUNDS, KINDS, Estimate, Verification
 
 BINS = 80  # of the drawing
-# How a page speaks of nearness, see vectors.to_nearness.
+# The words of a page on similarities or distances.
 WORDS = {
     "cosine": {
         "measure": "cosine similarity",
         "measures": "Cosine similarities",
-        "heading": "Similarities",
+        "measured": "Similarities",
         "nearer": "more similar",
         "farther": "below it",
         "not_farther": "at or above it",
@@ -23,7 +23,7 @@ WORDS = {
     "euclidean": {
         "measure": "Euclidean distance",
         "measures": "Euclidean distances",
-        "heading": "Distances",
+        "measured": "Distances",
         "nearer": "nearer",
         "farther": "above it",
         "not_farther": "at or below it",
@@ -32,16 +32,16 @@ WORDS = {
 
 
 def chart(pairs: Verification, threshold: dict) -> str:
-    """The distributions of similarities as SVG, which stretches to the page, and the thresholds between them."""
+    """The distributions of similarities with the thresholds, as an SVG that stretches to the page's width."""
     distance, words = pairs.distance, WORDS[pairs.distance]
     counts = {kind: counts for kind, counts in (("wrong", pairs.other), ("right", pairs.same)) if counts.any()}
     edges = pairs.scale.edges[:-1]
     high = 1 if distance == "cosine" else 0
     low = min([0, *edges[sum(counts.values(), np.zeros(len(edges))) > 0][:1]])
     span = high - low or 1
-    nearness = ((edges + pairs.scale.edges[1:]) / 2).clip(low, high)  # of the pairs in each bin
+    similarity = ((edges + pairs.scale.edges[1:]) / 2).clip(low, high)  # of the pairs in each bin
     shares = {
-        kind: np.histogram(nearness, BINS, (high - span, high), weights=numbers)[0] / numbers.sum()
+        kind: np.histogram(similarity, BINS, (high - span, high), weights=numbers)[0] / numbers.sum()
         for kind, numbers in counts.items()
     }
     highest = max((values.max() for values in shares.values()), default=1)
@@ -52,7 +52,7 @@ def chart(pairs: Verification, threshold: dict) -> str:
         for kind, values in shares.items()
     )
     legend = "".join(
-        f'<li class="{kind}">{text}: mean {to_nearness(np.average(nearness, weights=counts[kind]), distance):.2f}, '
+        f'<li class="{kind}">{text}: mean {to_nearness(np.average(similarity, weights=counts[kind]), distance):.2f}, '
         f"{counts[kind].sum():,} pairs"
         for kind, text in (("right", "same class"), ("wrong", "different classes"))
         if kind in counts
@@ -96,7 +96,7 @@ def chart(pairs: Verification, threshold: dict) -> str:
 
 
 def rates_table(pairs: Verification) -> str:
-    """The true accepts at rates of false accepts, with the thresholds, as HTML."""
+    """The true accepts and the thresholds for some rates of false accepts, as HTML."""
     if not pairs.at_far:
         return f"<p>{html.escape(pairs.remark())}</p>"
     names = ["false accepts", "true accepts", f"{KINDS[pairs.distance]} {BOUNDS[pairs.distance]}"]

@@ -66,7 +66,8 @@ def options() -> argparse.ArgumentParser:
 
 def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark, fold=None) -> str:
     """The published folder name of a run, with the fold and a seed other than 1; method: the settings of the loss."""
-    name = f"{model}_{loss}_embedding{embedding_size}_{method}_{optimizer}_lr{lr}_batch{batch_size}{remark}"
+    method = f"{method}_" if method else ""
+    name = f"{model}_{loss}_embedding{embedding_size}_{method}{optimizer}_lr{lr}_batch{batch_size}{remark}"
     return name + (f"_fold{fold.replace('/', 'of')}" if fold else "") + ("" if seed == 1 else f"_seed{seed}")
 
 
@@ -187,12 +188,12 @@ class Logbook:
         row = rows[-1]
         print(
             f"epoch {row['epoch']:>2}  loss {row['loss']:.5g}  lr {row['lr']:g}  {row['seconds']:.0f} s  "
-            f"{shortened(metrics.of(row))}",
+            f"{shortened(metrics.metrics_only(row))}",
             flush=True,
         )
         self._write_rows("metrics.csv", rows)
         if self.wandb:
-            self.wandb.log({"loss": row["loss"]} | metrics.of(row), step=row["epoch"])
+            self.wandb.log({"loss": row["loss"]} | metrics.metrics_only(row), step=row["epoch"])
 
     def save_classes(self, epoch: int, classes: list[dict]) -> None:
         """Write the hits of each class in the best epoch so far, see evaluation.Result.by_class."""

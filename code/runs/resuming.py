@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from proxy_anchor import collectives, weights
+from proxy_anchor import collectives, sharded, weights
 from proxy_anchor.files import replacing
 from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.metrics import plain
 from proxy_anchor.runs import randomness
-from proxy_anchor.sharded import DividedProxyAnchor
+from proxy_anchor.sharded import ShardedProxyAnchor
 from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.weights import SHOWN, digest, read
 
@@ -33,12 +33,11 @@ def save(path: Path, network: torch.nn.Module, spec: NetworkSpec, parts: dict, p
     content |= {name: part.state_dict() for name, part in parts.items()}
     content |= {"progress": progress, "random": randomness.state()}
     files = []
-    if collectives.world_size() > 1 and isinstance(parts.get("criterion"), DividedProxyAnchor):
+    if collectives.world_size() > 1 and isinstance(parts.get("criterion"), ShardedProxyAnchor):
         moment = f"{path.stem}-{progress['epoch']}.{len(progress['losses'])}"
-        files = [
-            f"{moment}-{number}of{collectives.world_size()}.pth" for number in range(1, collectives.world_size() + 1)
-        ]
-        rows = take_rows(content)
+        count = collectives.world_size()
+        files = [f"{moment}-{number}of{count}.pth" for number in range(1, count + 1)]
+        rows = sharded.take_rows(content)
         with replacing(path.with_name(files[collectives.rank()])) as file:
             torch.save(rows, file)
         classes = collectives.shard_sizes(parts["criterion"].num_classes)
@@ -66,10 +65,11 @@ def load(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     weights.load(path, content, network)
     try:
         criterion = parts.get("criterion")
-        if isinstance(criterion, DividedProxyAnchor):
-            put_rows(path, content, criterion.num_classes, criterion.classes)
+        if isinstance(criterion, ShardedProxyAnchor):
+            sharded.put_rows(content, read_rows(path, content, criterion.num_classes, criterion.classes))
         elif isinstance(criterion, ProxyAnchor) and "divided" in content:
-            put_rows(path, content, criterion.num_classes, range(criterion.num_classes))
+            num_classes = len(criterion.proxies)
+            sharded.put_rows(content, read_rows(path, content, num_classes, range(num_classes)))
         for name, part in parts.items():
             if not isinstance(content[name], dict) or bool(content[name]) != bool(part.state_dict()):
                 raise ValueError(f"its {name} is {str(content[name])[:80]}")
@@ -85,53 +85,29 @@ def load(path: Path, network: torch.nn.Module, parts: dict) -> dict:
     return progress
 
 
-def with_rows(content: dict) -> dict[str, dict]:
-    """The entries of a checkpoint's content that have a row for each class: the proxies, and the optimizer's moments.
+def read_rows(path: Path, content: dict, num_classes: int, classes: range) -> dict[str, torch.Tensor]:
+    """The rows of these classes, removed from the content or read from the files that it lists; see sharded.take_rows.
 
-    They are replaced by copies, since those of an optimizer are its own.
+    Raises ValueError or FileNotFoundError if a file is missing or does not belong to the content.
     """
-    number = content["optimizer"]["param_groups"][-1]["params"][0]  # the proxies: the last group has no others
-    state = content["optimizer"]["state"]
-    content["criterion"], state[number] = dict(content["criterion"]), dict(state.get(number, {}))
-    return {"criterion": content["criterion"], "optimizer": state[number]}
-
-
-def take_rows(content: dict) -> dict[str, torch.Tensor]:
-    """Take the rows of classes out of the content."""
-    return {
-        f"{name} {key}": entry.pop(key)
-        for name, entry in with_rows(content).items()
-        for key in list(entry)
-        if isinstance(entry[key], torch.Tensor) and entry[key].ndim == 2
-    }
-
-
-def put_rows(path: Path, content: dict, num_classes: int, classes: range) -> None:
-    """Put the rows of these classes into the content, wherever they are.
-
-    Raises ValueError or FileNotFoundError where they are not.
-    """
-    rows = take_rows(content)
+    rows = sharded.take_rows(content)
     divided = content.get("divided", {"files": [None], "classes": [num_classes]})
-    digests = divided.get("digests", [None] * len(divided["files"]))  # older ones have none
+    digests = divided.get("digests", [None] * len(divided["files"]))  # older checkpoints have none
     if sum(divided["classes"]) != num_classes:
         raise ValueError(f"its loss has {sum(divided['classes'])} classes, now {num_classes}")
-    found: list[dict[str, torch.Tensor]] = []
-    start = 0  # of the classes in a file
-    for name, size, written in zip(divided["files"], divided["classes"], digests, strict=True):
+    pieces: list[dict[str, torch.Tensor]] = []
+    start = 0  # the first class of a file
+    for name, size, recorded in zip(divided["files"], divided["classes"], digests, strict=True):
         begin, end = max(start, classes.start), min(start + size, classes.stop)
-        if begin < end or not (classes or found):
-            there = rows if name is None else read(path.with_name(name))
-            if written and digest(there) != written:
+        if begin < end or not (classes or pieces):
+            piece = rows if name is None else read(path.with_name(name))
+            if recorded and digest(piece) != recorded:
                 raise ValueError(f"{name} does not belong to it: other rows were written with it")
-            if wrong := [key for key, value in there.items() if len(value) != size]:
-                raise ValueError(f"{name or path} has {len(there[wrong[0]])} rows of {wrong[0]}, expected {size}")
-            found.append({key: value[begin - start : end - start].clone() for key, value in there.items()})
+            if wrong := [key for key, value in piece.items() if len(value) != size]:
+                raise ValueError(f"{name or path} has {len(piece[wrong[0]])} rows of {wrong[0]}, expected {size}")
+            pieces.append({key: value[begin - start : end - start].clone() for key, value in piece.items()})
         start += size
-    entries = with_rows(content)
-    for place in found[0]:
-        name, key = place.split(" ")
-        entries[name][key] = torch.cat([part[place] for part in found])
+    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
 
 def settings(part) -> dict:

@@ -123,7 +123,7 @@ class Run:
         """
         best, last = self.best, self.rows[-1]
         ends = {f"best epoch ({best['epoch']})": best, f"last epoch ({last['epoch']})": last}
-        rows = {name: metrics.of(row) for name, row in ends.items()}
+        rows = {name: metrics.metrics_only(row) for name, row in ends.items()}
         remark = self.remark
         if backbone := self.backbone:
             rows = {logbook.BACKBONE: backbone} | rows

@@ -36,6 +36,8 @@ LEGACY_DEFAULTS = {
     "head": "linear",
     "lr_schedule": "step",
     "sample_proxies": 1.0,
+    "loss_args": "",
+    "loss_sha256": None,
     "orientation": "stored",
 }
 LEGACY_TRANSFER_DEFAULTS = {"head": "orthogonal", "lr_schedule": "cosine"}
@@ -197,6 +199,9 @@ def differences(old: dict, new: dict) -> list[str]:
     """What makes two configurations different experiments: 'name: old, now new' for each."""
     old = LEGACY_DEFAULTS | (LEGACY_TRANSFER_DEFAULTS if "teacher" in old else {}) | old
     new = json.loads(json.dumps(new))  # as it would be read back
+    for config in (old, new):
+        if "loss" in config:  # the path of a file may change: its content is compared
+            config["loss"] = str(config["loss"]).rpartition(":")[2]
     compared = [name for name in new if name in old and name not in (*MAY_CHANGE, *NOT_CONFIG)]
     if "pretrained_sha256" in compared:  # a file is known by its content, wherever it is
         compared.remove("pretrained")
@@ -204,6 +209,7 @@ def differences(old: dict, new: dict) -> list[str]:
         "data": "other images or classes than the run had",
         "files": "images of other sizes or times than the run had; where they were copied, copy the times too",
         "pretrained_sha256": "other pretrained weights than the run began with",
+        "loss_sha256": "the file of the loss has changed since the run began",
         "teacher": "a different teacher, or one recorded by file path in an older version",
     }  # instead of digests
     return [f"{n}: {words.get(n) or f'{old[n]}, now {new[n]}'}" for n in compared if old[n] != new[n]]

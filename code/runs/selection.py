@@ -14,7 +14,7 @@ def choose(of_folds: list[list[dict]], by: str) -> tuple[int, dict[str, float]]:
     of_folds: the rows of each fold. The first of equals. The metrics are the means over the folds, under the names that
     they have on a test set.
     """
-    names = [name for name in metrics.of(metrics.plain(of_folds[0][0])) if name != "elapsed"]
+    names = [name for name in metrics.metrics_only(metrics.plain(of_folds[0][0])) if name != "elapsed"]
     means = [{name: fmean(metrics.plain(row)[name] for row in rows) for name in names} for rows in zip(*of_folds)]
     best = max(range(len(means)), key=lambda epoch: means[epoch][by])
     return best + 1, means[best]

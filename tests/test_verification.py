@@ -1,4 +1,4 @@
-"""Thresholds: rates over all pairs, their intervals, calibration; beside scikit-learn, closed forms and brute force."""
+"""Thresholds: rates over all pairs, intervals and calibration, against scikit-learn, closed forms and brute force."""
 
 import math
 from statistics import NormalDist
@@ -10,8 +10,13 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from proxy_anchor import pairs, tiles
 from proxy_anchor.pairs import Pairs, Scale
-from proxy_anchor.vectors import DISTANCES
+from proxy_anchor.vectors import DISTANCES, Embeddings
 from proxy_anchor.verification import Curve, calibrate, verify
+
+
+def sides(*tensors):
+    """The embeddings of the queries and, of four tensors, those of the gallery."""
+    return [Embeddings(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]
 
 
 def random_set(count, classes, seed, dimensions=8):
@@ -55,7 +60,7 @@ def test_rates_are_those_of_sklearn(searched, distance, tile):
     nearness, alike, _, _ = all_pairs(*SETS[searched], distance=distance)
     far, tar, thresholds = roc_curve(alike, nearness, drop_intermediate=False)
     fars = (0.5, 0.1, 0.03, 0.01)
-    found = verify(*[*SETS[searched], None, None][:4], distance, fars=fars, replicates=20)
+    found = verify(*sides(*SETS[searched]), distance=distance, fars=fars, replicates=20)
     assert (found.same.sum(), found.other.sum()) == (alike.sum(), (~alike).sum())
     least = 1 / min(alike.sum(), (~alike).sum())
     assert found.auc.value == pytest.approx(roc_auc_score(alike, nearness), abs=1e-4)
@@ -74,7 +79,7 @@ def test_rates_are_those_of_sklearn(searched, distance, tile):
 def test_rates_at_given_thresholds_are_those_of_a_loop(distance):
     nearness, alike, _, _ = all_pairs(*SETS["themselves"], distance=distance)
     given = [-50, 0.25, 50] if distance == "cosine" else [-50, -4.5, 50]
-    found = verify(*SETS["themselves"], distance=distance, thresholds=given, replicates=20)
+    found = verify(*sides(*SETS["themselves"]), distance=distance, thresholds=given, replicates=20)
     for threshold, (far, tar) in found.at_threshold.items():
         assert far.value == pytest.approx((nearness[~alike] >= threshold).mean(), abs=2e-4)
         assert tar.value == pytest.approx((nearness[alike] >= threshold).mean(), abs=2e-4)
@@ -82,7 +87,7 @@ def test_rates_at_given_thresholds_are_those_of_a_loop(distance):
     assert [list(map(float, rate)) for rate in found.at_threshold[50]] == [[0, 0, 0]] * 2
 
 
-@pytest.mark.parametrize("scale", [Scale.of_similarities(), Scale.of_distances(32.0), Scale.of_distances(1e-3)])
+@pytest.mark.parametrize("scale", [Scale.for_cosines(), Scale.for_distances(32.0), Scale.for_distances(1e-3)])
 def test_thresholds_are_rounded_up_to_an_edge(scale):
     """Exactly those of the scale are themselves, and the bins begin at them; the last edge accepts nothing."""
     last = len(scale) - 1
@@ -103,7 +108,7 @@ def test_thresholds_are_rounded_up_to_an_edge(scale):
 
 @pytest.mark.parametrize("farthest", [1e-20, 1e-3, 1.0, 7.5, 3e4, 1e150])
 def test_each_threshold_of_distances_is_as_exact_as_all_others(farthest):
-    edges = -Scale.of_distances(farthest).edges[:-2]  # but for 0
+    edges = -Scale.for_distances(farthest).edges[:-2]  # but for 0
     assert farthest <= edges[0] < farthest * (1 + 1 / pairs.STEPS) and edges[-1] < farthest / 2 ** (pairs.OCTAVES - 1)
     assert ((edges[:-1] - edges[1:]) / edges[1:]).max() <= 1 / pairs.STEPS
 
@@ -127,7 +132,7 @@ def test_outliers_leave_the_rates_of_distances_as_they_are(kind):
     x, labels = spread(kind)
     nearness, alike, _, _ = all_pairs(x, labels, distance="euclidean")
     far, tar, _ = roc_curve(alike, nearness, drop_intermediate=False)
-    found = verify(x, labels, distance="euclidean", fars=[0.1, 0.01], replicates=20)
+    found = verify(Embeddings(x, labels), distance="euclidean", fars=[0.1, 0.01], replicates=20)
     assert found.auc.value == pytest.approx(roc_auc_score(alike, nearness), abs=1e-5)
     for rate, (threshold, share) in found.at_far.items():
         assert share.value == pytest.approx(tar[np.flatnonzero(far <= rate)[-1]], abs=3 / alike.sum())
@@ -138,13 +143,13 @@ def test_outliers_leave_the_rates_of_distances_as_they_are(kind):
 def test_gaussian_similarities_have_the_closed_forms(separation):
     """AUC = Phi(d'/sqrt 2), EER = Phi(-d'/2), and TAR = Phi(d' + Phi^-1(FAR)), from counts of Gaussians in bins."""
     normal, sigma = NormalDist(), 0.1
-    scale = Scale.of_similarities()
+    scale = Scale.for_cosines()
     shares = [
         np.array([NormalDist(mean, sigma).cdf(edge) for edge in scale.edges])
         for mean in (0.2 - separation * sigma / 2, 0.2 + separation * sigma / 2)
     ]
     other, same = (np.diff(share)[:, None] for share in shares)
-    curve = Curve.of(scale.edges, same, other)
+    curve = Curve.from_counts(scale.edges, same, other)
     assert curve.auc()[0] == pytest.approx(normal.cdf(separation / math.sqrt(2)), abs=1e-6)
     threshold, rate = (value[0] for value in curve.equal_errors())
     assert (threshold, rate) == pytest.approx((0.2, normal.cdf(-separation / 2)), abs=1e-5)
@@ -159,7 +164,7 @@ def test_gaussian_embeddings_have_the_closed_forms():
     random = np.random.default_rng(0)
     centres = random.normal(0, 5, 2000)
     x = torch.from_numpy(np.repeat(centres, 2) + random.normal(0, 1, 4000))[:, None]
-    found = verify(x, torch.arange(4000) // 2, distance="euclidean", replicates=20)
+    found = verify(Embeddings(x, torch.arange(4000) // 2), distance="euclidean", replicates=20)
     near, far = (lambda d, s=s: 2 * NormalDist(0, s).cdf(d) - 1 for s in (math.sqrt(2), math.sqrt(52)))
     threshold, rate = (estimate.value for estimate in found.equal_error)
     assert 1 - near(-threshold) == pytest.approx(far(-threshold), abs=0.02)
@@ -172,7 +177,7 @@ def test_bootstrap_counts_are_those_of_sets_made_of_the_classes_drawn(searched, 
     """Each replicate by brute force: a list of classes, the pairs of each, and of each two that are not the same."""
     monkeypatch.setattr(pairs, "CELLS", 2000)  # several parts per tile
     nearness, alike, first, second = all_pairs(*SETS[searched])
-    found = Pairs.of(*SETS[searched])
+    found = Pairs.from_embeddings(*sides(*SETS[searched]))
     classes = found.classes.tolist()
     assert classes == sorted({*first, *second})
     edges = np.array([0, 25_000, 32_768, 40_000, 50_000, len(found.scale)])
@@ -193,11 +198,11 @@ def test_bootstrap_counts_are_those_of_sets_made_of_the_classes_drawn(searched, 
 
 def test_intervals_are_the_quantiles_of_the_replicates():
     """Those of brute force, on all thresholds instead of some."""
-    found = verify(*SETS["themselves"], fars=[0.05], thresholds=[0.3], replicates=100)
-    every = Pairs.of(*SETS["themselves"])
+    found = verify(*sides(*SETS["themselves"]), fars=[0.05], thresholds=[0.3], replicates=100)
+    every = Pairs.from_embeddings(*sides(*SETS["themselves"]))
     weights = np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), 100).T
     fine = np.unique([*range(0, pairs.RESOLUTION, 64), len(every.scale)])
-    curve = Curve.of(every.scale.edges[fine], *every.resampled(fine, weights))
+    curve = Curve.from_counts(every.scale.edges[fine], *every.resampled(fine, weights))
     threshold, tar = curve.at_far(0.05)
     expected = [
         (found.auc, curve.auc()),
@@ -213,10 +218,10 @@ def test_intervals_are_the_quantiles_of_the_replicates():
 
 def test_intervals_hold_the_true_rate():
     """Of 60 samples of 20 classes, 95% should; binomial chance makes it 51 or more. Pairs alone would hold fewer."""
-    truth = verify(*random_classes(600, 0), thresholds=[0.5], replicates=2).at_threshold[0.5]
+    truth = verify(*sides(*random_classes(600, 0)), thresholds=[0.5], replicates=2).at_threshold[0.5]
     held = np.zeros(2)
     for seed in range(1, 61):
-        rates = verify(*random_classes(20, seed), fars=[], thresholds=[0.5], replicates=100).at_threshold[0.5]
+        rates = verify(*sides(*random_classes(20, seed)), fars=[], thresholds=[0.5], replicates=100).at_threshold[0.5]
         held += [rate.low <= true.value <= rate.high for rate, true in zip(rates, truth)]
     assert (held >= 51).all()
 
@@ -229,7 +234,7 @@ def random_classes(count, seed):
 
 
 def test_rates_that_the_pairs_are_too_few_for():
-    found = verify(*SETS["themselves"], fars=[0.1, 1e-3, 1e-6])
+    found = verify(*sides(*SETS["themselves"]), fars=[0.1, 1e-3, 1e-6])
     assert found.too_rare == [1e-3, 1e-6] and list(found.at_far) == [0.1]
     assert "too few different-class pairs for thresholds with 0.1%, 0.0001% false accepts" in found.text()
 
@@ -244,20 +249,20 @@ FEW = {
 @pytest.mark.parametrize("kind", FEW)
 def test_pairs_of_one_kind_have_no_threshold(kind):
     embeddings, labels = map(torch.tensor, FEW[kind])
-    found = verify(embeddings, labels)
+    found = verify(Embeddings(embeddings, labels))
     assert found.auc is None and not found.at_far and "thresholds need both kinds" in found.text()
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_network_that_maps_all_images_to_one_point(distance):
-    found = verify(torch.ones(40, 3), torch.arange(40) % 4, distance=distance)
+    found = verify(Embeddings(torch.ones(40, 3), torch.arange(40) % 4), distance=distance)
     assert found.auc[:] == (0.5, 0.5, 0.5) and found.equal_error[1].value == 0.5
     threshold, tar = found.at_far[0.1]
     assert tar.value == 0 and threshold.value > (1 if distance == "cosine" else 0)
     for estimate in (found.auc, *found.equal_error, threshold, tar):
         assert estimate.low <= estimate.value <= estimate.high
     with pytest.raises(ValueError, match="No threshold with at most 10% false accepts accepts a same-class pair"):
-        calibrate([torch.ones(80, 3), torch.arange(80) % 8], 0.1, distance)
+        calibrate(Embeddings(torch.ones(80, 3), torch.arange(80) % 8), 0.1, distance=distance)
 
 
 COARSE = {
@@ -274,7 +279,9 @@ COARSE = {
 def test_intervals_contain_their_value(kind, classes, distance):
     random = np.random.default_rng(1)
     x = torch.from_numpy(COARSE[kind](random, 90).astype(np.float32))
-    found = verify(x, torch.from_numpy(random.integers(0, classes, 90)), distance=distance, thresholds=[0.5, -1.0])
+    found = verify(
+        Embeddings(x, torch.from_numpy(random.integers(0, classes, 90))), distance=distance, thresholds=[0.5, -1.0]
+    )
     pairs_of = [*found.at_far.values(), *found.at_threshold.values(), found.equal_error]
     for estimate in (found.auc, *(one for two in pairs_of for one in two)):
         assert estimate.low <= estimate.value <= estimate.high
@@ -283,22 +290,22 @@ def test_intervals_contain_their_value(kind, classes, distance):
 
 
 def test_two_images():
-    found = verify(torch.eye(2), torch.tensor([0, 0]))
+    found = verify(Embeddings(torch.eye(2), torch.tensor([0, 0])))
     assert found.auc is None and found.same.sum() == 1
     x = torch.tensor([[0.0, 0], [0, 1], [7, 0]])
-    found = verify(x, torch.tensor([0, 0, 1]), distance="euclidean", thresholds=[-1, -2], replicates=5)
+    found = verify(Embeddings(x, torch.tensor([0, 0, 1])), distance="euclidean", thresholds=[-1, -2], replicates=5)
     assert found.auc.value == 1 and found.at_threshold[-1][1].value == 1 and found.at_threshold[-2][0].value == 0
 
 
 def test_two_classes_have_intervals_of_the_replicates_with_both():
-    found = verify(torch.randn(40, 3), torch.arange(40) % 2, fars=[0.1])
+    found = verify(Embeddings(torch.randn(40, 3), torch.arange(40) % 2), fars=[0.1])
     assert not math.isnan(found.auc.low) and found.auc.low <= found.auc.value + 0.01
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     """The largest tensor that any operation makes is the same for all numbers of pairs: that of the two histograms."""
-    monkeypatch.setitem(tiles.TILE, "cpu", 48)
+    monkeypatch.setitem(tiles.TILE, "cpu", 96)
     monkeypatch.setattr(pairs, "CELLS", 1 << 14)
     largest = []
 
@@ -313,7 +320,7 @@ def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     for count in (fewest, 2 * fewest):
         largest.append(0)
         with Watch():
-            found = verify(*random_set(count, 10, 0, dimensions=2), distance=distance, replicates=20)
+            found = verify(*sides(*random_set(count, 10, 0, dimensions=2)), distance=distance, replicates=20)
     assert largest == [2 * len(found.scale) + 1] * 2 and largest[0] < fewest * (fewest - 1) / 2
 
 
@@ -323,7 +330,8 @@ def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
     embedded = (
         [*random_set(600, 40, 3)] if searched == "themselves" else [*random_set(300, 40, 3), *random_set(300, 40, 4)]
     )
-    found = calibrate(embedded, 0.05, distance, seed=1)
+    queries, *gallery = sides(*embedded)
+    found = calibrate(queries, 0.05, *gallery, distance=distance, seed=1)
     classes = np.unique(torch.cat(embedded[1::2]).numpy())
     halves = np.split(np.random.default_rng(1).permutation(classes), 2)
     sign = 1 if distance == "cosine" else -1
@@ -345,6 +353,6 @@ def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
 
 def test_calibration_needs_pairs_enough():
     with pytest.raises(ValueError, match="too few for a threshold with 0.1% false accepts"):
-        calibrate([*SETS["themselves"]], 0.001)
+        calibrate(*sides(*SETS["themselves"]), 0.001)
     with pytest.raises(ValueError, match="have 0 same-class and"):
-        calibrate([torch.randn(100, 2), torch.arange(100)], 0.1)
+        calibrate(Embeddings(torch.randn(100, 2), torch.arange(100)), 0.1)

@@ -1,0 +1,1 @@
+../hubconf.py

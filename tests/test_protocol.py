@@ -337,6 +337,7 @@ def test_results_of_other_settings_are_kept(root, finished):
 # What it is given
 
 
+@pytest.mark.slow
 def test_protocol_goes_on_when_nobody_reads_its_output(root, tmp_path):
     argv = flags(root, tmp_path, model="resnet18", epochs=1)
     command = [sys.executable, "-u", protocol.__file__, "--seeds", "1", "--", *argv]

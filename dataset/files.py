@@ -19,54 +19,16 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "GIF", "
 REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") | {
     ".avif": "pip install --upgrade pillow"
 }
-HIDDEN = {  # what systems, cameras and network disks write into folders of photos, beside names that begin with a dot
-    "thumbs.db",
-    "ehthumbs.db",
-    "desktop.ini",
-    "icon\r",
-    "__macosx",
-    "@eadir",
-    "#recycle",
-    "#snapshot",
-    "@recycle",
-    "@recently-snapshot",
-    "$recycle.bin",
-    "recycler",
-    "system volume information",
-    "lost+found",
-}
-NOT_PHOTOS = {  # endings of files that nobody expects to be searched, and of notes that programs keep beside photos
-    ".txt",
-    ".pdf",
-    ".md",
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".html",
-    ".log",
-    ".ini",
-    ".db",
-    ".toml",
-    ".py",
-    ".ipynb",
-    ".sh",
-    ".npy",
-    ".npz",
-    ".mat",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".xmp",
-    ".aae",
-    ".thm",
-    ".md5",
-    ".float32",
-    ".faiss",
-}
+# What systems, cameras and network disks write into folders of photos, besides names that begin with a dot.
+HIDDEN = set(
+    "thumbs.db|ehthumbs.db|desktop.ini|icon\r|__macosx|@eadir|#recycle|#snapshot|@recycle|@recently-snapshot|"
+    "$recycle.bin|recycler|system volume information|lost+found".split("|")
+)
+# Endings of files that nobody expects to be searched, and of notes that programs keep beside photos.
+NOT_PHOTOS = set(
+    ".txt .pdf .md .csv .tsv .json .jsonl .xml .yaml .yml .html .log .ini .db "
+    ".toml .py .ipynb .sh .npy .npz .mat .pt .pth .pkl .xmp .aae .thm .md5 .float32 .faiss".split()
+)
 SHOWN = 6  # endings in a line
 TURNS = {  # by the orientation in EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,

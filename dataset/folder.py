@@ -15,33 +15,11 @@ from dataset.names import by_form, form, stripped
 
 KS = (1, 2, 4, 8, 16, 32)
 SHOWN = 5  # folders in an error
-NO_CLASSES = {  # words in the names of folders that are splits, or parts of a dataset
-    "train",
-    "training",
-    "trainset",
-    "val",
-    "valid",
-    "validate",
-    "validation",
-    "valset",
-    "test",
-    "testing",
-    "testset",
-    "dev",
-    "eval",
-    "query",
-    "gallery",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "mask",
-    "masks",
-    "label",
-    "labels",
-    "annotation",
-    "annotations",
-}
+# Words in the names of folders that are splits, or parts of a dataset.
+NO_CLASSES = set(
+    "train training trainset val valid validate validation valset test testing testset dev eval query "
+    "gallery image images img imgs mask masks label labels annotation annotations".split()
+)
 
 
 def splits(root: Path) -> list[str]:

@@ -44,6 +44,11 @@ class Finished(NamedTuple):
     best: float
 
 
+def settings_of(args: argparse.Namespace) -> dict:
+    """The settings of a recipe, as config.json records them."""
+    return {name: value for name, value in vars(args).items() if name != "spec"} | args.spec.to_record()
+
+
 def finished(logs: Path, args: argparse.Namespace, seeds: list[int]) -> list[Finished]:
     """The finished runs of a recipe, the latest of each seed."""
     found = {}
@@ -52,7 +57,7 @@ def finished(logs: Path, args: argparse.Namespace, seeds: list[int]) -> list[Fin
             continue
         config = run_folders.read_config(folder)
         seed = config.get("seed")
-        if seed in seeds and not run_folders.differences(config, vars(args) | {"seed": seed}):
+        if seed in seeds and not run_folders.differences(config, settings_of(args) | {"seed": seed}):
             rows, _ = figures.read(folder / "metrics.csv")
             if len(rows) == args.epochs:
                 found[seed] = Finished(folder, config, max(row["R@1"] for row in rows))
@@ -64,7 +69,7 @@ def of_protocol(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None
     for path in sorted(logs.glob(f"protocol_{args.dataset}/*/results.json")):
         content = json.loads(path.read_text())
         settings = content["settings"]
-        wanted = vars(args) | {"by": settings["by"]}  # what chose the epoch
+        wanted = settings_of(args) | {"by": settings["by"]}  # what chose the epoch
         if not run_folders.differences(settings, wanted) and settings["epochs"] == args.epochs:
             recalls = [100 * result["honest"]["R@1"] for result in content["seeds"]]
             return f"{spread(recalls)} ({len(recalls)} seed{'s' * (len(recalls) > 1)})", path.parent

@@ -100,7 +100,7 @@ def test_small_trees_reach_the_table(data, tmp_path, capsys, monkeypatch):
 
 def test_results_of_the_protocol_and_the_published_ones_are_shown(tmp_path, capsys):
     recipe = "--dataset cub --batch-size 180"
-    args = vars(train.parse(shlex.split(recipe)))
+    args = results_table.settings_of(train.parse(shlex.split(recipe)))
     settings = {k: v for k, v in args.items() if k not in (*run_folders.MAY_CHANGE, *run_folders.NOT_CONFIG, "seed")}
     for name, change in {"a": {"lr": 1.0}, "b": {}}.items():
         folder = tmp_path / "protocol_cub" / name

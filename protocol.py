@@ -124,7 +124,7 @@ class Training(NamedTuple):
         args = train.parse(self.argv)
         path = run_folders.run_dir(Path(args.LOG_DIR), args.dataset, train.run_name(args))
         config = vars(args) | args.spec.to_record() | net.identity(args.pretrained)
-        del config["spec"]
+        del config["spec"], config["orientation"]  # the latter depends on the data, which is not opened here
         if folders := run_folders.of_experiment(path, config):
             return folders[-1]
         raise FileNotFoundError(f"There is no run {path}")

@@ -31,7 +31,15 @@ DEFAULTS = {  # published
     "bn_freeze": 0,
     "l2_norm": 0,
     "head": "orthogonal",
+}
+# The rest of the published recipe, which has no flags here.
+RECIPE = {
     "lr_schedule": "cosine",
+    "lr_decay_step": 10,
+    "lr_decay_gamma": 0.5,
+    "embedding_lr": 1.0,
+    "eps": None,
+    "freeze": "",
 }
 EPOCHS = {"SOP": 150}  # published
 SOURCE_FLAGS = "--source-model and --source-embedding-size"
@@ -83,19 +91,18 @@ def parse(argv=None) -> argparse.Namespace:
             dataset.options(training=True),
             net.options(training=True),
             distillation.options(),
-            training.options(),
+            training.options(without=("--lr-decay-step", "--lr-decay-gamma")),
             hardware.options(),
             logbook.options(),
             net.later_options(),
-            training.later_options(),
         ],
     )
     parser.set_defaults(**DEFAULTS)
     args = run_folders.parse(parser, argv, recipe)
+    vars(args).update(RECIPE)
     dataset.check_arguments(parser, args, args.dataset)
     args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
     args.image_size = args.spec.image_size
-    training.check_arguments(parser, args)
     if args.batch_size % args.IPC:
         parser.error(
             f"argument --IPC: a batch of {args.batch_size} images does not consist of {args.IPC} of each class"

@@ -28,11 +28,12 @@ CHECKED = 64  # images, spread over all of them
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
 TOLERANCE = {False: 1e-5, True: 1e-3}  # of exported.difference, by --fp16
 EXAMPLES = """examples:
-  python export.py --dataset cub --resume logs/logs_cub/RUN --out cub.onnx
+  checked and measured on the dataset:
+    python export.py --dataset cub --resume logs/logs_cub/RUN --out cub.onnx
   without the dataset, checked with other images:
-  python export.py --resume cub_resnet50_best.pth --check photos --out cub.onnx
+    python export.py --resume cub_resnet50_best.pth --check photos --out cub.onnx
   half the size, and what that costs:
-  python export.py --dataset cub --resume cub_resnet50_best.pth --fp16 --out cub_half.onnx
+    python export.py --dataset cub --resume cub_resnet50_best.pth --fp16 --out cub_half.onnx
 """
 
 

@@ -57,7 +57,7 @@ def parse(argv=None) -> argparse.Namespace:
         type=cli.integer(0),
         nargs="+",
         metavar="S",
-        help="a result for each of these seeds",
+        help="one result per seed (default: 1 2 3)",
     )
     group.add_argument(
         "--folds",
@@ -68,7 +68,10 @@ def parse(argv=None) -> argparse.Namespace:
         "val: the split of that name in your CSV file",
     )
     group.add_argument(
-        "--by", default="MAP@R", **cli.one_of("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
+        "--by",
+        default="MAP@R",
+        **cli.one_of("R@1", "MAP@R"),
+        help="metric that chooses the epoch, on the held-out classes",
     )
     group.add_argument(
         "--out",

@@ -36,13 +36,14 @@ AS_STORED = (
 )
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
-  python search.py index --resume logs/logs_cub/RUN --images photos --out photos.index
-  python search.py query --index photos.index new.jpg --save neighbours.png
+  index a folder of photos, and search it:
+    python search.py index --resume logs/logs_cub/RUN --images photos --out photos.index
+    python search.py query --index photos.index new.jpg --save neighbours.png
   before anything is trained, with a pretrained backbone:
-  python search.py index --backbone-only --model resnet50 --images photos --out photos.index
-with several photos of each thing, in one folder per thing:
-  python search.py index --resume logs/logs_cub/RUN --images things --by-folder --out things.index
-  python search.py query --index things.index --by-folder new
+    python search.py index --backbone-only --model resnet50 --images photos --out photos.index
+  with several photos of each thing, in one folder per thing:
+    python search.py index --resume logs/logs_cub/RUN --images things --by-folder --out things.index
+    python search.py query --index things.index --by-folder new
 """
 
 

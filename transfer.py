@@ -53,18 +53,18 @@ def options() -> argparse.ArgumentParser:
         "--source-ckpt",
         type=cli.path,
         metavar="PATH",
-        help="checkpoint of the teacher, a published one or one of ours; required",
+        help="the teacher: a checkpoint, published or of train.py, or the folder of its run; required",
     )
     group.add_argument(
         "--source-model",
         metavar="NAME",
-        help="a teacher's backbone, if its checkpoint does not say it (default: resnet50 for ResNets, or bn_inception)",
+        help="the teacher's backbone, if its checkpoint does not record it (default: resnet50 for ResNets, or bn_inception)",
     )
     group.add_argument(
         "--source-embedding-size",
         type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
-        help="a teacher's dimensions, if its checkpoint does not say them (default: 512)",
+        help="the teacher's dimensions, if its checkpoint does not record them (default: 512)",
     )
     group.add_argument(
         "--view",

@@ -53,14 +53,14 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
         default=10,
         type=cli.integer(1),
         metavar="N",
-        help="with step: lower the learning rate every N epochs; scale it with --epochs",
+        help="lower the learning rate every N epochs; scale it with --epochs",
     )
     add(
         "--lr-decay-gamma",
         default=0.5,
         type=cli.positive,
         metavar="G",
-        help="with step: factor that the learning rate is multiplied by each time",
+        help="factor of each lowering of the learning rate",
     )
     add(
         "--warm",
@@ -99,7 +99,8 @@ def later_options() -> argparse.ArgumentParser:
         "--lr-schedule",
         default="step",
         **cli.one_of(*SCHEDULES),
-        help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
+        help="step: lower the learning rate as --lr-decay-step says, as published; cosine: lower it to 0 over "
+        "--epochs; constant: keep it",
     )
     group.add_argument(
         "--freeze",

@@ -58,7 +58,8 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--source-model",
         metavar="NAME",
-        help="the teacher's backbone, if its checkpoint does not record it (default: resnet50 for ResNets, or bn_inception)",
+        help="the teacher's backbone, if its checkpoint does not record it (default: resnet50 for ResNets, else "
+        "bn_inception)",
     )
     group.add_argument(
         "--source-embedding-size",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
 from proxy_anchor import checkpoint, collectives, distributed, evaluation, losses, sharded, training
-from proxy_anchor.collectives import ProcessGroup
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
+from proxy_anchor.runs.run import Run
 from proxy_anchor.runs.stopping import Interrupted, Stop
 
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
@@ -121,12 +122,12 @@ def figures(total, gallery_total):
     embedder = Embedder(Pixels(8), torch.device("cpu"))
     queries, gallery = evaluation.embed(embedder, loaders)
     result = evaluation.measure(queries, [1, 4], gallery)
-    group, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
+    processes, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
     tensors = [tensor for side in sides for tensor in (side.vectors, side.labels)]
-    together = [side.all_gather(ProcessGroup(group)) for side in sides]
+    together = [evaluate.all_gather(side, processes) for side in sides]
     return {
-        "ranks": best_positive_rank(*tensors, group=group),
-        "map": map_at_r(*tensors, group=group),
+        "ranks": best_positive_rank(*tensors, group=processes.group),
+        "map": map_at_r(*tensors, group=processes.group),
         "metrics": torch.tensor(list(result.metrics.values())),
         "labels": result.labels,
         "average precisions": result.average_precisions,
@@ -143,6 +144,23 @@ def test_evaluation_is_the_same():
     alone = evaluations(*sizes)
     for name, array in in_processes(3, evaluations, *sizes).items():
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
+
+
+def measures_backbone(folder):
+    """Whether each process measures the backbone of a run whose backbone.json only the second process sees."""
+    run = Run.__new__(Run)
+    run.progress = {"epoch": 0, "losses": []}
+    run.log = SimpleNamespace(folder=folder / str(collectives.rank()), log_backbone=lambda row: None)
+    measured = torch.zeros(1)
+    run.measure_backbone(lambda: measured.fill_(1) and SimpleNamespace(metrics={}))
+    return {"measured": torch.cat(collectives.world().all_gather(measured))}
+
+
+def test_processes_agree_whether_the_backbone_is_measured(tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    (tmp_path / "1" / "backbone.json").write_text("{}")
+    assert in_processes(2, measures_backbone, tmp_path)["measured"].tolist() == [1, 1]
 
 
 def batches_until_a_signal(at, *numbers):

@@ -11,7 +11,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distributed, evaluation, exported, hardware, metrics, verification
+from proxy_anchor import cli, collectives, evaluation, exported, hardware, metrics, verification
 from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
 from proxy_anchor.collectives import Processes
 from proxy_anchor.embedding import Embedder
@@ -250,8 +250,8 @@ def write_report(
 
 def main(argv=None):
     args = parse(argv)
-    distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with cli.errors_in_one_line("evaluate.py"), distributed.processes(args.gpu_id) as device:
+    hardware.launch_on_all_gpus(args.gpu_id, __file__, argv)
+    with cli.errors_in_one_line("evaluate.py"), hardware.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))
 

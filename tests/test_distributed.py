@@ -22,8 +22,8 @@ import net
 import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, collectives, distributed, evaluation, losses, sharded, training
-from proxy_anchor.embedding import Embedder
+from proxy_anchor import checkpoint, collectives, evaluation, hardware, losses, sharded, training
+from proxy_anchor.embedding import Embedder, Replica
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 from proxy_anchor.runs.run import Run
 from proxy_anchor.runs.stopping import Interrupted, Stop
@@ -45,7 +45,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
-    replica = distributed.Replica(network)
+    replica = Replica(network)
 
     def loss_of(images, labels):
         embeddings, labels = (collectives.gather_shards(x, sampler.images_per_batch) for x in (replica(images), labels))
@@ -188,7 +188,7 @@ def test_silent_processes_print_names_of_any_bytes(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(collectives, "rank", lambda: 1)
-    with distributed.processes(0):
+    with hardware.processes(0):
         print(os.fsdecode(b"\xff.jpg"))
 
 
@@ -349,9 +349,9 @@ def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
 
 def test_batch_smaller_than_the_processes(monkeypatch):
     monkeypatch.setattr(collectives, "world_size", lambda: 8)
-    assert distributed.describe(180) == "8 processes: each takes 22 or 23 of the 180 images of a batch.\n"
+    assert hardware.describe_batch(180) == "8 processes: each takes 22 or 23 of the 180 images of a batch.\n"
     with pytest.raises(ValueError, match="cannot be divided among 8 processes"):
-        distributed.describe(7)
+        hardware.describe_batch(7)
 
 
 def test_batch_of_several_per_class_smaller_than_the_processes(cub_root, tmp_path, monkeypatch, capsys):
@@ -370,12 +370,12 @@ def test_all_gpus_start_torchrun(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
     monkeypatch.setattr(sys, "argv", ["notebook.py", "--its", "own"])
-    distributed.launch_on_all_gpus(0, "train.py", None)
+    hardware.launch_on_all_gpus(0, "train.py", None)
     assert not started
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    distributed.launch_on_all_gpus(-1, "train.py", None)
+    hardware.launch_on_all_gpus(-1, "train.py", None)
     assert started.pop() == [*torchrun, "train.py", "--its", "own"]
-    monkeypatch.setattr(distributed, "processes", lambda gpu_id: sys.exit("the processes would start here"))
+    monkeypatch.setattr(hardware, "processes", lambda gpu_id: sys.exit("the processes would start here"))
     for module, argv in (
         (script, []),
         (evaluate, ["--backbone-only", "--model", "resnet18"]),
@@ -386,7 +386,7 @@ def test_all_gpus_start_torchrun(monkeypatch):
             module.main(argv)
         assert started.pop() == [*torchrun, str(REPOSITORY / f"{module.__name__}.py"), *argv]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "already")
-    distributed.launch_on_all_gpus(-1, "train.py", None)
+    hardware.launch_on_all_gpus(-1, "train.py", None)
     assert not started
 
 
@@ -409,7 +409,7 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     words = "srun started 4 tasks .*: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT"
-    with pytest.raises(ValueError, match=words) if refused else nullcontext(), distributed.processes(0):
+    with pytest.raises(ValueError, match=words) if refused else nullcontext(), hardware.processes(0):
         pass
 
 
@@ -418,4 +418,4 @@ def test_all_gpus_are_the_first_one_where_a_script_uses_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert distributed.hardware.select(-1) == torch.device("cuda", 0)
+    assert hardware.select(-1) == torch.device("cuda", 0)

@@ -148,8 +148,9 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("thresholds.py: error: ")
 
 
-def test_picture_of_neighbours(tmp_path):
-    """Rows of the letters A and B, each with one image of the other among its neighbours; C has none."""
+def test_picture_of_neighbours(tmp_path, monkeypatch):
+    """One image of A lies among those of B."""
+    monkeypatch.setattr(neighbours_picture, "NEIGHBOURS", 5)
     paths, vectors = [], []
     for letter, angle in (("A", 0.0), ("B", 0.5), ("C", 2.0)):
         for number in range(6):

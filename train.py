@@ -8,7 +8,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, evaluation, hardware, losses, sharded, training
+from proxy_anchor import cli, collectives, evaluation, hardware, loss_registry, training
 from proxy_anchor.embedding import Embedder, sync_batchnorm
 from proxy_anchor.runs import logbook, randomness, run_folders
 from proxy_anchor.runs.run import Run, ending
@@ -33,13 +33,13 @@ def parse(argv=None) -> argparse.Namespace:
         parents=[
             dataset.options(training=True),
             net.options(training=True),
-            losses.options(),
+            loss_registry.options(),
             training.options(),
             hardware.options(),
             logbook.options(),
             dataset.validation.options(),
             net.later_options(),
-            losses.later_options(),
+            loss_registry.later_options(),
             training.later_options(),
             dataset.validation.later_options(),
         ],
@@ -48,7 +48,7 @@ def parse(argv=None) -> argparse.Namespace:
     dataset.check_arguments(parser, args, args.dataset)
     args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
     args.image_size = args.spec.image_size
-    losses.check_arguments(parser, args)
+    loss_registry.check_arguments(parser, args)
     training.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
@@ -61,9 +61,9 @@ def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run."""
     return logbook.run_name(
         args.model,
-        losses.label(args.loss),
+        loss_registry.label(args.loss),
         args.embedding_size,
-        losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
+        loss_registry.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
         args.optimizer,
         args.lr,
         args.batch_size,
@@ -137,7 +137,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     network = create_network(args, config, resume, device)
     embedder = Embedder(network, device, args.amp, args.compile)
     settings = args.mrg, args.alpha, args.loss_args, args.sample_proxies, args.seed
-    criterion = sharded.create(args.loss, data.num_classes, args.embedding_size, *settings).to(device)
+    criterion = loss_registry.create(args.loss, data.num_classes, args.embedding_size, *settings).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
 from benchmarks.timing import seconds
-from proxy_anchor import hardware, losses, training
+from proxy_anchor import hardware, loss_registry, training
 from proxy_anchor.embedding import Embedder
 
 MODELS = ("tf_efficientnet_lite0", "resnet18", "bn_inception", "resnet50", "vit_small_patch16_224", "convnext_tiny")
@@ -27,7 +27,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[
     """(million parameters that train, without the embedding layer; pooled features; images/s trained on; evaluated)."""
     network = net.create(name, SIZE, image_size=args.image_size)
     embedder = Embedder(network, device, args.amp)
-    criterion = losses.create("Proxy_Anchor", CLASSES, SIZE).to(device)
+    criterion = loss_registry.create("Proxy_Anchor", CLASSES, SIZE).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     training.set_trainable(network, epoch=1, warm=1)
     images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)

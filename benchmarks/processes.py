@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
 from benchmarks.timing import interleaved, print_row, synchronize
-from proxy_anchor import collectives, retrieval, sharded, training
+from proxy_anchor import collectives, loss_registry, retrieval, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.vectors import Embeddings
 
@@ -83,7 +83,7 @@ def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int
     device = join(rank, count)
     before = held(device)
     torch.manual_seed(0)
-    criterion = sharded.create("Proxy_Anchor", classes, size, 0.1, 32.0, share=share, seed=0).to(device)
+    criterion = loss_registry.create("Proxy_Anchor", classes, size, 0.1, 32.0, share=share, seed=0).to(device)
     network = torch.nn.Module()
     network.model = torch.nn.Module()
     network.model.embedding = torch.nn.Linear(1, 1)
@@ -150,7 +150,7 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     torch.manual_seed(0)
     network = net.create(model, SIZE)
     embedder = Embedder(network, device)
-    criterion = sharded.create("Proxy_Anchor", CLASSES, SIZE, 0.1, 32.0).to(device)
+    criterion = loss_registry.create("Proxy_Anchor", CLASSES, SIZE, 0.1, 32.0).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     share, own = collectives.shard_sizes(batch_size)[rank], collectives.shard(images)
     pixels = torch.randint(256, (share, 3, image_size, image_size), dtype=torch.uint8, device=device)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from proxy_anchor import cli, distillation, figures, losses, metrics
+from proxy_anchor import cli, distillation, figures, loss_registry, metrics
 from proxy_anchor.runs import logbook, run_folders, significance
 
 NOT_COMPARED = ("seed", "by", *run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE)
-BASELINES = {*losses.LOSSES, *distillation.LOSSES} - {"Proxy_Anchor", "Relaxed_Contra"}  # in muted colours
+BASELINES = {*loss_registry.LOSSES, *distillation.LOSSES} - {"Proxy_Anchor", "Relaxed_Contra"}  # in muted colours
 # What losses and settings are called; other settings have their own names.
 LOSSES = {
     "Proxy_Anchor": "Proxy-Anchor",
@@ -77,7 +77,7 @@ def read(folders: list[str]) -> list[Run]:
         config = run_folders.read_config(folder)
         if not isinstance(config.get("loss"), str):
             raise ValueError(f'{folder / run_folders.CONFIG} names no "loss"; expected what train.py writes')
-        config["loss"] = losses.label(config["loss"])
+        config["loss"] = loss_registry.label(config["loss"])
         if config.get("lr_schedule", "step") != "step":  # recorded, but without effect
             config = {name: value for name, value in config.items() if not name.startswith("lr_decay_")}
         rows, backbone = figures.read(folder / "metrics.csv")

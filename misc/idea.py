@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import net
 from dataset import transforms
-from proxy_anchor import cli, figures, losses, training
+from proxy_anchor import cli, figures, loss_registry, training
 from proxy_anchor.blocked import ProxyAnchorFunction
 from proxy_anchor.runs import randomness
 
@@ -42,7 +42,7 @@ def train(images: torch.Tensor, labels: torch.Tensor, steps: list[int]) -> list[
     randomness.seed(SEED)
     network = net.create("resnet18", 2, bn_freeze=False)
     randomness.seed(SEED)
-    criterion = losses.create("Proxy_Anchor", len(LETTERS), 2)
+    criterion = loss_registry.create("Proxy_Anchor", len(LETTERS), 2)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     x = network.normalize(images)

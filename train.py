@@ -10,6 +10,7 @@ import dataset
 import net
 from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, sharded, training
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.progress import progress
 from proxy_anchor.runs import logbook, randomness, run_folders
 from proxy_anchor.runs.run import Run, ending
 
@@ -75,22 +76,31 @@ def run_name(args: argparse.Namespace) -> str:
 
 def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1) -> dataset.TrainingData:
     """The data of a run; a resumed run keeps the orientation of its images."""
+    with collectives.rank_zero_first():
+        splits = dataset.open_splits(
+            args.dataset,
+            args.data_root,
+            args.spec.image_size,
+            fold,
+            args.spec.geometry,
+            allow_partial=args.allow_partial,
+            test_classes=args.test_classes,
+            upright=run_folders.upright(args.resume),
+        )
+    if args.skip_bad_images:
+        dataset.leave_out_bad(splits.values(), args.workers, collectives.from_rank_zero)
+    if args.cache:
+        dataset.use_cache(splits.values(), args.cache, args.workers, progress)
     data = dataset.for_training(
         args.dataset,
         args.data_root,
-        args.spec.image_size,
-        args.spec.geometry,
-        args.batch_size,
-        args.IPC,
-        args.seed,
-        args.workers,
-        args.skip_bad_images,
-        args.cache,
-        fold,
-        views,
-        allow_partial=args.allow_partial,
-        test_classes=args.test_classes,
-        upright=run_folders.upright(args.resume),
+        splits,
+        batch_size=args.batch_size,
+        images_per_class=args.IPC,
+        seed=args.seed,
+        workers=args.workers,
+        share=(collectives.rank(), collectives.world_size()),
+        views=views,
     )
     print(data.description + distributed.describe(data.batch_size), end="")
     return data

@@ -61,16 +61,16 @@ def parse(argv=None) -> argparse.Namespace:
 def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run."""
     return logbook.run_name(
-        args.model,
-        losses.label(args.loss),
-        args.embedding_size,
-        losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
-        args.optimizer,
-        args.lr,
-        args.batch_size,
-        args.seed,
-        args.remark,
-        args.fold,
+        model=args.model,
+        loss=losses.label(args.loss),
+        embedding_size=args.embedding_size,
+        settings=losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
+        optimizer=args.optimizer,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        remark=args.remark,
+        fold=args.fold,
     )
 
 
@@ -129,6 +129,19 @@ def create_network(args: argparse.Namespace, config: dict, resume: Path | None, 
     return network
 
 
+def create_criterion(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+    return sharded.create(
+        args.loss,
+        num_classes,
+        args.embedding_size,
+        margin=args.mrg,
+        alpha=args.alpha,
+        arguments=args.loss_args,
+        share=args.sample_proxies,
+        seed=args.seed,
+    )
+
+
 def create_optimizer(args: argparse.Namespace, network, criterion):
     """The optimizer and the schedule of its learning rate."""
     optimizer = training.create_optimizer(
@@ -146,8 +159,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     resume = run_folders.to_resume(run_name(args), config)
     network = create_network(args, config, resume, device)
     embedder = Embedder(network, device, args.amp, args.compile)
-    settings = args.mrg, args.alpha, args.loss_args, args.sample_proxies, args.seed
-    criterion = sharded.create(args.loss, data.num_classes, args.embedding_size, *settings).to(device)
+    criterion = create_criterion(args, data.num_classes).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 

@@ -223,7 +223,8 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
         paths = [image for paths in block.values() for image in paths]
         images = unlabelled(paths, index.spec)
-        dataset.make_ready([images], args.skip_bad_images, workers=args.workers)
+        if args.skip_bad_images:
+            dataset.leave_out_bad([images], args.workers)
         if len(images):
             vectors = embed(embedder, images, args.batch_size, args.workers)
             embedded, embeddings = entries.embeddings_of(block, images.paths, vectors, index.distance)

@@ -472,8 +472,8 @@ def test_onnx_with_weights_in_another_file_is_refused(made, tmp_path, monkeypatc
 @pytest.mark.parametrize("rows", ["one", "many"])
 def test_onnx_of_another_number_of_rows_than_images_is_refused(rows, made, tmp_path, capsys):
     """By evaluate.py and search.py alike."""
-    many = lambda helper: [helper.make_node("Reshape", ["pixels", "few"], ["embeddings"])]  # noqa: E731
-    one = lambda helper: [  # noqa: E731
+    many = lambda helper: [helper.make_node("Reshape", ["pixels", "few"], ["embeddings"])]
+    one = lambda helper: [
         helper.make_node("Reshape", ["pixels", "few"], ["all"]),
         helper.make_node("ReduceMean", ["all", "start"], ["embeddings"]),
     ]

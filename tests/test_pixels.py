@@ -442,7 +442,7 @@ def test_half_transparent_is_half_white(tmp_path):
 
 def write_png(path, values, colour, bits=16, clear=b""):
     """A PNG of a kind that Pillow cannot write: 16 bits, or a transparent value."""
-    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     rows = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in values)
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, colour, 0, 0, 0)
     chunks = part(b"IHDR", head) + (part(b"tRNS", clear) if clear else b"") + part(b"IDAT", zlib.compress(rows))

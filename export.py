@@ -15,7 +15,7 @@ from dataset import transforms
 from dataset.files import left_out
 from dataset.folder import find
 from net.backbone import Backbone
-from proxy_anchor import cli, evaluation, exported
+from proxy_anchor import cli, evaluation, exported, metrics
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import locked, replacing
@@ -200,7 +200,7 @@ def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[d
         loaders = [dataset.eval_loader(images, BATCHES[-1], dataset.WORKERS) for images in test_sets]
         embedder, ks = Embedder(network, torch.device("cpu")), dataset.ALL[args.dataset].KS
         rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.spec.distance).metrics
-    print(logbook.table(rows))
+    print(metrics.table(rows))
     splits = dataset.describe(dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets)))
     paragraphs = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
     if args.fp16:

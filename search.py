@@ -407,7 +407,9 @@ def open_index(args: argparse.Namespace) -> tuple[Index, torch.nn.Module, Checkp
         raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
     path = in_run(args.resume) if args.resume else index.made["checkpoint"]
     if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
-        raise FileNotFoundError(f"There is no checkpoint {path}, which made {args.index}: give its place with --resume")
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}, which made {args.index}: give its new path with --resume"
+        )
     checkpoint = None if index.spec.backbone_only else Checkpoint(path)
     network, identity = open_network(index.spec, path, checkpoint)
     index.check({"weights": identity, "network": index.spec.to_record(), "checkpoint": path})
@@ -471,7 +473,7 @@ def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -
         ]
         rows.append([(query, f"{kind}\n{folder_of(query)}"), *others])
     figures.draw_images(rows, lambda entry: read_entry(entry, index.is_upright), file)
-    print(f"The picture is {file}", file=sys.stderr)
+    print(f"Saved {file}", file=sys.stderr)
 
 
 def check_save(file: str | None, queries: list[str], index: Index) -> None:
@@ -495,7 +497,7 @@ def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpo
     if checkpoint and recorded and (args.by_folder or index.made["by_folder"]):
         path = printable(str(checkpoint.path))
         print(
-            f"The threshold in {path} is for pairs of images, not for folders: say one with --threshold",
+            f"The threshold in {path} is for pairs of images, not for folders: give one with --threshold",
             file=sys.stderr,
         )
         return None

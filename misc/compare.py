@@ -16,13 +16,15 @@ import json
 import statistics
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import significance
+
 from proxy_anchor import cli, distillation, figures, loss_registry, metrics
-from proxy_anchor.runs import logbook, run_folders, significance
+from proxy_anchor.runs import logbook, run_folders
 
 NOT_COMPARED = ("seed", "by", *run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE)
 BASELINES = {*loss_registry.LOSSES, *distillation.LOSSES} - {"Proxy_Anchor", "Relaxed_Contra"}  # in muted colours
@@ -213,12 +215,18 @@ def in_encoding(text: str, encoding: str) -> str:
     return text
 
 
+def colors_of(primary: list[bool]) -> list[str]:
+    """A strong colour for each of those that are primary, a muted one for the others."""
+    strong, muted = cycle(figures.STRONG), cycle(figures.MUTED)
+    return [next(strong if first else muted) for first in primary]
+
+
 def draw(groups: list[Group], path: Path) -> None:
     """R@1 over the epochs that all runs of a group have: its mean, and a band of one standard deviation around it."""
     with figures.picture(path, 8.2, 4.6) as figure:
         ax = figure.subplots()
         ends = []
-        colors = figures.colors_of([group.runs[0].config["loss"] not in BASELINES for group in groups])
+        colors = colors_of([group.runs[0].config["loss"] not in BASELINES for group in groups])
         for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
             recalls = [{int(row["epoch"]): 100 * row["R@1"] for row in run.rows} for run in members]
             x = sorted(set.intersection(*map(set, recalls)))

@@ -40,7 +40,7 @@ def test_curves_are_drawn(tmp_path, recalls):
 
 def test_one_epoch_is_no_curve(tmp_path):
     write_run(tmp_path / "a", [0.5])
-    figures.draw_run(tmp_path / "a" / "metrics.csv", tmp_path / "curves.png", "glyphs, resnet18")
+    figures.draw_run(*run_folders.read_metrics(tmp_path / "a"), tmp_path / "curves.png", "glyphs, resnet18")
     assert not (tmp_path / "curves.png").exists()
 
 

@@ -258,9 +258,8 @@ def test_checkpoint_that_has_moved_is_named(weights, images, tmp_path, capsys):
     (tmp_path / "here.pth").write_bytes((weights / "a.pth").read_bytes())
     make(tmp_path, images, tmp_path / "index", name="here.pth")
     (tmp_path / "here.pth").unlink()
-    words = (
-        f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}: give its place with --resume"
-    )
+    made = f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}"
+    words = f"{made}: give its new path with --resume"
     fails(lambda: search.main(["query", "--index", str(tmp_path / "index"), str(images)]), capsys, words)
     assert found(tmp_path / "index", capsys, images / "ant", "--resume", weights / "a.pth")
 
@@ -640,7 +639,7 @@ def test_threshold_of_pairs_of_images_is_not_used_for_folders(weights, images, t
     picture = ["--save", str(tmp_path / "folders.png")]
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images), "--by-folder", *picture])
     out, err = capsys.readouterr()
-    assert "is for pairs of images, not for folders: say one with --threshold" in err
+    assert "is for pairs of images, not for folders: give one with --threshold" in err
     results = json.loads(out)
     assert len(results) == 6 and all(r["match"] is None and len(r["neighbours"]) == 6 for r in results)
     assert all(r["neighbours"][0]["path"] == r["query"] for r in results)

@@ -7,9 +7,8 @@ import json
 import compare
 import numpy as np
 import pytest
+import significance
 from helpers import write_run
-
-from proxy_anchor.runs import significance
 
 
 def test_all_draws_of_three_classes(monkeypatch):

@@ -13,8 +13,8 @@ PR_SET_PDEATHSIG = 1  # of Linux
 def run(command: list[str]) -> int:
     """Run the command to its end and return its exit status, 128 + the signal if one killed it.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on, once each: in a session of its own it does not also get a terminal's
-    Ctrl-C. Raises Interrupted when it has ended, if one came.
+    SIGTERM, SIGINT and SIGUSR1 are passed on once each: the child has its own session, so a terminal's Ctrl-C does not
+    reach it twice. Raises Interrupted after the child has ended if one came.
     """
     received: list[int] = []
     child = None

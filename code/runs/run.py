@@ -132,7 +132,7 @@ class Run:
             if metrics.plain(last)["R@1"] < metrics.plain(backbone)["R@1"]:
                 remark += "Training made it worse: the last epoch is below the untrained backbone. "
                 remark += "Try fewer epochs or a lower --lr.\n"
-        text = f"{logbook.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
+        text = f"{metrics.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
         if metrics.prefix(last):  # of a fold: the test set stays untouched
             return text
         command = shlex.join(["python", "evaluate.py", *data_flags, "--resume", str(self.log.folder)])

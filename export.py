@@ -12,8 +12,8 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import left_out
-from dataset.folder import find
+from dataset.files import describe_skipped
+from dataset.folder import scan
 from net.backbone import Backbone
 from proxy_anchor import cli, evaluation, exported
 from proxy_anchor.checkpoint import Checkpoint, in_run
@@ -158,8 +158,8 @@ def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
     """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
     if args.check:
-        folder = find(Path(args.check))
-        paths, remark = folder.images, left_out(folder.others)
+        folder = scan(Path(args.check))
+        paths, remark = folder.images, describe_skipped(folder.skipped)
         if not paths:
             raise FileNotFoundError(f"There are no images in {args.check}{f'. {remark}' * bool(remark)}")
         if remark:

@@ -104,7 +104,7 @@ def test_open_reads_each_split_once(tmp_path, monkeypatch, name, make):
     source, read = dataset.BENCHMARKS[name], []
     samples = source.samples
     monkeypatch.setattr(source, "samples", lambda folder, split: read.append(split) or samples(folder, split))
-    found = dataset.open(name, tmp_path, 32, allow_partial=True)
+    found = dataset.open_splits(name, tmp_path, 32, allow_partial=True)
     assert read == dataset.splits(name, tmp_path) == list(found)
     assert list(found) == [images.name.split()[1] for images in found.values()]
     for split, images in found.items():
@@ -568,7 +568,7 @@ def test_older_caches_are_named(tmp_path):
     os.utime(train[0], (1, 1))
     _, (line, _) = cached(train, tmp_path / "cache")
     assert line == (
-        "Other caches of some of these images, or of images that are gone, take 0.00 GB; "
+        "Other caches of some of these images, or of deleted images, take 0.00 GB; "
         f"remove those that you no longer need: {first.folder}"
     )
     for path in test:
@@ -579,7 +579,7 @@ def test_older_caches_are_named(tmp_path):
 def test_cache_needs_room(tmp_path, monkeypatch):
     paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="has too little room: 92,160 bytes are needed, 1,000 are free"):
+    with pytest.raises(OSError, match="has too little space: 92,160 bytes are needed, 1,000 are free"):
         cached(paths, tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
@@ -606,7 +606,7 @@ def test_damaged_cache_is_named(tmp_path, name, damage):
 def test_image_that_changes_while_it_is_cached(tmp_path, monkeypatch):
     paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
     monkeypatch.setattr("dataset.cache.image_size", lambda path, upright: (9, 9))  # it was, before
-    with pytest.raises(files.BadFile, match=f"{paths[0]} has changed"):
+    with pytest.raises(files.BadFile, match=f"{paths[0]} changed while"):
         cached(paths, tmp_path / "cache")
 
 

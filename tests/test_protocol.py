@@ -59,7 +59,7 @@ class InThisProcess:
     """Instead of child.run: trains in this process, the test set poisoned while there is a fold."""
 
     def __init__(self, root):
-        splits = dataset.open("cub", root, 32, allow_partial=True)
+        splits = dataset.open_splits("cub", root, 32, allow_partial=True)
         self.test_files = {*splits["eval"].paths, *map(os.path.dirname, splits["eval"].paths)}
         self.trained = []
 

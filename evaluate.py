@@ -43,7 +43,11 @@ def parse(argv=None) -> argparse.Namespace:
         epilog=EXAMPLES,
         allow_abbrev=False,
         formatter_class=cli.HelpFormatter,
-        parents=[dataset.options(training=False), net.options(training=False), hardware.options()],
+        parents=[
+            dataset.options(training=False),
+            net.options(training=False),
+            hardware.options(without=("--compile",)),
+        ],
     )
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -55,7 +59,6 @@ def parse(argv=None) -> argparse.Namespace:
         "record --model, --embedding-size, --image-size and --l2-norm. Several of the same kind, such as those of "
         "folds, are evaluated one by one and together",
     )
-    group.add_argument("--remark", default="", help="name of this checkpoint's row in the table")
     group.add_argument(
         "--report",
         type=cli.path,
@@ -160,7 +163,7 @@ def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embedding
     ks = dataset.ALL[args.dataset].KS
     results = [evaluation.measure(queries, ks, gallery, args.spec.distance) for queries, gallery in networks]
     if len(networks) == 1:
-        name = args.remark or ("backbone alone" if args.backbone_only else "this checkpoint")
+        name = "backbone alone" if args.backbone_only else "this checkpoint"
         return Measurement(*networks[0], args.spec.distance, results[0], {name: results[0].metrics})
     rows = {f"checkpoint {number}": result.metrics for number, result in enumerate(results, start=1)}
     rows["mean"] = {name: fmean(row[name] for row in rows.values()) for name in results[0].metrics}
@@ -168,14 +171,14 @@ def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embedding
     galleries = [gallery for _, gallery in networks if gallery is not None]
     gallery = concat_columns(galleries) if galleries else None
     result = evaluation.measure(queries, ks, gallery, "cosine")
-    return Measurement(queries, gallery, "cosine", result, rows | {args.remark or "together": result.metrics})
+    return Measurement(queries, gallery, "cosine", result, rows | {"together": result.metrics})
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
     """The metrics of each checkpoint and, if there are several, of their mean and of all together, by row."""
     print(hardware.describe(device))
     networks, source, weights = open_networks(args)
-    embedders = [Embedder(network, device, args.amp, args.compile) for network in networks]
+    embedders = [Embedder(network, device, args.amp) for network in networks]
     test_sets = open_test_sets(args)
     share, group = (collectives.rank(), collectives.world_size()), collectives.world()
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
@@ -185,9 +188,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     measured = measure(args, [evaluation.embed(embedder, loaders) for embedder in embedders])
     table = dict(measured.rows)
     if reference := metrics.PUBLISHED.get((args.dataset, args.spec.model)):
-        # A row with --remark published stays.
-        name = "published by the authors" if "published" in table else "published"
-        table[name] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
+        table["published"] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
     if args.verify:
         pairs = verification.verify(measured.queries, measured.gallery, measured.distance, group=group)

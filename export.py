@@ -28,11 +28,12 @@ CHECKED = 64  # images, spread over all of them
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
 TOLERANCE = {False: 1e-5, True: 1e-3}  # of exported.difference, by --fp16
 EXAMPLES = """examples:
-  python export.py --dataset cub --resume logs/logs_cub/RUN --out cub.onnx
+  checked and measured on the dataset:
+    python export.py --dataset cub --resume logs/logs_cub/RUN --out cub.onnx
   without the dataset, checked with other images:
-  python export.py --resume cub_resnet50_best.pth --check photos --out cub.onnx
+    python export.py --resume cub_resnet50_best.pth --check photos --out cub.onnx
   half the size, and what that costs:
-  python export.py --dataset cub --resume cub_resnet50_best.pth --fp16 --out cub_half.onnx
+    python export.py --dataset cub --resume cub_resnet50_best.pth --fp16 --out cub_half.onnx
 """
 
 
@@ -71,8 +72,8 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
         parents=[
             options(),
-            dataset.options(training=False, without=("--cache",)),
-            net.options(training=False, without=("--l2-norm", "--backbone-only", "--pretrained")),
+            dataset.options(training=False, without=("--cache", "--batch-size", "--workers")),
+            net.options(training=False, without=("--image-size", "--backbone-only", "--pretrained")),
         ],
     )
     args = parser.parse_args(argv)
@@ -151,7 +152,7 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     test_sets = dataset.eval_sets(args.dataset, args.data_root, args.spec.image_size, args.spec.geometry, **choice)
-    dataset.make_ready(test_sets, args.skip_bad_images, workers=args.workers)
+    dataset.make_ready(test_sets, args.skip_bad_images, workers=dataset.WORKERS)
     return test_sets
 
 
@@ -195,7 +196,7 @@ def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[d
     networks = {"checkpoint": reference} if args.fp16 else {}
     rows = {}
     for name, network in (networks | {Path(args.out).name: file}).items():
-        loaders = [dataset.eval_loader(images, args.batch_size, args.workers) for images in test_sets]
+        loaders = [dataset.eval_loader(images, BATCHES[-1], dataset.WORKERS) for images in test_sets]
         embedder, ks = Embedder(network, torch.device("cpu")), dataset.ALL[args.dataset].KS
         rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.spec.distance).metrics
     print(logbook.table(rows))

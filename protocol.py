@@ -57,7 +57,7 @@ def parse(argv=None) -> argparse.Namespace:
         type=cli.integer(0),
         nargs="+",
         metavar="S",
-        help="a result for each of these seeds",
+        help="one result per seed (default: 1 2 3)",
     )
     group.add_argument(
         "--folds",
@@ -68,7 +68,10 @@ def parse(argv=None) -> argparse.Namespace:
         "val: the split of that name in your CSV file",
     )
     group.add_argument(
-        "--by", default="MAP@R", **cli.one_of("R@1", "MAP@R"), help="the metric of the held-out classes that decides"
+        "--by",
+        default="MAP@R",
+        **cli.one_of("R@1", "MAP@R"),
+        help="metric that chooses the epoch, on the held-out classes",
     )
     group.add_argument(
         "--out",
@@ -124,7 +127,7 @@ class Training(NamedTuple):
         args = train.parse(self.argv)
         path = run_folders.run_dir(Path(args.LOG_DIR), args.dataset, train.run_name(args))
         config = vars(args) | args.spec.to_record() | net.identity(args.pretrained)
-        del config["spec"]
+        del config["spec"], config["orientation"]  # the latter depends on the data, which is not opened here
         if folders := run_folders.of_experiment(path, config):
             return folders[-1]
         raise FileNotFoundError(f"There is no run {path}")

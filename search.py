@@ -30,18 +30,20 @@ from proxy_anchor.vectors import to_nearness
 from proxy_anchor.weights import digest
 
 BLOCK = 2**14  # images that are embedded before they are written
+QUERIES = 32  # in a batch; more are read by several processes
 AS_STORED = (
     "Photos are taken as stored, not turned by their EXIF, because this index was made so; a new one turns them upright"
 )
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
-  python search.py index --resume logs/logs_cub/RUN --images photos --out photos.index
-  python search.py query --index photos.index new.jpg --save neighbours.png
+  index a folder of photos, and search it:
+    python search.py index --resume logs/logs_cub/RUN --images photos --out photos.index
+    python search.py query --index photos.index new.jpg --save neighbours.png
   before anything is trained, with a pretrained backbone:
-  python search.py index --backbone-only --model resnet50 --images photos --out photos.index
-with several photos of each thing, in one folder per thing:
-  python search.py index --resume logs/logs_cub/RUN --images things --by-folder --out things.index
-  python search.py query --index things.index --by-folder new
+    python search.py index --backbone-only --model resnet50 --images photos --out photos.index
+  with several photos of each thing, in one folder per thing:
+    python search.py index --resume logs/logs_cub/RUN --images things --by-folder --out things.index
+    python search.py query --index things.index --by-folder new
 """
 
 
@@ -102,20 +104,6 @@ def query_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--save", type=cli.path, metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png"
     )
-    group.add_argument(
-        "--batch-size",
-        default=32,
-        type=cli.integer(1),
-        metavar="N",
-        help="images per step; lower it when memory runs out",
-    )
-    group.add_argument(
-        "--workers",
-        default=0,
-        type=cli.integer(0),
-        metavar="N",
-        help="processes that read images; useful for many queries",
-    )
     return parser
 
 
@@ -125,7 +113,6 @@ def parse(argv=None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
     form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
-    device = hardware.options(without=("--compile",))
     make = commands.add_parser(
         "index",
         help="embed images into an index",
@@ -134,8 +121,8 @@ def parse(argv=None) -> argparse.Namespace:
         parents=[
             index_options(),
             dataset.options(training=False, without=("--test-classes", "--cache")),
-            net.options(training=False, without=("--l2-norm",)),
-            device,
+            net.options(training=False),
+            hardware.options(without=("--compile",)),
         ],
         description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
         "those that are new or have changed, and to drop those whose files are gone.",
@@ -145,7 +132,7 @@ def parse(argv=None) -> argparse.Namespace:
         "query",
         help="find the neighbours of images",
         usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]",
-        parents=[query_options(), device],
+        parents=[query_options()],
         description="Print the images of an index that are most similar to each of yours.",
         **form,
     )
@@ -231,14 +218,15 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     new = {entry: stamp for entry, stamp in stamps.items() if stamp is not None}
     if not new:
         return 0
-    embed = embedder(network, args)
+    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
     seen = added = 0
     for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
         paths = [image for paths in block.values() for image in paths]
         images = unlabelled(paths, index.spec)
         dataset.make_ready([images], args.skip_bad_images, workers=args.workers)
         if len(images):
-            embedded, embeddings = entries.embeddings_of(block, images.paths, embed(images), index.distance)
+            vectors = embed(embedder, images, args.batch_size, args.workers)
+            embedded, embeddings = entries.embeddings_of(block, images.paths, vectors, index.distance)
             index.add({entry: new[entry] for entry in embedded}, embeddings)
             added += len(embedded)
         seen += len(block)
@@ -362,10 +350,9 @@ def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) ->
     return network, digest(network.state_dict())
 
 
-def embedder(network: torch.nn.Module, args: argparse.Namespace):
-    """A function from images to their embeddings (N, D)."""
-    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
-    return lambda images: embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers)).vectors
+def embed(embedder: Embedder, images: dataset.ImageDataset, batch_size: int, workers: int) -> torch.Tensor:
+    """The embeddings (N, D) of images."""
+    return embedder.embed(dataset.eval_loader(images, batch_size, workers)).vectors
 
 
 class Answer(NamedTuple):
@@ -381,14 +368,16 @@ def query(args: argparse.Namespace) -> None:
     index, network, checkpoint = open_index(args)
     images = unlabelled(images_at(*args.images), index.spec)
     check_save(args.save, images.paths, index)
-    bad = images.find_bad(args.workers)
+    workers = dataset.WORKERS if len(images) > QUERIES else 0
+    bad = images.find_bad(workers)
     images.leave_out(bad)
     if not len(images):
         raise BadFile("; ".join(bad.values()))
     for reason in bad.values():
         print(printable(reason), file=sys.stderr)
     limit = threshold_in_use(args, index, checkpoint)
-    answers = ask(index, network, images, limit, args)
+    vectors = embed(Embedder(network, hardware.select(0)), images, QUERIES, workers)
+    answers = ask(index, images.paths, vectors, limit, args.neighbours, args.by_folder)
     if args.json:
         print_json(answers, bad, limit, index.measure)
     else:
@@ -423,15 +412,15 @@ def open_index(args: argparse.Namespace) -> tuple[Index, torch.nn.Module, Checkp
     return index, network, checkpoint
 
 
-def ask(index: Index, network: torch.nn.Module, images, limit: float | None, args: argparse.Namespace) -> list[Answer]:
-    """The answer for each image, or with --by-folder for each folder's mean."""
-    queries, embeddings = images.paths, embedder(network, args)(images)
-    if args.by_folder:
-        folders = entries.group(images.paths)
-        queries, embeddings = entries.embeddings_of(folders, images.paths, embeddings, index.distance)
+def ask(
+    index: Index, paths: list[str], embeddings: torch.Tensor, limit: float | None, count: int, by_folder: bool
+) -> list[Answer]:
+    """The answer for each image or, by folder, for each folder's mean: its `count` nearest entries."""
+    if by_folder:
+        paths, embeddings = entries.embeddings_of(entries.group(paths), paths, embeddings, index.distance)
     return [
         Answer(path, nearest, [near for near in nearest if limit is None or is_match(near[1], limit, index.distance)])
-        for path, nearest in zip(queries, index.search(embeddings, args.neighbours))
+        for path, nearest in zip(paths, index.search(embeddings, count))
     ]
 
 

@@ -31,7 +31,15 @@ DEFAULTS = {  # published
     "bn_freeze": 0,
     "l2_norm": 0,
     "head": "orthogonal",
+}
+# The rest of the published recipe, which has no flags here.
+RECIPE = {
     "lr_schedule": "cosine",
+    "lr_decay_step": 10,
+    "lr_decay_gamma": 0.5,
+    "embedding_lr": 1.0,
+    "eps": None,
+    "freeze": "",
 }
 EPOCHS = {"SOP": 150}  # published
 SOURCE_FLAGS = "--source-model and --source-embedding-size"
@@ -45,18 +53,19 @@ def options() -> argparse.ArgumentParser:
         "--source-ckpt",
         type=cli.path,
         metavar="PATH",
-        help="checkpoint of the teacher, a published one or one of ours; required",
+        help="the teacher: a checkpoint, published or of train.py, or the folder of its run; required",
     )
     group.add_argument(
         "--source-model",
         metavar="NAME",
-        help="a teacher's backbone, if its checkpoint does not say it (default: resnet50 for ResNets, or bn_inception)",
+        help="the teacher's backbone, if its checkpoint does not record it (default: resnet50 for ResNets, else "
+        "bn_inception)",
     )
     group.add_argument(
         "--source-embedding-size",
         type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
-        help="a teacher's dimensions, if its checkpoint does not say them (default: 512)",
+        help="the teacher's dimensions, if its checkpoint does not record them (default: 512)",
     )
     group.add_argument(
         "--view",
@@ -83,19 +92,18 @@ def parse(argv=None) -> argparse.Namespace:
             dataset.options(training=True),
             net.options(training=True),
             distillation.options(),
-            training.options(),
+            training.options(without=("--lr-decay-step", "--lr-decay-gamma")),
             hardware.options(),
             logbook.options(),
             net.later_options(),
-            training.later_options(),
         ],
     )
     parser.set_defaults(**DEFAULTS)
     args = run_folders.parse(parser, argv, recipe)
+    vars(args).update(RECIPE)
     dataset.check_arguments(parser, args, args.dataset)
     args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
     args.image_size = args.spec.image_size
-    training.check_arguments(parser, args)
     if args.batch_size % args.IPC:
         parser.error(
             f"argument --IPC: a batch of {args.batch_size} images does not consist of {args.IPC} of each class"

@@ -38,7 +38,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default == "" or "(default" in action.help:
+        if action.default is False or action.default in (None, "", []) or "(default" in action.help:
             return action.help
         return super()._get_help_string(action)
 

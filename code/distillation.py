@@ -137,14 +137,15 @@ def options() -> argparse.ArgumentParser:
         default=1.0,
         type=cli.positive,
         metavar="S",
-        help="of the relaxed contrastive loss: smaller, and only the teacher's nearest pairs attract",
+        help="scale of the teacher's distances in the relaxed contrastive loss; the smaller, the fewer pairs attract "
+        "each other",
     )
     group.add_argument(
         "--delta",
         default=1.0,
         type=cli.positive,
         metavar="D",
-        help="of the relaxed contrastive loss: how far apart the others are kept, relative to the mean distance",
+        help="margin of the relaxed contrastive loss: how far other pairs are pushed apart, in mean distances",
     )
     return parser
 

@@ -20,7 +20,7 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
         default=0,
         type=cli.integer(-1),
         metavar="N",
-        help="CUDA device, -1 for all of them (search.py: the first); without CUDA, Apple's GPU or the CPU",
+        help="CUDA device, or -1 for all (search.py: the first one); without CUDA, Apple's GPU or the CPU",
     )
     add(
         "--amp",

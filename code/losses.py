@@ -149,7 +149,8 @@ def later_options() -> argparse.ArgumentParser:
         default=1.0,
         type=cli.share(SMALLEST_SHARE),
         metavar="SHARE",
-        help="Proxy-Anchor's share of the classes outside the batch in each step, for millions of classes; 1 is exact",
+        help="share of the classes outside the batch that Proxy-Anchor samples in each step, for millions of classes; "
+        "1: all, exact",
     )
     return parser
 

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -28,52 +28,48 @@ OPTIMIZERS: dict[
 SCHEDULES = ("step", "cosine", "constant")
 
 
-def options() -> argparse.ArgumentParser:
-    """Command-line flags of the recipe."""
+def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Command-line flags of the recipe, without these flags."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("training")
-    group.add_argument(
+    add = cli.adder(parser.add_argument_group("training"), without)
+    add(
         "--epochs",
         default=60,
         type=cli.integer(0),
         metavar="N",
         help="passes over the training images; 0 evaluates the untrained network",
     )
-    group.add_argument(
-        "--optimizer", default="adamw", **cli.one_of(*OPTIMIZERS), help="optimizer; the published results used adamw"
-    )
-    group.add_argument(
-        "--lr", default=1e-4, type=cli.positive, help="learning rate of the network; lower it if the loss diverges"
-    )
-    group.add_argument(
+    add("--optimizer", default="adamw", **cli.one_of(*OPTIMIZERS), help="optimizer; the published results used adamw")
+    add("--lr", default=1e-4, type=cli.positive, help="learning rate of the network; lower it if the loss diverges")
+    add(
         "--weight-decay",
         default=1e-4,
         type=cli.not_negative,
         metavar="W",
         help="weight decay of all parameters that train; raise it against overfitting",
     )
-    group.add_argument(
+    add(
         "--lr-decay-step",
         default=10,
         type=cli.integer(1),
         metavar="N",
-        help="with step: lower the learning rate every N epochs; scale it with --epochs",
+        help="lower the learning rate every N epochs; scale it with --epochs",
     )
-    group.add_argument(
+    add(
         "--lr-decay-gamma",
         default=0.5,
         type=cli.positive,
         metavar="G",
-        help="with step: factor that the learning rate is multiplied by each time",
+        help="factor of each lowering of the learning rate",
     )
-    group.add_argument(
+    add(
         "--warm",
         default=1,
         type=cli.integer(0),
         metavar="N",
         help="train only the embedding layer, and the proxies, in the first N epochs; 0 from scratch",
     )
-    group.add_argument(
+    add(
         "--seed",
         default=1,
         type=cli.integer(0),
@@ -103,7 +99,8 @@ def later_options() -> argparse.ArgumentParser:
         "--lr-schedule",
         default="step",
         **cli.one_of(*SCHEDULES),
-        help="the learning rate is lowered in steps, as published, follows a cosine to 0 over --epochs, or is kept",
+        help="step: lower the learning rate as --lr-decay-step says, as published; cosine: lower it to 0 over "
+        "--epochs; constant: keep it",
     )
     group.add_argument(
         "--freeze",

@@ -38,16 +38,16 @@ def parse(argv=None) -> argparse.Namespace:
         metavar="DIR",
         help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
     )
-    common.add_argument(
+    check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
+    check.set_defaults(archives=[])
+    check.add_argument("name", choices=dataset.ALL)
+    check.add_argument(
         "--workers",
         default=dataset.WORKERS,
         type=cli.integer(0),
         metavar="N",
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
-    check = commands.add_parser("check", parents=[common], help="check every image", allow_abbrev=False)
-    check.set_defaults(archives=[])
-    check.add_argument("name", choices=dataset.ALL)
     check.add_argument(
         "--test-classes", type=cli.path, metavar="FILE", help="with folder: a file with the names of the test classes"
     )
@@ -55,7 +55,7 @@ def parse(argv=None) -> argparse.Namespace:
         "prepare", parents=[common], help="lay out a dataset from its archives", allow_abbrev=False
     )
     make.add_argument("name", choices=prepare.LAYOUTS)
-    make.set_defaults(test_classes=None)
+    make.set_defaults(test_classes=None, workers=dataset.WORKERS)
     make.add_argument(
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"
     )

@@ -36,7 +36,7 @@ def later_options() -> argparse.ArgumentParser:
         "--by",
         default="R@1",
         **cli.one_of("R@1", "MAP@R"),
-        help="the metric that selects the best epoch, whose network is saved; published results use R@1",
+        help="metric that chooses the best epoch, whose network is saved; published results use R@1",
     )
     return parser
 

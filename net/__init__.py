@@ -131,19 +131,20 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("network")
     add = cli.adder(group, without)
+    default = {name: "" if training else f" (default: {value})" for name, value in DEFAULTS.items()}
     add(
         "--model",
         metavar="NAME",
         help=f"backbone: {', '.join(BACKBONES)}, or any of timm, e.g. vit_small_patch16_224.dino; bn_inception and "
-        "resnet50 have published results, resnet18 is the quickest (default: bn_inception)",
+        "resnet50 have published results, resnet18 is the quickest" + default["model"],
     )
     add(
         "--embedding-size",
         type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
-        help="dimensions of an embedding; fewer make search faster and recall lower (default: 512)",
+        help="dimensions of an embedding; fewer make search faster and recall lower" + default["embedding_size"],
     )
-    add("--l2-norm", **cli.one_of(0, 1), help="1: embeddings of unit length; 0: of any length (default: 1)")
+    add("--l2-norm", **cli.one_of(0, 1), help="1: embeddings of unit length; 0: of any length" + default["l2_norm"])
     add(
         "--image-size",
         type=cli.integer(1, LARGEST["image_size"]),

@@ -86,7 +86,7 @@ def test_prepare_and_check(tmp_path, published, capsys, name, make, archives, si
             paths.append(original / folder / archive)
         else:
             paths.append(archive_of(original / content[0], tmp_path / archive, content[1]))
-    run("prepare", name, *paths, "--data-root", tmp_path / "data", "--workers", 0)
+    run("prepare", name, *paths, "--data-root", tmp_path / "data")
     output, error = capsys.readouterr()
     assert "checksum" not in output
     # The file of another checksum than the published one's: one line, at the end.
@@ -308,12 +308,12 @@ def test_what_a_system_hides_is_left_out(tmp_path, published, suffix):
         trees.write_image(original / "CUB_200_2011" / "images" / "101.Bird_101" / name, 0)
         trees.write_image(original / "CUB_200_2011" / "images" / name, 0)
     archive = archive_of(original, tmp_path / f"a{suffix}", ["CUB_200_2011", "__MACOSX"])
-    run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
+    run("prepare", "cub", archive, "--data-root", tmp_path / "data")
     prepared = tmp_path / "data" / "CUB_200_2011"
     assert len([path for path in prepared.rglob("*") if path.is_file()]) == 24 + 18
     shutil.rmtree(prepared)
     shutil.copytree(original / "CUB_200_2011", prepared)  # by hand, with all of them
-    run("check", "cub", "--data-root", tmp_path / "data", "--workers", 0)
+    run("check", "cub", "--data-root", tmp_path / "data")
 
 
 @pytest.mark.parametrize("inside", ["CUB_200_2011/CUB_200_2011/images", "images/images", "a/b/images/images/images"])
@@ -322,7 +322,7 @@ def test_a_folder_in_one_of_its_own_name(tmp_path, published, inside):
     original = trees.cub(tmp_path / "original")
     copy_of(original / "CUB_200_2011" / "images", tmp_path / "packed" / inside)
     archive = archive_of(tmp_path / "packed", tmp_path / "a.zip", [inside.split("/")[0]])
-    run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
+    run("prepare", "cub", archive, "--data-root", tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_second_download_and_a_devkit_met_twice(tmp_path, published, name, cap
     labels.unlink()
     without = archive_of(original, tmp_path / "without.tgz", ["cars196/devkit", "cars196/cars_train"])
     for files in ([without, second], [tmp_path / name, second, with_labels, with_labels, without]):
-        run("prepare", "cars", *files, "--data-root", tmp_path / "data", "--workers", 0)
+        run("prepare", "cars", *files, "--data-root", tmp_path / "data")
         shutil.rmtree(tmp_path / "data")
     (tmp_path / name).write_bytes(b"another")
     with pytest.raises(SystemExit):
@@ -438,7 +438,7 @@ def test_interrupted_it_starts_again(tmp_path, published, monkeypatch):
         patch.setattr(prepare, "_arrange", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         list(prepare.prepare("cub", tmp_path / "data", "CUB_200_2011", [tmp_path / "a.tgz"]))
     assert not (tmp_path / "data" / "CUB_200_2011").exists()
-    run("prepare", "cub", archive, "--data-root", tmp_path / "data", "--workers", 0)
+    run("prepare", "cub", archive, "--data-root", tmp_path / "data")
     with pytest.raises(SystemExit):
         run("prepare", "cub", archive, "--data-root", tmp_path / "data")  # it is there already
 

@@ -413,3 +413,12 @@ def test_pretrained_file_is_known_by_its_content(root, tmp_path):
     assert [len(found) for found in results] == [1, 2, 2]
     again, first = results[2][0]["seeds"], results[0][0]["seeds"]
     assert again == first and results[1][1]["seeds"][0]["runs"] != first[0]["runs"]
+
+
+def test_run_on_photos_of_ones_own_is_found(tmp_path):
+    """They are seen upright, which only the data says."""
+    trees.folder(tmp_path / "photos")
+    argv = flags(tmp_path / "photos", tmp_path / "logs", dataset="folder", epochs=1)
+    train.main(argv)
+    (run,) = (tmp_path / "logs" / "logs_folder").iterdir()
+    assert protocol.Training("a run", argv, 1).folder() == run and len(protocol.Training("a run", argv, 1).rows()) == 1

@@ -71,7 +71,7 @@ def of_protocol(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None
         settings = content["settings"]
         wanted = settings_of(args) | {"by": settings["by"]}  # what chose the epoch
         if not run_folders.differences(settings, wanted) and settings["epochs"] == args.epochs:
-            recalls = [100 * result["honest"]["R@1"] for result in content["seeds"]]
+            recalls = [100 * result["last_epoch"]["R@1"] for result in content["seeds"]]
             return f"{spread(recalls)} ({len(recalls)} seed{'s' * (len(recalls) > 1)})", path.parent
     return None
 

@@ -592,8 +592,7 @@ def test_too_many_pixels_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(BadFile) as error:
         read_image(tmp_path / "panorama.png")
     assert str(error.value) == (
-        f"The image {tmp_path}/panorama.png cannot be read: it has more than 2,000 pixels, the most that are decoded; "
-        "make it smaller"
+        f"The image {tmp_path}/panorama.png cannot be read: it has more than the allowed 2,000 pixels; make it smaller"
     )
 
 

@@ -118,12 +118,12 @@ def test_fewer_than_two_seeds_are_refused(folders, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda folder: (folder / "classes.csv").unlink(), "has no classes.csv: an earlier version wrote it"),
+        (lambda folder: (folder / "classes.csv").unlink(), "has no classes.csv: the run is of an older version"),
         (lambda folder: (folder / "classes.csv").write_text("a,b\n1,2\n"), "is not the classes.csv of a run"),
         (lambda folder: (folder / "classes.csv").write_text("epoch,class,queries,hits\n"), "is not the classes.csv"),
         (
             lambda folder: (folder / "classes.csv").write_text("epoch,class,queries,hits\n0,0,5,5\n"),
-            "classes.csv does not belong to the metrics.csv beside it",
+            "classes.csv does not match the metrics.csv next to it",
         ),
         (
             lambda folder: (folder / "config.json").write_text(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from proxy_anchor.collectives import ProcessGroup
+from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.vectors import DISTANCES, Embeddings, finite, unit_vectors
 
 # Rows and columns of each product, which fit the cache of a CPU. All products have the same shape, a multiple of the
@@ -42,7 +42,7 @@ class Points:
     def __getitem__(self, rows) -> "Points":
         return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
 
-    def broadcast(self, processes: ProcessGroup, owner: int) -> "Points":
+    def broadcast(self, processes: Processes, owner: int) -> "Points":
         """Copy the owner's points to all processes, overwriting their own."""
         halves = None if self.halves is None else processes.broadcast(self.halves, owner)
         return Points(processes.broadcast(self.vectors, owner), halves)
@@ -61,14 +61,13 @@ class Points:
         return products.sub_(self.halves[:, None] + others.halves)
 
 
-def origin_of(gallery: torch.Tensor, distance: str, processes: ProcessGroup | None = None) -> torch.Tensor | None:
+def origin_of(gallery: torch.Tensor, distance: str, processes: Processes = ALONE) -> torch.Tensor | None:
     """The common origin (D,) of all processes for Euclidean distances; None for the cosine.
 
     Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
     has enough digits for vectors of float32. The origin is rounded to a few digits, so subtracting it is exact and
     equal distances stay exactly equal. Raises ValueError for an unknown distance.
     """
-    processes = processes or ProcessGroup()
     if distance not in DISTANCES:
         raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")
     if distance == "cosine":
@@ -122,7 +121,7 @@ class Tiled:
     def length(self, tile):
         return min(self.size, len(self.labels) - tile * self.size)
 
-    def per_process(self, processes: ProcessGroup) -> list["Tiled"]:
+    def per_process(self, processes: Processes) -> list["Tiled"]:
         """The tiles of all processes; those of other processes have only a buffer for one tile of points."""
         labels, orders = processes.all_gather(self.labels), processes.all_gather(self.order)
         groups = [None] * processes.size if self.groups is None else processes.all_gather(self.groups)
@@ -132,7 +131,7 @@ class Tiled:
             for owner in range(processes.size)
         ]
 
-    def broadcast(self, tile, owner: int, processes: ProcessGroup) -> Points:
+    def broadcast(self, tile, owner: int, processes: Processes) -> Points:
         """Send a tile of the owner to all processes."""
         return self.tile(tile if owner == processes.rank else 0).broadcast(processes, owner)
 

@@ -214,11 +214,8 @@ def main():
         print_row(f"{name}, {processes} processes", f"{1e3 * shared:.1f} ms", f"this / 1: {shared / seconds:.2f}")
     single, per_process = (memory / 2**20 for _, memory, _ in medians)
     print_row("memory of the search, 1 process", f"{single:.0f} MiB")
-    print_row(
-        f"memory of the search, {processes} processes, each",
-        f"{per_process:.0f} MiB",
-        f"this / 1: {per_process / single:.2f}",
-    )
+    label = f"memory of the search, {processes} processes, each"
+    print_row(label, f"{per_process:.0f} MiB", f"this / 1: {per_process / single:.2f}")
     print(f"  a search: {medians[1][2]}; 2 Q M D / N: {2e-9 * args.images**2 * SIZE / processes:,.1f}")
 
 

@@ -309,7 +309,7 @@ def open_splits(
     if fold is None:
         test_sets = eval_sets(name, root, image_size, geometry, **choice)
         return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
-    classes = validation.val_classes(name, ALL[name], Path(root)) if fold == validation.VAL_FOLD else None
+    classes = validation.validation_classes(name, ALL[name], Path(root)) if fold == validation.VAL_FOLD else None
     transform = transforms.evaluation(image_size, **(geometry or _default_geometry(name)))
     return validation.hold_out(images, fold, transform, classes)
 

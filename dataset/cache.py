@@ -81,9 +81,7 @@ class Cache:
             )
             if need > 0.98 * free:
                 shutil.rmtree(unfinished)
-                raise OSError(
-                    f"{self.folder.parent} has too little space: {need:,} bytes are needed, {free:,} are free"
-                )
+                raise OSError(f"{self.folder.parent} has too little space: {need:,} bytes needed, {free:,} bytes free")
             with open(unfinished / "images.bin", "wb") as file:
                 file.truncate(need)
             write = partial(_write, unfinished / "images.bin", self.upright)

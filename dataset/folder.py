@@ -135,7 +135,5 @@ def _read_classes(path, classes):
                 raise BadFile(f"{path}, line {number}: there is no class folder '{name}'")
             tests.add(matches[0])
     if not 0 < len(tests) < len(classes):
-        raise BadFile(
-            f"{path} names {len(tests)} of {len(classes)} classes: expected at least one to test and one to train"
-        )
+        raise BadFile(f"{path} names {len(tests)} of {len(classes)} classes: expected at least one, but not all")
     return tests

@@ -69,6 +69,5 @@ def describe_similar(kind: str, names: Iterable[str]) -> list[str]:
     # ascii, because they may look the same.
     listed = ["(" + ", ".join(map(ascii, group)) + ")" for group in similar_names(names)]
     more = f" and {len(listed) - 10:,} more" if len(listed) > 10 else ""
-    return [f"{kind} that differ only in case, white space or Unicode form: {', '.join(listed[:10])}{more}"] * bool(
-        listed
-    )
+    line = f"{kind} that differ only in case, white space or Unicode form: {', '.join(listed[:10])}{more}"
+    return [line] if listed else []

@@ -24,9 +24,7 @@ def splits(root: Path) -> list[str]:
     """The splits in the file. Raises BadFile unless its test splits are either eval, or query and gallery."""
     present = {"train" if split in TRAINING else split for _, _, split, _ in _read(root)}
     if present - {"train"} not in ({"eval"}, {"query", "gallery"}):
-        raise BadFile(
-            f"{root} has the splits {', '.join(sorted(present))}: testing requires eval, or query and gallery"
-        )
+        raise BadFile(f"{root} has the splits {', '.join(sorted(present))}: expected eval, or query and gallery")
     return [split for split in SPLITS if split in present]
 
 
@@ -41,10 +39,7 @@ def validation_classes(root: Path) -> list[str]:
     if not labels["val"]:
         raise BadFile(f"{root} has no split 'val', which --fold val holds out")
     if shared := sorted(labels["val"] & labels["train"]):
-        raise BadFile(
-            f"{root}: train and val share {len(shared):,} label{'s' * (len(shared) > 1)}, the first is '{shared[0]}'; "
-            "expected different classes"
-        )
+        raise BadFile(f"{root}: train and val share labels, the first is '{shared[0]}'; expected different labels")
     return sorted(labels["val"])
 
 
@@ -92,10 +87,7 @@ def _read(path):
             reader.fieldnames = [strip(name) for name in reader.fieldnames or []]
             columns = sorted(reader.fieldnames)
             if columns not in (sorted(COLUMNS), sorted([*COLUMNS, GROUP])):
-                raise BadFile(
-                    f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}; "
-                    f"{GROUP} is optional"
-                )
+                raise BadFile(f"{path}, line 1: expected {','.join(COLUMNS)}[,{GROUP}], found {reader.fieldnames}")
             for cells in reader:
                 location = f"{path}, line {reader.line_num}"
                 row = {name: strip(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
@@ -110,9 +102,7 @@ def _read(path):
                 for lines, spelling in ((lines_by_path, image), (lines_by_form, form(image))):
                     line, other = lines.setdefault((spelling, use), (reader.line_num, image))
                     if line != reader.line_num and not _are_different_files(image, other):
-                        raise BadFile(
-                            f"{location}: {row['path']} is already in line {line}; list an image once to {use}"
-                        )
+                        raise BadFile(f"{location}: {row['path']} is already in line {line}; list it once to {use}")
                 rows.append((image, row["label"], row["split"], row.get(GROUP)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not a CSV file: {error}") from error

@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
-RESIZED = {
-    224: 256,
-    256: 292,
-    324: 361,
-    448: 512,
-}  # {crop: resized shorter side}, as in the paper, whose rounding is irregular
+RESIZED = {224: 256, 256: 292, 324: 361, 448: 512}  # {crop: resized shorter side} of the paper, irregularly rounded
 
 
 class RandomCrop:
@@ -80,7 +75,7 @@ def recipe(image_size: int, crop: float = CROP, crop_mode: str = "center", inter
 
 
 def _through_pillow(*transforms):
-    """Apply transforms to Pillow images: the resize of tensors differs in up to 2% of the pixels, by 1 or 2 of 255."""
+    """Apply transforms by Pillow: the resize of tensors differs in up to 2% of the pixels, by 1 or 2 of 255."""
     return v2.Compose([v2.ToPILImage(), *transforms, v2.PILToTensor()])
 
 

@@ -88,13 +88,12 @@ def hold_out(train_set: ImageDataset, fold: str, transform, val_classes: list | 
     }
     for name, images in splits.items():
         if not len(images):
-            raise BadFile(
-                f"--fold {fold}: {train_set.name} has no images for {'training' if name == 'train' else 'validation'}"
-            )
+            use = "training" if name == "train" else "validation"
+            raise BadFile(f"--fold {fold}: {train_set.name} has no images for {use}")
     return splits
 
 
-def val_classes(name: str, source, root: Path) -> list:
+def validation_classes(name: str, source, root: Path) -> list:
     """The classes of the dataset's own validation split. Raises ValueError if it has none."""
     if not hasattr(source, "validation_classes"):
         raise ValueError(f"--fold {VAL_FOLD} is for --dataset csv: {name} has no split 'val'. Choose a part, e.g. 2/2")

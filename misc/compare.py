@@ -98,9 +98,8 @@ def pool(members: list[Run]) -> list[Group]:
     unclear = {one for one in mates if any(not agree(a, b) for a, b in combinations(set(mates[one]), 2))}
     groups = {}  # by all known settings
     for run, recorded in zip(members, settings):
-        known = recorded
-        if recorded not in unclear:
-            known = recorded.union(*(other for other in mates[recorded] if other not in unclear))
+        clear = [] if recorded in unclear else [other for other in mates[recorded] if other not in unclear]
+        known = recorded.union(*clear)
         groups.setdefault(known, []).append(run)
     pooled = [Group(name, members) for name, members in zip(names(list(map(dict, groups))), groups.values())]
     return sorted(pooled, key=lambda group: -statistics.mean(run.best for run in group.runs))
@@ -113,10 +112,10 @@ def agree(one: frozenset, other: frozenset) -> bool:
 
 def names(settings: list[dict[str, str]]) -> list[str]:
     """A name for each group of settings: the loss and the values that differ between groups."""
-    different = {
+    differing = {
         name for one in settings for name in one if len({other.get(name, one[name]) for other in settings}) > 1
     }
-    for shown in (different - {"loss", *FOLLOWS}, different - {"loss"}):
+    for shown in (differing - {"loss", *FOLLOWS}, differing - {"loss"}):
         labels = [", ".join([readable_loss(one), *describe(one, sorted(shown))]) for one in settings]
         if len(set(labels)) == len(labels):
             break

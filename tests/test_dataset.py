@@ -579,7 +579,7 @@ def test_older_caches_are_named(tmp_path):
 def test_cache_needs_room(tmp_path, monkeypatch):
     paths = dataset.load("cub", trees.cub(tmp_path / "data"), "train", allow_partial=True).paths
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="has too little space: 92,160 bytes are needed, 1,000 are free"):
+    with pytest.raises(OSError, match="has too little space: 92,160 bytes needed, 1,000 bytes free"):
         cached(paths, tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 

@@ -151,18 +151,18 @@ def test_wrong_test_classes_are_an_error(tmp_path, content, words):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("", "line 1: expected the columns path,label,split"),
-        ("path,label\na.jpg,a\n", "line 1: expected the columns path,label,split, found"),
+        ("", "line 1: expected path,label,split"),
+        ("path,label\na.jpg,a\n", r"line 1: expected path,label,split\[,group\], found"),
         ("path,label,split\na.jpg,a,train\nb.jpg,b\n", "line 3: expected a path, a label and a split"),
         ("path,label,split\na.jpg,,train\n", "line 2: expected a path, a label and a split"),
         ("path,label,split\na.jpg,a,train,b\n", "line 2: expected a path"),
         ("path,label,split\na.jpg,a,test\n", "line 2: the split is 'test', expected one of train, eval"),
-        ("path,label,split\na.jpg,a,query\n", "has the splits query: testing requires eval, or query and gallery"),
-        ("path,label,split\na.jpg,a,train\n", "has the splits train: testing requires"),
+        ("path,label,split\na.jpg,a,query\n", "has the splits query: expected eval, or query and gallery"),
+        ("path,label,split\na.jpg,a,train\n", "has the splits train: expected"),
         ('path,label,split\n"a.jpg,a,train\n', "is not a CSV file"),
         (
             "path,label,split\na/b.jpg,a,eval\nb.jpg,b,eval\na/c/../b.jpg,a,eval\n",
-            r"line 4: a/c/\.\./b.jpg is already in line 2; list an image once to test",
+            r"line 4: a/c/\.\./b.jpg is already in line 2; list it once to test",
         ),
         ("path,label,split\na.jpg,a,train\na.jpg,b,train\n", "line 3: a.jpg is already in line 2"),
         ("path,label,split\na.jpg,a,query\na.jpg,a,gallery\n", "line 3: a.jpg is already in line 2"),

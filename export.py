@@ -18,7 +18,7 @@ from net.backbone import Backbone
 from proxy_anchor import cli, evaluation, exported
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.files import locked, replacing
+from proxy_anchor.files import locked, quantity, replacing
 from proxy_anchor.report import card
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
@@ -108,7 +108,7 @@ def export(args: argparse.Namespace) -> None:
     if args.fp16:
         exported.halve(copy.network)
     count = len(images.unique(dim=0))  # not those taken several times
-    checked = f"{count} image{'s' * (count > 1)}"
+    checked = quantity(count, "image")
     with replacing(out) as file:
         exported.save(file, out.suffix, copy, args.spec.image_size, record)
         difference = check(open_file(file, out.suffix, args.spec), reference, images)

@@ -48,7 +48,7 @@ from dataset.files import BadFile, missing_files
 from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, record, remark, size
 from dataset.loading import eval_loader, train_loader
 from proxy_anchor import cli, collectives
-from proxy_anchor.files import printable
+from proxy_anchor.files import printable, quantity
 from proxy_anchor.progress import progress
 
 __all__ = [
@@ -250,7 +250,7 @@ def _present(name, location, split, samples, allow_partial):
     published = source.SIZES[split] if name in BENCHMARKS else sizes
     if sizes != published and not allow_partial:
         raise BadFile(
-            f"{name} {split}: found {sizes[1]:,} images of {sizes[0]:,} classes in {location}, "
+            f"{name} {split}: found {quantity(sizes[1], 'image')} of {quantity(sizes[0], 'class')} in {location}, "
             f"expected {published[1]:,} of {published[0]:,}. "
             f"Likely cause: {source.LIKELY_CAUSE}. --allow-partial accepts a part of the dataset"
         )
@@ -258,7 +258,7 @@ def _present(name, location, split, samples, allow_partial):
         raise BadFile(f"{name} {split}: found no images in {location}")
     if missing and not allow_partial:
         raise FileNotFoundError(
-            f"{len(missing):,} of the {len(samples):,} images of {name} {split} are missing; "
+            f"Missing images of {name} {split}: {len(missing):,} of {len(samples):,}; "
             f"the first is {min(missing)}{names.oddity(min(missing))}"
         )
     if hasattr(source, "check_images"):
@@ -319,9 +319,7 @@ def make_ready(image_sets, skip_bad_images: bool = False, cache: str | None = No
     for images in image_sets if skip_bad_images else ():
         bad = collectives.from_rank_zero(partial(images.find_bad, workers))
         images.leave_out(bad)
-        print(
-            f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
-        )
+        print(f"Left out: {quantity(len(bad), 'unreadable image')}", *map(printable, bad.values()), sep="\n  ")
     for images in image_sets if cache else ():
         images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
 

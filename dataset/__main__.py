@@ -8,7 +8,7 @@ import dataset
 from dataset import duplicates, files, names, prepare
 from dataset.check import Image, in_several, inspect, with_several_labels
 from proxy_anchor import cli
-from proxy_anchor.files import printable
+from proxy_anchor.files import printable, quantity
 from proxy_anchor.progress import progress
 
 SHOWN = 10  # problems of each kind
@@ -98,7 +98,7 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
         unreadable = [image.problem for image in inspected if image.problem]
         problems += unreadable
         count, classes = dataset.size(images)
-        print(f"{split}: {count:,} images of {classes:,} classes", end="")
+        print(f"{split}: {quantity(count, 'image')} of {quantity(classes, 'class')}", end="")
         if published:
             print(f"; published: {published[split][1]:,} of {published[split][0]:,}", end="")
             if (classes, count) != published[split]:
@@ -158,7 +158,7 @@ def main(argv=None):
             if args.command == "prepare":
                 run_prepare(args.name, args.data_root, args.archives)
             if problems := run_check(args.name, args.data_root, args.workers, args.test_classes):
-                raise files.BadFile(f"{args.name} has {problems:,} problem{'s' * (problems > 1)}, listed above")
+                raise files.BadFile(f"{args.name} has {quantity(problems, 'problem')}, listed above")
             print(f"This is the published {args.name}." if args.name in dataset.BENCHMARKS else "No problems found.")
         finally:  # last, and also if an archive is damaged
             print(warning, end="", file=sys.stderr)

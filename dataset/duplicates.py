@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import numpy as np
 from PIL import Image
 
+from proxy_anchor.files import quantity
+
 THRESHOLD = 4  # of 64 bits: resized, recompressed and slightly edited copies are below it, unrelated photos at about 32
 FLAT = 4.0  # standard deviation of grey values (0 to 255) below which a perceptual hash only reflects noise
 BLOCK = 1 << 17  # pairs at a time, to fit a CPU cache
@@ -104,7 +106,7 @@ def describe(images: list, tests: list[bool], classes: list, groups: list[int]) 
     if not available():
         lines.append(MISSING)
     elif flat := sum(image.perceptual is None for image in images):
-        lines.append(f"{flat:,} nearly uniform image{'s' * (flat > 1)}: checked for identical files only")
+        lines.append(f"{quantity(flat, 'nearly uniform image')}: checked for identical files only")
     if not pairs.closest:
         return [*lines, "No duplicates: no identical files" + f", nor hashes within {THRESHOLD} bits" * available()]
     lines.append(f"{'pairs of images':<30}" + "".join(f"  {split:>7}" for split in SPLITS) + "  classes differ")

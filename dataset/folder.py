@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dataset import files
 from dataset.files import BadFile, is_hidden, is_image, read_lines, require
 from dataset.names import by_form, form, strip
+from proxy_anchor.files import quantity
 
 KS = (1, 2, 4, 8, 16, 32)
 SHOWN = 5  # folders in an error
@@ -98,8 +99,8 @@ def remarks(root: Path) -> list[str]:
     hidden = scan(root).hidden
     linked = sum(scan(root / name).linked for name in _classes(root))
     return [
-        *([f"Left out, as they or their folders are hidden: {hidden:,} image{'s' * (hidden > 1)}"] if hidden else []),
-        *([f"In linked folders: {linked:,} image{'s' * (linked > 1)}"] if linked else []),
+        *([f"Hidden, so left out: {quantity(hidden, 'image')}"] if hidden else []),
+        *([f"In linked folders: {quantity(linked, 'image')}"] if linked else []),
     ]
 
 

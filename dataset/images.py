@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import read_image
+from proxy_anchor.files import quantity
 
 ORIENTATIONS = ("stored", "upright")  # in records, indexed by ImageDataset.upright
 
@@ -136,8 +137,10 @@ def record(splits: dict[str, ImageDataset], root: str | Path) -> dict:
 
 def describe(splits: dict[str, ImageDataset]) -> str:
     """A line on the size of each split."""
-    sizes = {split: size(images) for split, images in splits.items()}
-    return ", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items())
+    sizes = [(split, *size(images)) for split, images in splits.items()]
+    return ", ".join(
+        f"{split}: {quantity(images, 'image')} of {quantity(classes, 'class')}" for split, images, classes in sizes
+    )
 
 
 def remark(test_sets: list[ImageDataset]) -> str:

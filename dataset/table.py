@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dataset.files import BadFile, require
 from dataset.names import describe_similar, form, strip
+from proxy_anchor.files import quantity
 
 KS = (1, 2, 4, 8, 16, 32)
 COLUMNS = ["path", "label", "split"]
@@ -66,8 +67,8 @@ def remarks(root: Path) -> list[str]:
     group_names = set(filter(None, [*queries.values(), *gallery.values()]))
     ungrouped = len([path for path, group in (queries | gallery).items() if not group])
     return [
-        f"Test images: {len(group_names):,} groups, {ungrouped:,} ungrouped; left out of the galleries because of the "
-        f"query's group: {left_out:,}",
+        f"Test images: {quantity(len(group_names), 'group')}, {ungrouped:,} ungrouped; left out of "
+        f"the galleries because of the query's group: {left_out:,}",
         *describe_similar("Groups", group_names),
     ]
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from proxy_anchor import cli, figures, metrics
+from proxy_anchor.files import quantity
 from proxy_anchor.runs import run_folders
 
 COLUMNS = [
@@ -72,7 +73,7 @@ def protocol_result(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | 
         expected = settings_of(args) | {"by": settings["by"]}  # the metric that chose the epoch
         if not run_folders.differences(settings, expected) and settings["epochs"] == args.epochs:
             recalls = [100 * result["last_epoch"]["R@1"] for result in content["seeds"]]
-            return f"{spread(recalls)} ({len(recalls)} seed{'s' * (len(recalls) > 1)})", path.parent
+            return f"{spread(recalls)} ({quantity(len(recalls), 'seed')})", path.parent
     return None
 
 

@@ -232,7 +232,7 @@ def test_lines_of_a_check_are_short(tmp_path, capsys):
     [
         ([FORGED], "expected a path, a label and a split"),
         ([FORGED, "a", FORGED], "the split is"),
-        ([FORGED, "a", "eval"], "are missing"),
+        ([FORGED, "a", "eval"], "Missing images of csv"),
         (["a" * 1_000_000, "a" * 100_000, "a" * 100_000], "the split is"),
     ],
 )

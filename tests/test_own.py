@@ -65,7 +65,7 @@ def test_hidden_folders_are_left_out_and_links_followed_once(tmp_path, capsys):
     with pytest.raises(SystemExit):  # because the linked image is in two classes
         dataset_main(["check", "folder", "--data-root", str(root), "--workers", "0"])
     out = capsys.readouterr().out
-    assert "\nLeft out, as they or their folders are hidden: 3 images\n" in out  # with .hidden.jpg
+    assert "\nHidden, so left out: 3 images\n" in out  # with .hidden.jpg
     assert "\nIn linked folders: 4 images\n" in out
 
 
@@ -88,7 +88,7 @@ def test_csv_beside_its_images(tmp_path, monkeypatch):
     write_csv("a.csv", [("1.jpg", "ant", "eval"), ("../bee/1.jpg", "bee", "eval")])
     assert dataset.load("csv", "a.csv", "eval").paths == ["1.jpg", "../bee/1.jpg"]
     (tmp_path / "ant" / "1.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of the 2 images .* the first is 1.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"csv eval: 1 of 2; the first is 1.jpg"):
         dataset.load("csv", "a.csv", "eval")
 
 
@@ -166,7 +166,7 @@ def test_wrong_test_classes_are_an_error(tmp_path, content, words):
         ),
         ("path,label,split\na.jpg,a,train\na.jpg,b,train\n", "line 3: a.jpg is already in line 2"),
         ("path,label,split\na.jpg,a,query\na.jpg,a,gallery\n", "line 3: a.jpg is already in line 2"),
-        ("path,label,split\na.jpg,a,eval\n", "1 of the 1 images of csv eval are missing; the first is .*a.jpg"),
+        ("path,label,split\na.jpg,a,eval\n", "Missing images of csv eval: 1 of 1; the first is .*a.jpg"),
         (b"path,label,split\n\xff\xfe,a,eval\n", "is not a CSV file"),
     ],
 )
@@ -314,7 +314,7 @@ def test_each_of_two_folders_is_itself(tmp_path):
         images = dataset.load("folder", root, "eval", test_classes=tmp_path / "tests.txt")
         assert images.classes == [name]
     table = write_csv(tmp_path / "a.csv", [(f"images/{COMPOSED} /1.jpg", "a", "eval")])
-    with pytest.raises(FileNotFoundError, match="1 of the 1 images"):
+    with pytest.raises(FileNotFoundError, match="csv eval: 1 of 1;"):
         dataset.load("csv", table, "eval")
 
 

@@ -45,48 +45,21 @@ from torch.utils.data import DataLoader
 
 from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
-from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, record, remark, size
+from dataset.images import ORIENTATIONS as ORIENTATIONS
+from dataset.images import ImageDataset, describe, record, remark
+from dataset.images import size as size
 from dataset.loading import eval_loader, train_loader
-from proxy_anchor import cli, collectives
+from proxy_anchor import cli
 from proxy_anchor.files import printable, quantity
-from proxy_anchor.progress import progress
-
-__all__ = [
-    "ALL",
-    "BENCHMARKS",
-    "CUSTOM",
-    "DATA_ROOT",
-    "ORIENTATIONS",
-    "ImageDataset",
-    "TrainingData",
-    "check_arguments",
-    "chosen_flags",
-    "crop_of",
-    "describe",
-    "eval_loader",
-    "eval_sets",
-    "eval_splits",
-    "fingerprint",
-    "for_training",
-    "load",
-    "make_ready",
-    "open_splits",
-    "options",
-    "recipe",
-    "record",
-    "remark",
-    "size",
-    "splits",
-    "train_loader",
-    "train_set",
-]
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
 CUSTOM = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | CUSTOM
 CUSTOM_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # of --data-root
-WORKERS = min(4, os.cpu_count() or 1)  # torch warns about more workers than cores
+# The cores available to this process, as torch counts them; it warns about more workers.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(4, CORES)
 
 
 def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -314,14 +287,21 @@ def open_splits(
     return validation.hold_out(images, fold, transform, classes)
 
 
-def make_ready(image_sets, skip_bad_images: bool = False, cache: str | None = None, workers: int = 0) -> None:
-    """Leave out damaged images and build the caches of decoded images, where requested."""
-    for images in image_sets if skip_bad_images else ():
-        bad = collectives.from_rank_zero(partial(images.find_bad, workers))
+def leave_out_bad(image_sets, workers: int, once=lambda find: find()) -> None:
+    """Leave out and print unreadable images.
+
+    once(find) -> find(): with several processes, one of them calls find for all.
+    """
+    for images in image_sets:
+        bad = once(partial(images.find_bad, workers))
         images.leave_out(bad)
         print(f"Left out: {quantity(len(bad), 'unreadable image')}", *map(printable, bad.values()), sep="\n  ")
-    for images in image_sets if cache else ():
-        images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
+
+
+def use_cache(image_sets, folder: str, workers: int, progress) -> None:
+    """Use caches of decoded images in this folder; progress: see Cache.build."""
+    for images in image_sets:
+        images.use_cache(folder, workers, progress, report=lambda line: print(printable(line)))
 
 
 class TrainingData(NamedTuple):
@@ -340,27 +320,17 @@ class TrainingData(NamedTuple):
 def for_training(
     name: str,
     root: str,
-    image_size: int,
-    geometry: dict,
+    splits: dict[str, ImageDataset],
+    *,
     batch_size: int,
     images_per_class: int | None,
     seed: int,
     workers: int,
-    skip_bad_images: bool = False,
-    cache: str | None = None,
-    fold: str | None = None,
+    share: tuple[int, int] = (0, 1),
     views: int = 1,
-    **choice,
 ) -> TrainingData:
-    """The training and evaluation images with their loaders; choice and errors: as in load.
-
-    fold, geometry: see open_splits. images_per_class, seed, views: see loading.train_loader.
-    """
-    with collectives.rank_zero_first():
-        splits = open_splits(name, root, image_size, fold, geometry, **choice)
+    """The splits of open_splits with their loaders; images_per_class, seed, share, views: see loading.train_loader."""
     train_images, *test_images = splits.values()
-    make_ready(splits.values(), skip_bad_images, cache, workers)
-    share = collectives.rank(), collectives.world_size()
     loader = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
     batches: Any = loader.batch_sampler
     return TrainingData(
@@ -369,7 +339,7 @@ def for_training(
         [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
         train_images.num_classes,
         ALL[name].KS,
-        validation.PREFIX if fold else "",
+        validation.PREFIX if validation.VAL_FOLD in splits else "",
         batches.images_per_batch,
         f"{describe(splits)}\n{remark(test_images)}",
         record(splits, root),

@@ -248,7 +248,7 @@ def test_stopped_killed_and_started_again(root, tmp_path):
     (folder,) = (tmp_path / "logs_cub").iterdir()
     for _ in range(100):  # the kernel ends the training, and with it the lock
         try:
-            files.lock_folder(folder).close()
+            files.lock_folder(folder, "wait").close()
             break
         except files.Locked:
             time.sleep(0.05)

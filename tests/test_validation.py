@@ -15,7 +15,7 @@ import dataset
 import train
 from dataset import transforms, validation
 from dataset.images import ImageDataset
-from proxy_anchor import figures, metrics
+from proxy_anchor import metrics
 from proxy_anchor.runs import resuming, run_folders
 
 # Classes of the training split, and the first of each part: the ranges of the two reference protocols.
@@ -189,7 +189,7 @@ def test_run_on_a_fold(on_fold, capsys):
     assert lines[:2] == [f"Best Epoch: {best}", f"Best val/Recall@1: {100 * float(rows[best]['val/R@1']):.4f}"]
     assert run_folders.is_finished(on_fold, 3)
     assert resuming.progress(on_fold / "last.pth")["rows"][1]["val/R@1"] == float(rows[1]["val/R@1"])
-    assert metrics.plain(figures.read(on_fold / "metrics.csv")[0][2])["R@1"] == float(rows[2]["val/R@1"])
+    assert metrics.plain(run_folders.read_metrics(on_fold)[0][2])["R@1"] == float(rows[2]["val/R@1"])
     assert (on_fold / "curves.png").exists()
 
 

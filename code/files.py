@@ -188,6 +188,11 @@ def printable(text: str, longest: int | None = None) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+def quantity(count: int, noun: str) -> str:
+    """The count with its noun, which ends in s or has a plural in s: "1 class", "2,000 images"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def csv_cell(text: str) -> str:
     """The text for a CSV file; what a spreadsheet would run as a formula has an apostrophe before it."""
     text = printable(text)

@@ -96,7 +96,7 @@ class Run:
         loader.batch_sampler.set_epoch(epoch, done=len(self.losses))
         images = len(loader) * collectives.shard_sizes(loader.batch_sampler.images_per_batch)[collectives.rank()]
         self.bar = progress(loader, f"epoch {epoch}", images)
-        return self.stop.after_each(self.bar)
+        return self.stop.watch(self.bar)
 
     def show_loss(self, loss: float) -> None:
         self.bar.show_loss(loss)

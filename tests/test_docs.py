@@ -103,13 +103,14 @@ def test_commands_for_photos_run(tmp_path, monkeypatch):
     monkeypatch.setattr(net, "imagenet_file", lambda name: tmp_path / "weights.pth")
 
     def of_photos(script):
-        return [argv for argv in commands(f"python {script}", [README]) if "photos" in " ".join(argv)]
+        return [argv for argv in commands(f"python {script}", [README]) if re.search("photos|untrained", " ".join(argv))]
 
-    (training,), (evaluation,), (index, query) = map(of_photos, ("train.py", "evaluate.py", "search.py"))
+    (training,), (evaluation,), searches = map(of_photos, ("train.py", "evaluate.py", "search.py"))
     train.main([*training, "--epochs", "1", "--image-size", "32", "--workers", "0"])
     evaluate.main([*evaluation, "--workers", "0"])
-    search.main([*index, "--workers", "0"])
-    search.main(query)
+    assert [command for command, *_ in searches] == ["index", "query"] * 2  # untrained, and trained
+    for argv in searches:
+        search.main([*argv, *(["--workers", "0"] if argv[0] == "index" else [])])
     assert (tmp_path / "report" / "index.html").exists() and (tmp_path / "neighbours.png").exists()
 
 

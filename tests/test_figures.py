@@ -29,12 +29,18 @@ def test_rows_have_the_time_since_the_start(tmp_path):
     assert [row["elapsed"] for row in rows] == [10, 20, 30] and rows[2]["R@2"] == pytest.approx(0.31)
 
 
-@pytest.mark.parametrize("recalls", [[0.5], [0.1, 0.5, 0.4], [0.5 + 0.001 * epoch for epoch in range(60)]])
+@pytest.mark.parametrize("recalls", [[0.1, 0.5, 0.4], [0.5 + 0.001 * epoch for epoch in range(60)]])
 def test_curves_are_drawn(tmp_path, recalls):
     write_run(tmp_path / "a", recalls)
     figures.draw_run(tmp_path / "a" / "metrics.csv", tmp_path / "curves.png", "glyphs, resnet18")
     count, size = colours(tmp_path / "curves.png")
     assert count > 50 and size == (988, 858)
+
+
+def test_one_epoch_is_no_curve(tmp_path):
+    write_run(tmp_path / "a", [0.5])
+    figures.draw_run(tmp_path / "a" / "metrics.csv", tmp_path / "curves.png", "glyphs, resnet18")
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_curves_say_the_best_epoch_the_k_and_the_time(tmp_path, monkeypatch):

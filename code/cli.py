@@ -142,7 +142,7 @@ def set_recorded(parser: argparse.ArgumentParser, values: dict, source: Path) ->
             fits = False
         if not fits or parsed != value:
             flag = name.replace("_", "-")
-            parser.error(f"argument --resume: {source} has {name} {value!r}, which --{flag} cannot be")
+            parser.error(f"argument --resume: {source} has {name} {value!r}, which is not a valid --{flag}")
         parser.set_defaults(**{name: parsed})
     parser.exit_on_error = True
 

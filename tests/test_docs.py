@@ -103,7 +103,9 @@ def test_commands_for_photos_run(tmp_path, monkeypatch):
     monkeypatch.setattr(net, "imagenet_file", lambda name: tmp_path / "weights.pth")
 
     def of_photos(script):
-        return [argv for argv in commands(f"python {script}", [README]) if re.search("photos|untrained", " ".join(argv))]
+        return [
+            argv for argv in commands(f"python {script}", [README]) if re.search("photos|untrained", " ".join(argv))
+        ]
 
     (training,), (evaluation,), searches = map(of_photos, ("train.py", "evaluate.py", "search.py"))
     train.main([*training, "--epochs", "1", "--image-size", "32", "--workers", "0"])
@@ -116,7 +118,8 @@ def test_commands_for_photos_run(tmp_path, monkeypatch):
 
 def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
     """As printed: evaluation, index, queries and calibration, of random weights. .ci/run runs the lines on glyphs."""
-    pytest.importorskip("faiss")
+    for library in ("faiss", "sklearn"):
+        pytest.importorskip(library)
     data_root = trees.cub(tmp_path / "data", (1, 2, *range(101, 113)), 4)
     trees.folder(tmp_path / "photos", images=2)
     trees.folder(tmp_path / "things", images=2)
@@ -146,7 +149,7 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
                     {"evaluate": evaluate, "search": search}[match[1]].main(flags)
                     run += 1
     out = capsys.readouterr().out
-    assert run == 8 and "recorded in" in out and (tmp_path / "neighbours.png").exists()
+    assert run == 9 and "recorded in" in out and (tmp_path / "neighbours.png").exists()
 
 
 def test_commands_that_check_data_run(tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def test_configuration_with_other_types_is_refused(tmp_path, capsys, name, value
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(tmp_path)])
     assert refused.value.code == 2
-    assert f"config.json has {name} {value!r}, which --{name} cannot be" in capsys.readouterr().err
+    assert f"config.json has {name} {value!r}, which is not a valid --{name}" in capsys.readouterr().err
 
 
 def test_plain_checkpoint_in_the_place_of_the_last(cub_root, tmp_path, capsys):

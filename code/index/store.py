@@ -110,8 +110,8 @@ class Index:
         spec = replace(NetworkSpec.from_record(made["network"]), orientation=self.spec.orientation)
         if made["weights"] != self.made["weights"] or spec != self.spec:
             raise ValueError(
-                f"{self.folder} was made with another checkpoint than {made['checkpoint']}: with the one that was at "
-                f"{self.made['checkpoint']}, with {self.made['network']}. Their embeddings do not compare"
+                f"{self.folder} was built with another checkpoint ({self.made['checkpoint']}, {self.made['network']}), "
+                f"not with {made['checkpoint']}: their embeddings cannot be compared. Build a new index"
             )
         if made.get("by_folder", self.made["by_folder"]) != self.made["by_folder"]:
             has, flag = ("folders", "with") if self.made["by_folder"] else ("images", "without")
@@ -327,12 +327,12 @@ class Index:
 
 
 def lock(folder: Path):
-    """Hold the folder, so that no other process writes to it; see runs.lock.
+    """Hold the folder, so that no other process writes to it; see files.lock_folder.
 
     Raises FileExistsError for anything but a folder, and for one that holds something else.
     """
     if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
-        raise FileExistsError(f"{folder} is no folder: an index is written to one, which need not exist")
+        raise FileExistsError(f"{folder} is a file: --out must be a folder, existing or new")
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

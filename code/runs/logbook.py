@@ -42,19 +42,16 @@ def options() -> argparse.ArgumentParser:
         default=str(LOG_DIR),
         type=cli.path,
         metavar="DIR",
-        help="where the folders of runs go (default: logs/ here)",
+        help="folder for the run folders (default: logs/ in this repository)",
     )
     group.add_argument(
         "--resume",
         type=cli.path,
         metavar="auto|PATH",
-        help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
+        help="continue an interrupted run: its folder, or auto for the unfinished run of this command, if any",
     )
     group.add_argument(
-        "--remark",
-        default="",
-        type=cli.name_part,
-        help="text at the end of the name of the run's folder, to tell runs apart",
+        "--remark", default="", type=cli.name_part, help="text at the end of the run folder's name, to tell runs apart"
     )
     group.add_argument(
         "--wandb",
@@ -111,7 +108,7 @@ class Logbook:
     The files are whole at any moment: metrics.csv (a row per epoch), backbone.json, classes.csv, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. curves.png is drawn when the run ends or stops. folder: of the run;
     resumes: whether it continues from the last.pth that is there. As a context, it ends with the run.
-    resume: None for a new run, or the folder of one, see runs.to_resume. wandb_mode: see start_wandb. Raises
+    resume: None for a new run, or the folder of one, see run_folders.to_resume. wandb_mode: see start_wandb. Raises
     files.Locked if another process writes the run.
     """
 

@@ -21,7 +21,7 @@ from proxy_anchor.sharded import ShardedProxyAnchor
 from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.weights import SHOWN, digest, read
 
-PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see running.Run
+PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see run.Run
 
 
 def save(path: Path, network: torch.nn.Module, spec: NetworkSpec, parts: dict, progress: dict) -> None:

@@ -83,8 +83,8 @@ def to_resume(name: str, config: dict) -> Path | None:
         folders = of_experiment(path, config)
         if not folders and (former := of_experiment(path, config | {"orientation": LEGACY_DEFAULTS["orientation"]})):
             raise ValueError(
-                f"{former[-1]} has its photos as stored, not turned by their EXIF: --resume {former[-1]} continues it "
-                "so; choose another --remark to train with upright photos"
+                f"{former[-1]} was trained on photos as stored, without EXIF rotation: continue it with --resume "
+                f"{former[-1]}, or choose another --remark to train on upright photos"
             )
     elif different := differences(read_config(Path(resume)), config):
         raise ValueError(f"{resume} is another experiment ({'; '.join(different)}); start a new one")

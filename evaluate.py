@@ -11,9 +11,9 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distributed, evaluation, exported, hardware, metrics, verification
+from proxy_anchor import cli, collectives, evaluation, exported, hardware, metrics, verification
 from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
-from proxy_anchor.collectives import ProcessGroup
+from proxy_anchor.collectives import Processes
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.report import page
@@ -159,10 +159,15 @@ class Measurement:
     result: evaluation.Result
     rows: dict[str, dict[str, float]]
 
-    def all_gather(self, processes: ProcessGroup) -> "Measurement":
+    def all_gather(self, processes: Processes) -> "Measurement":
         """With the embeddings of all processes."""
-        gallery = None if self.gallery is None else self.gallery.all_gather(processes)
-        return replace(self, queries=self.queries.all_gather(processes), gallery=gallery)
+        gallery = None if self.gallery is None else all_gather(self.gallery, processes)
+        return replace(self, queries=all_gather(self.queries, processes), gallery=gallery)
+
+
+def all_gather(embeddings: Embeddings, processes: Processes) -> Embeddings:
+    """The rows of all processes, in each of them."""
+    return Embeddings(**{k: torch.cat(processes.all_gather(x)) for k, x in vars(embeddings).items() if x is not None})
 
 
 def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embeddings | None]]) -> Measurement:
@@ -187,7 +192,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     networks, source, weights = open_networks(args)
     embedders = [Embedder(network, device, args.amp) for network in networks]
     test_sets = open_test_sets(args)
-    share, group = (collectives.rank(), collectives.world_size()), collectives.world()
+    processes = collectives.world()
+    share = processes.rank, processes.size
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     if args.report and collectives.rank() == 0:
         page.open_folder(Path(args.report))  # before the work is done
@@ -198,7 +204,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         table["published"] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(logbook.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
     if args.verify:
-        pairs = verification.verify(measured.queries, measured.gallery, measured.distance, group=group)
+        pairs = verification.verify(measured.queries, measured.gallery, measured.distance, processes=processes)
         print(pairs.text(), end="")
     if reference and (networks[0].embedding_size, args.spec.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
@@ -206,7 +212,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         print("With --allow-partial, only a part of the dataset was evaluated: do not compare the results with others.")
 
     if args.calibrate or args.report:
-        measured = measured.all_gather(ProcessGroup(group))
+        measured = measured.all_gather(processes)
     if args.calibrate and collectives.rank() == 0:
         calibrate(args, measured, test_sets)
     if args.report and collectives.rank() == 0:
@@ -251,8 +257,8 @@ def write_report(
 
 def main(argv=None):
     args = parse(argv)
-    distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
-    with cli.errors_in_one_line("evaluate.py"), distributed.processes(args.gpu_id) as device:
+    hardware.launch_on_all_gpus(args.gpu_id, __file__, argv)
+    with cli.errors_in_one_line("evaluate.py"), hardware.processes(args.gpu_id) as device:
         rows = evaluate(args, device)
     return rows if len(args.resume) > 1 else next(iter(rows.values()))
 

@@ -8,8 +8,8 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distributed, evaluation, hardware, losses, sharded, training
-from proxy_anchor.embedding import Embedder
+from proxy_anchor import cli, collectives, evaluation, hardware, losses, sharded, training
+from proxy_anchor.embedding import Embedder, sync_batchnorm
 from proxy_anchor.runs import logbook, randomness, run_folders
 from proxy_anchor.runs.run import Run, ending
 
@@ -92,7 +92,7 @@ def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1)
         test_classes=args.test_classes,
         upright=run_folders.upright(args.resume),
     )
-    print(data.description + distributed.describe(data.batch_size), end="")
+    print(data.description + hardware.describe_batch(data.batch_size), end="")
     return data
 
 
@@ -115,7 +115,7 @@ def create_network(args: argparse.Namespace, config: dict, resume: Path | None, 
     net.check_identity(pretrained, config)
     print(network.model.remark, end="")
     network.freeze(args.freeze)
-    distributed.sync_batchnorm(network, device, bool(args.bn_freeze))
+    sync_batchnorm(network, device, bool(args.bn_freeze))
     return network
 
 
@@ -185,11 +185,11 @@ def start(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv=None):
     args = parse(argv)
-    distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
+    hardware.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
         cli.errors_in_one_line("train.py"),
         cli.output_may_close(),
-        distributed.processes(args.gpu_id) as device,
+        hardware.processes(args.gpu_id) as device,
         ending("train.py"),
     ):
         start(args, device)

@@ -7,7 +7,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distillation, distributed, evaluation, hardware, training
+from proxy_anchor import cli, collectives, distillation, evaluation, hardware, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
@@ -221,11 +221,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv=None):
     args = parse(argv)
-    distributed.launch_on_all_gpus(args.gpu_id, __file__, argv)
+    hardware.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
         cli.errors_in_one_line("transfer.py"),
         cli.output_may_close(),
-        distributed.processes(args.gpu_id) as device,
+        hardware.processes(args.gpu_id) as device,
         ending("transfer.py"),
     ):
         start(args, device)

@@ -174,7 +174,7 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     epoch()
     before = peak(device)
     embeddings = F.normalize(torch.randn(len(labels), SIZE, device=device))
-    search = partial(retrieval.search, Embeddings(embeddings, labels), group=collectives.world())
+    search = partial(retrieval.search, Embeddings(embeddings, labels), processes=collectives.world())
     search()
     memory = peak(device) - before
     with Counted() as counted:

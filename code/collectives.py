@@ -19,11 +19,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def world() -> dist.ProcessGroup | None:
-    """The group of all processes, or None in a single process."""
-    return dist.group.WORLD if dist.is_initialized() else None
-
-
 def shard_sizes(total: int) -> list[int]:
     """How many of `total` rows each process has; where they cannot be equal, the first processes have one more."""
     size, remainder = divmod(total, world_size())
@@ -48,7 +43,7 @@ class GatherShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, total):
         ctx.sizes = shard_sizes(total)
-        return torch.cat(_all_gather_rows(x, ctx.sizes, world()))
+        return torch.cat(_all_gather_rows(x, ctx.sizes, None))
 
     @staticmethod
     def backward(ctx, gradient):
@@ -135,7 +130,7 @@ def rank_zero_first():
         dist.barrier()
 
 
-class ProcessGroup:
+class Processes:
     """The processes of a torch.distributed group, or this one alone for None."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -172,6 +167,14 @@ class ProcessGroup:
         if self.group:
             dist.broadcast(x, dist.get_global_rank(self.group, source), self.group)
         return x
+
+
+ALONE = Processes()
+
+
+def world() -> Processes:
+    """All processes."""
+    return Processes(dist.group.WORLD) if dist.is_initialized() else ALONE
 
 
 def _all_gather(x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from proxy_anchor import collectives
-from proxy_anchor.collectives import ProcessGroup
+from proxy_anchor.collectives import Processes
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import recall_of_ranks, search
-from proxy_anchor.runs.stopping import Stop
 from proxy_anchor.vectors import Embeddings
 
 
@@ -58,11 +57,11 @@ class Result:
 
 
 def evaluate(
-    embedder: Embedder, loaders, ks: Sequence[int], stop: Stop | None = None, distance: str = "cosine", prefix: str = ""
+    embedder: Embedder, loaders, ks: Sequence[int], stop=None, distance: str = "cosine", prefix: str = ""
 ) -> Result:
     """Embed the test sets of the loaders and measure. prefix: of the metrics' names, see metrics.py.
 
-    stop: raises Interrupted here after a signal.
+    stop: a runs.stopping.Stop, which raises Interrupted here after a signal.
     """
     queries, gallery = embed(embedder, loaders, stop)
     if stop:
@@ -71,7 +70,7 @@ def evaluate(
     return replace(result, metrics={prefix + name: value for name, value in result.metrics.items()})
 
 
-def embed(embedder: Embedder, loaders, stop: Stop | None = None) -> tuple[Embeddings, Embeddings | None]:
+def embed(embedder: Embedder, loaders, stop=None) -> tuple[Embeddings, Embeddings | None]:
     """The embeddings of the queries and of the gallery, which is None for a single loader; see Embedder.embed."""
     queries, *gallery = [embedder.embed(loader, "evaluation", stop) for loader in loaders]
     return queries, gallery[0] if gallery else None
@@ -85,21 +84,21 @@ def measure(
     distance: one of vectors.DISTANCES. With several processes, each passes the embeddings of its share of the images,
     and the Result describes all queries. Raises ValueError as best_positive_rank does.
     """
-    group = collectives.world()
-    found = search(queries, gallery, distance, group)
-    recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(found.ranks, ks).items()}
-    means = {"MAP@R": found.average_precisions.mean().item(), "R-precision": found.r_precisions.mean().item()}
+    processes = collectives.world()
+    results = search(queries, gallery, distance, processes)
+    recalls = {f"R@{k}": recall for k, recall in recall_of_ranks(results.ranks, ks).items()}
+    means = {"MAP@R": results.average_precisions.mean().item(), "R-precision": results.r_precisions.mean().item()}
     return Result(
         recalls | means,
-        found.ranks.cpu(),
-        found.average_precisions,
-        torch.cat(ProcessGroup(group).all_gather(queries.labels)).cpu(),
-        int(found.tied.sum()),
-        images_left_out(queries, gallery, ProcessGroup(group)),
+        results.ranks.cpu(),
+        results.average_precisions,
+        torch.cat(processes.all_gather(queries.labels)).cpu(),
+        int(results.tied.sum()),
+        images_left_out(queries, gallery, processes),
     )
 
 
-def images_left_out(queries: Embeddings, gallery: Embeddings | None, processes: ProcessGroup) -> torch.Tensor | None:
+def images_left_out(queries: Embeddings, gallery: Embeddings | None, processes: Processes) -> torch.Tensor | None:
     """How many images of its own group each query (N,) has in its gallery; None without groups."""
     targets = queries if gallery is None else gallery
     if queries.groups is None or targets.groups is None:

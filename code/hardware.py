@@ -1,13 +1,16 @@
-"""The device that a script runs on."""
+"""The device and the processes that a script runs on."""
 
 import argparse
+import os
+import sys
+import time
 from collections.abc import Collection
+from contextlib import contextmanager, redirect_stdout
 
 import torch
+import torch.distributed as dist
 
-from proxy_anchor import cli
-
-CHANNELS_LAST_FROM = 96  # pixels: on a CPU, smaller images are faster in torch's own layout
+from proxy_anchor import cli, collectives
 
 
 def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -36,18 +39,6 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The network on the device. On a CPU its convolutions take the layout of the images, see memory_format."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return network.to(device, memory_format=layout)  # type: ignore[call-overload]
-
-
-def memory_format(device: torch.device, image_size: int) -> torch.memory_format:
-    """The memory layout in which convolutions are fastest, for images of this size."""
-    fast = device.type == "cuda" or (device.type == "cpu" and image_size >= CHANNELS_LAST_FROM)
-    return torch.channels_last if fast else torch.contiguous_format
-
-
 def select(gpu_id: int) -> torch.device:
     """CUDA device `gpu_id`, the first one for -1; without CUDA Apple's GPU or the CPU.
 
@@ -71,3 +62,67 @@ def describe(device: torch.device) -> str:
         return f"Running on CUDA device {device.index}, {torch.cuda.get_device_name(device)}."
     name = "Apple's GPU (MPS)" if device.type == "mps" else f"the CPU (threads: {torch.get_num_threads()})"
     return f"No CUDA device here: running on {name}."
+
+
+@contextmanager
+def processes(gpu_id: int):
+    """Join the processes that torchrun started, if any, and yield this process's device. Only rank 0 prints.
+
+    Raises ValueError if srun started several tasks, which would not know of each other.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if (tasks := tasks_of_srun()) > 1:
+            raise ValueError(
+                f"srun started {tasks} tasks that would each do the same work: start one task per machine, and let "
+                "torchrun start a process per GPU: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT ..."
+            )
+        yield select(gpu_id)
+        return
+    device = select(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    try:
+        # File names may contain any bytes, see cli.errors_in_one_line.
+        with (
+            open(os.devnull, "w", errors="backslashreplace") as devnull,
+            redirect_stdout(sys.stdout if collectives.rank() == 0 else devnull),
+        ):
+            yield device
+    finally:
+        # gloo's threads need the GIL to release the last collective's tensors, and the group's destructor holds the GIL
+        # while it waits for them: a deadlock in torch 2.6 (pytorch#154976). Sleeping lets them have the GIL first.
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
+def tasks_of_srun() -> int:
+    """In how many tasks srun runs this command: 1 without srun, even if sbatch or salloc set SLURM_NTASKS."""
+    step, tasks, number = (
+        int(value) if (value := os.environ.get(f"SLURM_{name}", "")).isdecimal() else 0
+        for name in ("STEP_NUM_TASKS", "NTASKS", "PROCID")
+    )
+    return step or (tasks if number else 1)
+
+
+def launch_on_all_gpus(gpu_id: int, script: str, argv: list[str] | None) -> None:
+    """With --gpu-id -1 and several GPUs, replace this process by torchrun, which runs the script once per GPU.
+
+    argv: the arguments of the script's main; None for those of this process.
+    """
+    if gpu_id == -1 and torch.cuda.device_count() > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torch.cuda.device_count()}"]
+        arguments = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, *torchrun, script, *arguments])
+
+
+def describe_batch(batch_size: int) -> str:
+    """One line on how a batch is divided; "" in a single process. Raises ValueError for fewer images than processes."""
+    if collectives.world_size() == 1:
+        return ""
+    if batch_size < collectives.world_size():
+        raise ValueError(f"A batch of {batch_size} images cannot be divided among {collectives.world_size()} processes")
+    sizes = " or ".join(str(size) for size in sorted(set(collectives.shard_sizes(batch_size))))
+    return f"{collectives.world_size()} processes: each takes {sizes} of the {batch_size} images of a batch.\n"

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from proxy_anchor.collectives import ProcessGroup
+from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.retrieval import validate_gallery
 from proxy_anchor.tiles import Points, Tiled, origin_of
 from proxy_anchor.vectors import Embeddings
@@ -45,7 +44,7 @@ class Scale:
         return cls(np.concatenate([edges, [0, -edges[-1]]]), last)
 
     @classmethod
-    def for_points(cls, queries: Points, targets: Points, processes: ProcessGroup) -> "Scale":
+    def for_points(cls, queries: Points, targets: Points, processes: Processes) -> "Scale":
         halves = [processes.max(p.halves.max()) for p in (queries, targets) if p.halves is not None]  # |x|^2 / 2
         return cls.for_distances(sum(math.sqrt(2 * half) for half in halves)) if halves else cls.for_cosines()
 
@@ -86,7 +85,7 @@ class Pairs:
     within: bool
     scale: Scale
     classes: torch.Tensor  # (C,), ascending
-    processes: ProcessGroup
+    processes: Processes
 
     @classmethod
     def from_embeddings(
@@ -94,10 +93,10 @@ class Pairs:
         queries: Embeddings,
         gallery: Embeddings | None = None,
         distance: str = "cosine",
-        group: dist.ProcessGroup | None = None,
+        processes: Processes = ALONE,
     ) -> "Pairs":
         """Pairs of the queries with the gallery or, without one, of the queries among themselves."""
-        within, processes = gallery is None, ProcessGroup(group)
+        within = gallery is None
         queries, gallery = validate_gallery(queries, gallery, processes)
         origin = origin_of(gallery.vectors, distance, processes)
         tiled = Tiled.from_embeddings(queries, origin)

@@ -7,9 +7,9 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
-from proxy_anchor.collectives import ProcessGroup
+from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.tiles import Panel, Tiled, origin_of
-from proxy_anchor.vectors import Embeddings, finite, whole_numbers
+from proxy_anchor.vectors import Embeddings, check_finite, whole_numbers
 
 PANEL = 1 << 25  # similarities in memory at a time; never fewer than those of one tile's queries with their positives
 
@@ -38,7 +38,7 @@ def best_positive_rank(
     empty; all get the ranks of all queries, in the order of the processes.
     """
     queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
-    return search(queries, others, distance, group).ranks
+    return search(queries, others, distance, Processes(group)).ranks
 
 
 @dataclass
@@ -58,18 +58,14 @@ class QueryResults:
 
 @torch.no_grad()
 def search(
-    queries: Embeddings,
-    gallery: Embeddings | None = None,
-    distance: str = "cosine",
-    group: dist.ProcessGroup | None = None,
+    queries: Embeddings, gallery: Embeddings | None = None, distance: str = "cosine", processes: Processes = ALONE
 ) -> QueryResults:
     """Measure the queries in one pass over their similarities to the gallery or, without one, to each other.
 
-    Ties, errors and the group as for best_positive_rank. No process holds more than its share of the embeddings: the
+    Ties, errors and processes as for best_positive_rank. No process holds more than its share of the embeddings: the
     queries travel, one tile at a time. The results are the same for any number of processes.
     """
-    processes, within = ProcessGroup(group), gallery is None
-    device = queries.vectors.device
+    within, device = gallery is None, queries.vectors.device
     queries, gallery = validate_gallery(queries, gallery, processes)
     origin = origin_of(gallery.vectors, distance, processes)
     tiled = Tiled.from_embeddings(queries, origin)
@@ -82,9 +78,7 @@ def search(
     return QueryResults(ranks.to(device), tied.to(device), average_precisions.cpu(), r_precisions.cpu())
 
 
-def search_shard(
-    queries: Tiled, owner: int, targets: Tiled, within: bool, processes: ProcessGroup
-) -> list[torch.Tensor]:
+def search_shard(queries: Tiled, owner: int, targets: Tiled, within: bool, processes: Processes) -> list[torch.Tensor]:
     """The columns of QueryResults for the queries of one process, the owner.
 
     Targets are sorted by label, so the positives of a tile of queries lie in a few tiles. These come first; then the
@@ -195,7 +189,7 @@ def map_at_r(
     left out of the query's gallery is not one of its positives.
     """
     queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
-    results = search(queries, others, distance, group)
+    results = search(queries, others, distance, Processes(group))
     return torch.stack([results.average_precisions, results.r_precisions])
 
 
@@ -219,7 +213,7 @@ def from_tensors(
 
 
 def validate_gallery(
-    queries: Embeddings, gallery: Embeddings | None, processes: ProcessGroup
+    queries: Embeddings, gallery: Embeddings | None, processes: Processes
 ) -> tuple[Embeddings, Embeddings]:
     """Queries and gallery on one device and in one type; without a gallery, the queries twice. See `validate`.
 
@@ -237,7 +231,7 @@ def validate_gallery(
     return replace(queries, vectors=queries.vectors.to(dtype)), gallery
 
 
-def validate(embeddings: Embeddings, size: int | None, processes: ProcessGroup, side: str = "") -> Embeddings:
+def validate(embeddings: Embeddings, size: int | None, processes: Processes, side: str = "") -> Embeddings:
     """The embeddings with labels and groups as int64. side: "gallery", or "" for the queries, in messages.
 
     Raises ValueError for vectors that are not (N, size), for labels or groups that are not N whole numbers and, in all
@@ -252,7 +246,7 @@ def validate(embeddings: Embeddings, size: int | None, processes: ProcessGroup, 
         )
     if not processes.sum(torch.tensor(len(vectors), device=vectors.device)):
         raise ValueError(f"There is nothing to search: {name} {tuple(vectors.shape)}")
-    finite(vectors, processes)
+    check_finite(torch.cat(processes.all_gather(torch.isfinite(vectors).all(dim=1))))
     groups = embeddings.groups
     if groups is not None:
         groups = whole_numbers(groups, f"{prefix}groups")

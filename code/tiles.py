@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from proxy_anchor.collectives import ProcessGroup
+from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.vectors import DISTANCES, Embeddings, finite, unit_vectors
 
 # Rows and columns of each product: on a CPU, what its cache holds. All products have one shape, a multiple of the
@@ -42,7 +42,7 @@ class Points:
     def __getitem__(self, rows) -> "Points":
         return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
 
-    def broadcast(self, processes: ProcessGroup, owner: int) -> "Points":
+    def broadcast(self, processes: Processes, owner: int) -> "Points":
         """The owner's points in all processes; those of the others are overwritten."""
         halves = None if self.halves is None else processes.broadcast(self.halves, owner)
         return Points(processes.broadcast(self.vectors, owner), halves)
@@ -61,14 +61,13 @@ class Points:
         return products.sub_(self.halves[:, None] + others.halves)
 
 
-def origin_of(gallery: torch.Tensor, distance: str, processes: ProcessGroup | None = None) -> torch.Tensor | None:
+def origin_of(gallery: torch.Tensor, distance: str, processes: Processes = ALONE) -> torch.Tensor | None:
     """The point (D,) from which Euclidean distances are measured, None for the cosine; the same in all processes.
 
     Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
     has enough digits for vectors of float32. The origin is rounded to a few digits, so subtracting it is exact: equal
     distances, as on a grid, stay exactly equal. Raises ValueError for any other distance.
     """
-    processes = processes or ProcessGroup()
     if distance not in DISTANCES:
         raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")
     if distance == "cosine":
@@ -122,7 +121,7 @@ class Tiled:
     def length(self, tile):
         return min(self.size, len(self.labels) - tile * self.size)
 
-    def per_process(self, processes: ProcessGroup) -> list["Tiled"]:
+    def per_process(self, processes: Processes) -> list["Tiled"]:
         """The tiles of each process; instead of the others' points, a buffer for one tile of them."""
         labels, orders = processes.all_gather(self.labels), processes.all_gather(self.order)
         groups = [None] * processes.size if self.groups is None else processes.all_gather(self.groups)
@@ -132,7 +131,7 @@ class Tiled:
             for owner in range(processes.size)
         ]
 
-    def broadcast(self, tile, owner: int, processes: ProcessGroup) -> Points:
+    def broadcast(self, tile, owner: int, processes: Processes) -> Points:
         """A tile of the owner's, in all processes."""
         return self.tile(tile if owner == processes.rank else 0).broadcast(processes, owner)
 

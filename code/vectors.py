@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from proxy_anchor.collectives import ProcessGroup
-
 DISTANCES = ("cosine", "euclidean")
 
 
@@ -25,11 +23,6 @@ class Embeddings:
         rows = torch.isin(self.labels, classes.to(self.labels.device))
         groups = None if self.groups is None else self.groups[rows.to(self.groups.device)]
         return Embeddings(self.vectors[rows.to(self.vectors.device)], self.labels[rows], groups)
-
-    def all_gather(self, processes: ProcessGroup) -> "Embeddings":
-        """The rows of all processes, in each of them."""
-        columns = {name: torch.cat(processes.all_gather(x)) for name, x in vars(self).items() if x is not None}
-        return replace(self, **columns)
 
 
 def concat_columns(networks: list[Embeddings]) -> Embeddings:
@@ -70,15 +63,18 @@ def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
     return finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
-def finite(embeddings: torch.Tensor, processes: ProcessGroup | None = None) -> torch.Tensor:
-    """The embeddings (N, D). Raises ValueError if any is not finite, in all processes if those of one of them are."""
-    finite_rows = torch.cat((processes or ProcessGroup()).all_gather(torch.isfinite(embeddings).all(dim=1)))
-    if not finite_rows.all():
-        rows = torch.nonzero(~finite_rows)
-        raise ValueError(
-            f"{len(rows)} of {len(finite_rows)} embeddings are not finite; the first is number {int(rows[0])}"
-        )
+def finite(embeddings: torch.Tensor) -> torch.Tensor:
+    """The embeddings (N, D). Raises ValueError if any is not finite."""
+    check_finite(torch.isfinite(embeddings).all(dim=1))
     return embeddings
+
+
+def check_finite(is_finite: torch.Tensor) -> None:
+    """Raise ValueError unless all embeddings are finite; is_finite (N,): which are."""
+    if not is_finite.all():
+        rows = torch.nonzero(~is_finite)
+        count = f"{len(rows)} of {len(is_finite)} embeddings"
+        raise ValueError(f"{count} are not finite; the first is number {int(rows[0])}")
 
 
 def similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.pairs import Pairs, Scale
 from proxy_anchor.vectors import Embeddings, to_nearness
 
@@ -152,17 +152,17 @@ def verify(
     fars: Sequence[float] = FARS,
     thresholds: Sequence[float] = (),
     replicates: int = REPLICATES,
-    group: dist.ProcessGroup | None = None,
+    processes: Processes = ALONE,
 ) -> Verification:
     """Tell same-class from different-class pairs by their similarity, at these false-accept rates and thresholds.
 
     The pairs are each query with each image of the gallery or, without one, all pairs of two queries; two images of one
-    group are not a pair. Errors and the group of processes as for retrieval.best_positive_rank. The rates are exact at
+    group are not a pair. Errors and the processes as for retrieval.best_positive_rank. The rates are exact at
     the edges of the scale, to which the thresholds are rounded up. For the intervals, classes are drawn with
     replacement, because pairs that share a class vary together. Memory grows with the images and classes, not with the
-    pairs, which the processes of a group divide.
+    pairs, which the processes divide.
     """
-    pairs = Pairs.from_embeddings(queries, gallery, distance, group)
+    pairs = Pairs.from_embeddings(queries, gallery, distance, processes)
     same, other = pairs.histograms()
     result = Verification(distance, len(pairs.classes), pairs.scale, same, other)
     if not (same.any() and other.any()):

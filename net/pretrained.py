@@ -41,7 +41,7 @@ def imagenet_file(name: str) -> Path:
     """
     url = URLS[name]
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    digits = path.stem.rsplit("-", 1)[1]  # the first of its sha256
+    digits = path.stem.rsplit("-", 1)[1]  # the first digits of its sha256
     by_hand = f"Fetch {url} by hand (sha256 {digits}...) and put it at {path}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def read_weights(path: Path, name: str, expected: dict, unused: Iterable[str]) -
     content = _read(path)
     recorded = content["network"].get("model") if isinstance(content.get("network"), dict) else None
     if recorded not in (None, name):
-        raise ValueError(f"{path} is of a network {str(recorded)[:80]!a}, and this one is {name}: choose --model by it")
+        raise ValueError(f"{path} has weights of {str(recorded)[:80]!a}, not {name}: check --model")
     state = weights.unwrapped(path, _weights(path, content), expected)
     prefix = _prefix(state, expected)
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -140,7 +140,9 @@ def _read(path: Path) -> dict:
         raise FileNotFoundError(f"There is no weights file {path}")
     if Path(path).suffix != ".safetensors":
         if Path(path).suffix == ".onnx":
-            raise ValueError(f"{path} is no file that a backbone starts from: give its checkpoint, or its .safetensors")
+            raise ValueError(
+                f"{path} is an ONNX file, from which no backbone can start: give its checkpoint or .safetensors"
+            )
         return weights.read(path)
     metadata, state = weights.read_safetensors(path)
     content: dict = {ENTRIES[0]: state}

@@ -50,7 +50,7 @@ def license_of(name: str) -> str | None:
 
 
 def create(name: str, image_size: int | None = None, pretrained: str | Path | None = None) -> TimmBackbone:
-    """The backbone, for images of this size or its own; pretrained as in net.create, and the errors of that."""
+    """The backbone for images of this size, or of its native size; pretrained and errors as in net.create."""
     config, create = _config(name), _timm().create_model
     sized = {"img_size": image_size} if config.fixed_input_size and image_size else {}
     if pretrained in ("none", None):

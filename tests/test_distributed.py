@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,10 @@ import net
 import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, collectives, distributed, evaluation, losses, sharded, training
-from proxy_anchor.collectives import ProcessGroup
-from proxy_anchor.embedding import Embedder
+from proxy_anchor import checkpoint, collectives, evaluation, hardware, losses, sharded, training
+from proxy_anchor.embedding import Embedder, Replica
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
+from proxy_anchor.runs.run import Run
 from proxy_anchor.runs.stopping import Interrupted, Stop
 
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
@@ -44,7 +45,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
     optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
-    replica = distributed.Replica(network)
+    replica = Replica(network)
 
     def loss_of(images, labels):
         embeddings, labels = (collectives.gather_shards(x, sampler.images_per_batch) for x in (replica(images), labels))
@@ -121,12 +122,12 @@ def figures(total, gallery_total):
     embedder = Embedder(Pixels(8), torch.device("cpu"))
     queries, gallery = evaluation.embed(embedder, loaders)
     result = evaluation.measure(queries, [1, 4], gallery)
-    group, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
+    processes, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
     tensors = [tensor for side in sides for tensor in (side.vectors, side.labels)]
-    together = [side.all_gather(ProcessGroup(group)) for side in sides]
+    together = [evaluate.all_gather(side, processes) for side in sides]
     return {
-        "ranks": best_positive_rank(*tensors, group=group),
-        "map": map_at_r(*tensors, group=group),
+        "ranks": best_positive_rank(*tensors, group=processes.group),
+        "map": map_at_r(*tensors, group=processes.group),
         "metrics": torch.tensor(list(result.metrics.values())),
         "labels": result.labels,
         "average precisions": result.average_precisions,
@@ -143,6 +144,23 @@ def test_evaluation_is_the_same():
     alone = evaluations(*sizes)
     for name, array in in_processes(3, evaluations, *sizes).items():
         np.testing.assert_array_equal(array, alone[name].numpy(), err_msg=name)
+
+
+def measures_backbone(folder):
+    """Whether each process measures the backbone of a run whose backbone.json only the second process sees."""
+    run = Run.__new__(Run)
+    run.progress = {"epoch": 0, "losses": []}
+    run.log = SimpleNamespace(folder=folder / str(collectives.rank()), log_backbone=lambda row: None)
+    measured = torch.zeros(1)
+    run.measure_backbone(lambda: measured.fill_(1) and SimpleNamespace(metrics={}))
+    return {"measured": torch.cat(collectives.world().all_gather(measured))}
+
+
+def test_processes_agree_whether_the_backbone_is_measured(tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    (tmp_path / "1" / "backbone.json").write_text("{}")
+    assert in_processes(2, measures_backbone, tmp_path)["measured"].tolist() == [1, 1]
 
 
 def batches_until_a_signal(at, *numbers):
@@ -170,7 +188,7 @@ def test_silent_processes_print_names_of_any_bytes(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(collectives, "rank", lambda: 1)
-    with distributed.processes(0):
+    with hardware.processes(0):
         print(os.fsdecode(b"\xff.jpg"))
 
 
@@ -331,9 +349,9 @@ def test_worker_that_dies_ends_the_run_with_its_error(tmp_path):
 
 def test_batch_smaller_than_the_processes(monkeypatch):
     monkeypatch.setattr(collectives, "world_size", lambda: 8)
-    assert distributed.describe(180) == "8 processes: each takes 22 or 23 of the 180 images of a batch.\n"
+    assert hardware.describe_batch(180) == "8 processes: each takes 22 or 23 of the 180 images of a batch.\n"
     with pytest.raises(ValueError, match="cannot be divided among 8 processes"):
-        distributed.describe(7)
+        hardware.describe_batch(7)
 
 
 def test_batch_of_several_per_class_smaller_than_the_processes(cub_root, tmp_path, monkeypatch, capsys):
@@ -352,12 +370,12 @@ def test_all_gpus_start_torchrun(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
     monkeypatch.setattr(sys, "argv", ["notebook.py", "--its", "own"])
-    distributed.launch_on_all_gpus(0, "train.py", None)
+    hardware.launch_on_all_gpus(0, "train.py", None)
     assert not started
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    distributed.launch_on_all_gpus(-1, "train.py", None)
+    hardware.launch_on_all_gpus(-1, "train.py", None)
     assert started.pop() == [*torchrun, "train.py", "--its", "own"]
-    monkeypatch.setattr(distributed, "processes", lambda gpu_id: sys.exit("the processes would start here"))
+    monkeypatch.setattr(hardware, "processes", lambda gpu_id: sys.exit("the processes would start here"))
     for module, argv in (
         (script, []),
         (evaluate, ["--backbone-only", "--model", "resnet18"]),
@@ -368,7 +386,7 @@ def test_all_gpus_start_torchrun(monkeypatch):
             module.main(argv)
         assert started.pop() == [*torchrun, str(REPOSITORY / f"{module.__name__}.py"), *argv]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "already")
-    distributed.launch_on_all_gpus(-1, "train.py", None)
+    hardware.launch_on_all_gpus(-1, "train.py", None)
     assert not started
 
 
@@ -391,7 +409,7 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     words = "srun started 4 tasks .*: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT"
-    with pytest.raises(ValueError, match=words) if refused else nullcontext(), distributed.processes(0):
+    with pytest.raises(ValueError, match=words) if refused else nullcontext(), hardware.processes(0):
         pass
 
 
@@ -400,4 +418,4 @@ def test_all_gpus_are_the_first_one_where_a_script_uses_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert distributed.hardware.select(-1) == torch.device("cuda", 0)
+    assert hardware.select(-1) == torch.device("cuda", 0)

@@ -38,13 +38,13 @@ def share_of_memory(distance):
     """The largest tensor of this process, where each has an equal part of the gallery."""
     x = torch.randn(6000, 192)[collectives.shard(6000)]
     with Largest() as largest:
-        retrieval.search(Embeddings(x, torch.arange(len(x)) // 5), distance=distance, group=collectives.world())
+        retrieval.search(Embeddings(x, torch.arange(len(x)) // 5), distance=distance, processes=collectives.world())
     return largest.elements
 
 
 def error(*sides):
     with pytest.raises(ValueError) as caught:
-        retrieval.search(*sides, group=collectives.world())
+        retrieval.search(*sides, processes=collectives.world())
     return str(caught.value)
 
 
@@ -64,7 +64,7 @@ def everything():
     """What is found in sets with duplicates, ties, lonely classes and groups, by both distances."""
     tiles.TILE["cpu"], retrieval.PANEL = 192, 192 * 192 * 2
     in_each(collectives.world_size())
-    random, group, results = np.random.default_rng(0), collectives.world(), {}
+    random, processes, results = np.random.default_rng(0), collectives.world(), {}
     x = torch.from_numpy(random.normal(size=(700, 16)).astype(np.float32))
     x[100:300] = x[400:600]
     x[600:700] = x[400:500]  # with one of its class and one of another equally near
@@ -80,10 +80,10 @@ def everything():
             ):
                 for columns in 2, 3:  # without groups, and with them
                     sides = [Embeddings(*map(part, side[:columns])) for side in sets]
-                    found = retrieval.search(*sides, distance=distance, group=group)
+                    found = retrieval.search(*sides, distance=distance, processes=processes)
                     case = f"{name}, {distance}, {len(sets)}, {columns}"
                     results |= {f"{key}: {case}": value for key, value in vars(found).items()}
-                    counted = Pairs.from_embeddings(*sides, distance=distance, group=group)
+                    counted = Pairs.from_embeddings(*sides, distance=distance, processes=processes)
                     results |= {f"pairs: {case}": torch.tensor(np.stack(counted.histograms()))}
                     edges, weights = np.array([0, 40_000, len(counted.scale)]), np.arange(94).reshape(47, 2) % 3
                     results |= {f"resampled: {case}": torch.tensor(np.stack(counted.resampled(edges, weights)))}

@@ -3,8 +3,7 @@ import torch
 from torch import channels_last
 
 import net
-from proxy_anchor import hardware
-from proxy_anchor.embedding import Embedder
+from proxy_anchor.embedding import Embedder, memory_format, to_device
 
 CPU = torch.device("cpu")
 
@@ -33,7 +32,7 @@ def test_large_images_reach_the_network_in_channels_last_on_a_cpu(size, fast):
 @pytest.mark.parametrize("name", ["resnet18", "bn_inception", "googlenet"])
 def test_the_images_layout_is_that_of_the_whole_network(name):
     """The convolutions of a network placed on a CPU take it over, and embeddings change by rounding alone."""
-    network = hardware.to_device(net.create(name, 8), CPU).eval()
+    network = to_device(net.create(name, 8), CPU).eval()
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         features = network.model.features(images.contiguous(memory_format=channels_last))
@@ -43,5 +42,5 @@ def test_the_images_layout_is_that_of_the_whole_network(name):
 
 
 def test_layout_on_other_devices():
-    assert hardware.memory_format(torch.device("cuda", 0), 32) == channels_last
-    assert hardware.memory_format(torch.device("mps"), 224) == torch.contiguous_format
+    assert memory_format(torch.device("cuda", 0), 32) == channels_last
+    assert memory_format(torch.device("mps"), 224) == torch.contiguous_format

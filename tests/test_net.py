@@ -262,7 +262,7 @@ def test_backbone_of_ones_own_checkpoint(ending, tmp_path):
     network = net.create("resnet18", 16, path)
     assert torch.equal(network.model.conv1.weight, trained.model.conv1.weight)
     assert network.model.remark.endswith("behind model.; left out: embedding (2); an embedding layer starts anew.\n")
-    with pytest.raises(ValueError, match=f"a{ending} is of a network 'resnet18', and this one is resnet34"):
+    with pytest.raises(ValueError, match=f"a{ending} has weights of 'resnet18', not resnet34: check --model"):
         net.create("resnet34", 8, path)
 
 
@@ -296,7 +296,7 @@ def test_weights_that_do_not_fit_are_errors(change, words, tmp_path):
 
 def test_exported_program_is_no_weights_file(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"a.onnx is no file that a backbone starts from: give its checkpoint, or"):
+    with pytest.raises(ValueError, match=r"a.onnx is an ONNX file, from which no backbone can start: give its checkpoint or"):
         net.create("resnet18", 8, tmp_path / "a.onnx")
 
 

@@ -12,7 +12,8 @@ from helpers import assert_close, in_processes
 from torch import nn
 
 import train
-from proxy_anchor import collectives, distributed, losses, sharded, training
+from proxy_anchor import collectives, losses, sharded, training
+from proxy_anchor.embedding import Replica
 from proxy_anchor.runs import resuming
 from proxy_anchor.spec import NetworkSpec
 
@@ -49,7 +50,7 @@ class Training:
         self.criterion = sharded.create("Proxy_Anchor", num_classes, SIZE, 0.1, 32.0, share=share, seed=3).double()
         self.optimizer = training.create_optimizer(optimizer, self.network, self.criterion, 1e-3, 1e-4)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.replica = distributed.Replica(self.network)
+        self.replica = Replica(self.network)
         self.parts = {"criterion": self.criterion, "optimizer": self.optimizer}
 
     def loss_of(self, images, labels):

@@ -79,7 +79,8 @@ class Run:
 
     def measure_backbone(self, evaluate) -> None:
         """Evaluate the backbone alone, before the first step; evaluate() -> Result."""
-        if self.progress["epoch"] == 0 and not self.losses and not self.backbone:
+        at_start = self.progress["epoch"] == 0 and not self.losses
+        if at_start and collectives.from_rank_zero(lambda: self.backbone is None):  # the others may not see the file
             self.log.log_backbone(evaluate().metrics)
 
     def epochs(self, count: int):

@@ -1,0 +1,104 @@
+"""The embedding network: a backbone, the published head and an l2 norm; or the backbone alone."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from net.backbone import Backbone, Normalize
+
+# How the embedding layer's weights start. "layernorm" normalizes the features before it, without parameters.
+HEADS: dict[str, Callable] = {
+    "linear": partial(nn.init.kaiming_normal_, mode="fan_out"),
+    "orthogonal": nn.init.orthogonal_,
+    "layernorm": nn.init.orthogonal_,
+}
+
+
+class EmbeddingNet(nn.Module):
+    """Images (B, 3, H, W) -> embeddings (B, D), through the published head.
+
+    The backbone is `model` and the embedding layer `model.embedding`, so that keys agree with published checkpoints.
+    forward takes images normalized as the backbone's weights expect; `normalize` does this to uint8 RGB. head: one of
+    HEADS.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        embedding_size: int,
+        l2_norm: bool = True,
+        bn_freeze: bool = True,
+        head: str = "linear",
+    ):
+        super().__init__()
+        self.model = backbone
+        self.embedding_size = embedding_size
+        self.model.embedding = nn.Linear(backbone.num_features, embedding_size)
+        HEADS[head](self.model.embedding.weight)
+        nn.init.zeros_(self.model.embedding.bias)
+        self.head = head
+        self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)
+        self.l2_norm = l2_norm
+        self.bn_freeze = bn_freeze
+        self.frozen: tuple[str, ...] = ()
+        if bn_freeze:
+            for norm in backbone.norms():
+                norm.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.model.pooled(images)  # (B, C)
+        if self.head == "layernorm":
+            features = F.layer_norm(features, features.shape[1:])
+        embeddings = self.model.embedding(features)  # (B, D)
+        if self.l2_norm:
+            embeddings = embeddings / torch.sqrt(embeddings.square().sum(dim=1, keepdim=True) + self.model.epsilon)
+        return embeddings
+
+    def train(self, mode: bool = True):
+        """As for every module, but frozen layers, and with bn_freeze BatchNorm, stay in eval mode."""
+        super().train(mode)
+        for module in [*self._frozen(self.model.named_modules()), *(self.model.norms() if self.bn_freeze else ())]:
+            module.eval()
+        return self
+
+    def freeze(self, names: str) -> None:
+        """Keep layers of the backbone as they are from now on, statistics included.
+
+        names: of layers, with all in them, or of parameters, separated by commas. Raises ValueError for unknown ones.
+        """
+        self.frozen = tuple(name.strip() for name in names.split(",")) if names else ()
+        known = [name for name, _ in self.model.named_parameters() if not name.startswith("embedding.")]
+        for name in self.frozen:
+            if not any(within(key, name) for key in known):
+                first = ", ".join(dict.fromkeys(key.split(".")[0] for key in known))
+                raise ValueError(f"The backbone has no layer '{name}' to freeze; it has {first}, and layers in these")
+        for parameter in self.frozen_parameters():
+            parameter.requires_grad_(False)
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the frozen layers."""
+        return self._frozen(self.model.named_parameters())
+
+    def _frozen(self, named):
+        return [value for key, value in named if any(within(key, name) for name in self.frozen)]
+
+
+class PooledBackbone(nn.Module):
+    """Images (B, 3, H, W) -> the pooled features (B, C) of a backbone, which may be part of an EmbeddingNet."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.model = backbone
+        self.embedding_size = backbone.num_features
+        self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.pooled(images)
+
+
+def within(key: str, name: str) -> bool:
+    """Whether this key of a state dict is in the layer, or is the parameter, of this name."""
+    return f"{key}.".startswith(f"{name}.")

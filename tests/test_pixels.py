@@ -398,7 +398,7 @@ def test_exported_file_records_the_orientation(orientation, turned, tmp_path):
     trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), record)
     export.main(["--resume", str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.safetensors"), "--check", str(turned)])
     assert exported.read(tmp_path / "a.safetensors")["network"]["orientation"] == (orientation or "stored")
-    assert ("were turned upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
+    assert ("were rotated upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
 
 
 # Transparency

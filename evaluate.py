@@ -16,6 +16,7 @@ from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
 from proxy_anchor.collectives import Processes
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
+from proxy_anchor.progress import progress
 from proxy_anchor.report import page
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
@@ -145,7 +146,10 @@ def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     with collectives.rank_zero_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         test_sets = dataset.eval_sets(args.dataset, args.data_root, spec.image_size, spec.geometry, **choice)
-    dataset.make_ready(test_sets, args.skip_bad_images, args.cache, args.workers)
+    if args.skip_bad_images:
+        dataset.leave_out_bad(test_sets, args.workers, collectives.from_rank_zero)
+    if args.cache:
+        dataset.use_cache(test_sets, args.cache, args.workers, progress)
     return test_sets
 
 

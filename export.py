@@ -151,7 +151,8 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     test_sets = dataset.eval_sets(args.dataset, args.data_root, args.spec.image_size, args.spec.geometry, **choice)
-    dataset.make_ready(test_sets, args.skip_bad_images, workers=dataset.WORKERS)
+    if args.skip_bad_images:
+        dataset.leave_out_bad(test_sets, dataset.WORKERS)
     return test_sets
 
 

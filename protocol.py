@@ -133,13 +133,13 @@ class Training(NamedTuple):
         path = run_folders.run_dir(Path(args.LOG_DIR), args.dataset, train.run_name(args))
         config = vars(args) | args.spec.to_record() | net.identity(args.pretrained)
         del config["spec"], config["orientation"]  # the latter depends on the data, which is not opened here
-        if folders := run_folders.of_experiment(path, config):
+        if folders := run_folders.runs_of(path, config):
             return folders[-1]
         raise FileNotFoundError(f"There is no run {path}")
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of its metrics.csv, one per epoch. Raises ValueError if their number is not that of the epochs."""
-        rows, _ = figures.read(self.folder() / "metrics.csv")
+        rows, _ = run_folders.read_metrics(self.folder())
         if len(rows) != self.epochs:
             raise ValueError(
                 f"{self.folder()} has {len(rows)} epochs, expected {self.epochs}: choose another --remark or --epochs"
@@ -148,15 +148,15 @@ class Training(NamedTuple):
 
 
 def on_fold(args: argparse.Namespace, seed: int, fold: str) -> Training:
-    own = ["--seed", str(seed), "--fold", fold, "--by", args.by, "--resume", "auto"]
-    return Training(f"seed {seed}, without fold {fold}", [*args.flags, *own], args.training.epochs)
+    flags = [*args.flags, "--seed", str(seed), "--fold", fold, "--by", args.by, "--resume", "auto"]
+    return Training(f"seed {seed}, without fold {fold}", flags, args.training.epochs)
 
 
 def on_all(args: argparse.Namespace, seed: int, epochs: int) -> Training:
     """On all training classes. The remark keeps it apart from runs of another length."""
     remark = f"{args.training.remark}_retrained{epochs}"
-    own = ["--seed", str(seed), "--epochs", str(epochs), f"--remark={remark}", "--resume", "auto"]
-    return Training(f"seed {seed}, on all training classes", [*args.flags, *own], epochs)
+    flags = [*args.flags, "--seed", str(seed), "--epochs", str(epochs), f"--remark={remark}", "--resume", "auto"]
+    return Training(f"seed {seed}, on all training classes", flags, epochs)
 
 
 class Series:
@@ -168,7 +168,7 @@ class Series:
         self.number = 0
 
     def run(self, training: Training) -> list[dict[str, float]]:
-        """Its rows. Ends this process with its exit status if it fails."""
+        """Run a training and return its rows; if it fails, exit with its status."""
         self.number += 1
         left = ""
         if self.done:
@@ -216,7 +216,7 @@ def open_folder(args: argparse.Namespace) -> Path:
 
 
 def settings_in(folder: Path) -> dict | None:
-    """Those of the results in a folder, if it has any. Raises ValueError where they, or other files, are not ours."""
+    """The settings of the results in a folder; None if it has none. Raises ValueError for files of another kind."""
     path = folder / RESULTS
     if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
         raise ValueError(f"{folder} is a file: --out must be a folder, existing or new")
@@ -230,12 +230,12 @@ def settings_in(folder: Path) -> dict | None:
 
 
 def count_of(folds: str) -> int:
-    """How many trainings without a fold there are; of two halves only that without the second, as ProxyNCA++."""
+    """The number of trainings with a fold held out: of two halves one, as ProxyNCA++."""
     return 1 if folds in ("2", "val") else int(folds)
 
 
 def trainings_on_folds(args: argparse.Namespace, seed: int) -> Iterator[Training]:
-    """One by one, as train.py may find that the classes cannot be divided into so many parts."""
+    """One at a time: train.py may find that the classes cannot be divided into this many folds."""
     for part in range(1, count_of(args.folds) + 1):
         fold = {"2": "2/2", "val": "val"}.get(args.folds, f"{part}/{args.folds}")
         yield on_fold(args, seed, fold)

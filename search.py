@@ -179,7 +179,10 @@ def update_index(args: argparse.Namespace) -> None:
             index = Index.new(folder, made, args.index_factory or EXACT)
         paths = paths_to_index(args)
         folders = entries.group(paths) if args.by_folder else {}
-        images_of = lambda entry: folders.get(entry, [entry])  # noqa: E731 (a list for each image would take memory)
+
+        def images_of(entry: str) -> list[str]:  # a list for each image would take memory
+            return folders.get(entry, [entry])
+
         # Taken before the images are read, so later changes are detected next time.
         stamps: dict[str, str | None] = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
         presence = Presence(stamps, index.folders, args.drop_missing)
@@ -227,7 +230,8 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
         paths = [image for paths in block.values() for image in paths]
         images = unlabelled(paths, index.spec)
-        dataset.make_ready([images], args.skip_bad_images, workers=args.workers)
+        if args.skip_bad_images:
+            dataset.leave_out_bad([images], args.workers)
         if len(images):
             vectors = embed(embedder, images, args.batch_size, args.workers)
             embedded, embeddings = entries.embeddings_of(block, images.paths, vectors, index.distance)

@@ -10,6 +10,7 @@ import dataset
 import net
 from proxy_anchor import cli, collectives, evaluation, hardware, losses, sharded, training
 from proxy_anchor.embedding import Embedder, sync_batchnorm
+from proxy_anchor.progress import progress
 from proxy_anchor.runs import logbook, randomness, run_folders
 from proxy_anchor.runs.run import Run, ending
 
@@ -60,37 +61,46 @@ def parse(argv=None) -> argparse.Namespace:
 def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run."""
     return logbook.run_name(
-        args.model,
-        losses.label(args.loss),
-        args.embedding_size,
-        losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
-        args.optimizer,
-        args.lr,
-        args.batch_size,
-        args.seed,
-        args.remark,
-        args.fold,
+        model=args.model,
+        loss=losses.label(args.loss),
+        embedding_size=args.embedding_size,
+        settings=losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
+        optimizer=args.optimizer,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        remark=args.remark,
+        fold=args.fold,
     )
 
 
 def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1) -> dataset.TrainingData:
     """The data of a run; a resumed run keeps the orientation of its images."""
+    with collectives.rank_zero_first():
+        splits = dataset.open_splits(
+            args.dataset,
+            args.data_root,
+            args.spec.image_size,
+            fold,
+            args.spec.geometry,
+            allow_partial=args.allow_partial,
+            test_classes=args.test_classes,
+            upright=run_folders.upright(args.resume),
+        )
+    if args.skip_bad_images:
+        dataset.leave_out_bad(splits.values(), args.workers, collectives.from_rank_zero)
+    if args.cache:
+        dataset.use_cache(splits.values(), args.cache, args.workers, progress)
     data = dataset.for_training(
         args.dataset,
         args.data_root,
-        args.spec.image_size,
-        args.spec.geometry,
-        args.batch_size,
-        args.IPC,
-        args.seed,
-        args.workers,
-        args.skip_bad_images,
-        args.cache,
-        fold,
-        views,
-        allow_partial=args.allow_partial,
-        test_classes=args.test_classes,
-        upright=run_folders.upright(args.resume),
+        splits,
+        batch_size=args.batch_size,
+        images_per_class=args.IPC,
+        seed=args.seed,
+        workers=args.workers,
+        share=(collectives.rank(), collectives.world_size()),
+        views=views,
     )
     print(data.description + hardware.describe_batch(data.batch_size), end="")
     return data
@@ -119,6 +129,19 @@ def create_network(args: argparse.Namespace, config: dict, resume: Path | None, 
     return network
 
 
+def create_criterion(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+    return sharded.create(
+        args.loss,
+        num_classes,
+        args.embedding_size,
+        margin=args.mrg,
+        alpha=args.alpha,
+        arguments=args.loss_args,
+        share=args.sample_proxies,
+        seed=args.seed,
+    )
+
+
 def create_optimizer(args: argparse.Namespace, network, criterion):
     """The optimizer and the schedule of its learning rate."""
     optimizer = training.create_optimizer(
@@ -136,8 +159,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     resume = run_folders.to_resume(run_name(args), config)
     network = create_network(args, config, resume, device)
     embedder = Embedder(network, device, args.amp, args.compile)
-    settings = args.mrg, args.alpha, args.loss_args, args.sample_proxies, args.seed
-    criterion = sharded.create(args.loss, data.num_classes, args.embedding_size, *settings).to(device)
+    criterion = create_criterion(args, data.num_classes).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
 

@@ -153,15 +153,15 @@ def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run, with the teacher that it learns from."""
     source = f"{args.source_model}-{args.source_embedding_size}-{args.teacher.identity[:8]}"
     return logbook.run_name(
-        args.model,
-        args.loss,
-        args.embedding_size,
-        f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
-        args.optimizer,
-        args.lr,
-        args.batch_size,
-        args.seed,
-        args.remark,
+        model=args.model,
+        loss=args.loss,
+        embedding_size=args.embedding_size,
+        settings=f"from_{source}_sigma{args.sigma:g}_delta{args.delta:g}",
+        optimizer=args.optimizer,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        remark=args.remark,
     )
 
 

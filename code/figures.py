@@ -1,12 +1,9 @@
-"""The pictures: the course of a run from its metrics.csv, images in rows, and the style they share with misc/."""
+"""The pictures: the course of a run, images in rows, and the style they share with misc/."""
 
-import csv
-import json
-import math
 import textwrap
 from collections.abc import Collection
 from contextlib import contextmanager
-from itertools import accumulate, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +42,6 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",  # a card, on dark pages too
     "svg.hashsalt": "proxy-anchor",  # the same file each time
 }
-BACKBONE = "backbone.json"  # what the backbone alone achieves, in the folder of a run
 MARKED = 20  # epochs up to which each has a marker
 ROWS, COLUMNS, THUMBNAIL = 20, 11, 224
 
@@ -65,47 +61,11 @@ def picture(path: Path, width: float, height: float, layout: Any = "constrained"
             figure.savefig(temporary, format=suffix, dpi=130, metadata=metadata)
 
 
-def read(path: Path) -> tuple[list[dict[str, float]], dict[str, float] | None]:
-    """The rows of a metrics.csv, one per epoch, and what it has of the backbone alone. Raises ValueError.
+def draw_run(rows: list[dict], backbone: dict | None, path: Path, title: str) -> None:
+    """Draw loss, Recall@K and learning rate over epochs and wall time, of two or more epochs.
 
-    The rows get "elapsed": seconds since the start.
+    rows, backbone: see run_folders.read_metrics.
     """
-    try:
-        with open(path, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        first_line, backbone = 2, read_backbone(path.parent)
-        if rows and rows[0].get("epoch") == -1:  # where earlier versions put the backbone alone
-            first_line, backbone = 3, rows.pop(0)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
-    if not rows or not {*metrics.NOT_METRICS, "R@1"} <= set(metrics.plain(rows[0])):
-        raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
-    for line, row in enumerate(rows, start=first_line):
-        usable = row.keys() == rows[0].keys() and all(map(math.isfinite, row.values()))
-        if not usable or not 0 <= metrics.plain(row)["R@1"] <= 1:
-            raise ValueError(f"{path}, line {line}: expected finite numbers and R@1 from 0 to 1, found {row}")
-    for row, elapsed in zip(rows, accumulate(row["seconds"] for row in rows)):
-        row["elapsed"] = elapsed
-    return rows, backbone
-
-
-def read_backbone(folder: Path) -> dict[str, float] | None:
-    """The metrics of the backbone alone in the folder of a run, None without any. Raises ValueError."""
-    path = folder / BACKBONE
-    if not path.exists():
-        return None
-    try:
-        backbone = {name: float(value) for name, value in json.loads(path.read_text()).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not 0 <= metrics.plain(backbone).get("R@1", -1) <= 1:
-        raise ValueError(f"{path} is damaged: expected R@1 from 0 to 1, found {backbone}")
-    return backbone
-
-
-def draw_run(table: Path, path: Path, title: str) -> None:
-    """Draw loss, Recall@K and learning rate over epochs and wall time from a metrics.csv of two or more epochs."""
-    rows, backbone = read(table)
     if len(rows) == 1:  # no curve yet
         return
     x = [int(row["epoch"]) for row in rows]

@@ -76,7 +76,7 @@ LOCK = ".lock"
 
 
 class Locked(RuntimeError):
-    """Another process is writing the run."""
+    """Another process holds the folder."""
 
 
 def hold(path: Path, wait: bool = True):
@@ -95,7 +95,7 @@ def hold(path: Path, wait: bool = True):
     return file
 
 
-def lock_folder(folder: Path, instead: str = "give this run another --remark"):
+def lock_folder(folder: Path, instead: str):
     """Lock the folder until the returned file is closed or this process ends, even by SIGKILL.
 
     Raises Locked if another process holds it; the message ends with `instead`, what else the user can do.

@@ -150,7 +150,10 @@ def with_counts(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def load(path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
-    """Load the weights of a checkpoint's content; path and flags are for messages. Raises and returns as load does."""
+    """Load the weights of a checkpoint's content into a network, strictly; returns the number of their tensors.
+
+    path and flags are for messages. Raises ValueError if they are of another network; this one stays as it was.
+    """
     wanted = network.state_dict()
     state = weights_in(path, content, wanted)
     count, state = len(state), with_counts(state, wanted)

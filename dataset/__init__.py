@@ -46,48 +46,21 @@ from torch.utils.data import DataLoader
 
 from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
-from dataset.images import ORIENTATIONS, ImageDataset, describe, fingerprint, record, remark, size
+from dataset.images import ORIENTATIONS as ORIENTATIONS
+from dataset.images import ImageDataset, describe, record, remark
+from dataset.images import size as size
 from dataset.loading import eval_loader, train_loader
-from proxy_anchor import cli, collectives
+from proxy_anchor import cli
 from proxy_anchor.files import printable
-from proxy_anchor.progress import progress
-
-__all__ = [
-    "ALL",
-    "BENCHMARKS",
-    "DATA_ROOT",
-    "ORIENTATIONS",
-    "OWN",
-    "ImageDataset",
-    "TrainingData",
-    "check_arguments",
-    "chosen_flags",
-    "crop_of",
-    "describe",
-    "eval_loader",
-    "eval_sets",
-    "eval_splits",
-    "fingerprint",
-    "for_training",
-    "load",
-    "make_ready",
-    "open",
-    "options",
-    "recipe",
-    "record",
-    "remark",
-    "size",
-    "splits",
-    "train_loader",
-    "train_set",
-]
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
 OWN = {"folder": folder, "csv": table}
 ALL = BENCHMARKS | OWN
 OWN_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # what --data-root is
-WORKERS = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
+# The cores that this process may use, as torch counts them: it warns of more workers.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(4, CORES)
 
 
 def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -298,7 +271,7 @@ def recipe(name: str) -> dict:
     return getattr(ALL[name], "RECIPE", {})
 
 
-def open(
+def open_splits(
     name: str, root: str | Path, image_size: int, fold: str | None = None, geometry: dict | None = None, **choice
 ) -> dict[str, ImageDataset]:
     """{split: images}, those to train on first; geometry: see NetworkSpec; choice: as in load.
@@ -315,16 +288,23 @@ def open(
     return validation.hold_out(images, fold, transform, own)
 
 
-def make_ready(image_sets, skip_bad_images: bool = False, cache: str | None = None, workers: int = 0) -> None:
-    """Leave out the damaged images of datasets, and keep decoded ones in the cache folder, if asked to."""
-    for images in image_sets if skip_bad_images else ():
-        bad = collectives.from_rank_zero(partial(images.find_bad, workers))
+def leave_out_bad(image_sets, workers: int, once=lambda find: find()) -> None:
+    """Leave out the images that cannot be read, and print which.
+
+    once(find) -> find(): where several processes share the work, one of them looks for all.
+    """
+    for images in image_sets:
+        bad = once(partial(images.find_bad, workers))
         images.leave_out(bad)
         print(
             f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
         )
-    for images in image_sets if cache else ():
-        images.use_cache(cache, workers, progress, report=lambda line: print(printable(line)))
+
+
+def use_cache(image_sets, folder: str, workers: int, progress) -> None:
+    """Keep decoded images in this folder; progress: see Cache.build."""
+    for images in image_sets:
+        images.use_cache(folder, workers, progress, report=lambda line: print(printable(line)))
 
 
 class TrainingData(NamedTuple):
@@ -343,27 +323,17 @@ class TrainingData(NamedTuple):
 def for_training(
     name: str,
     root: str,
-    image_size: int,
-    geometry: dict,
+    splits: dict[str, ImageDataset],
+    *,
     batch_size: int,
     images_per_class: int | None,
     seed: int,
     workers: int,
-    skip_bad_images: bool = False,
-    cache: str | None = None,
-    fold: str | None = None,
+    share: tuple[int, int] = (0, 1),
     views: int = 1,
-    **choice,
 ) -> TrainingData:
-    """The images to train on and to measure on, with their loaders; choice: as in load. Raises as load does.
-
-    fold, geometry: see `open`. images_per_class, seed, views: see loading.train_loader.
-    """
-    with collectives.rank_zero_first():
-        splits = open(name, root, image_size, fold, geometry, **choice)
+    """The splits of open_splits with their loaders; images_per_class, seed, share, views: see loading.train_loader."""
     train_images, *test_images = splits.values()
-    make_ready(splits.values(), skip_bad_images, cache, workers)
-    share = collectives.rank(), collectives.world_size()
     loader = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
     batches: Any = loader.batch_sampler
     return TrainingData(
@@ -372,7 +342,7 @@ def for_training(
         [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
         train_images.num_classes,
         ALL[name].KS,
-        validation.PREFIX if fold else "",
+        validation.PREFIX if validation.OWN in splits else "",
         batches.images_per_batch,
         f"{describe(splits)}\n{remark(test_images)}",
         record(splits, root),

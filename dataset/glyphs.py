@@ -38,7 +38,6 @@ RECIPE = {
     "bn_freeze": 0,
     "epochs": 6,
     "lr_decay_step": 3,
-    "workers": 2,
 }
 CROP = 1.0  # evaluation sees the whole image, because accents reach into the margin
 

@@ -80,7 +80,7 @@ def read(folders: list[str]) -> list[Run]:
         config["loss"] = losses.label(config["loss"])
         if config.get("lr_schedule", "step") != "step":  # recorded, but without effect
             config = {name: value for name, value in config.items() if not name.startswith("lr_decay_")}
-        rows, backbone = figures.read(folder / "metrics.csv")
+        rows, backbone = run_folders.read_metrics(folder)
         plain = [metrics.plain(row) for row in rows]
         found.setdefault(folder.resolve(), Run(folder, config, plain, backbone and metrics.plain(backbone)))
     return list(found.values())

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from proxy_anchor import cli, figures, metrics
+from proxy_anchor import cli, metrics
 from proxy_anchor.runs import run_folders
 
 COLUMNS = [
@@ -58,7 +58,7 @@ def finished(logs: Path, args: argparse.Namespace, seeds: list[int]) -> list[Fin
         config = run_folders.read_config(folder)
         seed = config.get("seed")
         if seed in seeds and not run_folders.differences(config, settings_of(args) | {"seed": seed}):
-            rows, _ = figures.read(folder / "metrics.csv")
+            rows, _ = run_folders.read_metrics(folder)
             if len(rows) == args.epochs:
                 found[seed] = Finished(folder, config, max(row["R@1"] for row in rows))
     return [found[seed] for seed in sorted(found)]

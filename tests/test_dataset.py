@@ -104,7 +104,7 @@ def test_open_reads_each_split_once(tmp_path, monkeypatch, name, make):
     source, read = dataset.BENCHMARKS[name], []
     samples = source.samples
     monkeypatch.setattr(source, "samples", lambda folder, split: read.append(split) or samples(folder, split))
-    found = dataset.open(name, tmp_path, 32, allow_partial=True)
+    found = dataset.open_splits(name, tmp_path, 32, allow_partial=True)
     assert read == dataset.splits(name, tmp_path) == list(found)
     assert list(found) == [images.name.split()[1] for images in found.values()]
     for split, images in found.items():

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from proxy_anchor import figures, losses
+from proxy_anchor.runs import run_folders
 
 
 def colours(path):
@@ -25,14 +26,14 @@ def colours(path):
 
 def test_rows_have_the_time_since_the_start(tmp_path):
     write_run(tmp_path / "a", [0.1, 0.2, 0.3])
-    rows, _ = figures.read(tmp_path / "a" / "metrics.csv")
+    rows, _ = run_folders.read_metrics(tmp_path / "a")
     assert [row["elapsed"] for row in rows] == [10, 20, 30] and rows[2]["R@2"] == pytest.approx(0.31)
 
 
 @pytest.mark.parametrize("recalls", [[0.1, 0.5, 0.4], [0.5 + 0.001 * epoch for epoch in range(60)]])
 def test_curves_are_drawn(tmp_path, recalls):
     write_run(tmp_path / "a", recalls)
-    figures.draw_run(tmp_path / "a" / "metrics.csv", tmp_path / "curves.png", "glyphs, resnet18")
+    figures.draw_run(*run_folders.read_metrics(tmp_path / "a"), tmp_path / "curves.png", "glyphs, resnet18")
     count, size = colours(tmp_path / "curves.png")
     assert count > 50 and size == (988, 858)
 
@@ -47,7 +48,7 @@ def test_curves_say_the_best_epoch_the_k_and_the_time(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **more: seen.append(figure) or path.touch())
     write_run(tmp_path / "a", [0.1, 0.5, 0.4], seconds=50)
-    figures.draw_run(tmp_path / "a" / "metrics.csv", tmp_path / "curves.png", "glyphs, resnet18")
+    figures.draw_run(*run_folders.read_metrics(tmp_path / "a"), tmp_path / "curves.png", "glyphs, resnet18")
     loss_axes, recall_axes, _ = seen[0].axes
     assert seen[0].get_suptitle() == "glyphs, resnet18"
     assert recall_axes.get_title("left") == "Recall@K, %: the best R@1 is 50.00, in epoch 1"
@@ -150,14 +151,14 @@ def test_names_of_any_characters_are_drawn_as_they_are(tmp_path, capsys, monkeyp
 def test_other_files_are_an_error(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(ValueError, match=r"metrics\.csv is not the metrics\.csv of a run"):
-        figures.read(tmp_path / "metrics.csv")
+        run_folders.read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("row", ["nan,1,1,1,1", "0,1,1,inf,1", "0,1,1,1,nan", "0,1,1,1,1e308"])
 def test_numbers_that_no_picture_can_show_are_an_error(tmp_path, row):
     (tmp_path / "metrics.csv").write_text(f"epoch,loss,lr,seconds,R@1\n{row}\n")
     with pytest.raises(ValueError, match=r"metrics\.csv, line 2: expected finite numbers and R@1 from 0 to 1"):
-        figures.read(tmp_path / "metrics.csv")
+        run_folders.read_metrics(tmp_path)
 
 
 def test_runs_of_several_seeds_are_pooled(tmp_path, capsys):

@@ -242,10 +242,10 @@ def test_groups_are_read(tmp_path):
 
 def test_other_groups_are_other_data(tmp_path):
     with_groups, without = (photos(tmp_path / name, name == "a") for name in "ab")
-    digests = [dataset.fingerprint(dataset.load("csv", path, "eval"), path) for path in (with_groups, without)]
+    digests = [dataset.images.fingerprint(dataset.load("csv", path, "eval"), path) for path in (with_groups, without)]
     text = with_groups.read_text()
     with_groups.write_text(text.replace("9 2", "9 1"))
-    digests.append(dataset.fingerprint(dataset.load("csv", with_groups, "eval"), with_groups))
+    digests.append(dataset.images.fingerprint(dataset.load("csv", with_groups, "eval"), with_groups))
     assert len(set(digests)) == 3
 
 

@@ -80,7 +80,7 @@ def test_interrupted_build_continues(factory, weights, images, tmp_path, capsys,
     """The result is that of an uninterrupted build, bit by bit, and no image is embedded twice."""
     index, whole = tmp_path / "index", tmp_path / "whole"
     make(weights, images, whole, "--index-factory", factory)
-    run = lambda: make(weights, images, index, "--index-factory", factory)  # noqa: E731
+    run = lambda: make(weights, images, index, "--index-factory", factory)
     capsys.readouterr()
     assert interrupted(monkeypatch, 2, KeyboardInterrupt(), run) == [4, 4]
     out, err = capsys.readouterr()
@@ -144,7 +144,7 @@ def test_update_that_is_killed_leaves_an_index(place, weights, images, tmp_path,
     (images / "ant" / "2.jpg").unlink()
     for number in range(6):
         trees.write_image(images / "dog" / f"{number}.jpg", 2000 + number)
-    run = lambda: make(weights, images, index)  # noqa: E731
+    run = lambda: make(weights, images, index)
     assert interrupted(monkeypatch, 1, Kill(), run) == [4]
 
     def kill(*args, **more):
@@ -177,7 +177,7 @@ def test_what_has_changed_since_the_interruption(weights, images, tmp_path, caps
         trees.write_image(other / f"{number}.jpg", 2000 + number)
     make(weights, images / "cat", index)
     os.utime(images / "cat" / "1.jpg", ns=(1, 1))
-    run = lambda: make(weights, images, index)  # noqa: E731
+    run = lambda: make(weights, images, index)
     assert interrupted(monkeypatch, 3, Kill(), run) == [4, 4, 4]
     trees.write_image(images / "ant" / "1.jpg", 1000)
     (images / "ant" / "2.jpg").unlink()
@@ -197,7 +197,7 @@ def test_what_has_changed_since_the_interruption(weights, images, tmp_path, caps
 
 
 def test_by_folder_in_blocks(weights, images, tmp_path, monkeypatch):
-    run = lambda: make(weights, images, tmp_path / "index", "--by-folder")  # noqa: E731
+    run = lambda: make(weights, images, tmp_path / "index", "--by-folder")
     assert interrupted(monkeypatch, 2, Kill(), run) == [5, 6]  # of 4 images or a few more
     assert interrupted(monkeypatch, None, None, run) == [6, 1]
     monkeypatch.setattr(search, "BLOCK", 100)
@@ -207,7 +207,7 @@ def test_by_folder_in_blocks(weights, images, tmp_path, monkeypatch):
 
 
 def test_kind_that_cannot_be_made_costs_no_embedding(weights, images, tmp_path, capsys, monkeypatch):
-    run = lambda factory: make(weights, images, tmp_path / "index", "--index-factory", factory)  # noqa: E731
+    run = lambda factory: make(weights, images, tmp_path / "index", "--index-factory", factory)
     fails(lambda: run("IVF99,Flat"), capsys, "FAISS cannot make")
     fails(lambda: run("no"), capsys, "FAISS knows no index")
     assert interrupted(monkeypatch, None, None, lambda: run("SQ8")) == []
@@ -215,7 +215,7 @@ def test_kind_that_cannot_be_made_costs_no_embedding(weights, images, tmp_path, 
 
 
 def test_damaged_block_is_named(weights, images, tmp_path, capsys, monkeypatch):
-    run = lambda: make(weights, images, tmp_path / "index")  # noqa: E731
+    run = lambda: make(weights, images, tmp_path / "index")
     interrupted(monkeypatch, 1, Kill(), run)
     (tmp_path / "index" / "block-0.0.float32").write_bytes(b"text")
     fails(run, capsys, "block-0.0.float32 has 4 bytes, expected 4 vectors of 8 numbers): delete the files block-*")

@@ -296,7 +296,9 @@ def test_weights_that_do_not_fit_are_errors(change, words, tmp_path):
 
 def test_exported_program_is_no_weights_file(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"a.onnx is an ONNX file, from which no backbone can start: give its checkpoint or"):
+    with pytest.raises(
+        ValueError, match=r"a.onnx is an ONNX file, from which no backbone can start: give its checkpoint or"
+    ):
         net.create("resnet18", 8, tmp_path / "a.onnx")
 
 

@@ -353,14 +353,14 @@ def train_on(root, logs, *more, epochs=1):
 def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, capsys):
     """A run of before, on photos as stored: --resume PATH goes on with them, auto says so; with a remark it is new."""
     seen = []
-    open_data = dataset.open
+    open_splits = dataset.open_splits
 
     def watch(*args, **choice):
-        splits = open_data(*args, **choice)
+        splits = open_splits(*args, **choice)
         seen.append({images.upright for images in splits.values()})
         return splits
 
-    monkeypatch.setattr(dataset, "open", watch)
+    monkeypatch.setattr(dataset, "open_splits", watch)
     train_on(turned, tmp_path)
     (run,) = (tmp_path / "logs_folder").iterdir()
     assert run_folders.read_config(run)["orientation"] == "upright" and seen.pop() == {True}
@@ -373,7 +373,7 @@ def test_run_records_and_keeps_its_orientation(turned, tmp_path, monkeypatch, ca
     assert run_folders.read_config(run)["orientation"] == "stored"
     with pytest.raises(SystemExit, match="1"):
         train_on(turned, tmp_path, "--resume", "auto", epochs=2)
-    assert f"without EXIF rotation: continue it with --resume {run}, or choose another --r" in capsys.readouterr().err
+    assert f"not turned upright by their EXIF: --resume {run} continues it that way; choose" in capsys.readouterr().err
     train_on(turned, tmp_path, "--resume", "auto", "--remark", "_upright", epochs=2)
     assert seen.pop() == {True} and "Logging to" in capsys.readouterr().out
     assert run_folders.read_config(run.with_name(f"{run.name}_upright"))["orientation"] == "upright"
@@ -442,7 +442,7 @@ def test_half_transparent_is_half_white(tmp_path):
 
 def write_png(path, values, colour, bits=16, clear=b""):
     """A PNG of a kind that Pillow cannot write: 16 bits, or a transparent value."""
-    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     rows = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in values)
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, colour, 0, 0, 0)
     chunks = part(b"IHDR", head) + (part(b"tRNS", clear) if clear else b"") + part(b"IDAT", zlib.compress(rows))

@@ -59,7 +59,7 @@ class InThisProcess:
     """Instead of child.run: trains in this process, the test set poisoned while there is a fold."""
 
     def __init__(self, root):
-        splits = dataset.open("cub", root, 32, allow_partial=True)
+        splits = dataset.open_splits("cub", root, 32, allow_partial=True)
         self.test_files = {*splits["eval"].paths, *map(os.path.dirname, splits["eval"].paths)}
         self.trained = []
 
@@ -248,7 +248,7 @@ def test_stopped_killed_and_started_again(root, tmp_path):
     (folder,) = (tmp_path / "logs_cub").iterdir()
     for _ in range(100):  # the kernel ends the training, and with it the lock
         try:
-            files.lock_folder(folder).close()
+            files.lock_folder(folder, "wait").close()
             break
         except files.Locked:
             time.sleep(0.05)

@@ -213,7 +213,7 @@ def test_run_of_an_earlier_version_keeps_its_baseline(weights, cub_root, tmp_pat
     torch.save(last, folder / "last.pth")
     head, row = (folder / "metrics.csv").read_text().splitlines()
     (folder / "metrics.csv").write_text(f"{head}\n-1,,,,{','.join(map(str, backbone.values()))}\n{row}\n")
-    rows, read = figures.read(folder / "metrics.csv")
+    rows, read = run_folders.read_metrics(folder)
     assert [row["epoch"] for row in rows] == [0] and {name: read[name] for name in backbone} == backbone
     capsys.readouterr()
     train.main(["--resume", str(folder), "--epochs", "2"])
@@ -226,7 +226,7 @@ def test_run_of_an_earlier_version_keeps_its_baseline(weights, cub_root, tmp_pat
 def test_damaged_baseline_is_an_error(tmp_path, text):
     (tmp_path / "backbone.json").write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}/backbone.json is damaged"):
-        figures.read_backbone(tmp_path)
+        run_folders.read_backbone(tmp_path)
 
 
 def test_ending_below_the_backbone_is_said(weights, cub_root, tmp_path, monkeypatch, capsys):
@@ -280,7 +280,7 @@ def test_head_is_in_the_record_and_obeyed(logs, cub_root):
 def test_figures_show_the_backbone_alone(logs, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **more: drawn.append(figure) or path.touch())
-    figures.draw_run(run_folder(logs) / "metrics.csv", tmp_path / "curves.png", "title")
+    figures.draw_run(*run_folders.read_metrics(run_folder(logs)), tmp_path / "curves.png", "title")
     recall = 100 * json.loads((run_folder(logs) / "backbone.json").read_text())["R@1"]
     assert f"backbone alone: R@1 {recall:.1f}" in [text.get_text() for text in drawn[0].axes[1].texts]
     compare.main([str(run_folder(logs)), "--save", str(tmp_path / "comparison.png")])

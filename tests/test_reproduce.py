@@ -15,7 +15,6 @@ from pages import REPOSITORY, commands
 
 import dataset
 import train
-from proxy_anchor import figures
 from proxy_anchor.runs import logbook, run_folders
 
 FORMATS = {"cub": trees.cub, "cars": trees.cars, "SOP": trees.sop, "Inshop": trees.inshop}
@@ -89,7 +88,7 @@ def test_small_trees_reach_the_table(data, tmp_path, capsys, monkeypatch):
     assert [row["R@1, %"] for row in rows] == [f"{name}, tiny" for name in ("cub", "cars", "SOP", "Inshop", "cub")]
     assert [row["seeds"] for row in rows] == ["1, 2", "1", "1", "1", ""]
     folders = rows[0]["logs"].replace("`", "").split(", ")
-    found = [figures.read(tmp_path / folder / "metrics.csv")[0][0]["R@1"] for folder in folders]
+    found = [run_folders.read_metrics(tmp_path / folder)[0][0]["R@1"] for folder in folders]
     mean, half = 50 * sum(found), 50 * abs(found[0] - found[1])
     assert rows[0]["ours, best epoch on test"] == f"{mean:.2f} ± {2**0.5 * half:.2f}"
     assert rows[4]["ours, best epoch on test"] == rows[1]["ours, without test-set selection"] == "pending"

@@ -56,7 +56,7 @@ def uninterrupted(cub_root, tmp_path_factory):
 def test_wandb_is_told_how_a_run_ends(tmp_path, error, code):
     codes = []
     config = {"model": "m", "embedding_size": 1, "image_size": 32, "l2_norm": 1, "crop": 1.0}
-    log = Logbook(tmp_path, "cub", "m", "name", config, wandb_mode="disabled")
+    log = Logbook("name", config | {"LOG_DIR": str(tmp_path), "dataset": "cub", "wandb": "disabled"})
     log.wandb = types.SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
     with suppress(stopping.Interrupted, ValueError), Run(log, torch.nn.Linear(1, 1)) as run:
         for _ in run.epochs(1):
@@ -286,7 +286,7 @@ def test_damaged_last_checkpoint_is_an_error(cub_root, tmp_path, capsys, damage)
 def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
     train.main(arguments(cub_root, tmp_path, epochs=1))
     folder = run_folder(tmp_path)
-    held = files.lock_folder(folder)
+    held = files.lock_folder(folder, "wait")
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(folder), "--epochs", "2"])
     assert refused.value.code == 1
@@ -297,7 +297,7 @@ def test_second_resume_at_the_same_time_is_refused(cub_root, tmp_path, capsys):
 
 def test_child_does_not_hold_the_lock(tmp_path):
     """A worker that outlives its killed parent must not keep others from the run."""
-    held = files.lock_folder(tmp_path)
+    held = files.lock_folder(tmp_path, "wait")
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -307,7 +307,7 @@ def test_child_does_not_hold_the_lock(tmp_path):
     try:
         os.read(reading, 4)
         held.close()
-        files.lock_folder(tmp_path).close()
+        files.lock_folder(tmp_path, "wait").close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -238,7 +238,7 @@ def test_index_that_is_written_while_it_is_opened(factory, weights, images, tmp_
 
 def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, capsys):
     (tmp_path / "index").mkdir()
-    held = files.lock_folder(tmp_path / "index")
+    held = files.lock_folder(tmp_path / "index", "wait")
     words = (
         f"is being written by process {os.getpid()} on {socket.gethostname()}; end that first, or choose another --out"
     )

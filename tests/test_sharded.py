@@ -82,7 +82,7 @@ class Training:
         return self
 
     def result(self):
-        of_all = lambda rows: collectives.gather_shards(rows.detach(), self.num_classes)  # noqa: E731
+        of_all = lambda rows: collectives.gather_shards(rows.detach(), self.num_classes)
         if isinstance(self.criterion, sharded.SampledProxyAnchor):
             rows = {name: of_all(rows) for name, rows in self.criterion.rows.items()}
         else:

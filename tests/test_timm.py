@@ -232,7 +232,7 @@ def test_unknown_names_and_wrong_sizes_are_usage_errors(script, capsys):
         transfer: ["--source-ckpt", "none.pth"],
         search: ["index", "--backbone-only", "--images", "none", "--out", "none"],
     }[script]
-    run = lambda *flags: script.parse([*more, "--data-root", "none", *flags])  # noqa: E731
+    run = lambda *flags: script.parse([*more, "--data-root", "none", *flags])
     fails(lambda: run("--model", "vit_smal_patch16_224.dino"), capsys, "similar names: vit_small_patch16_224.dino")
     fails(lambda: run("--model", "rsnet18"), capsys, "similar names: resnet18")
     fails(lambda: run("--model", "vit_small_patch16_224.no_such_weights"), capsys, "there is no network")
@@ -243,7 +243,7 @@ def test_unknown_names_and_wrong_sizes_are_usage_errors(script, capsys):
 
 
 def test_image_size_is_the_networks_own_unless_it_is_given_or_in_a_recipe():
-    size = lambda *flags: train.parse([*flags]).image_size  # noqa: E731
+    size = lambda *flags: train.parse([*flags]).image_size
     assert size() == 224 and size("--model", "test_vit") == 160
     assert size("--model", "test_vit", "--image-size", "96") == 96
     assert size("--dataset", "glyphs", "--model", "test_vit") == 32
@@ -252,7 +252,7 @@ def test_image_size_is_the_networks_own_unless_it_is_given_or_in_a_recipe():
 def test_index_of_a_dataset_sees_its_images_as_evaluation_does():
     """Glyphs are not cropped, whatever the weights of the network expect; your images are as the weights expect."""
     flags = ["index", "--backbone-only", "--model", "test_vit", "--out", "index"]
-    made = lambda *of: search.parse([*flags, *of]).spec  # noqa: E731
+    made = lambda *of: search.parse([*flags, *of]).spec
     assert made("--dataset", "glyphs", "--split", "eval").crop == dataset.crop_of("glyphs") == 1
     assert made("--images", "photos").crop == net.expects("test_vit")["crop"] < 1
 
@@ -342,7 +342,7 @@ def test_training_crops_are_torchvisions_of_pillow_images(interpolation, picture
 
 
 def test_a_crop_that_the_data_names_wins():
-    geometry = lambda *flags: train.parse([*flags]).spec.geometry  # noqa: E731
+    geometry = lambda *flags: train.parse([*flags]).spec.geometry
     dino = {"crop": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
     assert geometry("--dataset", "cub", "--model", "vit_small_patch16_224.dino") == dino
     assert (

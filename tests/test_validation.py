@@ -15,7 +15,7 @@ import dataset
 import train
 from dataset import transforms, validation
 from dataset.images import ImageDataset
-from proxy_anchor import figures, metrics
+from proxy_anchor import metrics
 from proxy_anchor.runs import resuming, run_folders
 
 # Classes of the training split, and the first of each part: the ranges of the two reference protocols.
@@ -65,7 +65,7 @@ def test_wrong_fold_is_a_usage_error(fold, capsys):
 
 def test_fold_val_needs_a_split_of_that_name(cub_root):
     with pytest.raises(ValueError, match="--fold val is for --dataset csv: cub has no split"):
-        dataset.open("cub", cub_root, 32, "val", allow_partial=True)
+        dataset.open_splits("cub", cub_root, 32, "val", allow_partial=True)
 
 
 def table(root, rows):
@@ -95,7 +95,7 @@ TREES = {
 
 def test_images_look_as_in_the_whole_split(cub_root):
     """The held-out ones as when they test, the others as when all train: the same crops from the same numbers."""
-    parts = dataset.open("cub", cub_root, 32, "1/2", allow_partial=True)
+    parts = dataset.open_splits("cub", cub_root, 32, "1/2", allow_partial=True)
     whole = dataset.train_set("cub", cub_root, 32, allow_partial=True)
     seen = dataset.load("cub", cub_root, "train", transforms.evaluation(32), allow_partial=True)
     assert [dataset.size(images) for images in parts.values()] == [(12, 2), (12, 2)]
@@ -108,16 +108,16 @@ def test_images_look_as_in_the_whole_split(cub_root):
 
 def test_val_of_a_table(tmp_path):
     path = own_table(tmp_path)
-    parts = dataset.open("csv", path, 32, "val")
+    parts = dataset.open_splits("csv", path, 32, "val")
     assert [images.classes for images in parts.values()] == [["a", "b"], ["c", "d"]]
-    assert dataset.open("csv", path, 32)["train"].classes == ["a", "b", "c", "d"]  # without the flag it trains
-    assert list(dataset.open("csv", path, 32)) == ["train", "eval"]
+    assert dataset.open_splits("csv", path, 32)["train"].classes == ["a", "b", "c", "d"]  # without the flag it trains
+    assert list(dataset.open_splits("csv", path, 32)) == ["train", "eval"]
     with pytest.raises(ValueError, match="1 labels are in both train and val, the first is 'a'"):
-        dataset.open("csv", table(tmp_path / "both", [("a", "train"), ("a", "val"), ("e", "eval")]), 32, "val")
+        dataset.open_splits("csv", table(tmp_path / "both", [("a", "train"), ("a", "val"), ("e", "eval")]), 32, "val")
     with pytest.raises(ValueError, match="has no split 'val'"):
-        dataset.open("csv", table(tmp_path / "none", [("a", "train"), ("e", "eval")]), 32, "val")
+        dataset.open_splits("csv", table(tmp_path / "none", [("a", "train"), ("e", "eval")]), 32, "val")
     with pytest.raises(ValueError, match="leaves no image of csv train to train"):
-        dataset.open("csv", table(tmp_path / "all", [("a", "val"), ("e", "eval")]), 32, "val")
+        dataset.open_splits("csv", table(tmp_path / "all", [("a", "val"), ("e", "eval")]), 32, "val")
 
 
 def arguments(name, place, logs, **changed):
@@ -140,7 +140,7 @@ def arguments(name, place, logs, **changed):
 
 def files_to_test(name, place):
     """The test images, and the folders without training images."""
-    splits = dataset.open(name, place, 32, allow_partial=True)
+    splits = dataset.open_splits(name, place, 32, allow_partial=True)
     training, *tests = [set(images.paths) for images in splits.values()]
     images = set.union(*tests) - training
     return images | {
@@ -160,7 +160,7 @@ def test_test_set_stays_untouched(name, tmp_path, monkeypatch):
     with poison.poisoned(poisons, monkeypatch):
         train.main(argv)
         with pytest.raises(poison.Touched):
-            splits = dataset.open(name, place, 32, allow_partial=True)
+            splits = dataset.open_splits(name, place, 32, allow_partial=True)
             assert splits["train"][0, 0, 0]  # the training images may be read
             list(splits.values())[1][0]
     (folder,) = (tmp_path / "logs" / f"logs_{name}").iterdir()
@@ -189,7 +189,7 @@ def test_run_on_a_fold(on_fold, capsys):
     assert lines[:2] == [f"Best Epoch: {best}", f"Best val/Recall@1: {100 * float(rows[best]['val/R@1']):.4f}"]
     assert run_folders.is_finished(on_fold, 3)
     assert resuming.progress(on_fold / "last.pth")["rows"][1]["val/R@1"] == float(rows[1]["val/R@1"])
-    assert metrics.plain(figures.read(on_fold / "metrics.csv")[0][2])["R@1"] == float(rows[2]["val/R@1"])
+    assert metrics.plain(run_folders.read_metrics(on_fold)[0][2])["R@1"] == float(rows[2]["val/R@1"])
     assert (on_fold / "curves.png").exists()
 
 

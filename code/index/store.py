@@ -336,7 +336,7 @@ def lock(folder: Path):
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    return lock_folder(folder, instead="choose another --out")
+    return lock_folder(folder, "choose another --out")
 
 
 def _is_ours(folder: Path) -> bool:

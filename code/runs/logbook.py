@@ -61,10 +61,10 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def run_name(model, loss, embedding_size, method, optimizer, lr, batch_size, seed, remark, fold=None) -> str:
-    """The published folder name of a run, with the fold and a seed other than 1; method: the settings of the loss."""
-    method = f"{method}_" if method else ""
-    name = f"{model}_{loss}_embedding{embedding_size}_{method}{optimizer}_lr{lr}_batch{batch_size}{remark}"
+def run_name(*, model, loss, embedding_size, settings, optimizer, lr, batch_size, seed, remark, fold=None) -> str:
+    """The published folder name of a run, with the fold and a seed other than 1; settings: those of the loss."""
+    settings = f"{settings}_" if settings else ""
+    name = f"{model}_{loss}_embedding{embedding_size}_{settings}{optimizer}_lr{lr}_batch{batch_size}{remark}"
     return name + (f"_fold{fold.replace('/', 'of')}" if fold else "") + ("" if seed == 1 else f"_seed{seed}")
 
 
@@ -94,45 +94,34 @@ def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
     name: of a new run's folder. resume: the folder of a run to continue, see run_folders.to_resume. Raises as Logbook
     does.
     """
-    log_dir, dataset, wandb = Path(config["LOG_DIR"]), config["dataset"], config["wandb"]
-    log: Logbook = NullLogbook(config)
-    if collectives.rank() == 0:
-        log = Logbook(log_dir, dataset, config["model"], name, config, wandb, resume)
+    log = Logbook(name, config, resume) if collectives.rank() == 0 else NullLogbook(config)
     log.folder, log.resumes = collectives.from_rank_zero(lambda: (log.folder, log.resumes))
     return log
 
 
 class Logbook:
-    """Writes what a run does into a folder of its own, {log_dir}/logs_{dataset}/{name}, to wandb and to the terminal.
+    """Writes what a run does into a folder of its own, {LOG_DIR}/logs_{dataset}/{name}, to wandb and to the terminal.
 
     The files are whole at any moment: metrics.csv (a row per epoch), backbone.json, classes.csv, config.json,
     {dataset}_{model}_best_results.txt, checkpoints. curves.png is drawn when the run ends or stops. folder: of the run;
     resumes: whether it continues from the last.pth that is there. As a context, it ends with the run.
-    resume: None for a new run, or the folder of one, see run_folders.to_resume. wandb_mode: see start_wandb. Raises
-    files.Locked if another process writes the run.
+    config: what config.json records. resume: None for a new run, or the folder of one, see run_folders.to_resume.
+    Raises files.Locked if another process writes the run.
     """
 
-    def __init__(
-        self,
-        log_dir: Path,
-        dataset: str,
-        model: str,
-        name: str,
-        config: dict,
-        wandb_mode: str | None,
-        resume: Path | None = None,
-    ):
+    def __init__(self, name: str, config: dict, resume: Path | None = None):
+        log_dir, dataset, model = Path(config["LOG_DIR"]), config["dataset"], config["model"]
         self.prefix, self.title = f"{dataset}_{model}", f"{dataset}, {model}"
         self.spec = NetworkSpec.from_record(config)
         wanted = run_folders.run_dir(log_dir, dataset, name)
         old = {}
         if resume is not None:
-            self.folder, self.lock = resume, lock_folder(resume)
+            self.folder, self.lock = resume, lock_folder(resume, run_folders.ADVICE)
             old = run_folders.read_config(resume)
             if (then := old.get("versions")) != (now := versions()):
                 print(f"The run was written with {then}, and continues with {now}: rounding may differ.")
         # Before anything is written, because it may fail.
-        self.wandb = start_wandb(wandb_mode, log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
+        self.wandb = start_wandb(config["wandb"], log_dir, f"{dataset}_ProxyAnchor", name, config, old.get("wandb_id"))
         if resume is None:
             self.folder, self.lock = run_folders.new(wanted)
             other = "" if self.folder == wanted else f": {wanted.name} holds an earlier run."
@@ -156,11 +145,13 @@ class Logbook:
 
     def __exit__(self, *error):
         ends_or_stops = error[0] is None or issubclass(error[0], Interrupted)
-        if ends_or_stops and (self.folder / "metrics.csv").exists():
-            figures.draw_run(self.folder / "metrics.csv", self.folder / "curves.png", self.title)
-        if self.wandb:
-            self.wandb.finish(exit_code=int(error[0] is not None))
-        self.lock.close()
+        try:
+            if ends_or_stops and (self.folder / run_folders.METRICS).exists():
+                figures.draw_run(*run_folders.read_metrics(self.folder), self.folder / "curves.png", self.title)
+        finally:  # whatever happens to the picture
+            if self.wandb:
+                self.wandb.finish(exit_code=int(error[0] is not None))
+            self.lock.close()
 
     def resume(self, progress: dict) -> None:
         """Print where the run continues, and cut metrics.csv to that point."""
@@ -168,7 +159,7 @@ class Logbook:
         if backbone := progress.pop("backbone", None):  # an earlier version kept it there
             self.write_backbone(backbone)
         if progress["rows"]:  # the file may have one more, of an epoch that was not saved
-            self._write_rows("metrics.csv", progress["rows"])
+            self._write_rows(run_folders.METRICS, progress["rows"])
 
     def log_backbone(self, row: dict) -> None:
         """Write the metrics of the backbone alone to backbone.json and print them, shortened; they are in 0..1."""
@@ -178,7 +169,7 @@ class Logbook:
             self.wandb.summary.update({f"{BACKBONE}/{name}": value for name, value in row.items()})
 
     def write_backbone(self, row: dict) -> None:
-        self._write(figures.BACKBONE, json.dumps(row, indent=2) + "\n")
+        self._write(run_folders.BACKBONE, json.dumps(row, indent=2) + "\n")
 
     def log_epoch(self, rows: list[dict]) -> None:
         """Write the rows of all epochs to metrics.csv and print the last, shortened; metrics are in 0..1."""
@@ -188,7 +179,7 @@ class Logbook:
             f"{shortened(metrics.metrics_only(row))}",
             flush=True,
         )
-        self._write_rows("metrics.csv", rows)
+        self._write_rows(run_folders.METRICS, rows)
         if self.wandb:
             self.wandb.log({"loss": row["loss"]} | metrics.metrics_only(row), step=row["epoch"])
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
-from proxy_anchor import collectives, figures, metrics
+from proxy_anchor import collectives, metrics
 from proxy_anchor.evaluation import Result
 from proxy_anchor.files import printable
 from proxy_anchor.progress import progress
@@ -21,7 +21,7 @@ from proxy_anchor.weights import digest
 class Run:
     """A context that continues a stopped run where it stopped, and saves everything when a signal stops it.
 
-    parts: what last.pth holds beside the network, each with a state_dict; among them the "optimizer" and the
+    parts: what last.pth holds besides the network, each with a state_dict; among them the "optimizer" and the
     "scheduler", which is stepped at the end of an epoch. by: the metric that tells which epoch is the best. Raises
     ValueError on entering where last.pth does not fit.
     """
@@ -40,7 +40,8 @@ class Run:
             contexts.push(self._save_on_error)
             if self.log.resumes:
                 self.progress = resuming.load(self.log.folder / run_folders.LAST, self.network, self.parts)
-                self.parts["optimizer"].step()  # does nothing without gradients; the scheduler warns where none came
+                # A no-op without gradients; the scheduler warns if no step came before it.
+                self.parts["optimizer"].step()
                 self.log.resume(self.progress)
                 if self.rows and not self.losses and self.best is self.rows[-1]:  # maybe killed before it was saved
                     self.log.save_best(self.best, self.network)
@@ -75,7 +76,7 @@ class Run:
     @property
     def backbone(self) -> dict | None:
         """The metrics of the backbone alone, if they were measured."""
-        return figures.read_backbone(self.log.folder)
+        return run_folders.read_backbone(self.log.folder)
 
     def measure_backbone(self, evaluate) -> None:
         """Evaluate the backbone alone, before the first step; evaluate() -> Result."""
@@ -84,7 +85,7 @@ class Run:
             self.log.log_backbone(evaluate().metrics)
 
     def epochs(self, count: int):
-        """Yield the remaining ones of `count` epochs."""
+        """Yield the numbers of the epochs that remain of `count`."""
         for epoch in range(self.progress["epoch"], count):
             self.start = time.perf_counter() - self.progress["seconds"]
             yield epoch

@@ -1,15 +1,20 @@
-"""The folders of runs: new ones, those to resume, and a lock that lets one process at a time write to each."""
+"""The folders of runs: new ones, those to resume, the lock of each, and the files in them."""
 
 import argparse
+import csv
 import json
+import math
 import re
+from itertools import accumulate
 from pathlib import Path
 
 from proxy_anchor import checkpoint, cli, metrics
 from proxy_anchor.files import Locked, lock_folder, numbered, printable
 from proxy_anchor.runs import resuming
 
-CONFIG, CLASSES, LAST, ERROR = "config.json", "classes.csv", "last.pth", "error.txt"
+CONFIG, METRICS, CLASSES = "config.json", "metrics.csv", "classes.csv"
+BACKBONE = "backbone.json"  # what the backbone alone achieves
+LAST, ERROR = "last.pth", "error.txt"
 # Entries of config.json that describe the machine or the code, not the experiment.
 NOT_CONFIG = ("device", "processes", "recipe", "versions", "commit", "wandb_id")
 # Arguments that do not change the experiment: a run may be resumed with other values.
@@ -41,6 +46,7 @@ LEGACY_DEFAULTS = {
     "orientation": "stored",
 }
 LEGACY_TRANSFER_DEFAULTS = {"head": "orthogonal", "lr_schedule": "cosine"}
+ADVICE = "give this run another --remark"  # where another process writes the run
 
 
 class Finished(Exception):
@@ -51,12 +57,11 @@ def new(path: Path):
     """Create and lock the folder or, if it is not empty, the first of path_2, path_3, ... that is: (folder, lock)."""
     for folder in numbered(path):
         folder.mkdir(parents=True, exist_ok=True)
-        if any(
-            not file.name.startswith(".") for file in folder.iterdir()
-        ):  # hidden: the lock, and leftovers of a killed start
+        # Hidden files are the lock, and leftovers of a killed start.
+        if any(not file.name.startswith(".") for file in folder.iterdir()):
             continue
         try:
-            held = lock_folder(folder)
+            held = lock_folder(folder, ADVICE)
         except Locked:
             continue
         if not (folder / CONFIG).exists():  # another may have come first
@@ -80,11 +85,11 @@ def to_resume(name: str, config: dict) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        folders = of_experiment(path, config)
-        if not folders and (former := of_experiment(path, config | {"orientation": LEGACY_DEFAULTS["orientation"]})):
+        folders = runs_of(path, config)
+        if not folders and (former := runs_of(path, config | {"orientation": LEGACY_DEFAULTS["orientation"]})):
             raise ValueError(
-                f"{former[-1]} was trained on photos as stored, without EXIF rotation: continue it with --resume "
-                f"{former[-1]}, or choose another --remark to train on upright photos"
+                f"{former[-1]} was trained on photos as stored, not turned upright by their EXIF: "
+                f"--resume {former[-1]} continues it that way; choose another --remark to train with upright photos"
             )
     elif different := differences(read_config(Path(resume)), config):
         raise ValueError(f"{resume} is another experiment ({'; '.join(different)}); start a new one")
@@ -108,7 +113,7 @@ def existing(path: Path) -> list[Path]:
     return [folder for folder in sorted(numbers, key=numbers.__getitem__) if folder.is_dir()]
 
 
-def of_experiment(path: Path, config: dict) -> list[Path]:
+def runs_of(path: Path, config: dict) -> list[Path]:
     """The folders among path, path_2, path_3, ... that hold a run of this configuration, in this order."""
     return [
         folder
@@ -161,6 +166,45 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the configuration of a run")
     return config
+
+
+def read_metrics(folder: Path) -> tuple[list[dict[str, float]], dict[str, float] | None]:
+    """The rows of metrics.csv, one per epoch, and the metrics of the backbone alone, None without any.
+
+    The rows get "elapsed": seconds since the start. Raises FileNotFoundError or ValueError.
+    """
+    path = folder / METRICS
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        first_line, backbone = 2, read_backbone(folder)
+        if rows and rows[0].get("epoch") == -1:  # where earlier versions put the backbone alone
+            first_line, backbone = 3, rows.pop(0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the metrics.csv of a run: {error}") from error
+    if not rows or not {*metrics.NOT_METRICS, "R@1"} <= set(metrics.plain(rows[0])):
+        raise ValueError(f"{path} is not the metrics.csv of a run: it has no rows, or other columns")
+    for line, row in enumerate(rows, start=first_line):
+        usable = row.keys() == rows[0].keys() and all(map(math.isfinite, row.values()))
+        if not usable or not 0 <= metrics.plain(row)["R@1"] <= 1:
+            raise ValueError(f"{path}, line {line}: expected finite numbers and R@1 from 0 to 1, found {row}")
+    for row, elapsed in zip(rows, accumulate(row["seconds"] for row in rows)):
+        row["elapsed"] = elapsed
+    return rows, backbone
+
+
+def read_backbone(folder: Path) -> dict[str, float] | None:
+    """The metrics of the backbone alone, None without any. Raises ValueError."""
+    path = folder / BACKBONE
+    if not path.exists():
+        return None
+    try:
+        backbone = {name: float(value) for name, value in json.loads(path.read_text()).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not 0 <= metrics.plain(backbone).get("R@1", -1) <= 1:
+        raise ValueError(f"{path} is damaged: expected R@1 from 0 to 1, found {backbone}")
+    return backbone
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:

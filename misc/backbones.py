@@ -60,7 +60,7 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
     with figures.picture(path, 7.6, 2.6) as figure:
         ax = figure.subplots()
         seeds = len(found["trained"])
-        ax.set_title(f"R@1 on glyphs at {SIZE} pixels, %: EfficientNet-Lite0 (mean of {seeds} seeds; dots: the seeds)")
+        ax.set_title(f"R@1 on glyphs, %: EfficientNet-Lite0 at {SIZE} pixels, {EPOCHS} epochs, seeds: {seeds}")
         means = [statistics.mean(values) for values in found.values()]
         ax.barh(list(found), means, color=[figures.MUTED[0], figures.MUTED[0], figures.STRONG[0]], height=0.6)
         for stage, (values, mean) in enumerate(zip(found.values(), means)):

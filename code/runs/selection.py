@@ -84,15 +84,17 @@ def report(content: dict) -> str:
         "trained on all training classes for as many epochs; its test after the last one is the result. "
         "In percent; mean ± standard deviation over the seeds.",
         table(content, result | claim, ("epochs",)),
-        "**Best epoch on test** is not a result: it is what the same run would have reported if R@1 on the test set "
-        "had chosen its epoch. The gap is what that choice adds; with more epochs to choose from it can only grow.",
+        "**Best epoch on test** is not a result: it is what the same run would have claimed if R@1 on the test set had "
+        "chosen among its epochs, read off afterwards. The gap is what that choice adds, at the least: a search over "
+        "more epochs can only claim more.",
     ]
     if "folds_together" in content["over_seeds"]:
         kinds = {"one by one": "folds_one_by_one", "together": "folds_together"}
         columns = {f"{words}: {name}": (kind, name) for words, kind in kinds.items() for name in SHOWN}
         parts += [
             f"The networks of the {folds} folds, each of the epoch with the best {by} on its own fold, on the test "
-            "set: the mean of their results one by one, and together, with their unit-length embeddings concatenated.",
+            "set: the mean of their results one by one, and together, with their embeddings of unit length side by "
+            "side.",
             table(content, columns),
         ]
     parts.append(f"Versions: {', '.join(f'{name} {version}' for name, version in content['versions'].items())}.")

@@ -165,7 +165,7 @@ def differences(groups: list[Group]) -> list[str]:
             text = f"not compared: {error}"
         lines.append(f"{best.name} - {other.name}: {text}")
     if few := [group.name for group in groups if group is not best and group not in others]:
-        lines.append(f"Not compared (one seed each): {'; '.join(few)}; run at least two seeds")
+        lines.append(f"Fewer than two seeds, so whether they differ is not said: {'; '.join(few)}")
     return lines
 
 

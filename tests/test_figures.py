@@ -239,7 +239,7 @@ def test_what_pooled_numbers_hide_is_said(tmp_path, capsys):
     assert lines[:-1] == [
         f"Proxy-Anchor: 2 runs have seed 1 ({a}, {b}); they are not independent",
         "Proxy-Anchor: the runs have 1 or 2 epochs; the chart shows those that all have",
-        "Not compared (one seed each): Proxy-Anchor; Multi-Similarity; run at least two seeds",
+        "Fewer than two seeds, so whether they differ is not said: Proxy-Anchor; Multi-Similarity",
     ]
 
 

@@ -64,7 +64,7 @@ def read(folder: Path, config: dict, rows: list[dict]) -> tuple[str, np.ndarray,
     """
     path = folder / run_folders.CLASSES
     if not path.is_file():
-        raise ValueError(f"{folder} has no {run_folders.CLASSES}: the run is of an older version")
+        raise ValueError(f"{folder} has no {run_folders.CLASSES}: an earlier version wrote it")
     try:
         with open(path, newline="") as file:
             head, *cells = csv.reader(file)

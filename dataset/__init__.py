@@ -78,7 +78,7 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         "--data-root",
         type=cli.path,
         metavar="DIR",
-        help="folder of the datasets (default: data/ in this repository); for your own images, their folder or CSV file",
+        help="folder of the datasets (default: data/ in this repository); for your own images: folder or CSV file",
     )
     add(
         "--test-classes",

@@ -82,7 +82,7 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
 def later_options() -> argparse.ArgumentParser:
     """Command-line flags of training in recipes after the paper."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("later recipes")
+    group = parser.add_argument_group("further settings")
     group.add_argument(
         "--embedding-lr",
         default=1.0,

@@ -31,7 +31,7 @@ def options() -> argparse.ArgumentParser:
 def later_options() -> argparse.ArgumentParser:
     """Command-line flags of validation in recipes after the paper."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("later recipes")
+    group = parser.add_argument_group("further settings")
     group.add_argument(
         "--by",
         default="R@1",

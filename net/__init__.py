@@ -87,7 +87,7 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
     return parser
 
 
-def later_options(title: str = "later recipes") -> argparse.ArgumentParser:
+def later_options(title: str = "further settings") -> argparse.ArgumentParser:
     """Command-line flags of the network in recipes after the paper; title: of their group in the help."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group(title)

@@ -36,7 +36,7 @@ LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-m
 def options() -> argparse.ArgumentParser:
     """Command-line flags of the record."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("record")
+    group = parser.add_argument_group("run folder and logging")
     group.add_argument(
         "--LOG_DIR",
         default=str(LOG_DIR),

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, or a backbone before training: Recall@K next to the published results, and thresholds."""
+"""Measure Recall@K of a checkpoint, or of a backbone before training; write a report; calibrate a threshold."""
 
 import argparse
 import shlex
@@ -25,7 +25,7 @@ from proxy_anchor.weights import digest
 
 EXAMPLES = """examples:
   a published checkpoint:
-    python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
+    python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_best.pth
   a checkpoint of train.py, which records its network; with a report:
     python evaluate.py --dataset cub --resume logs/logs_cub/RUN --report report
   the networks of four folds, one by one and together:
@@ -37,19 +37,9 @@ EXAMPLES = """examples:
 """
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = cli.Parser(
-        usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-        formatter_class=cli.HelpFormatter,
-        parents=[
-            dataset.options(training=False),
-            net.options(training=False),
-            hardware.options(without=("--compile",)),
-        ],
-    )
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the evaluation."""
+    parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--resume",
@@ -80,6 +70,23 @@ def parse(argv=None) -> argparse.Namespace:
         metavar="RATE",
         help="choose the threshold that accepts this share of different-class pairs (0.01 if not given) on half of the "
         "classes, check it on the other half, and record it in the checkpoint, for search.py",
+    )
+    return parser
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = cli.Parser(
+        usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=cli.HelpFormatter,
+        parents=[
+            options(),
+            dataset.options(training=False),
+            net.options(training=False),
+            hardware.options(without=("--compile",)),
+        ],
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)

@@ -47,18 +47,17 @@ def options() -> argparse.ArgumentParser:
         required=True,
         type=cli.path,
         metavar="FILE",
-        help="file to write, ending in .onnx or .safetensors; the card of model.onnx, model-card.md, is written "
-        "beside it",
+        help="file to write, ending in .onnx or .safetensors; a model card is written next to it (for model.onnx: "
+        "model-card.md)",
     )
     group.add_argument(
         "--check",
         type=cli.path,
         metavar="DIR",
-        help="folder of images to check the file with; without it, the test images of --dataset check the file and "
-        "measure it for its card",
+        help="check the file with the images in this folder, instead of checking and measuring it on --dataset",
     )
     group.add_argument(
-        "--fp16", action="store_true", help="weights in half precision: half the size; prints what that costs"
+        "--fp16", action="store_true", help="weights in half precision: half the size; prints the loss in recall"
     )
     return parser
 
@@ -86,7 +85,7 @@ def parse(argv=None) -> argparse.Namespace:
     if Path(args.resume).suffix == ".onnx":
         parser.error(f"argument --resume: {args.resume} is exported already; give its checkpoint")
     if not exported.is_exported(args.out):
-        parser.error(f"argument --out: {args.out} ends in none of {', '.join(exported.ENDINGS)}")
+        parser.error(f"argument --out: {args.out} must end in {' or '.join(exported.ENDINGS)}")
     if not Path(args.out).parent.is_dir():
         parser.error(f"argument --out: there is no folder {Path(args.out).parent}")
     if args.fp16 and args.check:

@@ -50,7 +50,7 @@ class Embedder:
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
         if getattr(network, "is_exported", False) and (amp != "none" or compile):
-            raise ValueError("An exported file runs as it is: --amp and --compile are for checkpoints")
+            raise ValueError("An exported file runs in float32 on the CPU: --amp is for checkpoints")
         to_device(network, device)
         self.network, self.device = network, device
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -114,7 +114,9 @@ def draw_run(rows: list[dict], backbone: dict | None, path: Path, title: str) ->
         lr_axes.stairs(rates, edges, fill=True, color="#c9d3df")
         lr_axes.set(ylim=(0, 1.1 * max(rates) or 1), yticks=[max(rates)], yticklabels=[f"{max(rates):g}"])
         lr_axes.grid(False)
-        lr_axes.set(xlabel="epoch", xlim=(edges[0], x[-1] + 0.02 * len(x)))  # the labels stand at the ends of the lines
+        lr_axes.set(
+            xlabel="epoch, from 0", xlim=(edges[0], x[-1] + 0.02 * len(x))
+        )  # the labels stand at the ends of the lines
         lr_axes.xaxis.get_major_locator().set_params(integer=True)
         for ax in (loss_axes, recall_axes):
             ax.tick_params(labelbottom=False)

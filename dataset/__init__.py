@@ -77,7 +77,7 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         "--data-root",
         type=cli.path,
         metavar="DIR",
-        help="folder of the datasets (default: data/ here); for your own images, their folder or their CSV file",
+        help="folder of the datasets (default: data/ in this repository); for your own images: folder or CSV file",
     )
     add(
         "--test-classes",
@@ -116,7 +116,7 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
             "--IPC",
             type=cli.integer(1),
             metavar="N",
-            help="images per class in a batch, for losses that compare images; without it, batches are random",
+            help="images per class in a batch, for losses that compare images; train.py without it: random batches",
         )
     return parser
 

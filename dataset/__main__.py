@@ -17,7 +17,7 @@ SHOWN = 10  # problems of each kind
 EXAMPLES = """examples:
   counts, sizes, unreadable files, images in both training and test:
     python -m dataset check cub
-  verify an archive, extract it and lay it out, then check:
+  verify an archive, extract it, then check the dataset:
     python -m dataset prepare cub CUB_200_2011.tgz
 """
 
@@ -31,16 +31,20 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
-    common = cli.Parser(add_help=False)
-    common.add_argument(
+    check = commands.add_parser(
+        "check",
+        help="check every image",
+        description="Decode every image; report counts, sizes, damaged files and duplicates.",
+        allow_abbrev=False,
+    )
+    check.set_defaults(archives=[])
+    check.add_argument("name", choices=dataset.ALL, help="the dataset")
+    check.add_argument(
         "--data-root",
         type=cli.path,
         metavar="DIR",
-        help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
+        help="folder of the datasets (default: data/ in this repository); for folder and csv, the folder or the file",
     )
-    check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
-    check.set_defaults(archives=[])
-    check.add_argument("name", choices=dataset.ALL)
     check.add_argument(
         "--workers",
         default=dataset.WORKERS,
@@ -52,9 +56,15 @@ def parse(argv=None) -> argparse.Namespace:
         "--test-classes", type=cli.path, metavar="FILE", help="with folder: a file with the names of the test classes"
     )
     make = commands.add_parser(
-        "prepare", parents=[common], help="lay out a dataset from its archives", allow_abbrev=False
+        "prepare",
+        help="extract the archives of a dataset",
+        description="Verify the archives of a dataset, extract them into its folder, and check the result.",
+        allow_abbrev=False,
     )
-    make.add_argument("name", choices=prepare.LAYOUTS)
+    make.add_argument("name", choices=prepare.LAYOUTS, help="the dataset")
+    make.add_argument(
+        "--data-root", type=cli.path, metavar="DIR", help="folder to extract into (default: data/ in this repository)"
+    )
     make.set_defaults(test_classes=None, workers=dataset.WORKERS)
     make.add_argument(
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"

@@ -10,8 +10,9 @@ SIZES = {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612
 KS = (1, 10, 20, 30, 40, 50)
 UPRIGHT = False  # the published numbers depend on the images as stored
 SOURCE = (
-    "Get the In-shop Clothes Retrieval Benchmark of DeepFashion (mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html): "
-    "list_eval_partition.txt into Eval/ and img.zip extracted into Img/."
+    "Download img.zip and list_eval_partition.txt of DeepFashion's In-shop Clothes Retrieval Benchmark "
+    "(mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html) and run: python -m dataset prepare Inshop img.zip "
+    "list_eval_partition.txt"
 )
 LIKELY_CAUSE = "an incomplete copy"
 

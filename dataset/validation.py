@@ -21,9 +21,9 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--fold",
         type=fold_name,
-        metavar="K/N",
-        help="hold out the K-th of N parts of the training classes and measure on it; the test set stays untouched "
-        "(val: the split of that name in your CSV file)",
+        metavar="K/N|val",
+        help="hold out part K of N of the training classes, or the split val of your CSV file, and measure on it; the "
+        "test set stays untouched",
     )
     return parser
 
@@ -31,7 +31,7 @@ def options() -> argparse.ArgumentParser:
 def later_options() -> argparse.ArgumentParser:
     """Command-line flags of validation that only recipes later than the paper use."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("later recipes")
+    group = parser.add_argument_group("further settings")
     group.add_argument(
         "--by",
         default="R@1",

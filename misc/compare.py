@@ -244,8 +244,10 @@ def draw(groups: list[Group], path: Path) -> None:
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
             ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
         single = all(len(group.runs) == 1 for group in groups)
-        ax.set_title("R@1, %" + ("" if single else f": mean ± standard deviation over {count_of_runs(groups)}"))
-        ax.set(xlabel="epoch", xlim=(None, ax.dataLim.x1))
+        datasets = {run.config.get("dataset") for group in groups for run in group.runs} - {None}
+        where = f" on {datasets.pop()}" if len(datasets) == 1 else ""
+        ax.set_title(f"R@1{where}, %" + ("" if single else f": mean ± standard deviation over {count_of_runs(groups)}"))
+        ax.set(xlabel="epoch, from 0", xlim=(None, ax.dataLim.x1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         figures.label_ends(ax, ends)
 

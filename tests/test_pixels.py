@@ -272,9 +272,9 @@ def test_index_of_before_goes_on_as_stored(turned, tmp_path, capsys):
     capsys.readouterr()
     search.main(command)
     out, _ = capsys.readouterr()
-    assert out.count("Photos are taken as stored") == 1 and "changed: 1" in out
+    assert out.count("built from photos as stored") == 1 and "changed: 1" in out
     results, err = ask(index, capsys, turned / "ant" / "6.png", "-k", 20)
-    assert err.count("Photos are taken as stored") == 1
+    assert err.count("built from photos as stored") == 1
     alike = {n["path"] for n in results[0]["neighbours"] if n["similarity"] > 0.999999}
     assert str(turned / "ant" / "6.png") in alike and not any(path.endswith("/1.png") for path in alike)
     assert "orientation" not in json.loads((index / "images.json").read_text())["made"]["network"]
@@ -284,7 +284,7 @@ def test_index_of_a_benchmark_is_as_stored(cub_root, tmp_path, capsys):
     flags = ["index", *ALONE, "--dataset", "cub", "--data-root", str(cub_root), "--allow-partial", "--split", "eval"]
     search.main([*flags, "--out", str(tmp_path / "index")])
     search.main([*flags, "--out", str(tmp_path / "index")])
-    assert "taken as stored" not in capsys.readouterr().out
+    assert "photos as stored" not in capsys.readouterr().out
     assert Index.open(tmp_path / "index").spec.orientation == "stored"
     _, err = ask(tmp_path / "index", capsys, cub_root / "CUB_200_2011/images/101.Bird_101/Bird_101_0000.jpg")
     assert not err
@@ -398,7 +398,7 @@ def test_exported_file_records_the_orientation(orientation, turned, tmp_path):
     trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), record)
     export.main(["--resume", str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.safetensors"), "--check", str(turned)])
     assert exported.read(tmp_path / "a.safetensors")["network"]["orientation"] == (orientation or "stored")
-    assert ("were turned upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
+    assert ("were rotated upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
 
 
 # Transparency

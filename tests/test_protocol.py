@@ -291,10 +291,10 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--", "--seed", "2"], "--seed cannot come after --, because this protocol decides it: give --seeds"),
-        (["--", "--fold=1/2"], "give --folds"),
-        (["--", "--resume", "auto"], "--resume cannot come after --"),
-        (["--", "--by", "R@1"], "give --by"),
+        (["--", "--seed", "2"], "--seed cannot come after the --: pass --seeds before it"),
+        (["--", "--fold=1/2"], "cannot come after the --: pass --folds"),
+        (["--", "--resume", "auto"], "--resume cannot come after the --: it is always auto"),
+        (["--", "--by", "R@1"], "cannot come after the --: pass it before"),
         (["--", "--epochs", "0"], "argument --epochs: expected at least 1"),
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
@@ -373,7 +373,7 @@ def test_results_go_into_a_folder(root, tmp_path, capsys, link):
     out.symlink_to("nothing") if link else out.write_text("mine")
     with pytest.raises(SystemExit, match="1"):
         protocol.main(["--seeds", "1", "--out", str(out), "--", *flags(root, tmp_path / "logs")])
-    assert f"{out} is no folder: results are written to one" in capsys.readouterr().err
+    assert f"{out} is a file: --out must be a folder" in capsys.readouterr().err
 
 
 def test_results_of_somebody_else_are_kept(root, tmp_path, capsys):

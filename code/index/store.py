@@ -337,7 +337,7 @@ def lock(folder: Path):
     Raises FileExistsError for anything but a folder, and for one that holds something else.
     """
     if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
-        raise FileExistsError(f"{folder} is no folder: an index is written to one, which need not exist")
+        raise FileExistsError(f"{folder} is a file: --out must be a folder, existing or new")
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

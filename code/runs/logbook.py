@@ -36,25 +36,22 @@ LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-m
 def options() -> argparse.ArgumentParser:
     """Command-line flags of the record."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("record")
+    group = parser.add_argument_group("run folder and logging")
     group.add_argument(
         "--LOG_DIR",
         default=str(LOG_DIR),
         type=cli.path,
         metavar="DIR",
-        help="where the folders of runs go (default: logs/ here)",
+        help="folder for the run folders (default: logs/ in this repository)",
     )
     group.add_argument(
         "--resume",
         type=cli.path,
         metavar="auto|PATH",
-        help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
+        help="continue an interrupted run: its folder, or auto for the unfinished run of this command, if any",
     )
     group.add_argument(
-        "--remark",
-        default="",
-        type=cli.name_part,
-        help="text at the end of the name of the run's folder, to tell runs apart",
+        "--remark", default="", type=cli.name_part, help="text at the end of the run folder's name, to tell runs apart"
     )
     group.add_argument(
         "--wandb",

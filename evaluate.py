@@ -16,7 +16,6 @@ from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
 from proxy_anchor.collectives import Processes
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
-from proxy_anchor.progress import progress
 from proxy_anchor.report import page
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
@@ -50,6 +49,7 @@ def options() -> argparse.ArgumentParser:
         "record --model, --embedding-size, --image-size and --l2-norm. Several of the same kind, such as those of "
         "folds, are evaluated one by one and together",
     )
+    group.add_argument("--remark", default="", help="name of the checkpoint's row in the table")
     group.add_argument(
         "--report",
         type=cli.path,
@@ -83,7 +83,7 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
         parents=[
             options(),
-            dataset.options(training=False),
+            dataset.options(training=False, without=("--cache",)),
             net.options(training=False),
             hardware.options(without=("--compile",)),
         ],
@@ -141,8 +141,6 @@ def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
         test_sets = dataset.eval_sets(args.dataset, args.data_root, spec.image_size, spec.geometry, **choice)
     if args.skip_bad_images:
         dataset.leave_out_bad(test_sets, args.workers, collectives.from_rank_zero)
-    if args.cache:
-        dataset.use_cache(test_sets, args.cache, args.workers, progress)
     return test_sets
 
 
@@ -172,7 +170,7 @@ def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embedding
     ks = dataset.ALL[args.dataset].KS
     results = [evaluation.measure(queries, ks, gallery, args.spec.distance) for queries, gallery in networks]
     if len(networks) == 1:
-        name = "backbone alone" if args.backbone_only else "this checkpoint"
+        name = args.remark or ("backbone alone" if args.backbone_only else "this checkpoint")
         return Measurement(*networks[0], args.spec.distance, results[0], {name: results[0].metrics})
     rows = {f"checkpoint {number}": result.metrics for number, result in enumerate(results, start=1)}
     rows["mean"] = {name: fmean(row[name] for row in rows.values()) for name in results[0].metrics}
@@ -180,7 +178,7 @@ def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embedding
     galleries = [gallery for _, gallery in networks if gallery is not None]
     gallery = concat_columns(galleries) if galleries else None
     result = evaluation.measure(queries, ks, gallery, "cosine")
-    return Measurement(queries, gallery, "cosine", result, rows | {"together": result.metrics})
+    return Measurement(queries, gallery, "cosine", result, rows | {args.remark or "together": result.metrics})
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
@@ -198,7 +196,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     measured = measure(args, [evaluation.embed(embedder, loaders) for embedder in embedders])
     table = dict(measured.rows)
     if reference := metrics.PUBLISHED.get((args.dataset, args.spec.model)):
-        table["published"] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
+        name = "published by the authors" if "published" in table else "published"  # a remark may be this, too
+        table[name] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(metrics.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
     if args.verify:
         pairs = verification.verify(measured.queries, measured.gallery, measured.distance, processes=processes)

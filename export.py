@@ -71,7 +71,7 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
         parents=[
             options(),
-            dataset.options(training=False, without=("--cache", "--batch-size", "--workers")),
+            dataset.options(training=False, without=("--skip-bad-images", "--cache", "--batch-size", "--workers")),
             net.options(training=False, without=("--image-size", "--backbone-only", "--pretrained")),
         ],
     )
@@ -151,8 +151,6 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
     test_sets = dataset.eval_sets(args.dataset, args.data_root, args.spec.image_size, args.spec.geometry, **choice)
-    if args.skip_bad_images:
-        dataset.leave_out_bad(test_sets, dataset.WORKERS)
     return test_sets
 
 

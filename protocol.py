@@ -40,7 +40,6 @@ EVALUATION = (
     "test_classes",
     "allow_partial",
     "skip_bad_images",
-    "cache",
     "batch_size",
     "workers",
     "amp",

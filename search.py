@@ -121,7 +121,7 @@ def parse(argv=None) -> argparse.Namespace:
         "[--flag value ...]",
         parents=[
             index_options(),
-            dataset.options(training=False, without=("--test-classes", "--cache")),
+            dataset.options(training=False, without=("--cache",)),
             net.options(training=False),
             hardware.options(without=("--compile",)),
         ],
@@ -258,7 +258,8 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
     They lead through no linked folder, so that images that are reached in two ways are in the index once.
     """
     if args.split:
-        paths = dataset.load(args.dataset, args.data_root, args.split, allow_partial=args.allow_partial).paths
+        choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
+        paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
         paths = images_at(args.images)
     return list(dict.fromkeys(map(canonical, paths)))

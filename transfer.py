@@ -2,12 +2,13 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distillation, evaluation, hardware, training
+from proxy_anchor import cli, collectives, distillation, evaluation, hardware, loss_registry, training
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
@@ -91,7 +92,7 @@ def parse(argv=None) -> argparse.Namespace:
             options(),
             dataset.options(training=True),
             net.options(training=True),
-            distillation.options(),
+            loss_registry.transfer_options(),
             training.options(without=("--lr-decay-step", "--lr-decay-gamma")),
             hardware.options(),
             logbook.options(),
@@ -100,7 +101,8 @@ def parse(argv=None) -> argparse.Namespace:
     )
     parser.set_defaults(**DEFAULTS)
     args = run_folders.parse(parser, argv, recipe)
-    vars(args).update(RECIPE)
+    recorded = {} if args.resume in (None, "auto") else run_folders.read_config(Path(args.resume))
+    vars(args).update(RECIPE | {name: recorded[name] for name in RECIPE if name in recorded})  # older runs had flags
     dataset.check_arguments(parser, args, args.dataset)
     args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
     args.image_size = args.spec.image_size
@@ -114,9 +116,8 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def recipe(dataset_name: str) -> dict:
-    """The defaults of a dataset: its defaults for training without --lr-decay-step, and the published epochs."""
-    defaults = {name: value for name, value in dataset.recipe(dataset_name).items() if name != "lr_decay_step"}
-    return defaults | ({"epochs": EPOCHS[dataset_name]} if dataset_name in EPOCHS else {})
+    """The defaults of a dataset, with the published epochs."""
+    return dataset.recipe(dataset_name) | ({"epochs": EPOCHS[dataset_name]} if dataset_name in EPOCHS else {})
 
 
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

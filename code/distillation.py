@@ -4,15 +4,12 @@ The relaxed contrastive loss (Kim et al., "Embedding Transfer with Label Relaxat
 its two baselines.
 """
 
-import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from proxy_anchor import cli
 
 FLOOR = 1e-12  # the smallest squared distance, as published: equal rows would give 0 / 0
 
@@ -120,33 +117,6 @@ LOSSES: dict[str, Callable[[float, float], Distillation]] = {
     "RKD": lambda sigma, delta: RKD(),
     "PKT": lambda sigma, delta: PKT(),
 }
-
-
-def options() -> argparse.ArgumentParser:
-    """Command-line flags of the loss."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("loss")
-    group.add_argument(
-        "--loss",
-        default="Relaxed_Contra",
-        **cli.one_of(*LOSSES),
-        help="Relaxed_Contra: the relaxed contrastive loss; RKD, PKT: its baselines",
-    )
-    group.add_argument(
-        "--sigma",
-        default=1.0,
-        type=cli.positive,
-        metavar="S",
-        help="scale of the teacher's distances, with Relaxed_Contra; the smaller, the fewer pairs attract each other",
-    )
-    group.add_argument(
-        "--delta",
-        default=1.0,
-        type=cli.positive,
-        metavar="D",
-        help="margin, with Relaxed_Contra: the other pairs are pushed this far apart, relative to the mean distance",
-    )
-    return parser
 
 
 def create(name: str, sigma: float = 1.0, delta: float = 1.0) -> Distillation:

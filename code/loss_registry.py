@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from proxy_anchor import cli, collectives
+from proxy_anchor import cli, collectives, distillation
 from proxy_anchor.files import sha256
 from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
@@ -55,6 +55,33 @@ def options() -> argparse.ArgumentParser:
         type=cli.finite,
         metavar="M",
         help="margin of Proxy-Anchor, in cosine similarity; a larger one pulls and pushes further",
+    )
+    return parser
+
+
+def transfer_options() -> argparse.ArgumentParser:
+    """Command-line flags of the loss of an embedding transfer."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("loss")
+    group.add_argument(
+        "--loss",
+        default="Relaxed_Contra",
+        **cli.one_of(*distillation.LOSSES),
+        help="Relaxed_Contra: the relaxed contrastive loss; RKD, PKT: its baselines",
+    )
+    group.add_argument(
+        "--sigma",
+        default=1.0,
+        type=cli.positive,
+        metavar="S",
+        help="scale of the teacher's distances, with Relaxed_Contra; the smaller, the fewer pairs attract each other",
+    )
+    group.add_argument(
+        "--delta",
+        default=1.0,
+        type=cli.positive,
+        metavar="D",
+        help="margin, with Relaxed_Contra: the other pairs are pushed this far apart, relative to the mean distance",
     )
     return parser
 

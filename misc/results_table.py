@@ -72,7 +72,7 @@ def protocol_result(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | 
         settings = content["settings"]
         expected = settings_of(args) | {"by": settings["by"]}  # the metric that chose the epoch
         if not run_folders.differences(settings, expected) and settings["epochs"] == args.epochs:
-            recalls = [100 * result["last_epoch"]["R@1"] for result in content["seeds"]]
+            recalls = [100 * (result.get("last_epoch") or result["honest"])["R@1"] for result in content["seeds"]]
             return f"{spread(recalls)} ({quantity(len(recalls), 'seed')})", path.parent
     return None
 

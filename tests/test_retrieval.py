@@ -312,10 +312,11 @@ def test_queries_in_dispute_are_counted(cub_root, tmp_path, capsys):
     assert "are nearest to" not in capsys.readouterr().out
 
 
-def test_published_results_have_a_line_of_their_own(cub_root, tmp_path, monkeypatch, capsys):
-    lines = ["this checkpoint", "published"]
+@pytest.mark.parametrize("remark, lines", [("", ["this checkpoint", "published"]), ("published", ["published"] * 2)])
+def test_published_results_have_a_line_of_their_own(cub_root, tmp_path, monkeypatch, capsys, remark, lines):
+    """Also where the user's name for the measured ones is that of the published."""
     monkeypatch.setitem(metrics.PUBLISHED, ("cub", "tiny"), {1: 12.34})
-    measured = evaluate_untrained(cub_root, tmp_path)
+    measured = evaluate_untrained(cub_root, tmp_path, remark=remark)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(lines))]
     assert [row.startswith(name) for row, name in zip(rows, lines, strict=True)] == [True, True]
     assert f"{100 * measured['R@1']:.2f}" in rows[0] and "12.34" in rows[1]

@@ -96,7 +96,7 @@ def parse(argv=None) -> argparse.Namespace:
     recorded, *others = [checkpoint.spec for checkpoint in checkpoints] or [None]
     for path, other in zip(paths[1:], others):
         if other != recorded:
-            differing = differences(other, recorded)
+            differing = other.differences(recorded) if other and recorded else "only one records its network"
             parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({differing})")
     args.resume, args.checkpoints = paths, checkpoints
     dataset.check_arguments(parser, args, args.dataset)
@@ -110,13 +110,6 @@ def parse(argv=None) -> argparse.Namespace:
     args.verify = bool(args.verify or args.calibrate or args.report)
     args.command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     return args
-
-
-def differences(spec: NetworkSpec | None, other: NetworkSpec | None) -> str:
-    """The entries in which two specs differ."""
-    records = [each.to_record() if each else {} for each in (spec, other)]
-    names = [name for name in records[0] | records[1] if records[0].get(name) != records[1].get(name)]
-    return ", ".join(f"{name} {records[0].get(name)} instead of {records[1].get(name)}" for name in names)
 
 
 def load(checkpoint: Checkpoint, spec: NetworkSpec) -> torch.nn.Module:
@@ -206,7 +199,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     table = dict(measured.rows)
     if reference := metrics.PUBLISHED.get((args.dataset, args.spec.model)):
         table["published"] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
-    print(logbook.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
+    print(metrics.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
     if args.verify:
         pairs = verification.verify(measured.queries, measured.gallery, measured.distance, processes=processes)
         print(pairs.text(), end="")

@@ -16,9 +16,9 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import BadFile, is_hidden, left_out, read_image
-from dataset.folder import find
+from dataset.files import BadFile, describe_skipped, is_hidden, read_image
 from dataset.folder import images as images_in
+from dataset.folder import scan
 from proxy_anchor import cli, figures, hardware
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
@@ -322,19 +322,19 @@ def images_at(*locations: str) -> list[str]:
     Raises FileNotFoundError for a path without images.
     """
     paths: list[str] = []
-    others: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for location in locations:
         if not os.path.exists(location):
             raise FileNotFoundError(f"There is no {location}")
         if os.path.isdir(location):
-            folder = find(Path(location))
+            folder = scan(Path(location))
             if not folder.images:
-                remark = left_out(folder.others)
+                remark = describe_skipped(folder.skipped)
                 raise FileNotFoundError(f"There are no images in {location}{f'. {remark}' * bool(remark)}")
-            others += folder.others
+            skipped += folder.skipped
         paths += folder.images if os.path.isdir(location) else [location]
-    if others:
-        print(left_out(others), file=sys.stderr)
+    if skipped:
+        print(describe_skipped(skipped), file=sys.stderr)
     return paths
 
 
@@ -473,7 +473,7 @@ def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -
         ]
         rows.append([(query, f"{kind}\n{folder_of(query)}"), *others])
     figures.draw_images(rows, lambda entry: read_entry(entry, index.is_upright), file)
-    print(f"The picture is {file}", file=sys.stderr)
+    print(f"Saved {file}", file=sys.stderr)
 
 
 def check_save(file: str | None, queries: list[str], index: Index) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, evaluation, hardware, losses, sharded, training
+from proxy_anchor import cli, collectives, evaluation, hardware, loss_registry, training
 from proxy_anchor.embedding import Embedder, sync_batchnorm
 from proxy_anchor.progress import progress
 from proxy_anchor.runs import logbook, randomness, run_folders
@@ -34,13 +34,13 @@ def parse(argv=None) -> argparse.Namespace:
         parents=[
             dataset.options(training=True),
             net.options(training=True),
-            losses.options(),
+            loss_registry.options(),
             training.options(),
             hardware.options(),
             logbook.options(),
             dataset.validation.options(),
             net.later_options(),
-            losses.later_options(),
+            loss_registry.later_options(),
             training.later_options(),
             dataset.validation.later_options(),
         ],
@@ -49,7 +49,7 @@ def parse(argv=None) -> argparse.Namespace:
     dataset.check_arguments(parser, args, args.dataset)
     args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
     args.image_size = args.spec.image_size
-    losses.check_arguments(parser, args)
+    loss_registry.check_arguments(parser, args)
     training.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
@@ -62,9 +62,9 @@ def run_name(args: argparse.Namespace) -> str:
     """The name of the folder of a new run."""
     return logbook.run_name(
         model=args.model,
-        loss=losses.label(args.loss),
+        loss=loss_registry.label(args.loss),
         embedding_size=args.embedding_size,
-        settings=losses.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
+        settings=loss_registry.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
         optimizer=args.optimizer,
         lr=args.lr,
         batch_size=args.batch_size,
@@ -130,7 +130,7 @@ def create_network(args: argparse.Namespace, config: dict, resume: Path | None, 
 
 
 def create_criterion(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
-    return sharded.create(
+    return loss_registry.create(
         args.loss,
         num_classes,
         args.embedding_size,

@@ -1,9 +1,9 @@
-"""What a backbone costs: parameters, dimensions, and images per second of training and of evaluation.
+"""Measure the cost of backbones: parameters, features, and images per second in training and in evaluation.
 
 python benchmarks/backbones.py [--models resnet50 convnext_tiny] [--image-size 224] [--batch-size 16] [--gpu-id 0]
 
-Random weights and images, so nothing is downloaded; the images are in memory, so nothing waits for a disk. Training is
-a whole step: the network, 100 proxies, gradients of all parameters, the optimizer. Each number is the median of rounds.
+Weights and images are random and in memory, so there are no downloads and no waits for a disk. A training step includes
+the network, 100 proxies, gradients of all parameters and the optimizer. Each number is the median over rounds.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
 from benchmarks.timing import seconds
-from proxy_anchor import hardware, losses, training
+from proxy_anchor import hardware, loss_registry, training
 from proxy_anchor.embedding import Embedder
 
 MODELS = ("tf_efficientnet_lite0", "resnet18", "bn_inception", "resnet50", "vit_small_patch16_224", "convnext_tiny")
@@ -24,10 +24,10 @@ CLASSES, SIZE = 100, 512
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[float, int, float, float]:
-    """(million parameters that train, without the embedding layer; pooled features; images/s trained on; evaluated)."""
+    """(million trained parameters of the backbone, pooled features, training images/s, evaluation images/s)."""
     network = net.create(name, SIZE, image_size=args.image_size)
     embedder = Embedder(network, device, args.amp)
-    criterion = losses.create("Proxy_Anchor", CLASSES, SIZE).to(device)
+    criterion = loss_registry.create("Proxy_Anchor", CLASSES, SIZE).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     training.set_trainable(network, epoch=1, warm=1)
     images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
@@ -47,10 +47,10 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[
     for run in (step, embed):
         run()  # not counted
         rates.append(args.batch_size / statistics.median(seconds(run) for _ in range(args.rounds)))
-    learned = {
+    sizes = {
         key: parameter.numel() for key, parameter in network.model.named_parameters() if parameter.grad is not None
     }
-    backbone = sum(count for key, count in learned.items() if not key.startswith("embedding."))
+    backbone = sum(size for key, size in sizes.items() if not key.startswith("embedding."))
     return backbone / 1e6, network.model.num_features, *rates
 
 

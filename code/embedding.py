@@ -81,7 +81,7 @@ class Embedder:
         self.network.eval()
         bar = progress(loader, description, len(loader.sampler))
         if stop:
-            bar = stop.after_each(bar)
+            bar = stop.watch(bar)
         vectors = [torch.empty(0, self.network.embedding_size, device=self.device)]
         labels = [torch.empty(0, dtype=torch.long, device=self.device)]
         for images, batch_labels in self.batches(bar):

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Collection
 from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +197,6 @@ def pushed_apart(wanted: list[float], gap: float, low: float, high: float) -> li
     highest = high - (len(wanted) - 1) * gap
     free = [min(max(mean, low), highest) + i * gap for i, mean in enumerate(means)]
     return [free[order.index(i)] for i in range(len(wanted))]
-
-
-def colors_of(primary: list[bool]) -> list[str]:
-    """A strong colour for each of those that are primary, a muted one for the others."""
-    strong, muted = cycle(STRONG), cycle(MUTED)
-    return [next(strong if first else muted) for first in primary]
 
 
 def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path, wrong: Collection[str] = ()) -> None:

@@ -18,28 +18,6 @@ from proxy_anchor.vectors import norms
 BLOCK = 1 << 14  # classes whose initial proxies are drawn at a time
 
 
-def create(
-    name: str,
-    num_classes: int,
-    embedding_size: int,
-    margin: float,
-    alpha: float,
-    arguments: str = "",
-    share: float = 1,
-    seed: int = 0,
-) -> nn.Module:
-    """The loss of losses.create; Proxy-Anchor with its classes sharded if there are several processes.
-
-    share: the share of the classes outside the batch that each step of Proxy-Anchor samples, by this seed. Every
-    process computes the whole of any other loss.
-    """
-    if name == "Proxy_Anchor" and share < 1:
-        return SampledProxyAnchor(num_classes, embedding_size, margin, alpha, share, seed)
-    if name == "Proxy_Anchor" and collectives.world_size() > 1:
-        return ShardedProxyAnchor(num_classes, embedding_size, margin, alpha)
-    return losses.create(name, num_classes, embedding_size, margin, alpha, arguments)
-
-
 class ShardedProxyAnchor(nn.Module):
     """losses.ProxyAnchor of which each process has the proxies (c, D) of its own `classes`.
 

@@ -22,7 +22,7 @@ import net
 import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, collectives, evaluation, hardware, losses, sharded, training
+from proxy_anchor import checkpoint, collectives, evaluation, hardware, loss_registry, losses, training
 from proxy_anchor.embedding import Embedder, Replica
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 from proxy_anchor.runs.run import Run
@@ -41,7 +41,7 @@ def train(optimizer, dtype, warm, bn_freeze, per_class, epochs=2, loss="Proxy_An
         BalancedBatches(labels, BATCH, per_class, 1, share) if per_class else RandomBatches(labels, BATCH, 1, share)
     )
     network = net.create("tiny", 8, bn_freeze=bn_freeze).to(dtype)
-    criterion = sharded.create(loss, CLASSES, 8, 0.1, 32.0).to(dtype)
+    criterion = loss_registry.create(loss, CLASSES, 8, 0.1, 32.0).to(dtype)
     optimizer = training.create_optimizer(optimizer, network, criterion, 1e-3, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
@@ -166,7 +166,7 @@ def test_processes_agree_whether_the_backbone_is_measured(tmp_path):
 def batches_until_a_signal(at, *numbers):
     """How many batches each process does, of its own number of them, when the first process gets a signal at one."""
     stop, rank, done = Stop(), collectives.rank(), 0
-    for done, _ in enumerate(stop.after_each(["batch"] * numbers[rank]), start=1):
+    for done, _ in enumerate(stop.watch(["batch"] * numbers[rank]), start=1):
         if rank == 0 and done == at:
             stop.signum = signal.SIGTERM
     with pytest.raises(Interrupted) if at <= max(numbers) else nullcontext():

@@ -184,7 +184,7 @@ def test_python_of_the_page_on_transfer_runs():
 
 def test_method_quotes_the_loss():
     source = inspect.getsource(losses.equation)
-    body = textwrap.dedent(source.split("\n\n")[-1])  # after the check of the labels
+    body = textwrap.dedent(source.split("\n\n")[-1])  # after the check of the labels and the conversion
     assert blocks(REPOSITORY / "docs" / "method.md", "python") == [body]
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import net
-from proxy_anchor import losses, retrieval, tiles, training
+from proxy_anchor import loss_registry, losses, retrieval, tiles, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.vectors import Embeddings
 
@@ -127,7 +127,7 @@ def test_loss_of_labels_left_on_the_cpu(fake_cuda):
 
 @pytest.mark.parametrize("name", ("Proxy_NCA", "MS", "Contrastive", "Triplet"))  # NPair goes through numpy
 def test_rivals(on_fake_cuda, name):
-    criterion = losses.create(name, 6, 8)
+    criterion = loss_registry.create(name, 6, 8)
     value = on_fake_cuda(lambda x, y: criterion.to(x.device)(x, y), torch.randn(24, 8), torch.arange(24) % 6)
     assert value.device == GPU and value.shape == ()
 

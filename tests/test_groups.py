@@ -273,8 +273,7 @@ def test_scripts_leave_groups_out(tmp_path, capsys):
 def test_check_counts_groups(tmp_path, capsys):
     dataset_main(["check", "csv", "--data-root", str(photos(tmp_path)), "--workers", "0"])
     assert (
-        "24 groups of test images, and 1 images alone: images of a query's own group are left out of "
-        "its gallery, 46 in all\n"
+        "Test images: 24 groups, 1 ungrouped; left out of the galleries because of the query's group: 46\n"
     ) in capsys.readouterr().out
 
 

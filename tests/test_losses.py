@@ -1,6 +1,7 @@
 import argparse
 import math
 import os
+import pickle
 import re
 
 import numpy as np
@@ -11,8 +12,8 @@ from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as library
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 
-from proxy_anchor import blocked, losses
-from proxy_anchor.losses import LOSSES, ProxyAnchor, equation
+from proxy_anchor import blocked, loss_registry, losses
+from proxy_anchor.losses import ProxyAnchor, equation
 
 
 def by_the_equation(embeddings, proxies, labels, margin, alpha):
@@ -273,9 +274,9 @@ def test_wrong_shapes_are_named():
         ProxyAnchor(3, 8)(torch.randn(4, 7), torch.zeros(4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", loss_registry.LOSSES)
 def test_every_loss_trains(name):
-    criterion = losses.create(name, 6, 8)
+    criterion = loss_registry.create(name, 6, 8)
     x = F.normalize(torch.randn(24, 8)).requires_grad_()
     y = torch.arange(24) % 6
     value = criterion(x, y)
@@ -284,22 +285,24 @@ def test_every_loss_trains(name):
 
 
 def test_settings_of_the_baselines():
-    assert losses.create("Proxy_NCA", 4, 8).softmax_scale == 32
-    ms = losses.create("MS", 4, 8)
+    assert loss_registry.create("Proxy_NCA", 4, 8).softmax_scale == 32
+    ms = loss_registry.create("MS", 4, 8)
     assert (ms.loss.alpha, ms.loss.beta, ms.loss.base, ms.miner.epsilon) == (2, 50, 0.5, 0.1)
-    assert losses.create("Contrastive", 4, 8).neg_margin == 0.5
-    triplet = losses.create("Triplet", 4, 8)
+    assert loss_registry.create("Contrastive", 4, 8).neg_margin == 0.5
+    triplet = loss_registry.create("Triplet", 4, 8)
     assert (triplet.loss.margin, triplet.miner.margin, triplet.miner.type_of_triplets) == (0.1, 0.1, "semihard")
-    assert not losses.create("NPair", 4, 8).distance.normalize_embeddings
+    assert not loss_registry.create("NPair", 4, 8).distance.normalize_embeddings
 
 
 def by_default(name):
     """The baselines with no more settings than those of the comparison, the rest as the library 2.6 to 2.9 has it."""
     return {
         "Proxy_NCA": lambda: library.ProxyNCALoss(6, 8, softmax_scale=32),
-        "MS": lambda: losses.MinedLoss(library.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)),
+        "MS": lambda: loss_registry.MinedLoss(
+            library.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)
+        ),
         "Contrastive": lambda: library.ContrastiveLoss(neg_margin=0.5),
-        "Triplet": lambda: losses.MinedLoss(
+        "Triplet": lambda: loss_registry.MinedLoss(
             library.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(0.1, "semihard")
         ),
         "NPair": lambda: library.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False)),
@@ -316,11 +319,11 @@ def outcome(make):
     return [value, x.grad, *(p.grad for p in criterion.parameters())]
 
 
-@pytest.mark.parametrize("name", LOSSES[1:])
+@pytest.mark.parametrize("name", loss_registry.LOSSES[1:])
 def test_baselines_do_not_change_with_the_defaults_of_the_library(name, monkeypatch):
     """To the last bit as the defaults of 2.6 to 2.9 have it, with those defaults and with others."""
     expected = outcome(lambda: by_default(name))
-    assert all(map(torch.equal, outcome(lambda: losses.create(name, 6, 8)), expected))
+    assert all(map(torch.equal, outcome(lambda: loss_registry.create(name, 6, 8)), expected))
     moved = {
         distances.BaseDistance: (False, 1, 3, False),  # normalize_embeddings, p, power, is_inverted
         library.MultiSimilarityLoss: (3, 40, 0.7),
@@ -336,7 +339,7 @@ def test_baselines_do_not_change_with_the_defaults_of_the_library(name, monkeypa
         for getter in ("get_default_distance", "get_default_reducer", "get_default_weight_init_func"):
             if hasattr(built, getter):
                 monkeypatch.setattr(built, getter, None)
-    assert all(map(torch.equal, outcome(lambda: losses.create(name, 6, 8)), expected))
+    assert all(map(torch.equal, outcome(lambda: loss_registry.create(name, 6, 8)), expected))
 
 
 OWN = """
@@ -360,18 +363,19 @@ def no_module(num_classes, embedding_size):
 def file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
-    return losses.name_or_file("own.py:Mine")
+    return loss_registry.name_or_file("own.py:Mine")
 
 
 def test_loss_from_a_file(file, monkeypatch):
     """The path is that of the folder where the command was given; values are Python literals, or else texts."""
-    assert file == f"{os.getcwd()}/own.py:Mine" and losses.label(file) == "Mine" and losses.label("MS") == "MS"
+    assert file == f"{os.getcwd()}/own.py:Mine"
+    assert [loss_registry.label(name) for name in (file, "MS")] == ["Mine", "MS"]
     monkeypatch.chdir("/")
-    criterion = losses.create(file, 6, 8, arguments="s=2.5 reduction=sum")
+    criterion = loss_registry.create(file, 6, 8, arguments="s=2.5 reduction=sum")
     x = torch.randn(4, 8)
     assert (criterion.s, criterion.reduction) == (2.5, "sum")
     torch.testing.assert_close(criterion(x, torch.arange(4)), 2.5 * x.square().sum())
-    assert losses.keywords("a=-1 b=None c='x' d=[1,2] e=1e-3 f=x=y g=") == {
+    assert loss_registry.keywords("a=-1 b=None c='x' d=[1,2] e=1e-3 f=x=y g=") == {
         "a": -1,
         "b": None,
         "c": "x",
@@ -380,6 +384,19 @@ def test_loss_from_a_file(file, monkeypatch):
         "f": "x=y",
         "g": "",
     }
+
+
+def test_a_file_of_a_loss_is_a_module(tmp_path):
+    """It imports from its folder, defines dataclasses with annotations as text, and its loss can be pickled."""
+    (tmp_path / "neighbour_of_own.py").write_text("SCALE = 3.0\n")
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from neighbour_of_own import SCALE\n"
+        f"{OWN}\n@dataclass\nclass Settings:\n    s: float = SCALE\n\n"
+        "class Other(Mine):\n    def __init__(self, *sizes):\n        super().__init__(*sizes, Settings().s)\n"
+    )
+    criterion = loss_registry.create(f"{tmp_path}/own.py:Other", 6, 8)
+    assert pickle.loads(pickle.dumps(criterion)).s == 3.0
 
 
 @pytest.mark.parametrize(
@@ -394,7 +411,7 @@ def test_loss_from_a_file(file, monkeypatch):
 )
 def test_loss_from_a_file_that_cannot_be_used(file, name, arguments, words):
     with pytest.raises(ValueError, match=words):
-        losses.create(file.replace("Mine", name), 6, 8, arguments=arguments)(torch.randn(4, 8), torch.arange(4))
+        loss_registry.create(file.replace("Mine", name), 6, 8, arguments=arguments)(torch.randn(4, 8), torch.arange(4))
 
 
 @pytest.mark.parametrize(
@@ -409,15 +426,24 @@ def test_loss_from_a_file_that_cannot_be_used(file, name, arguments, words):
     ],
 )
 def test_usage_errors_of_a_loss_from_a_file(file, argv, words, capsys):
-    parser = argparse.ArgumentParser(parents=[losses.options(), losses.later_options()])
+    parser = argparse.ArgumentParser(parents=[loss_registry.options(), loss_registry.later_options()])
     with pytest.raises(SystemExit):
-        losses.check_arguments(parser, parser.parse_args(argv))
+        loss_registry.check_arguments(parser, parser.parse_args(argv))
     assert re.search(words, capsys.readouterr().err)
 
 
 def test_settings_of_a_loss_from_a_file_are_in_the_name_of_the_run():
-    assert losses.settings_in_words("/a/own.py:Mine", 0.1, 32.0, "s=16 path=../x") == "s16_path..-x"
-    assert losses.settings_in_words("MS", 0.1, 32.0, "") == "alpha32_mrg0.1"  # as published
+    assert loss_registry.settings_in_words("/a/own.py:Mine", 0.1, 32.0, "s=16 path=../x") == "s16_path..-x"
+    assert loss_registry.settings_in_words("MS", 0.1, 32.0, "") == "alpha32_mrg0.1"  # as published
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equation_is_in_full_precision(dtype):
+    x, y = sample(40, 30, 16, torch.float32)
+    x, proxies = x.detach().to(dtype), torch.randn(30, 16)
+    expected = losses.equation(x.float(), proxies, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.equation(x, proxies, y), expected)
 
 
 def test_fast_path_is_the_equation_in_float32():

@@ -15,7 +15,7 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint, figures, losses, training
+from proxy_anchor import checkpoint, figures, loss_registry, training
 from proxy_anchor.evaluation import Result
 from proxy_anchor.runs import run_folders
 
@@ -34,7 +34,7 @@ def test_rates_and_what_moves_at_every_step(schedule):
     """Warm-up for 2 epochs, the embedding layer at 5 times the rate, proxies at 100 times, two layers frozen."""
     network = net.create("tiny", 8, bn_freeze=False)
     network.freeze("bn1,layer1.0")
-    criterion = losses.create("Proxy_Anchor", 4, 8)
+    criterion = loss_registry.create("Proxy_Anchor", 4, 8)
     optimizer = training.create_optimizer("adamw", network, criterion, PEAK, 1e-4, embedding_lr=5)
     scheduler = training.create_scheduler(schedule, optimizer, EPOCHS, step=2, gamma=0.1)
     rates = []
@@ -68,7 +68,7 @@ def test_rates_and_what_moves_at_every_step(schedule):
 
 @pytest.mark.parametrize("eps", [None, 1e-4])
 def test_eps_is_that_of_the_first_step_by_hand(eps):
-    network, criterion = net.create("tiny", 8), losses.create("Proxy_Anchor", 4, 8)
+    network, criterion = net.create("tiny", 8), loss_registry.create("Proxy_Anchor", 4, 8)
     optimizer = training.create_optimizer("adamw", network, criterion, PEAK, 0.01, eps=eps)
     loss_of_random_images(network, criterion).backward()
     weight = network.model.embedding.weight

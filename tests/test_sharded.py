@@ -12,7 +12,7 @@ from helpers import assert_close, in_processes
 from torch import nn
 
 import train
-from proxy_anchor import collectives, losses, sharded, training
+from proxy_anchor import collectives, loss_registry, losses, sharded, training
 from proxy_anchor.embedding import Replica
 from proxy_anchor.runs import resuming
 from proxy_anchor.spec import NetworkSpec
@@ -47,7 +47,9 @@ class Training:
         torch.manual_seed(0)
         self.num_classes, self.batch_size, self.losses = num_classes, batch_size, []
         self.network = Tiny().double()
-        self.criterion = sharded.create("Proxy_Anchor", num_classes, SIZE, 0.1, 32.0, share=share, seed=3).double()
+        self.criterion = loss_registry.create(
+            "Proxy_Anchor", num_classes, SIZE, 0.1, 32.0, share=share, seed=3
+        ).double()
         self.optimizer = training.create_optimizer(optimizer, self.network, self.criterion, 1e-3, 1e-4)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.replica = Replica(self.network)
@@ -197,7 +199,7 @@ def test_sample_of_all_is_exact(optimizer, monkeypatch):
     """With any optimizer: its state follows the proxies."""
     expected = Training(5, 6, 1, optimizer).epochs(0, 4)
     monkeypatch.setattr(
-        sharded, "create", lambda name, *settings, **sample: sharded.SampledProxyAnchor(*settings, **sample)
+        loss_registry, "create", lambda name, *settings, **sample: sharded.SampledProxyAnchor(*settings, **sample)
     )
     found = Training(5, 6, 1, optimizer).epochs(0, 4)
     assert found.losses == pytest.approx(expected.losses, rel=1e-12)

@@ -7,7 +7,7 @@ import torch
 import trees
 
 import net
-from proxy_anchor import checkpoint, exported, losses, training
+from proxy_anchor import checkpoint, exported, loss_registry, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.spec import NetworkSpec
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 def setup(bn_freeze=True, optimizer="adamw", loss="Proxy_Anchor", lr=1e-3):
     network = net.create("tiny", 8, bn_freeze=bn_freeze)
-    criterion = losses.create(loss, 4, 8)
+    criterion = loss_registry.create(loss, 4, 8)
     return network, criterion, training.create_optimizer(optimizer, network, criterion, lr, 1e-4)
 
 
@@ -395,7 +395,7 @@ def test_scaler_skips_a_step_whose_gradients_overflow():
 def test_gradients_that_are_not_finite_are_named():
     """Proxy-NCA in two dimensions: the library's gradient is NaN, its loss is not."""
     network = net.create("tiny", 2)
-    criterion = losses.create("Proxy_NCA", 10, 2)
+    criterion = loss_registry.create("Proxy_NCA", 10, 2)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-3, 1e-4)
     data = [(torch.randn(20, 3, 32, 32), torch.arange(20) % 10) for _ in range(8)]
     words = (

@@ -108,10 +108,15 @@ class Index:
         It keeps the orientation that it was made with.
         """
         spec = replace(NetworkSpec.from_record(made["network"]), orientation=self.spec.orientation)
-        if made["weights"] != self.made["weights"] or spec != self.spec:
+        if made["weights"] != self.made["weights"]:
             raise ValueError(
-                f"{self.folder} was built with another checkpoint ({self.made['checkpoint']}, {self.made['network']}), "
-                f"not with {made['checkpoint']}: their embeddings cannot be compared. Build a new index"
+                f"{self.folder} was made with another checkpoint than {made['checkpoint']}, the one that was at "
+                f"{self.made['checkpoint']}: their embeddings do not compare"
+            )
+        if spec != self.spec:
+            raise ValueError(
+                f"{self.folder} was made with another network ({self.spec.differences(spec)}): their embeddings do not "
+                "compare"
             )
         if made.get("by_folder", self.made["by_folder"]) != self.made["by_folder"]:
             has, flag = ("folders", "with") if self.made["by_folder"] else ("images", "without")

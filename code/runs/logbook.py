@@ -245,23 +245,7 @@ def shortened(row: dict[str, float]) -> str:
 
 def untrained(result: evaluation.Result) -> str:
     """The results of a network before training, as lines."""
-    return table({"untrained": result.metrics}) + "\n" + result.remark()
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """A table of metrics in percent: a line for each name of rows, a column for each metric that any line has.
-
-    A prefix of the metrics' names is in the corner.
-    """
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    corner = metrics.prefix(next(iter(rows.values())))
-    width = max(map(len, [corner, *rows]))
-    heads = [c.removeprefix(corner).replace("R-precision", "R-prec") for c in columns]  # for 80 characters
-    lines = [f"{corner:<{width}}" + "".join(f"  {head:>6}" for head in heads)]
-    for name, row in rows.items():
-        cells = (f"{100 * row[c]:.2f}" if c in row else "-" for c in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells))
-    return "\n".join(lines)
+    return metrics.table({"untrained": result.metrics}) + "\n" + result.remark()
 
 
 def has_credentials() -> bool:

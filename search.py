@@ -123,7 +123,7 @@ def parse(argv=None) -> argparse.Namespace:
             index_options(),
             dataset.options(training=False, without=("--cache",)),
             net.options(training=False),
-            hardware.options(without=("--compile",)),
+            hardware.options(without=("--compile",), several=False),
         ],
         description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
         "those that are new or have changed, and to drop those whose files are gone.",

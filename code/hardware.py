@@ -13,8 +13,8 @@ import torch.distributed as dist
 from proxy_anchor import cli, collectives
 
 
-def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
-    """Command-line flags of the device, without these flags."""
+def options(without: Collection[str] = (), several: bool = True) -> argparse.ArgumentParser:
+    """Command-line flags of the device, without these flags; several: whether the script can use several GPUs."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("device")
     add = cli.adder(group, without)
@@ -23,7 +23,7 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
         default=0,
         type=cli.integer(-1),
         metavar="N",
-        help="CUDA device, or -1 for all (search.py: the first one); without CUDA, Apple's GPU or the CPU",
+        help=f"CUDA device{', or -1 for all' * several}; without CUDA, Apple's GPU or the CPU",
     )
     add(
         "--amp",

@@ -96,7 +96,7 @@ def later_options() -> argparse.ArgumentParser:
         type=cli.share(SMALLEST_SHARE),
         metavar="SHARE",
         help="share of the classes outside the batch that Proxy-Anchor samples in each step, for millions of classes; "
-        "1: all, exact",
+        "1 uses all of them",
     )
     return parser
 

@@ -53,14 +53,14 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
         default=10,
         type=cli.integer(1),
         metavar="N",
-        help="lower the learning rate every N epochs; scale it with --epochs",
+        help="with --lr-schedule step: lower the learning rate every N epochs; scale it with --epochs",
     )
     add(
         "--lr-decay-gamma",
         default=0.5,
         type=cli.positive,
         metavar="G",
-        help="factor by which the learning rate is lowered",
+        help="with --lr-schedule step: factor by which the learning rate is lowered each time",
     )
     add(
         "--warm",

@@ -9,7 +9,10 @@ FOLDER = "CUB_200_2011"
 SIZES = {"train": (100, 5864), "eval": (100, 5924)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
 UPRIGHT = False  # the published numbers depend on the images as stored
-SOURCE = "Get CUB_200_2011.tgz at https://data.caltech.edu/records/65de6-vp158 and extract it into the data folder."
+SOURCE = (
+    "Download CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 and run: "
+    "python -m dataset prepare cub CUB_200_2011.tgz"
+)
 LIKELY_CAUSE = "an incomplete copy, or CUB-200 of 2010 (3,043 test images) instead of CUB-200-2011"
 
 

@@ -9,7 +9,10 @@ FOLDER = "Stanford_Online_Products"
 SIZES = {"train": (11318, 59551), "eval": (11316, 60502)}  # classes, images
 KS = (1, 10, 100, 1000)
 UPRIGHT = False  # the published numbers depend on the images as stored
-SOURCE = "Get ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip and extract it into the data folder."
+SOURCE = (
+    "Download ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip and run: "
+    "python -m dataset prepare SOP Stanford_Online_Products.zip"
+)
 LIKELY_CAUSE = "an incomplete copy"
 
 

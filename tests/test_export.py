@@ -340,7 +340,7 @@ def test_card_says_what_is_known_of_the_training(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"dataset": "folder", "pretrained": "none", "device": "x"}))
     settings, results = card.training(tmp_path / "folder_resnet18_best.pth")
     assert settings == {"dataset": "folder", "pretrained": "none"}
-    assert "not measured by the export: Best Epoch: 3, Best Recall@1: 75.0000" in results
+    assert "Measured during training, not by the export: Best Epoch: 3, Best Recall@1: 75.0000" in results
     assert card.training(tmp_path / "last.pth") == ({}, "")
 
 

@@ -445,7 +445,7 @@ def test_usage_errors(cub_root, tmp_path, capsys, changed, message):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"data-root": "nowhere"}, r"There is no nowhere/CUB_200_2011/images\. Get CUB_200_2011.tgz"),
+        ({"data-root": "nowhere"}, r"There is no nowhere/CUB_200_2011/images\. Download CUB_200_2011.tgz"),
         ({"batch-size": 25}, "batch size 25 is larger than the training set of 24"),
         ({"batch-size": 24, "IPC": 2}, "needs 12 classes per batch, but the training set has 4"),
         ({"pretrained": "nowhere.pth"}, "There is no weights file nowhere.pth"),

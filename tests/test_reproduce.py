@@ -97,14 +97,16 @@ def test_small_trees_reach_the_table(data, tmp_path, capsys, monkeypatch):
     assert (logbook.commit() or "unknown")[:7] in rows[0]["commit"]
 
 
-def test_results_of_the_protocol_and_the_published_ones_are_shown(tmp_path, capsys):
+@pytest.mark.parametrize("key", ["last_epoch", "honest"])
+def test_results_of_the_protocol_and_the_published_ones_are_shown(tmp_path, capsys, key):
+    """key: of the result in results.json, now and in earlier versions."""
     recipe = "--dataset cub --batch-size 180"
     args = results_table.settings_of(train.parse(shlex.split(recipe)))
     settings = {k: v for k, v in args.items() if k not in (*run_folders.MAY_CHANGE, *run_folders.NOT_CONFIG, "seed")}
     for name, change in {"a": {"lr": 1.0}, "b": {}}.items():
         folder = tmp_path / "protocol_cub" / name
         folder.mkdir(parents=True)
-        seeds = [{"seed": seed, "last_epoch": {"R@1": 0.6 + 0.02 * seed, "MAP@R": 0.2}} for seed in (1, 2)]
+        seeds = [{"seed": seed, key: {"R@1": 0.6 + 0.02 * seed, "MAP@R": 0.2}} for seed in (1, 2)]
         content = {"settings": settings | {"epochs": 60, "folds": "2", "by": "MAP@R"} | change, "seeds": seeds}
         (folder / "results.json").write_text(json.dumps(content))
     results_table.main(["--logs", str(tmp_path), "--seeds", "1", "--", recipe, "--dataset cub --batch-size 90"])

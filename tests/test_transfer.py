@@ -319,3 +319,12 @@ def test_student_of_the_published_code_is_compared_as_it_was_trained(logs, cub_r
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([*line, str(best), "--distance", "cosine"])
     assert "argument --distance: the checkpoint was trained for euclidean, not cosine" in capsys.readouterr().err
+
+
+def test_run_of_an_earlier_version_keeps_what_had_a_flag_then(logs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder(logs), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"lr_schedule": "step", "eps": 1e-4}))
+    args = transfer.parse(["--resume", str(folder)])
+    assert (args.lr_schedule, args.eps, args.freeze) == ("step", 1e-4, "")

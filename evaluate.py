@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, or a backbone before training: Recall@K next to the published results, and thresholds."""
+"""Measure Recall@K of a checkpoint, or of a backbone before training; write a report; calibrate a threshold."""
 
 import argparse
 import shlex
@@ -25,7 +25,7 @@ from proxy_anchor.weights import digest
 
 EXAMPLES = """examples:
   a published checkpoint:
-    python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_512.pth
+    python evaluate.py --dataset cub --model bn_inception --embedding-size 512 --resume cub_bn_inception_best.pth
   a checkpoint of train.py, which records its network; with a report:
     python evaluate.py --dataset cub --resume logs/logs_cub/RUN --report report
   the networks of four folds, one by one and together:
@@ -37,19 +37,9 @@ EXAMPLES = """examples:
 """
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = cli.Parser(
-        usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-        formatter_class=cli.HelpFormatter,
-        parents=[
-            dataset.options(training=False),
-            net.options(training=False),
-            hardware.options(without=("--compile",)),
-        ],
-    )
+def options() -> argparse.ArgumentParser:
+    """Command-line flags of the evaluation."""
+    parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--resume",
@@ -81,6 +71,23 @@ def parse(argv=None) -> argparse.Namespace:
         help="choose the threshold that accepts this share of different-class pairs (0.01 if not given) on half of the "
         "classes, check it on the other half, and record it in the checkpoint, for search.py",
     )
+    return parser
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = cli.Parser(
+        usage="evaluate.py (--resume PATH | --backbone-only) [--flag value ...]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=cli.HelpFormatter,
+        parents=[
+            options(),
+            dataset.options(training=False),
+            net.options(training=False),
+            hardware.options(without=("--compile",)),
+        ],
+    )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
     with cli.errors_in_one_line("evaluate.py"):
@@ -89,7 +96,7 @@ def parse(argv=None) -> argparse.Namespace:
     recorded, *others = [checkpoint.spec for checkpoint in checkpoints] or [None]
     for path, other in zip(paths[1:], others):
         if other != recorded:
-            differing = differences(other, recorded)
+            differing = other.differences(recorded) if other and recorded else "only one records its network"
             parser.error(f"argument --resume: {path} is of another kind than {paths[0]} ({differing})")
     args.resume, args.checkpoints = paths, checkpoints
     dataset.check_arguments(parser, args, args.dataset)
@@ -103,13 +110,6 @@ def parse(argv=None) -> argparse.Namespace:
     args.verify = bool(args.verify or args.calibrate or args.report)
     args.command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     return args
-
-
-def differences(spec: NetworkSpec | None, other: NetworkSpec | None) -> str:
-    """The entries in which two specs differ."""
-    records = [each.to_record() if each else {} for each in (spec, other)]
-    names = [name for name in records[0] | records[1] if records[0].get(name) != records[1].get(name)]
-    return ", ".join(f"{name} {records[0].get(name)} instead of {records[1].get(name)}" for name in names)
 
 
 def load(checkpoint: Checkpoint, spec: NetworkSpec) -> torch.nn.Module:
@@ -199,7 +199,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     table = dict(measured.rows)
     if reference := metrics.PUBLISHED.get((args.dataset, args.spec.model)):
         table["published"] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
-    print(logbook.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
+    print(metrics.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
     if args.verify:
         pairs = verification.verify(measured.queries, measured.gallery, measured.distance, processes=processes)
         print(pairs.text(), end="")

@@ -12,13 +12,13 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import left_out
-from dataset.folder import find
+from dataset.files import describe_skipped
+from dataset.folder import scan
 from net.backbone import Backbone
-from proxy_anchor import cli, evaluation, exported
+from proxy_anchor import cli, evaluation, exported, metrics
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.files import locked, replacing
+from proxy_anchor.files import locked, quantity, replacing
 from proxy_anchor.report import card
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
@@ -47,18 +47,17 @@ def options() -> argparse.ArgumentParser:
         required=True,
         type=cli.path,
         metavar="FILE",
-        help="file to write, ending in .onnx or .safetensors; the card of model.onnx, model-card.md, is written "
-        "beside it",
+        help="file to write, ending in .onnx or .safetensors; a model card is written next to it (for model.onnx: "
+        "model-card.md)",
     )
     group.add_argument(
         "--check",
         type=cli.path,
         metavar="DIR",
-        help="folder of images to check the file with; without it, the test images of --dataset check the file and "
-        "measure it for its card",
+        help="check the file with the images in this folder, instead of checking and measuring it on --dataset",
     )
     group.add_argument(
-        "--fp16", action="store_true", help="weights in half precision: half the size; prints what that costs"
+        "--fp16", action="store_true", help="weights in half precision: half the size; prints the loss in recall"
     )
     return parser
 
@@ -86,7 +85,7 @@ def parse(argv=None) -> argparse.Namespace:
     if Path(args.resume).suffix == ".onnx":
         parser.error(f"argument --resume: {args.resume} is exported already; give its checkpoint")
     if not exported.is_exported(args.out):
-        parser.error(f"argument --out: {args.out} ends in none of {', '.join(exported.ENDINGS)}")
+        parser.error(f"argument --out: {args.out} must end in {' or '.join(exported.ENDINGS)}")
     if not Path(args.out).parent.is_dir():
         parser.error(f"argument --out: there is no folder {Path(args.out).parent}")
     if args.fp16 and args.check:
@@ -108,7 +107,7 @@ def export(args: argparse.Namespace) -> None:
     if args.fp16:
         exported.halve(copy.network)
     count = len(images.unique(dim=0))  # not those taken several times
-    checked = f"{count} image{'s' * (count > 1)}"
+    checked = quantity(count, "image")
     with replacing(out) as file:
         exported.save(file, out.suffix, copy, args.spec.image_size, record)
         difference = check(open_file(file, out.suffix, args.spec), reference, images)
@@ -160,8 +159,8 @@ def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
     """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
     if args.check:
-        folder = find(Path(args.check))
-        paths, remark = folder.images, left_out(folder.others)
+        folder = scan(Path(args.check))
+        paths, remark = folder.images, describe_skipped(folder.skipped)
         if not paths:
             raise FileNotFoundError(f"There are no images in {args.check}{f'. {remark}' * bool(remark)}")
         if remark:
@@ -200,7 +199,7 @@ def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[d
         loaders = [dataset.eval_loader(images, BATCHES[-1], dataset.WORKERS) for images in test_sets]
         embedder, ks = Embedder(network, torch.device("cpu")), dataset.ALL[args.dataset].KS
         rows[name] = evaluation.evaluate(embedder, loaders, ks, distance=args.spec.distance).metrics
-    print(logbook.table(rows))
+    print(metrics.table(rows))
     splits = dataset.describe(dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets)))
     paragraphs = [f"Measured by the export with this file, on {args.dataset} ({splits}):", card.table(rows)]
     if args.fp16:

@@ -27,7 +27,7 @@ def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int 
 
     checkpoint: a path, or a URL, which is downloaded once into torch.hub's cache. Published checkpoints do not record
     backbone (train.py's --model) and embedding_size; the others do, and other values are refused.
-    transform(PIL image) gives uint8 (3, S, S) as evaluation sees one's own images, upright; it raises ValueError where
+    transform(PIL image) gives uint8 (3, S, S) as evaluation sees your own images, upright; it raises ValueError where
     evaluation refuses the image. network, in eval mode, maps a batch of these, uint8 (N, 3, S, S), to embeddings
     (N, D). Normalization is inside. Raises OSError or ValueError for a file that is damaged or of another network; it
     cannot run code.
@@ -54,8 +54,8 @@ def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int 
         network = net.from_spec(spec)
         read.load(network, "backbone and embedding_size")
         seen = transforms.evaluation(spec.image_size, **spec.geometry)
-        served = exported.InferenceNet(network, spec.distance)
-        return served.eval(), v2.Compose([_module("dataset.files").to_tensor, seen])
+        inference = exported.InferenceNet(network, spec.distance)
+        return inference.eval(), v2.Compose([_module("dataset.files").to_tensor, seen])
 
 
 def _module(name: str):
@@ -71,13 +71,16 @@ def _module(name: str):
 
 @contextlib.contextmanager
 def _only_our_names():
-    """torch.hub has the repository at the front of sys.path meanwhile; here, other threads find nothing in it."""
-    here = [place for place in sys.path[:1] if pathlib.Path(place).resolve() == _REPOSITORY]
-    del sys.path[: len(here)]
+    """torch.hub puts the repository at the front of sys.path while it loads.
+
+    This takes it away meanwhile, so that other threads import nothing from it.
+    """
+    removed = [entry for entry in sys.path[:1] if pathlib.Path(entry).resolve() == _REPOSITORY]
+    del sys.path[: len(removed)]
     try:
         yield
     finally:
-        sys.path[:0] = here  # torch.hub takes it away
+        sys.path[:0] = removed  # torch.hub expects it there
 
 
 def _download(url: str, check) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Choose the number of epochs on held-out training classes, train on all of them for as many, and test once."""
+"""Choose the number of epochs on held-out training classes, train on all of them for that many, and test once."""
 
 import argparse
 import json
@@ -27,7 +27,12 @@ EXAMPLES = """examples:
 """
 RESULTS = "results.json"
 LONGEST_NAME = 255 - len("_999")  # in bytes, of a folder; those of repeated runs have a number behind it
-DECIDED = {"--seed": "--seeds", "--fold": "--folds", "--by": "--by", "--resume": "nothing: it is always auto"}
+DECIDED = {  # flags of train.py, and what to do instead
+    "--seed": "pass --seeds before it",
+    "--fold": "pass --folds before it",
+    "--by": "pass it before",
+    "--resume": "it is always auto",
+}
 # The arguments of train.py that evaluate.py needs too, because checkpoints do not record them.
 EVALUATION = (
     "dataset",
@@ -57,15 +62,15 @@ def parse(argv=None) -> argparse.Namespace:
         type=cli.integer(0),
         nargs="+",
         metavar="S",
-        help="one result per seed (default: 1 2 3)",
+        help="seeds to train with, one result each (default: 1 2 3)",
     )
     group.add_argument(
         "--folds",
         default="2",
         type=folds,
         metavar="N",
-        help="2: the second half of the training classes is held out; 4 and so on: each of as many parts in turn; "
-        "val: the split of that name in your CSV file",
+        help="2: hold out the second half of the training classes; a larger N: each of N parts in turn; val: the split "
+        "val of your CSV file",
     )
     group.add_argument(
         "--by",
@@ -77,7 +82,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--out",
         type=cli.path,
         metavar="DIR",
-        help="where the results go (default: a folder beside those of the runs, in logs/)",
+        help="folder for the results (default: protocol_DATASET in the folder of the runs)",
     )
     argv = sys.argv[1:] if argv is None else list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
@@ -87,7 +92,7 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("argument --seeds: expected different numbers")
     for flag in args.flags:
         if (name := flag.partition("=")[0]) in DECIDED:
-            parser.error(f"{name} cannot come after --, because this protocol decides it: give {DECIDED[name]}")
+            parser.error(f"{name} cannot come after the --: {DECIDED[name]}")
     args.training = train.parse(args.flags)
     if args.training.lr_schedule == "cosine":
         parser.error("--lr-schedule cosine depends on --epochs, which this script chooses")
@@ -214,7 +219,7 @@ def settings_in(folder: Path) -> dict | None:
     """The settings of the results in a folder; None if it has none. Raises ValueError for files of another kind."""
     path = folder / RESULTS
     if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
-        raise ValueError(f"{folder} is no folder: results are written to one, which need not exist")
+        raise ValueError(f"{folder} is a file: --out must be a folder, existing or new")
     if folder.is_dir() and not path.exists() and not all(file.name.startswith(".") for file in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a folder of protocol.py's results: choose another --out")
     try:

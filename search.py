@@ -16,9 +16,9 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import BadFile, is_hidden, left_out, read_image
-from dataset.folder import find
+from dataset.files import BadFile, describe_skipped, is_hidden, read_image
 from dataset.folder import images as images_in
+from dataset.folder import scan
 from proxy_anchor import cli, figures, hardware
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
@@ -32,7 +32,8 @@ from proxy_anchor.weights import digest
 BLOCK = 2**14  # images that are embedded before they are written
 QUERIES = 32  # in a batch; more are read by several processes
 AS_STORED = (
-    "Photos are taken as stored, not turned by their EXIF, because this index was made so; a new one turns them upright"
+    "This index was built from photos as stored, without EXIF rotation, and stays that way; build a new index to have "
+    "them upright"
 )
 NPROBES = (1, 4, 16, 64)  # those that recall is printed for; 1 is FAISS's default
 EXAMPLES = """examples:
@@ -59,7 +60,7 @@ def index_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--by-folder",
         action="store_true",
-        help="one entry for each folder with images: the mean of the images that lie in it, of unit length again",
+        help="one entry per folder: the mean of the embeddings of the images directly in it",
     )
     group.add_argument("--out", required=True, type=cli.path, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
@@ -90,7 +91,7 @@ def query_options() -> argparse.ArgumentParser:
         "--nprobe",
         type=cli.integer(1),
         metavar="N",
-        help="cells to search in an IVF index (default: 1); more find more of the neighbours and take longer",
+        help="cells to search in an IVF index (default: 1); more cells find more neighbours and take longer",
     )
     group.add_argument(
         "--threshold",
@@ -99,7 +100,7 @@ def query_options() -> argparse.ArgumentParser:
         help="list only neighbours with at least this similarity (at most this distance), or say 'no match'; 'none' "
         "lists all (default: the threshold that evaluate.py --calibrate recorded in the checkpoint, if any)",
     )
-    group.add_argument("--by-folder", action="store_true", help="one query for each folder with images: their mean")
+    group.add_argument("--by-folder", action="store_true", help="one query per folder: the mean of its images")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument(
         "--save", type=cli.path, metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png"
@@ -191,7 +192,10 @@ def update_index(args: argparse.Namespace) -> None:
         is_known, index.folders = source in index.folders, sorted({*index.folders, source})
         kind = "folders" if args.by_folder else "images"
         shown = printable(str(folder))
-        print(f"{len(index.images):,} {kind} are in {shown}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
+        print(
+            f"Updating {shown}, which holds {len(index.images):,} {kind}; "
+            f"new: {new:,}, changed: {changed:,}, deleted: {deleted:,}"
+        )
         for missing, entries_there in presence.missing.items():
             print(
                 f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them"
@@ -318,19 +322,19 @@ def images_at(*locations: str) -> list[str]:
     Raises FileNotFoundError for a path without images.
     """
     paths: list[str] = []
-    others: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for location in locations:
         if not os.path.exists(location):
             raise FileNotFoundError(f"There is no {location}")
         if os.path.isdir(location):
-            folder = find(Path(location))
+            folder = scan(Path(location))
             if not folder.images:
-                remark = left_out(folder.others)
+                remark = describe_skipped(folder.skipped)
                 raise FileNotFoundError(f"There are no images in {location}{f'. {remark}' * bool(remark)}")
-            others += folder.others
+            skipped += folder.skipped
         paths += folder.images if os.path.isdir(location) else [location]
-    if others:
-        print(left_out(others), file=sys.stderr)
+    if skipped:
+        print(describe_skipped(skipped), file=sys.stderr)
     return paths
 
 
@@ -396,9 +400,7 @@ def open_index(args: argparse.Namespace) -> tuple[Index, torch.nn.Module, Checkp
     """The index of a query, the network that made it, and its checkpoint, None for a backbone alone."""
     index = Index.open(Path(args.index))
     if not len(index.images):
-        raise FileNotFoundError(
-            f"There is no complete index in {args.index}: run `search.py index` to its end, again if it was interrupted"
-        )
+        raise FileNotFoundError(f"{args.index} holds no complete index: run the `search.py index` command again")
     if args.nprobe:
         index.set_nprobe(args.nprobe)
     try:
@@ -407,7 +409,7 @@ def open_index(args: argparse.Namespace) -> tuple[Index, torch.nn.Module, Checkp
         raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
     path = in_run(args.resume) if args.resume else index.made["checkpoint"]
     if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
-        raise FileNotFoundError(f"There is no checkpoint {path}, which made {args.index}: give its place with --resume")
+        raise FileNotFoundError(f"The checkpoint {path} of {args.index} is gone: pass its new path with --resume")
     checkpoint = None if index.spec.backbone_only else Checkpoint(path)
     network, identity = open_network(index.spec, path, checkpoint)
     index.check({"weights": identity, "network": index.spec.to_record(), "checkpoint": path})
@@ -471,7 +473,7 @@ def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -
         ]
         rows.append([(query, f"{kind}\n{folder_of(query)}"), *others])
     figures.draw_images(rows, lambda entry: read_entry(entry, index.is_upright), file)
-    print(f"The picture is {file}", file=sys.stderr)
+    print(f"Saved {file}", file=sys.stderr)
 
 
 def check_save(file: str | None, queries: list[str], index: Index) -> None:
@@ -495,7 +497,7 @@ def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpo
     if checkpoint and recorded and (args.by_folder or index.made["by_folder"]):
         path = printable(str(checkpoint.path))
         print(
-            f"The threshold in {path} is for pairs of images, not for folders: say one with --threshold",
+            f"The threshold in {path} is calibrated on pairs of images and is ignored for folders: set --threshold",
             file=sys.stderr,
         )
         return None

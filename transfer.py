@@ -53,19 +53,19 @@ def options() -> argparse.ArgumentParser:
         "--source-ckpt",
         type=cli.path,
         metavar="PATH",
-        help="the teacher: a checkpoint, published or of train.py, or the folder of its run; required",
+        help="checkpoint of the teacher, or the folder of its run (required)",
     )
     group.add_argument(
         "--source-model",
         metavar="NAME",
-        help="the teacher's backbone, if its checkpoint does not record it (default: resnet50 for ResNets, else "
-        "bn_inception)",
+        help="backbone of the teacher, if its checkpoint does not record it (default: resnet50 if the student is a "
+        "ResNet, else bn_inception)",
     )
     group.add_argument(
         "--source-embedding-size",
         type=cli.integer(1, LARGEST["embedding_size"]),
         metavar="D",
-        help="the teacher's dimensions, if its checkpoint does not record them (default: 512)",
+        help="dimensions of the teacher, if its checkpoint does not record them (default: 512)",
     )
     group.add_argument(
         "--view",
@@ -95,7 +95,7 @@ def parse(argv=None) -> argparse.Namespace:
             training.options(without=("--lr-decay-step", "--lr-decay-gamma")),
             hardware.options(),
             logbook.options(),
-            net.later_options(),
+            net.later_options("network"),
         ],
     )
     parser.set_defaults(**DEFAULTS)
@@ -105,9 +105,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
     args.image_size = args.spec.image_size
     if args.batch_size % args.IPC:
-        parser.error(
-            f"argument --IPC: a batch of {args.batch_size} images does not consist of {args.IPC} of each class"
-        )
+        parser.error(f"argument --IPC: the batch size, {args.batch_size}, is not a multiple of {args.IPC}")
     if args.epochs == 0 and args.resume:
         parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
     with cli.errors_in_one_line("transfer.py"):
@@ -144,7 +142,8 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error(f"argument --source-{'ckpt' if recorded else 'model'}: {error}")
     if spec.image_size != args.image_size:
         parser.error(
-            f"argument --image-size: the teacher was trained with {spec.image_size}, and sees what the student sees"
+            f"argument --image-size: the teacher was trained at {spec.image_size} pixels, and both must see the "
+            f"same size: set it to {spec.image_size}"
         )
     if not net.accepts(args.source_model, args.image_size):
         parser.error(f"argument --image-size: the teacher, {args.source_model}, cannot take {args.image_size} pixels")

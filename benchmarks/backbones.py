@@ -1,9 +1,9 @@
-"""What a backbone costs: parameters, dimensions, and images per second of training and of evaluation.
+"""Measure the cost of backbones: parameters, features, and images per second in training and in evaluation.
 
 python benchmarks/backbones.py [--models resnet50 convnext_tiny] [--image-size 224] [--batch-size 16] [--gpu-id 0]
 
-Random weights and images, so nothing is downloaded; the images are in memory, so nothing waits for a disk. Training is
-a whole step: the network, 100 proxies, gradients of all parameters, the optimizer. Each number is the median of rounds.
+Weights and images are random and in memory, so there are no downloads and no waits for a disk. A training step includes
+the network, 100 proxies, gradients of all parameters and the optimizer. Each number is the median over rounds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CLASSES, SIZE = 100, 512
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[float, int, float, float]:
-    """(million parameters that train, without the embedding layer; pooled features; images/s trained on; evaluated)."""
+    """(million trained parameters of the backbone, pooled features, training images/s, evaluation images/s)."""
     network = net.create(name, SIZE, image_size=args.image_size)
     embedder = Embedder(network, device, args.amp)
     criterion = loss_registry.create("Proxy_Anchor", CLASSES, SIZE).to(device)
@@ -47,10 +47,10 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[
     for run in (step, embed):
         run()  # not counted
         rates.append(args.batch_size / statistics.median(seconds(run) for _ in range(args.rounds)))
-    learned = {
+    sizes = {
         key: parameter.numel() for key, parameter in network.model.named_parameters() if parameter.grad is not None
     }
-    backbone = sum(count for key, count in learned.items() if not key.startswith("embedding."))
+    backbone = sum(size for key, size in sizes.items() if not key.startswith("embedding."))
     return backbone / 1e6, network.model.num_features, *rates
 
 

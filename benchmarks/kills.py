@@ -1,4 +1,4 @@
-"""Kill a short run with SIGKILL at random moments, resume it each time, and compare it with one never stopped.
+"""Kill a short run with SIGKILL at random moments, resume it each time, and compare it with an uninterrupted run.
 
 python benchmarks/kills.py [--kills 200] [--epochs 60] [--seed 0]
 """

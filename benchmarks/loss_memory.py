@@ -1,9 +1,9 @@
-"""Peak memory of Proxy-Anchor forward + backward beyond proxies and gradients, against the number of classes.
+"""Measure the peak memory of Proxy-Anchor forward + backward, excluding proxies and gradients, by number of classes.
 
     python benchmarks/loss_memory.py [--batch 180] [--size 512] [--classes 11318 50000 200000] [--most 1000000]
 
-Printed in B x C float32 matrices. One process each, so that peaks do not add up. The last rows are of training steps
-with a million classes.
+The unit is a B x C float32 matrix. Each measurement runs in a separate process, so that peaks do not add up. The last
+rows measure training steps with a million classes.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def measure(way, batch, classes, size, queue):
     x = F.normalize(torch.randn(batch, size)).to(device).requires_grad_()
     y = torch.randint(classes, (batch,)).to(device)
     ours = ProxyAnchor(classes, size).to(device)
-    ours.proxies.grad = torch.ones_like(ours.proxies)  # its memory counts as held (zeros would take none)
-    small = ProxyAnchor(8, size).to(device)  # what a first step loads is not counted
+    ours.proxies.grad = torch.ones_like(ours.proxies)  # memory in use beforehand (zeros would not be allocated)
+    small = ProxyAnchor(8, size).to(device)  # the first step loads libraries, which must not count
     small(x, y % 8).backward()
 
     def step():
@@ -38,8 +38,8 @@ def measure(way, batch, classes, size, queue):
     queue.put(peak_bytes(step) / (4 * batch * classes))
 
 
-def many(batch, classes, size, queue):
-    """Losses of three training steps, seconds of the last, and GiB at the peak, beyond what the libraries take."""
+def measure_training(batch, classes, size, queue):
+    """Losses of three training steps, seconds of the last one, and peak GiB without the libraries."""
     device = device_here()
     torch.manual_seed(0)
     x, y = F.normalize(torch.randn(batch, size)).to(device), torch.randint(classes, (batch,)).to(device)
@@ -85,7 +85,7 @@ def main():
         ours, published = (in_a_process(measure, way, args.batch, classes, args.size) for way in ("ours", "published"))
         print_row(f"{classes:,} classes, ours", f"{ours:.2f} B x C")
         print_row(f"{classes:,} classes, published way", f"{published:.2f} B x C")
-    losses, duration, gigabytes = in_a_process(many, args.batch, args.most, args.size)
+    losses, duration, gigabytes = in_a_process(measure_training, args.batch, args.most, args.size)
     print("Losses of the last rows:", " ".join(f"{loss:.3f}" for loss in losses))
     print_row(f"{args.most:,} classes, a step with AdamW", f"{1e3 * duration:.0f} ms")
     print_row(f"{args.most:,} classes, peak memory", f"{gigabytes:.1f} GiB")

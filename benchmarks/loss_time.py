@@ -1,4 +1,4 @@
-"""Proxy-Anchor forward + backward against its three bare matrix products and two other implementations.
+"""Time Proxy-Anchor forward + backward against its three bare matrix products and two other implementations.
 
 python benchmarks/loss_time.py [--batch 180] [--classes 11318] [--size 512] [--rounds 15]
 """

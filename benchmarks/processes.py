@@ -1,12 +1,11 @@
-"""A training step and a search in one process and in several that share the work, on CPUs (gloo) or GPUs (nccl).
+"""Compare a training step and a search in one process and in several, on CPUs (gloo) or GPUs (nccl).
 
 python benchmarks/processes.py [--processes 2] [--model resnet18] [--image-size 64] [--batch-size 64] [--images 10000]
 python benchmarks/processes.py --classes 1000000 [--processes 1 2 4] [--size 128] [--batch-size 180]
     [--sample-proxies 1]
 
-With --classes it measures the Proxy-Anchor loss with so many classes divided over the processes. It counts the work and
-what is sent, too. On a CPU each process has one thread, also the single one: the ratio says what sharing costs, not
-what threads do.
+With --classes it measures the Proxy-Anchor loss with that number of classes, sharded over the processes. It also counts
+operations and transferred bytes. On a CPU all processes have one thread, so the ratio shows the cost of sharing.
 """
 
 import argparse
@@ -35,7 +34,7 @@ STEPS = 3  # of the loss
 
 
 def join(rank: int, count: int) -> torch.device:
-    """Become one of the processes; returns its device."""
+    """Join the process group; returns the process's device."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(1)
@@ -44,13 +43,13 @@ def join(rank: int, count: int) -> torch.device:
     return device
 
 
-@register_flop_formula(torch.ops.aten.addmm_)  # torch has it for addmm alone
+@register_flop_formula(torch.ops.aten.addmm_)  # torch has a formula only for addmm
 def flop_of_addmm_(_, a, b, **__):
     return 2 * a[0] * a[1] * b[1]
 
 
-class Counted(FlopCounterMode):
-    """Counts the operations of matrix products, and collectives and the bytes of their results, by their name."""
+class Counter(FlopCounterMode):
+    """Counts the operations of matrix products, and by name the collectives with the bytes of their results."""
 
     def __init__(self):
         super().__init__(display=False)
@@ -69,47 +68,47 @@ class Counted(FlopCounterMode):
 
     def call(self, name, collective, result, *arguments, **keywords):
         number, size = self.calls.get(name, (0, 0))
-        own = sum(part.nbytes for part in result) if isinstance(result, list) else result.nbytes
-        self.calls[name] = number + 1, size + own
+        nbytes = sum(tensor.nbytes for tensor in result) if isinstance(result, list) else result.nbytes
+        self.calls[name] = number + 1, size + nbytes
         return collective(result, *arguments, **keywords)
 
     def describe(self) -> str:
-        parts = [f"{number} {name} of {size:,} B" for name, (number, size) in self.calls.items()]
-        return f"{self.get_total_flops() / 1e9:,.1f} GFLOP; " + (", ".join(parts) or "nothing") + " sent"
+        calls = [f"{number} {name} of {size:,} B" for name, (number, size) in self.calls.items()]
+        return f"{self.get_total_flops() / 1e9:,.1f} GFLOP; " + (", ".join(calls) or "nothing") + " sent"
 
 
 def measure_loss(rank: int, count: int, classes: int, size: int, batch_size: int, share: float, results):
-    """Memory, loss, work and seconds of a step of the loss and AdamW with this process's classes."""
+    """Memory, loss, operations and seconds of a step of the loss and AdamW on this process's classes."""
     device = join(rank, count)
-    before = held(device)
+    before = allocated(device)
     torch.manual_seed(0)
     criterion = loss_registry.create("Proxy_Anchor", classes, size, 0.1, 32.0, share=share, seed=0).to(device)
     network = torch.nn.Module()
     network.model = torch.nn.Module()
     network.model.embedding = torch.nn.Linear(1, 1)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
-    mine = collectives.shard(batch_size)
-    counted, seconds, found = Counted(), [], []
+    shard = collectives.shard(batch_size)
+    counter, seconds, losses = Counter(), [], []
     for step in range(STEPS):
         torch.manual_seed(step)
-        x = torch.randn(batch_size, size)[mine].to(device).requires_grad_()
-        labels = torch.randint(classes, (batch_size,))[mine].to(device)
+        x = torch.randn(batch_size, size)[shard].to(device).requires_grad_()
+        labels = torch.randint(classes, (batch_size,))[shard].to(device)
         synchronize()
         start = time.perf_counter()
-        with nullcontext() if step else counted:
+        with nullcontext() if step else counter:
             loss = criterion(collectives.gather_shards(x, batch_size), collectives.gather_shards(labels, batch_size))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found.append(loss.item())
+        losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    results[rank] = held(device) - before, peak(device) - before, found[-1], counted.describe(), min(seconds)
+    results[rank] = allocated(device) - before, peak(device) - before, losses[-1], counter.describe(), min(seconds)
     if count > 1:
         dist.destroy_process_group()
 
 
-def held(device: torch.device) -> int:
-    """Bytes that the process has: on its GPU, or resident."""
+def allocated(device: torch.device) -> int:
+    """Bytes allocated on the GPU, or the resident memory of the process."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else status("VmRSS")
 
 
@@ -145,17 +144,17 @@ def print_loss(args: argparse.Namespace) -> None:
 
 
 def work(rank: int, count: int, model: str, image_size: int, batch_size: int, images: int, rounds: int, results):
-    """Median seconds of a training step and of a search, on this process's share of the work."""
+    """Median seconds of a training step and of a search on this process's shard."""
     device = join(rank, count)
     torch.manual_seed(0)
     network = net.create(model, SIZE)
     embedder = Embedder(network, device)
     criterion = loss_registry.create("Proxy_Anchor", CLASSES, SIZE, 0.1, 32.0).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
-    share, own = collectives.shard_sizes(batch_size)[rank], collectives.shard(images)
-    pixels = torch.randint(256, (share, 3, image_size, image_size), dtype=torch.uint8, device=device)
-    targets = torch.randint(CLASSES, (share,), device=device)
-    labels = torch.arange(images, device=device)[own] // 5
+    shard_size = collectives.shard_sizes(batch_size)[rank]
+    pixels = torch.randint(256, (shard_size, 3, image_size, image_size), dtype=torch.uint8, device=device)
+    targets = torch.randint(CLASSES, (shard_size,), device=device)
+    labels = torch.arange(images, device=device)[collectives.shard(images)] // 5
 
     def loss_of(images, labels):
         embeddings = collectives.gather_shards(embedder(images), batch_size)
@@ -177,11 +176,11 @@ def work(rank: int, count: int, model: str, image_size: int, batch_size: int, im
     search = partial(retrieval.search, Embeddings(embeddings, labels), processes=collectives.world())
     search()
     memory = peak(device) - before
-    with Counted() as counted:
+    with Counter() as counter:
         search()
     medians = interleaved({"two training steps": epoch, "search": search}, rounds)
     if rank == 0:
-        results.put((medians, memory, counted.describe()))
+        results.put((medians, memory, counter.describe()))
     if count > 1:
         dist.destroy_process_group()
 
@@ -213,9 +212,10 @@ def main():
         shared = medians[1][0][name]
         print_row(f"{name}, 1 process", f"{1e3 * seconds:.1f} ms")
         print_row(f"{name}, {processes} processes", f"{1e3 * shared:.1f} ms", f"this / 1: {shared / seconds:.2f}")
-    one, each = (memory / 2**20 for _, memory, _ in medians)
-    print_row("memory of the search, 1 process", f"{one:.0f} MiB")
-    print_row(f"memory of the search, {processes} processes, each", f"{each:.0f} MiB", f"this / 1: {each / one:.2f}")
+    single, per_process = (memory / 2**20 for _, memory, _ in medians)
+    print_row("memory of the search, 1 process", f"{single:.0f} MiB")
+    label = f"memory of the search, {processes} processes, each"
+    print_row(label, f"{per_process:.0f} MiB", f"this / 1: {per_process / single:.2f}")
     print(f"  a search: {medians[1][2]}; 2 Q M D / N: {2e-9 * args.images**2 * SIZE / processes:,.1f}")
 
 

@@ -1,4 +1,4 @@
-"""Recall@K, MAP@R and R-precision against the bare blocked matrix product, and other ways to Recall@K.
+"""Time Recall@K, MAP@R and R-precision against the bare blocked matrix product and other implementations of Recall@K.
 
 python benchmarks/recall_time.py [--images 20000] [--per-class 5] [--size 512] [--rounds 3] [--ours]
 python benchmarks/recall_time.py --memory [--images 60502]
@@ -27,7 +27,7 @@ def bare_product(x, gallery, rows=1024):
 
 
 def published_way(x, y, rows=1024):
-    """The top 1,001 of each row without the first, which is taken to be the query; then a loop over the queries."""
+    """Recall@K in the published way: top 1,001 per row without the first (the query), then a loop over the queries."""
     neighbours = [y[(x[start : start + rows] @ x.T).topk(max(KS) + 1)[1][:, 1:]] for start in range(0, len(x), rows)]
     neighbours = torch.cat(neighbours)
     return {k: sum(bool((row[:k] == label).any()) for row, label in zip(neighbours, y)) / len(y) for k in KS}
@@ -40,9 +40,9 @@ def main():
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--memory", action="store_true", help="peak memory beyond the embeddings, of our functions alone"
+        "--memory", action="store_true", help="only the peak memory of our functions, excluding the embeddings"
     )
-    parser.add_argument("--ours", action="store_true", help="leave the other ways out")
+    parser.add_argument("--ours", action="store_true", help="leave out other implementations")
     args = parser.parse_args()
     device = device_here()
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def main():
     print(f"{args.images} images, {args.per_class} per class, {args.size} dimensions, {device}, {threads} threads")
 
     if args.memory:
-        search(Embeddings(x[:2000], y[:2000]))  # what a first call loads is not counted
+        search(Embeddings(x[:2000], y[:2000]))  # the first call loads libraries, which must not count
         peak = peak_bytes(lambda: search(Embeddings(x, y)))
         print_row("peak memory beyond the embeddings", f"{peak / 2**20:.0f} MiB")
         return
@@ -73,7 +73,7 @@ def main():
 
 
 def others(x, y):
-    """Functions that do a part of the same."""
+    """Other implementations of some of the metrics."""
     functions = {"published way": lambda: published_way(x, y)}
     row = "faiss IndexFlatIP, top 1,000 (CPU)"
     if faiss := installed("faiss", row):
@@ -86,7 +86,7 @@ def others(x, y):
 
         functions[row] = faiss_search
     row = "pytorch-metric-learning, precision at 1"
-    if (library := installed("pytorch_metric_learning.utils.accuracy_calculator", row)) and faiss:  # which it needs
+    if (library := installed("pytorch_metric_learning.utils.accuracy_calculator", row)) and faiss:  # its dependency
         calculator = library.AccuracyCalculator(include=("precision_at_1",), k=max(KS))
         functions[row] = lambda: calculator.get_accuracy(x, y)
     return functions

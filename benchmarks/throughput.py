@@ -1,10 +1,10 @@
-"""Images per second: the network alone, training from files, from the cache, and a loop in the published style.
+"""Measure images per second: the network alone, training from files and from the cache, and the published loop.
 
 python benchmarks/throughput.py [--gpu-id 0] [--amp none|bf16] [--models bn_inception resnet50] [--steps 50]
-python benchmarks/throughput.py --loaders            the loaders alone, one process, no network
+python benchmarks/throughput.py --loaders            only the loaders, in one process
 
-JPEGs of 500 x 375 pixels and some 60 kB are cut from the photographs that scikit-learn ships. The minutes are those of
-60 epochs of the CUB recipe (5,864 images trained on, 5,924 evaluated, each epoch) at the speeds measured.
+JPEGs of 500 x 375 pixels and about 60 kB are cropped from photographs in scikit-learn. The minutes are for 60 epochs of
+the CUB recipe (5,864 training and 5,924 test images) at the measured speeds.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from proxy_anchor.embedding import Embedder
 
 BATCH = {"bn_inception": 180, "resnet50": 120}  # as published
 CLASSES = 100
-PREFETCHED = 2  # batches that each worker of a DataLoader makes ready
+PREFETCHED = 2  # batches per worker of a DataLoader
 
 
 def write_images(folder: Path, count: int) -> list[str]:
@@ -54,7 +54,7 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 
 class PublishedStyle(torch.utils.data.Dataset):
-    """PIL, then floats in the worker; for BN-Inception, channels swapped and values scaled to 0-255 there too."""
+    """PIL, then floats in the worker; for BN-Inception, the worker also swaps channels and scales values to 0-255."""
 
     def __init__(self, paths, labels, bgr):
         swap = [v1.Lambda(lambda image: Image.merge("RGB", image.split()[::-1]))] if bgr else []
@@ -185,7 +185,7 @@ def training_speed(name, paths, labels, cache_folder, device, args):
     times = {way: [] for way in ways}
     for _ in range(3):
         for way, (run, workers) in ways.items():
-            run(PREFETCHED * workers + 1)  # not counted: what workers made ready during the others' turns
+            run(PREFETCHED * workers + 1)  # not timed: batches prefetched during the turns of others
             times[way].append(seconds(lambda run=run: run(args.steps)))
     rates = {way: args.steps * batch / statistics.median(values) for way, values in times.items()}
 
@@ -207,9 +207,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loaders", action="store_true")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=2, help="of each turn of a loader")
+    parser.add_argument("--seconds", type=float, default=2, help="duration of each turn of a loader")
     parser.add_argument("--models", nargs="+", default=list(BATCH), choices=net.BACKBONES)
-    parser.add_argument("--batch-size", type=int, help="instead of the published ones, for a CPU")
+    parser.add_argument("--batch-size", type=int, help="replaces the published batch sizes, for a CPU")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--gpu-id", type=int, default=0)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device, interleaved timing, peak memory, and rows of a Markdown table."""
+"""Helpers of the benchmarks: the device, interleaved timing, peak memory, and rows of a Markdown table."""
 
 import importlib
 import resource
@@ -10,24 +10,24 @@ from proxy_anchor import hardware
 
 
 def device_here() -> torch.device:
-    """The device that the benchmarks of single functions run on: the first CUDA device, else Apple's GPU or the CPU."""
+    """The device for benchmarks of single functions: the first CUDA device, else Apple's GPU or the CPU."""
     return hardware.select(0)
 
 
 def interleaved(functions: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each function over the rounds, after one that is not counted.
+    """Median seconds of each function over the rounds, after a warm-up round.
 
-    Each round runs all of them, so a slow moment of the machine hits all.
+    Each round runs all functions, so a slow moment of the machine affects all of them.
     """
     times = {name: [] for name in functions}
     for _ in range(1 + rounds):
         for name, function in functions.items():
             times[name].append(seconds(function))
-    return {name: sorted(counted[1:])[rounds // 2] for name, counted in times.items()}
+    return {name: sorted(values[1:])[rounds // 2] for name, values in times.items()}
 
 
 def seconds(function) -> float:
-    """What function() takes, the GPU's part included."""
+    """Seconds of function(), including the work on the GPU."""
     synchronize()
     start = time.perf_counter()
     function()
@@ -44,7 +44,7 @@ def synchronize() -> None:
 
 
 def peak_bytes(function) -> int:
-    """The peak of function()'s memory beyond what was held before: the CUDA device's, else the process's."""
+    """The increase of peak memory during function(), on the CUDA device or else in the process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -56,7 +56,7 @@ def peak_bytes(function) -> int:
 
 
 def installed(library: str, row: str):
-    """The module; or None, where it is missing, with a row that says so."""
+    """Import an optional module; if it is missing, print a row and return None."""
     try:
         return importlib.import_module(library)
     except ImportError:
@@ -68,6 +68,6 @@ def print_row(name: str, value: str, compared: str = "") -> None:
 
 
 def print_ratios(medians: dict[str, float], of: str) -> None:
-    """A row for each function: its median, and how many times longer than it `of` takes."""
+    """Print a row for each function: its median, and the ratio of the median of `of` to it."""
     for name, median in medians.items():
         print_row(name, f"{1e3 * median:.2f} ms", f"{of} / this: {medians[of] / median:.2f}")

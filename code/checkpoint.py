@@ -39,7 +39,7 @@ def in_run(path: str) -> str:
     checkpoints = sorted(Path(path).glob("*_best.pth"))
     if len(checkpoints) != 1:
         raise FileNotFoundError(
-            f"{path} is a folder with {len(checkpoints)} files *_best.pth, expected one: give the checkpoint itself"
+            f"{path} has {len(checkpoints) or 'no'} *_best.pth, expected one: give a checkpoint or the folder of a run"
         )
     return str(checkpoints[0])
 

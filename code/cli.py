@@ -93,7 +93,7 @@ def share(smallest: float) -> Callable[[str], float]:
 
 
 def path(text: str) -> str:
-    """The type of a flag that takes a path, which is not empty, as that of an unset "$FOLDER" is."""
+    """The type of a flag for a path; refuses an empty one, such as an unset "$FOLDER"."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found an empty one")
     return text
@@ -142,8 +142,7 @@ def set_recorded(parser: argparse.ArgumentParser, values: dict, source: Path) ->
         except argparse.ArgumentError:
             fits = False
         if not fits or parsed != value:
-            flag = name.replace("_", "-")
-            parser.error(f"argument --resume: {source} has {name} {value!r}, which --{flag} cannot be")
+            parser.error(f"argument --resume: {source} has {name} {value!r}, which is not accepted")
         parser.set_defaults(**{name: parsed})
     parser.exit_on_error = True
 
@@ -209,7 +208,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _silent_destructors():
-    """In this context, what was made by half may go without a complaint, as a DataLoader that got no workers."""
+    """Silence errors in destructors, such as that of a DataLoader whose workers never started."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -257,7 +256,7 @@ def _to_nowhere(stream) -> None:
 
 
 def kill_workers() -> None:
-    """Kill the workers that read images; SIGTERM can take them a minute."""
+    """Kill the DataLoader workers; SIGTERM can take them a minute."""
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would make their death an error
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -130,22 +130,21 @@ def options() -> argparse.ArgumentParser:
         "--loss",
         default="Relaxed_Contra",
         **cli.one_of(*LOSSES),
-        help="the relaxed contrastive loss, or one it is compared with",
+        help="Relaxed_Contra: the relaxed contrastive loss; RKD, PKT: its baselines",
     )
     group.add_argument(
         "--sigma",
         default=1.0,
         type=cli.positive,
         metavar="S",
-        help="scale of the teacher's distances in the relaxed contrastive loss; the smaller, the fewer pairs attract "
-        "each other",
+        help="scale of the teacher's distances, with Relaxed_Contra; the smaller, the fewer pairs attract each other",
     )
     group.add_argument(
         "--delta",
         default=1.0,
         type=cli.positive,
         metavar="D",
-        help="margin of the relaxed contrastive loss: how far other pairs are pushed apart, in mean distances",
+        help="margin, with Relaxed_Contra: the other pairs are pushed this far apart, relative to the mean distance",
     )
     return parser
 

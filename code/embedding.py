@@ -50,7 +50,7 @@ class Embedder:
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
         if getattr(network, "is_exported", False) and (amp != "none" or compile):
-            raise ValueError("An exported file runs as it is: --amp and --compile are for checkpoints")
+            raise ValueError("An exported file runs in float32 on the CPU: --amp is for checkpoints")
         to_device(network, device)
         self.network, self.device = network, device
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -81,7 +81,7 @@ class Embedder:
         self.network.eval()
         bar = progress(loader, description, len(loader.sampler))
         if stop:
-            bar = stop.after_each(bar)
+            bar = stop.watch(bar)
         vectors = [torch.empty(0, self.network.embedding_size, device=self.device)]
         labels = [torch.empty(0, dtype=torch.long, device=self.device)]
         for images, batch_labels in self.batches(bar):

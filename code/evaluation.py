@@ -35,8 +35,8 @@ class Result:
         if self.left_out is not None:
             where = " outside their own group"
             lines += (
-                f"Images of a query's own group are left out of its gallery: {int(self.left_out.sum()):,} in all, of "
-                f"{int((self.left_out > 0).sum()):,} of {total:,} queries.\n"
+                f"Removed from galleries, because they are in the query's group: {int(self.left_out.sum()):,} images, "
+                f"for {int((self.left_out > 0).sum()):,} of {total:,} queries.\n"
             )
         if alone:
             lines += f"{alone:,} of {total:,} queries have no image of their class to find{where}: they are misses.\n"

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Collection
 from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,9 @@ def draw_run(rows: list[dict], backbone: dict | None, path: Path, title: str) ->
         lr_axes.stairs(rates, edges, fill=True, color="#c9d3df")
         lr_axes.set(ylim=(0, 1.1 * max(rates) or 1), yticks=[max(rates)], yticklabels=[f"{max(rates):g}"])
         lr_axes.grid(False)
-        lr_axes.set(xlabel="epoch", xlim=(edges[0], x[-1] + 0.02 * len(x)))  # the labels stand at the ends of the lines
+        lr_axes.set(
+            xlabel="epoch, from 0", xlim=(edges[0], x[-1] + 0.02 * len(x))
+        )  # the labels stand at the ends of the lines
         lr_axes.xaxis.get_major_locator().set_params(integer=True)
         for ax in (loss_axes, recall_axes):
             ax.tick_params(labelbottom=False)
@@ -196,12 +197,6 @@ def pushed_apart(wanted: list[float], gap: float, low: float, high: float) -> li
     highest = high - (len(wanted) - 1) * gap
     free = [min(max(mean, low), highest) + i * gap for i, mean in enumerate(means)]
     return [free[order.index(i)] for i in range(len(wanted))]
-
-
-def colors_of(primary: list[bool]) -> list[str]:
-    """A strong colour for each of those that are primary, a muted one for the others."""
-    strong, muted = cycle(STRONG), cycle(MUTED)
-    return [next(strong if first else muted) for first in primary]
 
 
 def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path, wrong: Collection[str] = ()) -> None:

@@ -1,8 +1,6 @@
-"""Files among crashes and other processes: replaced completely or not at all, held by locks, sealed against damage.
+"""Files that survive crashes and concurrent writers: atomic replacement, locks, checksums; and printable file names.
 
-And names of files, which may hold any character, in texts.
-
-It needs the standard library alone.
+Only the standard library is needed.
 """
 
 import fcntl
@@ -122,7 +120,7 @@ def numbered(path: Path):
 
 @contextmanager
 def locked(path: Path):
-    """Hold the name of a file, which need not exist, against other processes that want to write it: they wait.
+    """Lock the name of a file, which need not exist; other processes that want to write it wait.
 
     Raises OSError, naming the file, where its folder takes no lock.
     """
@@ -161,7 +159,7 @@ def sha256(path: str | Path) -> str:
 
 
 def seal(path: Path) -> dict:
-    """What later tells whether a file has been changed, see is_intact: {"sha256", "state"}."""
+    """A fingerprint of a file for is_intact: {"sha256", "state"}."""
     return {"sha256": sha256(path), "state": _state(path)}
 
 
@@ -182,12 +180,17 @@ CONTROL = re.compile(
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """The text in one line, with escapes for control characters; cut in the middle to so many characters, if any."""
+    """The text in one line, control characters escaped; cut in the middle to `longest` characters, if given."""
     text = CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
     if longest is None or len(text) <= longest:
         return text
     half = (longest - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def quantity(count: int, noun: str) -> str:
+    """The count with its noun, which ends in s or has a plural in s: "1 class", "2,000 images"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def csv_cell(text: str) -> str:

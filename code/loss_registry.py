@@ -31,7 +31,7 @@ def options() -> argparse.ArgumentParser:
         default="Proxy_Anchor",
         type=name_or_file,
         metavar="NAME|FILE.py:CLASS",
-        help=f"{', '.join(LOSSES)}, set as in the paper (the last four need --IPC 2 or more), or a loss of your own",
+        help=f"{', '.join(LOSSES)}, with the paper's settings (the last four need --IPC 2 or more), or your own loss",
     )
     group.add_argument(
         "--loss-args",
@@ -62,7 +62,7 @@ def options() -> argparse.ArgumentParser:
 def later_options() -> argparse.ArgumentParser:
     """Command-line flags of the loss in recipes after the paper."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("later recipes")
+    group = parser.add_argument_group("further settings")
     group.add_argument(
         "--sample-proxies",
         default=1.0,
@@ -88,8 +88,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"argument --sample-proxies: only Proxy_Anchor can sample its proxies, not {label(args.loss)}")
     if args.loss in PAIR_LOSSES and (args.IPC or 1) < 2:
         parser.error(
-            f"argument --loss: {args.loss} compares images of the same class, and a random batch may hold no two of "
-            "one: add --IPC 4, for example"
+            f"argument --loss: {args.loss} compares images of the same class, and a random batch has hardly any: "
+            "add --IPC 4 (four images per class)"
         )
 
 

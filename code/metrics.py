@@ -26,6 +26,22 @@ def best(rows: list[dict], by: str = "R@1") -> dict:
     return max(rows, key=lambda row: plain(row)[by])
 
 
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A table of metrics in percent: a line for each name of rows, a column for each metric that any line has.
+
+    A prefix of the metrics' names is in the corner.
+    """
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    corner = prefix(next(iter(rows.values())))
+    width = max(map(len, [corner, *rows]))
+    heads = [c.removeprefix(corner).replace("R-precision", "R-prec") for c in columns]  # for 80 characters
+    lines = [f"{corner:<{width}}" + "".join(f"  {head:>6}" for head in heads)]
+    for name, row in rows.items():
+        cells = (f"{100 * row[c]:.2f}" if c in row else "-" for c in columns)
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells))
+    return "\n".join(lines)
+
+
 # Recall@K in percent of the released checkpoints (512-d, 224 px), as published by the authors.
 PUBLISHED: dict[tuple[str, str], dict[int, float]] = {
     ("cub", "bn_inception"): {1: 69.1, 2: 78.9, 4: 86.1, 8: 91.2},

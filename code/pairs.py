@@ -1,4 +1,4 @@
-"""All pairs of images, counted by their similarity: as they are, and for a bootstrap sample of the classes.
+"""Counts of all pairs of images by similarity, and the counts of bootstrap samples of the classes.
 
 The similarity is the cosine, or minus the Euclidean distance: larger is nearer.
 """
@@ -15,21 +15,21 @@ from proxy_anchor.tiles import Points, Tiled, origin_of
 from proxy_anchor.vectors import Embeddings
 
 RESOLUTION = 1 << 16  # bins in the range of the cosine
-STEPS, MANTISSA = 1 << 14, 52 - 14  # of distances: bins from one power of two to the next, and the bits left out
-OCTAVES = 26  # of distances, from the farthest down to rounding errors: half the bits of float64
-CELLS = 1 << 23  # numbers at a time in the bootstrap
+STEPS, MANTISSA = 1 << 14, 52 - 14  # distances: bins per power of two, and dropped bits of the mantissa
+OCTAVES = 26  # powers of two from the largest distance down to rounding errors: half the bits of float64
+CELLS = 1 << 23  # counts at a time in the bootstrap
 
 
 @dataclass
 class Scale:
-    """Bins of similarities; a threshold is the lower edge of one, and the last begins at the largest similarity.
+    """Bins of similarities. Thresholds are lower edges of bins; the last bin begins at the largest similarity.
 
-    Bins of cosines have equal widths. Bins of distances divide each power of two into STEPS: every threshold has the
-    same relative precision, however far the farthest image is.
+    Bins of cosines have equal widths. Bins of distances divide each power of two into STEPS, so all thresholds have the
+    same relative precision.
     """
 
-    edges: np.ndarray  # ascending: the first accepts all pairs, the last none
-    farthest: int | None = None  # of distances: the step of the first edge, see steps
+    edges: np.ndarray  # ascending; the first one accepts all pairs, the last one none
+    farthest: int | None = None  # for distances: the step of the first edge, see steps
 
     @classmethod
     def for_cosines(cls) -> "Scale":
@@ -37,7 +37,7 @@ class Scale:
 
     @classmethod
     def for_distances(cls, farthest: float) -> "Scale":
-        """From the farthest down to its 2**-OCTAVES; shorter distances, lost in rounding errors, count as 0."""
+        """Bins from the largest distance down by 2**-OCTAVES; shorter distances are rounding errors and count as 0."""
         last = int(steps(torch.tensor(farthest or 1, dtype=torch.double)))
         numbers = torch.arange(last, last - OCTAVES * STEPS, -1) << MANTISSA
         edges = -numbers.view(torch.double).numpy()
@@ -52,11 +52,11 @@ class Scale:
         return len(self.edges) - 1
 
     def edge_from(self, threshold: float) -> int:
-        """The number of the first edge that is not below the threshold."""
+        """The index of the first edge at or above the threshold."""
         return min(int(np.searchsorted(self.edges, threshold)), len(self))
 
     def bins(self, similarities: torch.Tensor) -> torch.Tensor:
-        """The numbers of the bins; overwrites the similarities."""
+        """The index of each similarity's bin; overwrites the similarities."""
         if self.farthest is None:
             numbers = similarities.add_(1).div_(2 / RESOLUTION).long()
         else:
@@ -65,19 +65,19 @@ class Scale:
 
 
 def steps(distances: torch.Tensor) -> torch.Tensor:
-    """The distances, float64 and not negative, as whole numbers with STEPS to each power of two, rounded up.
+    """Distances (float64, not negative) as whole numbers with STEPS per power of two, rounded up.
 
-    The bits of floating-point numbers have the order of the numbers; all but the leading ones are dropped.
+    The bit patterns of floating-point numbers are ordered like the numbers, so the trailing bits can be dropped.
     """
     return -(-distances.view(torch.long) >> MANTISSA)
 
 
 @dataclass
 class Pairs:
-    """Pairs of queries and targets, in tiles of their similarity matrix; each pair once, no image with itself.
+    """All pairs of queries and targets, in tiles of their similarity matrix: each pair once, no image with itself.
 
-    Two images of one group are not a pair. Only one tile is in memory at a time. With several processes, each has a
-    share of the queries and of the targets, and the queries travel, as in retrieval.search.
+    Images of the same group are not paired. Only one tile is in memory at a time. With several processes, each has a
+    shard of the queries and of the targets, and the queries are broadcast, as in retrieval.search.
     """
 
     queries: Tiled
@@ -95,7 +95,7 @@ class Pairs:
         distance: str = "cosine",
         processes: Processes = ALONE,
     ) -> "Pairs":
-        """Pairs of the queries with the gallery or, without one, of the queries among themselves."""
+        """Pairs of the queries with the gallery; without a gallery, among the queries."""
         within = gallery is None
         queries, gallery = validate_gallery(queries, gallery, processes)
         origin = origin_of(gallery.vectors, distance, processes)
@@ -106,20 +106,20 @@ class Pairs:
         return cls(tiled, targets, within, scale, classes, processes)
 
     def tiles(self):
-        """For each tile: the labels of its rows and columns, whether it may hold same-class or missing pairs, its bins.
+        """Yield (row labels, column labels, mixed, bins) of each tile.
 
-        Different-class pairs are in the first len(scale) bins, same-class pairs in as many after them, and what is no
-        pair in a last one.
+        Different-class pairs are in the first len(scale) bins, same-class pairs in the next len(scale), and excluded
+        pairs in the last one. mixed: whether the tile may have other than different-class pairs.
         """
         targets, no_pair = self.targets, 2 * len(self.scale)
         for owner, queries in enumerate(self.queries.per_process(self.processes)):
-            selves = self.within and owner == self.processes.rank
+            symmetric = self.within and owner == self.processes.rank
             for i in range(len(queries)):
                 block, rows = queries.broadcast(i, owner, self.processes), queries.rows(i)
-                for j in range(i if selves else 0, len(targets)) if self.compares(owner) else ():
+                for j in range(i if symmetric else 0, len(targets)) if self.compares(owner) else ():
                     columns = targets.rows(j)
                     similarities = block.similarities(targets.tile(j))[: queries.length(i), : targets.length(j)]
-                    if block.halves is not None:  # these are -d^2 / 2
+                    if block.halves is not None:  # similarities are -d^2 / 2
                         similarities = similarities.clamp_(max=0).mul_(-2).sqrt_().neg_()
                     bins = self.scale.bins(similarities)
                     if mixed := queries.shares_labels(i, targets, j):
@@ -127,42 +127,42 @@ class Pairs:
                     if queries.groups is not None and targets.groups is not None:
                         bins.masked_fill_(queries.groups[rows, None] == targets.groups[columns], no_pair)
                         mixed = True
-                    if selves and i == j:
+                    if symmetric and i == j:
                         bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), no_pair)
                     yield queries.labels[rows], targets.labels[columns], mixed, bins
 
     def compares(self, owner: int) -> bool:
-        """Whether this process compares the owner's queries with its targets: within one set, one of the two does."""
-        ahead, count = (self.processes.rank - owner) % self.processes.size, self.processes.size
-        return not self.within or 2 * ahead < count or (2 * ahead == count and owner < self.processes.rank)
+        """Whether this process compares the owner's queries; among queries, only one of two processes does."""
+        offset, count = (self.processes.rank - owner) % self.processes.size, self.processes.size
+        return not self.within or 2 * offset < count or (2 * offset == count and owner < self.processes.rank)
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of same-class and different-class pairs in each bin of the scale."""
+        """(same-class pairs, different-class pairs) in each bin of the scale."""
         total = torch.zeros(2 * len(self.scale) + 1, dtype=torch.long)
         for *_, bins in self.tiles():
             total += torch.bincount(bins.flatten(), minlength=len(total)).cpu()
-        other, same = self._over_all_processes(total)[:-1].view(2, -1).numpy()
+        other, same = self._sum_over_processes(total)[:-1].view(2, -1).numpy()
         return same, other
 
     def resampled(self, edges: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of same-class and different-class pairs between edges, with weighted classes: (K - 1, R) each.
+        """(same-class pairs, different-class pairs) between edges, with weighted classes: (K - 1, R) each.
 
-        edges (K,): numbers of the scale's edges, from its first to its last. weights (C, R): how often each class was
-        drawn. A pair of class c counts w_c times, one of classes c and c' w_c w_c' times: two copies of a class are not
-        compared with each other.
+        edges (K,): indices of the scale's edges, from its first to its last. weights (C, R): how often each class was
+        drawn. A same-class pair of c counts w_c times, because copies of a class are not compared with each other; a
+        pair of classes c and c' counts w_c w_c' times.
         """
         device = self.queries.labels.device
         cells = len(edges) - 1
         cell_of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(len(self.scale)), side="right") - 1)
         cell_of = torch.cat([cell_of_bin, cell_of_bin + cells, torch.tensor([2 * cells])]).to(device)
-        drawn = torch.from_numpy(weights).float().to(device)  # (C, R)
-        total = torch.zeros(2, cells, drawn.shape[1], dtype=torch.double)  # different-class, same-class
+        class_weights = torch.from_numpy(weights).float().to(device)  # (C, R)
+        total = torch.zeros(2, cells, class_weights.shape[1], dtype=torch.double)  # different-class, same-class
         for *labels, mixed, bins in self.tiles():
             kinds = 2 * cells + 1 if mixed else cells
             row, column = (torch.searchsorted(self.classes, y) for y in labels)  # class numbers, ascending
             first, left, width = int(row[0]), int(column[0]), int(column[-1] - column[0]) + 1
-            step = max(1, CELLS // (kinds * max(width, drawn.shape[1])))
-            for start in range(first, int(row[-1]) + 1, step):  # some classes of the rows, all of the columns
+            step = max(1, CELLS // (kinds * max(width, class_weights.shape[1])))
+            for start in range(first, int(row[-1]) + 1, step):  # a block of row classes, all column classes
                 rows = slice(*torch.searchsorted(row, torch.tensor([start, start + step], device=device)).tolist())
                 height = min(step, int(row[-1]) + 1 - start)
                 index = cell_of[bins[rows]]
@@ -171,14 +171,14 @@ class Pairs:
                 index += column - left
                 counts = torch.bincount(index.flatten(), minlength=height * kinds * width).float()
                 counts = counts.view(height, kinds, width)
-                row_weights = drawn[start : start + height]
-                weighted = counts[:, :cells].reshape(-1, width) @ drawn[left : left + width]
+                row_weights = class_weights[start : start + height]
+                weighted = counts[:, :cells].reshape(-1, width) @ class_weights[left : left + width]
                 total[0] += (weighted.view(height, cells, -1) * row_weights[:, None]).sum(dim=0).cpu()
                 if kinds > cells:
                     same = counts[:, cells : 2 * cells].sum(dim=2)  # (height, cells)
                     total[1] += (same.T @ row_weights).cpu()
-        different, same_class = self._over_all_processes(total).numpy()
+        different, same_class = self._sum_over_processes(total).numpy()
         return same_class, different
 
-    def _over_all_processes(self, counts: torch.Tensor) -> torch.Tensor:
+    def _sum_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
         return self.processes.sum(counts.to(self.queries.labels.device)).cpu()

@@ -63,6 +63,11 @@ class NetworkSpec:
         """The spec as a dict of plain values, without entries that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def differences(self, other: "NetworkSpec") -> str:
+        """The entries in which this spec differs from another: "crop 1.0 instead of 0.875, ..."."""
+        names = [name for name in asdict(self) if getattr(self, name) != getattr(other, name)]
+        return ", ".join(f"{name} {getattr(self, name)} instead of {getattr(other, name)}" for name in names)
+
     @property
     def geometry(self) -> dict:
         """How images are resized and cropped to image_size: the arguments of dataset.transforms.evaluation."""

@@ -1,4 +1,4 @@
-"""Embeddings ready to compare, and their similarities in tiles of one size."""
+"""Embeddings prepared for comparison, and their similarities in tiles of equal size."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.vectors import DISTANCES, Embeddings, finite, unit_vectors
 
-# Rows and columns of each product: on a CPU, what its cache holds. All products have one shape, a multiple of the
-# kernels' width: at the edges of other shapes, products are summed in another order, and equal pairs would differ.
+# Rows and columns of each product, which fit the cache of a CPU. All products have the same shape, a multiple of the
+# kernels' width: at the edges of other shapes, sums have another order, and equal pairs would get different values.
 TILE = {"cpu": 960, "cuda": 4096, "mps": 4096}
-CLUSTER = 32  # columns of a tile that share one maximum; a power of two that divides all tiles
+CLUSTER = 32  # columns of a tile that share a maximum; a power of two that divides all tile sizes
 
 
 @dataclass
 class Points:
-    """Vectors ready to compare: by their product, minus half of their squared lengths if the distance is Euclidean.
+    """Vectors prepared for comparison by products; for Euclidean distances, with half of their squared lengths.
 
-    x.y - (|x|^2 + |y|^2) / 2 = -|x - y|^2 / 2, to the last bit the same for (x, y) and (y, x).
+    x.y - (|x|^2 + |y|^2) / 2 = -|x - y|^2 / 2, bit for bit the same for (x, y) and (y, x).
     """
 
     vectors: torch.Tensor  # (N, D)
@@ -27,7 +27,7 @@ class Points:
 
     @classmethod
     def from_vectors(cls, vectors: torch.Tensor, origin: torch.Tensor | None) -> "Points":
-        """Vectors (N, D) relative to the origin (D,) or, without one, their directions.
+        """Vectors (N, D) relative to the origin (D,); without an origin, unit vectors.
 
         Raises ValueError for Euclidean vectors whose squares overflow.
         """
@@ -43,18 +43,18 @@ class Points:
         return Points(self.vectors[rows], None if self.halves is None else self.halves[rows])
 
     def broadcast(self, processes: Processes, owner: int) -> "Points":
-        """The owner's points in all processes; those of the others are overwritten."""
+        """Copy the owner's points to all processes, overwriting their own."""
         halves = None if self.halves is None else processes.broadcast(self.halves, owner)
         return Points(processes.broadcast(self.vectors, owner), halves)
 
     def padded(self, multiple: int) -> "Points":
-        """The points and rows of zeros, up to a multiple of rows that is not 0."""
+        """The points followed by rows of zeros, up to a positive multiple of rows."""
         fill = -len(self.vectors) % multiple if len(self.vectors) else multiple
         halves = None if self.halves is None else F.pad(self.halves, (0, fill))
         return Points(F.pad(self.vectors, (0, 0, 0, fill)), halves)
 
     def similarities(self, others: "Points", out: torch.Tensor | None = None) -> torch.Tensor:
-        """Similarities (N, M): larger is nearer. Equal pairs are equal only in products of one shape."""
+        """Similarities (N, M): larger is nearer. Equal pairs have equal values only in products of the same shape."""
         products = torch.mm(self.vectors, others.vectors.T, out=out)
         if self.halves is None or others.halves is None:
             return products
@@ -62,11 +62,11 @@ class Points:
 
 
 def origin_of(gallery: torch.Tensor, distance: str, processes: Processes = ALONE) -> torch.Tensor | None:
-    """The point (D,) from which Euclidean distances are measured, None for the cosine; the same in all processes.
+    """The common origin (D,) of all processes for Euclidean distances; None for the cosine.
 
     Small distances are differences of large squares. An origin inside the gallery keeps the squares small, and float64
-    has enough digits for vectors of float32. The origin is rounded to a few digits, so subtracting it is exact: equal
-    distances, as on a grid, stay exactly equal. Raises ValueError for any other distance.
+    has enough digits for vectors of float32. The origin is rounded to a few digits, so subtracting it is exact and
+    equal distances stay exactly equal. Raises ValueError for an unknown distance.
     """
     if distance not in DISTANCES:
         raise ValueError(f"There is no distance '{distance}'; there are {', '.join(DISTANCES)}")
@@ -76,7 +76,7 @@ def origin_of(gallery: torch.Tensor, distance: str, processes: Processes = ALONE
         gallery = gallery.cpu()  # MPS has no float64
     zero = gallery.new_zeros((), dtype=torch.double)
     largest = float(processes.max(finite(gallery).abs().max().double() if len(gallery) else zero))
-    # Whole numbers have an exact sum, which is the same for any number of processes.
+    # The sum of whole numbers is exact, so it does not depend on the number of processes.
     unit = 2.0 ** (math.ceil(math.log2(largest or 1)) - 20)
     total = processes.sum((gallery.double() / unit).round().sum(dim=0))
     count = processes.sum(torch.tensor(len(gallery), device=total.device))
@@ -87,9 +87,9 @@ def origin_of(gallery: torch.Tensor, distance: str, processes: Processes = ALONE
 class Tiled:
     """Points sorted by label, in tiles of equal size; zeros fill up the last tile."""
 
-    points: Points  # tiles x size
+    points: Points  # tiles * size rows
     labels: torch.Tensor  # (N,), ascending
-    order: torch.Tensor  # (N,): the indices before sorting
+    order: torch.Tensor  # (N,), indices before sorting
     size: int
     groups: torch.Tensor | None = None  # (N,)
 
@@ -100,7 +100,7 @@ class Tiled:
 
     @classmethod
     def from_embeddings(cls, embeddings: Embeddings, origin: torch.Tensor | None) -> "Tiled":
-        """The embeddings relative to the origin, see origin_of."""
+        """Tiles of embeddings relative to the origin, see origin_of."""
         points = Points.from_vectors(embeddings.vectors, origin)
         device = points.vectors.device
         size = TILE[device.type]
@@ -115,14 +115,14 @@ class Tiled:
         return self.points[tile * self.size : (tile + 1) * self.size]
 
     def rows(self, tile) -> slice:
-        """The rows of a tile, without those of the padding."""
+        """The rows of a tile, without padding."""
         return slice(tile * self.size, min((tile + 1) * self.size, len(self.labels)))
 
     def length(self, tile):
         return min(self.size, len(self.labels) - tile * self.size)
 
     def per_process(self, processes: Processes) -> list["Tiled"]:
-        """The tiles of each process; instead of the others' points, a buffer for one tile of them."""
+        """The tiles of all processes; those of other processes have only a buffer for one tile of points."""
         labels, orders = processes.all_gather(self.labels), processes.all_gather(self.order)
         groups = [None] * processes.size if self.groups is None else processes.all_gather(self.groups)
         buffer = self.points[:0].padded(self.size)
@@ -132,7 +132,7 @@ class Tiled:
         ]
 
     def broadcast(self, tile, owner: int, processes: Processes) -> Points:
-        """A tile of the owner's, in all processes."""
+        """Send a tile of the owner to all processes."""
         return self.tile(tile if owner == processes.rank else 0).broadcast(processes, owner)
 
     def shares_labels(self, tile, other, other_tile):
@@ -142,7 +142,7 @@ class Tiled:
 
 
 class Panel:
-    """The similarities of a tile of queries to some tiles of targets, a slot each; -inf where none counts."""
+    """The similarities of a tile of queries to tiles of targets, one per slot; -inf for padding and excluded pairs."""
 
     def __init__(self, targets: Tiled, slots: int):
         self.targets, self.size, self.slots = targets, targets.size, slots
@@ -152,7 +152,7 @@ class Panel:
         self.buffer = vectors.new_empty(self.size, self.size)
 
     def fill(self, slot: int, tile: int, queries: Points, groups: torch.Tensor | None) -> None:
-        """Compare a tile of queries, whose groups are (b,), with a tile of the targets."""
+        """Compare a tile of queries with groups (b,) to a tile of the targets; pairs within a group are excluded."""
         values, length = self.values[:, slot * self.size : (slot + 1) * self.size], self.targets.length(tile)
         queries.similarities(self.targets.tile(tile), out=values)
         values[:, length:] = -torch.inf
@@ -161,7 +161,7 @@ class Panel:
             values[: len(groups), :length].masked_fill_(same, -torch.inf)
 
     def above(self, slot: int, limits: torch.Tensor) -> torch.Tensor:
-        """How many of a slot's values reach their row's limit (b,): (b,). Stores the clusters' maxima for `nearest`."""
+        """Count the values of a slot that reach their row's limit (b,): (b,). Stores cluster maxima for `nearest`."""
         values = self.values[: len(limits), slot * self.size : (slot + 1) * self.size]
         step = self.size // CLUSTER
         maxima = self.maxima[: len(limits), slot * step : (slot + 1) * step]
@@ -173,14 +173,14 @@ class Panel:
         return torch.ge(values, limits[:, None], out=self.buffer[: len(limits)]).sum(dim=1).long()
 
     def nearest(self, slots: int, rows: int, count: int) -> torch.Tensor:
-        """Values that include the `count` largest of each row in the first slots, for which `above` has been called.
+        """Candidates that include the `count` largest values of each row in the first slots; call `above` first.
 
-        They lie in the clusters with the largest maxima, so no row is sorted.
+        The largest values are in the clusters with the largest maxima, so rows need not be sorted.
         """
         values, step = self.values[:rows, : slots * self.size], self.size // CLUSTER
         if count * CLUSTER >= values.shape[1]:
             return values
         clusters = self.maxima[:rows, : slots * step].topk(count, sorted=False).indices
-        first = clusters // step * self.size + clusters % step  # a cluster has every step-th column of its tile
+        first = clusters // step * self.size + clusters % step  # a cluster is every step-th column of its tile
         columns = first[:, :, None] + step * torch.arange(CLUSTER, device=values.device)
         return values.gather(1, columns.flatten(1))

@@ -60,14 +60,14 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
         default=0.5,
         type=cli.positive,
         metavar="G",
-        help="factor of each lowering of the learning rate",
+        help="factor by which the learning rate is lowered",
     )
     add(
         "--warm",
         default=1,
         type=cli.integer(0),
         metavar="N",
-        help="train only the embedding layer, and the proxies, in the first N epochs; 0 from scratch",
+        help="epochs at the start in which the backbone is frozen; 0 when training from scratch",
     )
     add(
         "--seed",
@@ -82,7 +82,7 @@ def options(without: Collection[str] = ()) -> argparse.ArgumentParser:
 def later_options() -> argparse.ArgumentParser:
     """Command-line flags of training in recipes after the paper."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("later recipes")
+    group = parser.add_argument_group("further settings")
     group.add_argument(
         "--embedding-lr",
         default=1.0,

@@ -279,7 +279,7 @@ def calibrate(
         raise ValueError(
             f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} same-class and "
             f"{chosen.other.sum():,} different-class pairs: too few for a threshold with {100 * far:g}% false accepts, "
-            f"which takes {FEWEST} false accepts"
+            f"which needs at least {FEWEST} false accepts"
         )
     threshold, true_accepts = chosen.at_far[far]
     if not true_accepts.value:

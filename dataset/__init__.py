@@ -1,37 +1,36 @@
 """The datasets: a registry of them, and their images as torch Datasets and DataLoaders.
 
-A benchmark is a module that gives
-    FOLDER        its folder under the data root
+The module of a benchmark defines
+    FOLDER        the name of its folder under the data root
     SIZES         {split: (classes, images)} of the published splits: train and eval, or train, query and gallery
-    KS            the K of its Recall@K
-    SOURCE        where to get it, a sentence for errors about missing files
-    LIKELY_CAUSE  what is probably wrong when the sizes disagree
+    KS            the values of K for Recall@K
+    SOURCE        a sentence on where to get the data, for errors about missing files
+    LIKELY_CAUSE  the probable reason if the sizes differ from SIZES
     samples(folder, split) -> [(path, class)]
-                  the images of the split in a fixed order; classes are numbers or names, which sort.
-                  Raises FileNotFoundError or BadFile for missing or malformed annotations; whether the images exist is
-                  checked here
-and may give
+                  the images of the split in a fixed order; classes are sortable numbers or names. Raises
+                  FileNotFoundError or BadFile for missing or malformed annotations; need not check that images exist
+and optionally
     AUGMENTATION  arguments of transforms.RandomCrop
-    CROP          of transforms.evaluation, whatever the network's is
+    CROP          the crop of transforms.evaluation, which overrides the network's
     RECIPE        {argument of train.py: its default for this dataset}
+    UPRIGHT       whether images are rotated according to EXIF, as viewers show them (default). False for the
+                  benchmarks, because the published numbers depend on the images as stored
     check_images(paths)
-                  raises BadFile for images that are not the benchmark's
-    UPRIGHT       whether images are turned as their EXIF says; by default they are, as people see their photos. The
-                  benchmarks' are not: published numbers depend on the images as they are stored
-Your own images, for which nothing is published, come from a module that gives KS and
+                  raises BadFile for images that do not belong to the benchmark
+The module of user images, which have no published splits, defines KS and
     splits(root) -> [split]
-                  those of train, eval, query and gallery that exist
+                  the existing ones of train, eval, query and gallery
     samples(root, split) -> [(path, class)]
                   as above; root is the data root itself, a folder or a file
-and may give
+and optionally
     validation_classes(root) -> [class]
-                  those of the training classes that --fold val holds out
+                  the training classes that --fold val holds out
     groups(root, split) -> {path: group} or None
-                  the names of groups of images that must not find each other, "" for an image alone; None: no groups
+                  names of groups whose images are not compared; "" for an ungrouped image; None without groups
     remarks(root) -> [line]
-                  what `python -m dataset check` should say of them
+                  notes for `python -m dataset check`
     left_out(root) -> line
-                  on the files that are no images by their endings, "" if there are none
+                  a note on files skipped because of their extensions, "" if there are none
 """
 
 import argparse
@@ -51,20 +50,20 @@ from dataset.images import ImageDataset, describe, record, remark
 from dataset.images import size as size
 from dataset.loading import eval_loader, train_loader
 from proxy_anchor import cli
-from proxy_anchor.files import printable
+from proxy_anchor.files import printable, quantity
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
-OWN = {"folder": folder, "csv": table}
-ALL = BENCHMARKS | OWN
-OWN_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # what --data-root is
-# The cores that this process may use, as torch counts them: it warns of more workers.
+CUSTOM = {"folder": folder, "csv": table}
+ALL = BENCHMARKS | CUSTOM
+CUSTOM_ROOTS = {"folder": "the folder that has one folder per class", "csv": "the CSV file"}  # of --data-root
+# The cores available to this process, as torch counts them; it warns about more workers.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = min(4, CORES)
 
 
 def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentParser:
-    """Command-line flags of the data, for a script that trains or one that only evaluates, without these flags."""
+    """Command-line flags of the data for scripts that train or only evaluate; `without` names flags to leave out."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("data")
     add = cli.adder(group, without)
@@ -78,7 +77,7 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         "--data-root",
         type=cli.path,
         metavar="DIR",
-        help="folder of the datasets (default: data/ here); for your own images, their folder or their CSV file",
+        help="folder of the datasets (default: data/ in this repository); for your own images: folder or CSV file",
     )
     add(
         "--test-classes",
@@ -89,14 +88,14 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
     add(
         "--allow-partial",
         action="store_true",
-        help="continue with a part of a dataset, to try things out; the results do not compare with others",
+        help="continue with an incomplete dataset, to try things out; the results are not comparable with others",
     )
-    add("--skip-bad-images", action="store_true", help="look at every image first and leave out the damaged ones")
+    add("--skip-bad-images", action="store_true", help="check every image first and leave out damaged ones")
     add(
         "--cache",
         type=cli.path,
         metavar="DIR",
-        help="keep decoded images in this folder (CUB takes 7 GB); helps if the GPU waits for few or slow CPU cores",
+        help="cache decoded images in this folder (7 GB for CUB); helps if the GPU waits for few or slow CPU cores",
     )
     add(
         "--batch-size",
@@ -117,20 +116,20 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
             "--IPC",
             type=cli.integer(1),
             metavar="N",
-            help="images per class in a batch, for losses that compare images; without it, batches are random",
+            help="images per class in a batch, for losses that compare images; train.py without it: random batches",
         )
     return parser
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> None:
-    """Fill in the default of --data-root; for your own images there is none, and leaving it out is a usage error."""
-    if args.data_root is None and name in OWN:
-        parser.error(f"argument --data-root: for your own images it is required: {OWN_ROOTS[name]}")
+    """Fill in the default of --data-root; user images have none, so they require the flag."""
+    if args.data_root is None and name in CUSTOM:
+        parser.error(f"argument --data-root: for your own images it is required: {CUSTOM_ROOTS[name]}")
     args.data_root = args.data_root or str(DATA_ROOT)
 
 
 def chosen_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that another script needs to read the same data; those with their default values are left out."""
+    """The flags with which another script reads the same data, without those at their defaults."""
     flags = ["--dataset", args.dataset]
     if args.data_root != str(DATA_ROOT):
         flags += ["--data-root", args.data_root]
@@ -140,12 +139,12 @@ def chosen_flags(args: argparse.Namespace) -> list[str]:
 
 
 def splits(name: str, root: str | Path) -> list[str]:
-    """The splits that a dataset has: those of train, eval, query and gallery that exist."""
-    return list(BENCHMARKS[name].SIZES) if name in BENCHMARKS else OWN[name].splits(Path(root))
+    """The splits of a dataset: the existing ones of train, eval, query and gallery."""
+    return list(BENCHMARKS[name].SIZES) if name in BENCHMARKS else CUSTOM[name].splits(Path(root))
 
 
 def eval_splits(name: str, root: str | Path) -> list[str]:
-    """The splits that are embedded for evaluation: eval (each image queries all others), or query and gallery."""
+    """The splits for evaluation: eval (each image queries all others), or query and gallery."""
     return [split for split in splits(name, root) if split != "train"]
 
 
@@ -160,79 +159,79 @@ def load(
 ) -> ImageDataset:
     """Read a split (train, eval, query or gallery) of a benchmark under the data root, or of your own images.
 
-    Test splits share one label space. Raises FileNotFoundError where files are missing and BadFile (a ValueError) where
-    they are malformed or not those of the published split; with allow_partial any part of it that is not empty will do.
-    test_classes: a file, see dataset/folder.py. upright: other than the dataset's UPRIGHT, for what was made otherwise.
+    Test splits share one label space. test_classes: a file, see dataset/folder.py. upright overrides the dataset's
+    UPRIGHT. Raises FileNotFoundError for missing files and BadFile (a ValueError) for malformed files or those of
+    another split than the published one; with allow_partial, any non-empty subset is accepted.
     """
     return _load(name, root, [split], transform, allow_partial, test_classes, upright)[0]
 
 
-def _load(name, root, wanted, transform, allow_partial=False, test_classes=None, upright=None):
-    """The training split, or some of the test splits; all test splits are read once, to know their classes."""
+def _load(name, root, requested, transform, allow_partial=False, test_classes=None, upright=None):
+    """The training split, or some of the test splits; the labels depend on the classes of all test splits."""
     source, choice = ALL[name], {}
     if test_classes:
         if name != "folder":
             raise ValueError(f"--test-classes is for --dataset folder: {name} has its own split")
         choice = {"test_classes": Path(test_classes)}
-    own = splits(name, root)
-    for split in wanted:
-        if split not in own:
-            raise ValueError(f"{name} has no split '{split}'; it has {', '.join(own)}")
-    place = Path(root) / source.FOLDER if name in BENCHMARKS else Path(root)
-    label_space = [split for split in own if (split == "train") == ("train" in wanted)]
-    samples = {split: source.samples(place, split, **choice) for split in label_space}
-    classes = sorted({label for part in samples.values() for _, label in part})
-    numbers = _groups(source, place, label_space)
+    available = splits(name, root)
+    for split in requested:
+        if split not in available:
+            raise ValueError(f"{name} has no split '{split}'; it has {', '.join(available)}")
+    location = Path(root) / source.FOLDER if name in BENCHMARKS else Path(root)
+    label_space = [split for split in available if (split == "train") == ("train" in requested)]
+    samples = {split: source.samples(location, split, **choice) for split in label_space}
+    classes = sorted({label for rows in samples.values() for _, label in rows})
+    group_numbers = _groups(source, location, label_space)
     upright = getattr(source, "UPRIGHT", True) if upright is None else upright
-    # With the test images, once: where a fold is held out, nothing of the test classes is even listed.
-    left_out = "" if "train" in wanted else getattr(source, "left_out", lambda place: "")(place)
-    found = []
-    for split in wanted:
-        part, spellings = _present(name, place, split, samples[split], allow_partial)
-        paths = [spellings.get(path, path) for path, _ in part]
-        labels = np.searchsorted(classes, [label for _, label in part])
-        groups = None if numbers is None else np.array([numbers[path] for path, _ in part])
+    # Only with the test images: a run on a fold must not even list the test classes.
+    left_out = "" if "train" in requested else getattr(source, "left_out", lambda root: "")(location)
+    image_sets = []
+    for split in requested:
+        rows, spellings = _present(name, location, split, samples[split], allow_partial)
+        paths = [spellings.get(path, path) for path, _ in rows]
+        labels = np.searchsorted(classes, [label for _, label in rows])
+        groups = None if group_numbers is None else np.array([group_numbers[path] for path, _ in rows])
         images = ImageDataset(paths, labels, classes, transform, f"{name} {split}", groups, upright)
         images.left_out = left_out
-        found.append(images)
-    return found
+        image_sets.append(images)
+    return image_sets
 
 
-def _groups(source, place, splits) -> dict[str, int] | None:
-    """{path: number of its group} of the images in these splits, which share groups; None where there are none."""
-    names: list[Any] = [source.groups(place, split) for split in splits] if hasattr(source, "groups") else [None]
+def _groups(source, location, splits) -> dict[str, int] | None:
+    """{path: number of its group}; the splits share groups. None if the dataset has none."""
+    names: list[Any] = [source.groups(location, split) for split in splits] if hasattr(source, "groups") else [None]
     if None in names:
         return None
     numbers: dict = {}
     return {
-        path: numbers.setdefault(name or (path, "alone"), len(numbers)) for part in names for path, name in part.items()
+        path: numbers.setdefault(name or (path, "alone"), len(numbers)) for rows in names for path, name in rows.items()
     }
 
 
-def _present(name, place, split, samples, allow_partial):
-    """The samples, if all exist and are those of the published split; with allow_partial, those that exist.
+def _present(name, location, split, samples, allow_partial):
+    """(samples, {path: its spelling on disk, if different}).
 
-    And {path: the path on disk}, of your own images that the disk spells in another way.
+    Raises BadFile or FileNotFoundError if they are incomplete; with allow_partial, returns the existing ones.
     """
     source = ALL[name]
     missing = set(missing_files([path for path, _ in samples]))
-    spellings = names.spellings(missing) if name in OWN else {}
+    spellings = names.spellings(missing) if name in CUSTOM else {}
     missing -= spellings.keys()
     if allow_partial:
         samples = [(path, label) for path, label in samples if path not in missing]
-    found = len({label for _, label in samples}), len(samples)
-    published = source.SIZES[split] if name in BENCHMARKS else found
-    if found != published and not allow_partial:
+    sizes = len({label for _, label in samples}), len(samples)
+    published = source.SIZES[split] if name in BENCHMARKS else sizes
+    if sizes != published and not allow_partial:
         raise BadFile(
-            f"{name} {split}: found {found[1]:,} images of {found[0]:,} classes in {place}, "
+            f"{name} {split}: found {quantity(sizes[1], 'image')} of {quantity(sizes[0], 'class')} in {location}, "
             f"expected {published[1]:,} of {published[0]:,}. "
             f"Likely cause: {source.LIKELY_CAUSE}. --allow-partial accepts a part of the dataset"
         )
     if not samples:
-        raise BadFile(f"{name} {split}: found no images in {place}")
+        raise BadFile(f"{name} {split}: found no images in {location}")
     if missing and not allow_partial:
         raise FileNotFoundError(
-            f"{len(missing):,} of the {len(samples):,} images of {name} {split} are missing; "
+            f"Missing images of {name} {split}: {len(missing):,} of {len(samples):,}; "
             f"the first is {min(missing)}{names.oddity(min(missing))}"
         )
     if hasattr(source, "check_images"):
@@ -241,7 +240,7 @@ def _present(name, place, split, samples, allow_partial):
 
 
 def train_set(name: str, root: str | Path, image_size: int, interpolation: str | None = None, **choice) -> ImageDataset:
-    """The training images with their random transform; choice: allow_partial, test_classes and upright as in load."""
+    """The training images with random augmentation; choice: allow_partial, test_classes and upright as in load."""
     augmentation = getattr(ALL[name], "AUGMENTATION", {}) | {"interpolation": interpolation}
     return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
 
@@ -251,71 +250,69 @@ def eval_sets(
 ) -> list[ImageDataset]:
     """The test images: [eval], or [query, gallery]; choice: allow_partial, test_classes and upright as in load.
 
-    geometry: see NetworkSpec; by default, that of the published networks.
+    geometry: see NetworkSpec; None for the geometry of the published networks.
     """
-    transform = transforms.evaluation(image_size, **(geometry or _own_geometry(name)))
+    transform = transforms.evaluation(image_size, **(geometry or _default_geometry(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
 
-def _own_geometry(name: str) -> dict:
+def _default_geometry(name: str) -> dict:
     return {"crop": crop_of(name) or transforms.CROP}
 
 
 def crop_of(name: str) -> float | None:
-    """The crop of a dataset that has its own, whatever a network expects; see transforms.evaluation."""
+    """The crop that a dataset requires, whatever the network expects, or None; see transforms.evaluation."""
     return getattr(ALL[name], "CROP", None)
 
 
 def recipe(name: str) -> dict:
-    """The defaults that a dataset brings for the arguments of training; none for the benchmarks, as published."""
+    """{argument of train.py: its default for this dataset}; empty for benchmarks with the published recipe."""
     return getattr(ALL[name], "RECIPE", {})
 
 
 def open_splits(
     name: str, root: str | Path, image_size: int, fold: str | None = None, geometry: dict | None = None, **choice
 ) -> dict[str, ImageDataset]:
-    """{split: images}, those to train on first; geometry: see NetworkSpec; choice: as in load.
+    """{split: images}, the training split first; geometry: see NetworkSpec; choice: as in load.
 
-    With a fold, see dataset/validation.py, the images of its classes are the other split, val, and those of the test
-    set are not looked at. They are seen as test images are.
+    With a fold (see dataset/validation.py), its classes form the split val, transformed like test images, and the test
+    set is not touched.
     """
     images = train_set(name, root, image_size, (geometry or {}).get("interpolation"), **choice)
     if fold is None:
         test_sets = eval_sets(name, root, image_size, geometry, **choice)
         return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
-    own = validation.own_classes(name, ALL[name], Path(root)) if fold == validation.OWN else None
-    transform = transforms.evaluation(image_size, **(geometry or _own_geometry(name)))
-    return validation.hold_out(images, fold, transform, own)
+    classes = validation.validation_classes(name, ALL[name], Path(root)) if fold == validation.VAL_FOLD else None
+    transform = transforms.evaluation(image_size, **(geometry or _default_geometry(name)))
+    return validation.hold_out(images, fold, transform, classes)
 
 
 def leave_out_bad(image_sets, workers: int, once=lambda find: find()) -> None:
-    """Leave out the images that cannot be read, and print which.
+    """Leave out and print unreadable images.
 
-    once(find) -> find(): where several processes share the work, one of them looks for all.
+    once(find) -> find(): with several processes, one of them calls find for all.
     """
     for images in image_sets:
         bad = once(partial(images.find_bad, workers))
         images.leave_out(bad)
-        print(
-            f"Left out: {len(bad)} unreadable image{'s' * (len(bad) != 1)}", *map(printable, bad.values()), sep="\n  "
-        )
+        print(f"Left out: {quantity(len(bad), 'unreadable image')}", *map(printable, bad.values()), sep="\n  ")
 
 
 def use_cache(image_sets, folder: str, workers: int, progress) -> None:
-    """Keep decoded images in this folder; progress: see Cache.build."""
+    """Use caches of decoded images in this folder; progress: see Cache.build."""
     for images in image_sets:
         images.use_cache(folder, workers, progress, report=lambda line: print(printable(line)))
 
 
 class TrainingData(NamedTuple):
-    """The data of a run. Where several processes share the work, the loaders give this process's share."""
+    """The data of a run; with several processes, the loaders yield this process's share."""
 
     train_loader: DataLoader
-    test_loaders: list[DataLoader]  # [eval], [query, gallery] or, of a fold, [val]
-    num_classes: int  # to train on
+    test_loaders: list[DataLoader]  # [eval], [query, gallery] or, with a fold, [val]
+    num_classes: int  # of the training split
     ks: Sequence[int]  # of Recall@K
-    prefix: str  # of the names of metrics
-    batch_size: int  # images of a batch, over all processes
+    prefix: str  # of metric names
+    batch_size: int  # images per batch, over all processes
     description: str  # lines to print
     record: dict  # for config.json, see images.record
 
@@ -338,11 +335,11 @@ def for_training(
     batches: Any = loader.batch_sampler
     return TrainingData(
         loader,
-        # Without gradients, twice the images fit into the memory.
+        # Without gradients, twice as many images fit into memory.
         [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
         train_images.num_classes,
         ALL[name].KS,
-        validation.PREFIX if validation.OWN in splits else "",
+        validation.PREFIX if validation.VAL_FOLD in splits else "",
         batches.images_per_batch,
         f"{describe(splits)}\n{remark(test_images)}",
         record(splits, root),

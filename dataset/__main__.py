@@ -8,16 +8,16 @@ import dataset
 from dataset import duplicates, files, names, prepare
 from dataset.check import Image, in_several, inspect, with_several_labels
 from proxy_anchor import cli
-from proxy_anchor.files import printable
+from proxy_anchor.files import printable, quantity
 from proxy_anchor.progress import progress
 
-SHOWN = 10  # of a kind of problem
+SHOWN = 10  # problems of each kind
 
 
 EXAMPLES = """examples:
-  counts, sizes, unreadable files, images that are in both training and test:
+  counts, sizes, unreadable files, images in both training and test:
     python -m dataset check cub
-  verify an archive, extract it and lay it out, then check:
+  verify an archive, extract it, then check the dataset:
     python -m dataset prepare cub CUB_200_2011.tgz
 """
 
@@ -31,16 +31,20 @@ def parse(argv=None) -> argparse.Namespace:
         formatter_class=cli.HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
-    common = cli.Parser(add_help=False)
-    common.add_argument(
+    check = commands.add_parser(
+        "check",
+        help="check every image",
+        description="Decode every image; report counts, sizes, damaged files and duplicates.",
+        allow_abbrev=False,
+    )
+    check.set_defaults(archives=[])
+    check.add_argument("name", choices=dataset.ALL, help="the dataset")
+    check.add_argument(
         "--data-root",
         type=cli.path,
         metavar="DIR",
-        help="folder of the datasets (default: data/ here); for folder and csv, the folder or the file",
+        help="folder of the datasets (default: data/ in this repository); for folder and csv, the folder or the file",
     )
-    check = commands.add_parser("check", parents=[common], help="look at every image", allow_abbrev=False)
-    check.set_defaults(archives=[])
-    check.add_argument("name", choices=dataset.ALL)
     check.add_argument(
         "--workers",
         default=dataset.WORKERS,
@@ -49,12 +53,18 @@ def parse(argv=None) -> argparse.Namespace:
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
     )
     check.add_argument(
-        "--test-classes", type=cli.path, metavar="FILE", help="with folder: file with the names of the test classes"
+        "--test-classes", type=cli.path, metavar="FILE", help="with folder: a file with the names of the test classes"
     )
     make = commands.add_parser(
-        "prepare", parents=[common], help="lay out a dataset from its archives", allow_abbrev=False
+        "prepare",
+        help="extract the archives of a dataset",
+        description="Verify the archives of a dataset, extract them into its folder, and check the result.",
+        allow_abbrev=False,
     )
-    make.add_argument("name", choices=prepare.LAYOUTS)
+    make.add_argument("name", choices=prepare.LAYOUTS, help="the dataset")
+    make.add_argument(
+        "--data-root", type=cli.path, metavar="DIR", help="folder to extract into (default: data/ in this repository)"
+    )
     make.set_defaults(test_classes=None, workers=dataset.WORKERS)
     make.add_argument(
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"
@@ -72,40 +82,40 @@ def run_prepare(name: str, root: str, archives: list[Path]) -> None:
 
 
 def checksum_warning(archives: list[Path]) -> str:
-    """A line where archives have the names of published files, but not their checksums; otherwise an empty text."""
-    changed = [str(archive) for archive in archives if archive.is_file() and prepare.differs(archive)]
+    """A line on archives with the names of published files but other checksums; empty if there are none."""
+    changed = [str(archive) for archive in archives if archive.is_file() and prepare.checksum_differs(archive)]
     if not changed:
         return ""
     return (
-        f"Warning: the checksum is not that of the published file: {', '.join(changed)}. Likely cause: an incomplete "
-        "download, or a copy that was packed again\n"
+        f"Warning: the checksum differs from the published file's: {', '.join(changed)}. Likely cause: an incomplete "
+        "download, or a repacked copy\n"
     )
 
 
 def run_check(name: str, root: str, workers: int, test_classes: str | None) -> int:
-    """Print what the dataset holds; returns the number of its problems."""
+    """Print statistics and problems of the dataset; returns the number of problems."""
     published = dataset.BENCHMARKS[name].SIZES if name in dataset.BENCHMARKS else {}
     problems = []
-    parts: dict[str, list[Image]] = {"train": []}
+    results: dict[str, list[Image]] = {"train": []}
     sets = {}
     test_sets = []
     for split in dataset.splits(name, root):
         images = dataset.load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
-        found = list(progress(inspect(images.paths, workers, images.upright, duplicates.available()), split))
-        parts[split], sets[split] = found, images
+        inspected = list(progress(inspect(images.paths, workers, images.upright, duplicates.available()), split))
+        results[split], sets[split] = inspected, images
         if split != "train":
             test_sets.append(images)
-        unreadable = [image.problem for image in found if image.problem]
+        unreadable = [image.problem for image in inspected if image.problem]
         problems += unreadable
         count, classes = dataset.size(images)
-        print(f"{split}: {count:,} images of {classes:,} classes", end="")
+        print(f"{split}: {quantity(count, 'image')} of {quantity(classes, 'class')}", end="")
         if published:
             print(f"; published: {published[split][1]:,} of {published[split][0]:,}", end="")
             if (classes, count) != published[split]:
                 cause = dataset.BENCHMARKS[name].LIKELY_CAUSE
                 problems.append(f"{split} is not the published split; likely cause: {cause}")
         print()
-        sizes = sorted((image.width, image.height) for image in found if not image.problem)
+        sizes = sorted((image.width, image.height) for image in inspected if not image.problem)
         if sizes:
             widths, heights = (sorted(side) for side in zip(*sizes))
             print(
@@ -117,15 +127,15 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
     for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
         print_line(remark)
     if not published:
-        for line in names.describe_alike("Classes", {label for images in sets.values() for label in images.classes}):
+        for line in names.describe_similar("Classes", {label for images in sets.values() for label in images.classes}):
             print_line(line)
-        problems += with_several_labels(parts, sets)
-    tests = [image for split, images in parts.items() if split != "train" for image in images]
-    twice = in_several({"train": parts["train"], "test": tests})
-    print(f"Images in both training and test: {len(twice)}")
-    for both in twice[:SHOWN]:
-        print_line(f"  {' = '.join(both)}")
-    for line in duplicate_lines(parts, sets):
+        problems += with_several_labels(results, sets)
+    tests = [image for split, images in results.items() if split != "train" for image in images]
+    shared = in_several({"train": results["train"], "test": tests})
+    print(f"Images in both training and test: {len(shared)}")
+    for paths in shared[:SHOWN]:
+        print_line(f"  {' = '.join(paths)}")
+    for line in duplicate_lines(results, sets):
         print_line(line)
     for problem in problems[:SHOWN]:
         print_line(f"  {problem}")
@@ -135,16 +145,16 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
 
 
 def print_line(text: str) -> None:
-    """Print a text with names from files as one line that is not too long."""
+    """Print a text with names from files as one line of limited length."""
     print(printable(text, cli.LONGEST))
 
 
-def duplicate_lines(parts: dict[str, list[Image]], sets: dict[str, dataset.ImageDataset]) -> list[str]:
-    """What to say of duplicates among the images of the splits that can be read."""
+def duplicate_lines(results: dict[str, list[Image]], sets: dict[str, dataset.ImageDataset]) -> list[str]:
+    """Lines on duplicates among the readable images of the splits."""
     rows = [
         (image, split != "train", data.classes[data.labels[i]], -1 if data.groups is None else data.groups[i])
         for split, data in sets.items()
-        for i, image in enumerate(parts[split])
+        for i, image in enumerate(results[split])
         if not image.problem
     ]
     return duplicates.describe(*map(list, zip(*rows))) if rows else []
@@ -158,9 +168,9 @@ def main(argv=None):
             if args.command == "prepare":
                 run_prepare(args.name, args.data_root, args.archives)
             if problems := run_check(args.name, args.data_root, args.workers, args.test_classes):
-                raise files.BadFile(f"{args.name} has {problems:,} problem{'s' * (problems > 1)}, listed above")
-            print(f"This is the published {args.name}." if args.name in dataset.BENCHMARKS else "Nothing is wrong.")
-        finally:  # after all else, and also where the archive turned out to be damaged
+                raise files.BadFile(f"{args.name} has {quantity(problems, 'problem')}, listed above")
+            print(f"This is the published {args.name}." if args.name in dataset.BENCHMARKS else "No problems found.")
+        finally:  # last, and also if an archive is damaged
             print(warning, end="", file=sys.stderr)
 
 

@@ -15,16 +15,16 @@ from dataset.files import BadFile, image_size, read_image
 from dataset.loading import parallel
 from proxy_anchor.files import hold, is_intact, seal
 
-FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 2"  # of images.bin; whoever changes it, changes this
+FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 2"  # of images.bin; update it with the layout
 FILES = ("images.bin", "shapes.npy", "paths.json")
 SEALS = "seals.json"  # of FILES, see files.seal
 NAME, UNFINISHED = "[0-9a-f]" * 20, ".unfinished"
 
 
 class Cache:
-    """The decoded images of these files, in a folder named by their paths, sizes and times and by the format.
+    """Decoded images, in a folder whose name is a hash of the format and of the files' paths, sizes and times.
 
-    Where one of them changes, so does the name, and the images are decoded again. upright: see files.to_tensor.
+    So a changed file leads to another folder, and to new decoding. upright: see files.to_tensor.
     """
 
     def __init__(self, folder: Path, paths: list[str], upright: bool = False):
@@ -51,12 +51,11 @@ class Cache:
         return torch.from_numpy(image).permute(2, 0, 1)
 
     def build(self, workers: int, progress, report) -> None:
-        """Decode all images unless that has been done; if another process is doing it, wait.
+        """Decode all images unless the cache exists; wait if another process is building it.
 
-        progress(batches, description) shows the progress, report(line) says how much disk space is needed and which
-        other caches in the folder may be removed.
-        Raises OSError if the disk is too small, BadFile for an image that cannot be read and for a cache that is
-        damaged. The folder gets its name at the end, so what is unfinished is never read.
+        progress(batches, description) shows the progress; report(line) receives the required disk space and the other
+        caches that may be removed. Raises OSError if the disk is too small, BadFile for an unreadable image or a
+        damaged cache. The folder gets its name at the end, so an unfinished cache is never read.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(self.folder.parent)
@@ -73,7 +72,7 @@ class Cache:
             if others := _superseded(self.folder.parent, set(map(os.path.abspath, self.paths))):
                 size = sum((other / "images.bin").stat().st_size for other in others)
                 report(
-                    f"Other caches of some of these images, or of images that are gone, take {size / 1e9:.2f} GB; "
+                    f"Other caches of some of these images, or of deleted images, take {size / 1e9:.2f} GB; "
                     f"remove those that you no longer need: {', '.join(map(str, others))}"
                 )
             need, free = int(starts[-1]), shutil.disk_usage(unfinished).free
@@ -82,7 +81,7 @@ class Cache:
             )
             if need > 0.98 * free:
                 shutil.rmtree(unfinished)
-                raise OSError(f"{self.folder.parent} has too little room: {need:,} bytes are needed, {free:,} are free")
+                raise OSError(f"{self.folder.parent} has too little space: {need:,} bytes needed, {free:,} bytes free")
             with open(unfinished / "images.bin", "wb") as file:
                 file.truncate(need)
             write = partial(_write, unfinished / "images.bin", self.upright)
@@ -98,7 +97,7 @@ class Cache:
             os.replace(unfinished, self.folder)
 
     def _check(self):
-        """Raise BadFile where a file in the folder is gone or was changed since the cache was made."""
+        """Raise BadFile if a file of the cache is missing or was changed."""
         try:
             seals = json.loads((self.folder / SEALS).read_text())
             changed = [name for name in FILES if not is_intact(self.folder / name, seals[name])]
@@ -106,21 +105,21 @@ class Cache:
         except (OSError, ValueError, LookupError, TypeError) as error:
             problem = str(error)
         if problem:
-            raise BadFile(f"The cache {self.folder} is damaged ({problem}): delete this folder, and it is made again")
+            raise BadFile(f"The cache {self.folder} is damaged ({problem}): delete this folder to rebuild it")
 
 
 def _remove_unfinished(folder):
-    """Remove what killed processes left: their locks are free."""
+    """Remove leftovers of killed processes, whose locks are free."""
     for unfinished in folder.glob(NAME + UNFINISHED):
         with suppress(BlockingIOError), hold(unfinished.with_suffix(".lock"), wait=False):
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _superseded(folder, paths):
-    """The caches in the folder that hold some of these images, or images that are gone."""
+    """Other caches in the folder that hold some of these images, or images that no longer exist."""
     caches = {}
     for file in sorted(folder.glob(f"{NAME}/paths.json")):
-        with suppress(ValueError):  # damaged, which its own images will tell
+        with suppress(ValueError):  # damaged: its own run reports it
             caches[file.parent] = json.loads(file.read_text())
     return [
         cache
@@ -130,16 +129,16 @@ def _superseded(folder, paths):
 
 
 def offsets(shapes: np.ndarray) -> np.ndarray:
-    """Where each image of these (height, width) begins, and where the last ends."""
+    """The start of each image (height, width) in the file, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(shapes.astype(np.int64).prod(axis=1) * 3)])
 
 
 def _write(file, upright, image):
-    """Decode an image (path, start, end) and write it to its place in the file."""
+    """Decode an image (path, start, end) and write it into the file at its offset."""
     path, start, end = image
     pixels = read_image(path, upright).permute(1, 2, 0).numpy().tobytes()
     if len(pixels) != end - start:
-        raise BadFile(f"The image {path} has changed while the cache was made: start again")
+        raise BadFile(f"The image {path} changed while the cache was built: start again")
     with open(file, "rb+") as opened:
         opened.seek(start)
         opened.write(pixels)

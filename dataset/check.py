@@ -1,4 +1,4 @@
-"""A pass over all images of a dataset: which can be read, how large they are, and which are there twice."""
+"""A pass over all images of a dataset: whether they are readable, their sizes, and exact duplicates."""
 
 import hashlib
 from collections import defaultdict
@@ -15,9 +15,9 @@ from dataset.loading import parallel
 
 @dataclass
 class Image:
-    """What an image file holds: the digest of its bytes, its size and perceptual hash, or why it cannot be read.
+    """An inspected file: the digest of its bytes, its size and perceptual hash, or the reason why it is unreadable.
 
-    There is no perceptual hash of nearly uniform images, and none that was not asked for.
+    The perceptual hash is None for nearly uniform images, and if it was not requested.
     """
 
     path: str
@@ -29,7 +29,7 @@ class Image:
 
 
 def inspect(paths: list[str], workers: int, upright: bool = True, perceptual: bool = False) -> DataLoader:
-    """An Image for each path, in their order; each file is decoded whole. perceptual: with perceptual hashes."""
+    """An Image for each path, in order; every file is fully decoded. perceptual: compute perceptual hashes."""
     return parallel(partial(_inspect, upright=upright, perceptual=perceptual), paths, workers)
 
 
@@ -43,25 +43,25 @@ def _inspect(path, upright, perceptual):
         return Image(path, problem=str(error))
 
 
-def with_several_labels(parts: dict[str, list[Image]], sets: dict) -> list[str]:
-    """A line on each image, of the same bytes, that has several labels; sets: the ImageDataset of each part."""
+def with_several_labels(results: dict[str, list[Image]], sets: dict) -> list[str]:
+    """A line on each set of identical files with several labels; results and sets (ImageDatasets) are by split."""
     first: dict[str, dict] = defaultdict(dict)  # digest -> {class: first path}
-    for part, data in sets.items():
-        for image, label in zip(parts[part], data.labels):
+    for split, data in sets.items():
+        for image, label in zip(results[split], data.labels):
             if image.digest:
                 first[image.digest].setdefault(data.classes[label], image.path)
     return [
-        "One image has several labels: " + ", ".join(f"{path} is of class {label}" for label, path in found.items())
-        for found in first.values()
-        if len(found) > 1
+        "Identical files have different labels: " + ", ".join(f"{path} has {label}" for label, path in paths.items())
+        for paths in first.values()
+        if len(paths) > 1
     ]
 
 
-def in_several(parts: dict[str, list[Image]]) -> list[list[str]]:
-    """The paths of images of the same bytes that are in more than one of the parts, a list for each such image."""
-    where: dict[str, dict[str, str]] = defaultdict(dict)  # digest -> {split: first path}
-    for part, images in parts.items():
+def in_several(splits: dict[str, list[Image]]) -> list[list[str]]:
+    """For each image that is in more than one split: the paths of its identical files, one per split."""
+    first: dict[str, dict[str, str]] = defaultdict(dict)  # digest -> {split: first path}
+    for split, images in splits.items():
         for image in images:
             if image.digest:
-                where[image.digest].setdefault(part, image.path)
-    return [list(paths.values()) for paths in where.values() if len(paths) > 1]
+                first[image.digest].setdefault(split, image.path)
+    return [list(paths.values()) for paths in first.values() if len(paths) > 1]

@@ -14,23 +14,23 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from proxy_anchor.files import BadFile
 
-# Those of photographs, the most frequent first. Never those that Pillow hands to other programs, as EPS to Ghostscript.
+# Photograph formats, the most frequent first. None that Pillow passes to other programs, as EPS to Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 REMEDIES = dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif") | {
     ".avif": "pip install --upgrade pillow"
 }
-# What systems, cameras and network disks write into folders of photos, besides names that begin with a dot.
+# Files and folders that systems, cameras and network disks create, besides names that begin with a dot.
 HIDDEN = set(
     "thumbs.db|ehthumbs.db|desktop.ini|icon\r|__macosx|@eadir|#recycle|#snapshot|@recycle|@recently-snapshot|"
     "$recycle.bin|recycler|system volume information|lost+found".split("|")
 )
-# Endings of files that nobody expects to be searched, and of notes that programs keep beside photos.
+# Extensions of files that are obviously not photos, or are metadata of photos.
 NOT_PHOTOS = set(
     ".txt .pdf .md .csv .tsv .json .jsonl .xml .yaml .yml .html .log .ini .db "
     ".toml .py .ipynb .sh .npy .npz .mat .pt .pth .pkl .xmp .aae .thm .md5 .float32 .faiss".split()
 )
-SHOWN = 6  # endings in a line
-TURNS = {  # by the orientation in EXIF
+SHOWN = 6  # extensions in a line
+TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,29 +39,29 @@ TURNS = {  # by the orientation in EXIF
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
-FULL_RANGE = 2**15  # what the largest of 16-bit values must reach; if none does, they may be of 9 to 15 bits
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+FULL_RANGE = 2**15  # lowest acceptable maximum of 16-bit values; below it, they may have 9 to 15 bits
 CONVERT = "convert it to 8 bits per channel"
-# Tags of TIFF: bits per channel, whether 0 is white (0) or black, and whether channels are together (1) or apart (2).
+# TIFF tags: bits per channel, whether 0 is white (0) or black (1), whether channels are interleaved (1) or planar (2).
 BITS, PHOTOMETRIC, PLANAR = 258, 262, 284
-LARGEST = {"L;2": 3, "L;4": 15}  # of gray PNGs
+LARGEST = {"L;2": 3, "L;4": 15}  # largest values of gray PNGs
 
-# Pillow warns of large images and damaged metadata in each worker; errors, which matter, name the file.
+# Every worker would repeat Pillow's warnings on large images and damaged metadata; errors name the file.
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise logging prints Pillow's errors a second time
 
 
 def require(path: Path, source: str) -> Path:
-    """The path, if it exists; else FileNotFoundError saying where to get it."""
+    """Return the path if it exists. Raises FileNotFoundError with a hint where to get it."""
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}. {source}")
     return path
 
 
 def read_table(path: Path, columns: list[str], skip: int = 0) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of each row of a table whose header, after `skip` lines, names these columns.
+    """(line number, fields) of each row of a table with these columns, whose header follows `skip` lines.
 
-    Raises BadFile with the line number of a header or row that does not fit.
+    Raises BadFile with the line number of a wrong header or row.
     """
     rows = []
     for number, line in enumerate(read_lines(path)[skip:], start=skip + 1):
@@ -87,14 +87,14 @@ def read_lines(path: Path) -> list[str]:
 
 
 def whole_number(text: str, path: Path, line: int, what: str) -> int:
-    """int(text), or BadFile naming the file, the line and what was read."""
+    """int(text). Raises BadFile naming the file, the line and the text."""
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise BadFile(f"{path}, line {line}: the {what} '{text[:80]}' is not a whole number")
     return int(text)
 
 
 def missing_files(paths: list[str]) -> list[str]:
-    """The paths that are not there. Lists each folder once: 60,000 single look-ups are slow on network disks."""
+    """The paths that do not exist. Lists each folder once: 60,000 single look-ups are slow on network disks."""
     folders = {os.path.dirname(path) for path in paths}
     present = {
         os.path.join(folder, name)
@@ -107,7 +107,7 @@ def missing_files(paths: list[str]) -> list[str]:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that can be read here: HEIF needs a library, AVIF a recent Pillow."""
+    """The readable ones of FORMATS: HEIF needs a library, AVIF a recent Pillow."""
     try:
         import pillow_heif  # optional
     except ImportError:
@@ -119,57 +119,57 @@ def formats() -> tuple[str, ...]:
 
 
 @cache
-def endings() -> frozenset[str]:
-    """The endings, in lower case, of files that are images."""
-    readable = {*formats(), "MPO"}  # which is read as JPEG
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in readable)
+def extensions() -> frozenset[str]:
+    """The extensions of image files, in lower case."""
+    readable = {*formats(), "MPO"}  # MPO is read as JPEG
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in readable)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image, by its ending."""
-    return _ending(name) in endings()
+    """Whether a file name has the extension of an image."""
+    return _extension(name) in extensions()
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is none of the user's: it begins with a dot, or a system wrote it."""
+    """Whether a file or folder name begins with a dot or is reserved by a system."""
     return name.startswith(".") or name.casefold() in HIDDEN
 
 
-def others(names) -> Counter:
-    """How many of the files of these names are left out because of their endings, {ending: count}."""
-    unread = Counter(_ending(name) for name in names if not is_image(name) and not is_hidden(name))
-    return Counter({ending: count for ending, count in unread.items() if ending not in NOT_PHOTOS})
+def count_skipped(names) -> Counter:
+    """{extension: number of files} of possible photos among these names that cannot be read."""
+    counts = Counter(_extension(name) for name in names if not is_image(name) and not is_hidden(name))
+    return Counter({extension: count for extension, count in counts.items() if extension not in NOT_PHOTOS})
 
 
-def left_out(counts: Counter) -> str:
-    """A line on the files that are left out, see others, and on how to have them read; "" if there are none."""
+def describe_skipped(counts: Counter) -> str:
+    """A line on skipped files, see count_skipped, with remedies; "" if there are none."""
     if not counts:
         return ""
-    listed = [f"{count:,} {ending or 'without an ending'}" for ending, count in counts.most_common(SHOWN)]
+    listed = [f"{count:,} {extension or 'without an extension'}" for extension, count in counts.most_common(SHOWN)]
     if more := counts.total() - sum(count for _, count in counts.most_common(SHOWN)):
         listed.append(f"{more:,} other{'s' * (more > 1)}")
     remedies: dict[str, list[str]] = {}
-    for ending in counts:
-        remedies.setdefault(REMEDIES.get(ending, ""), []).append(ending)
-    advice = [f"{remedy} reads {' and '.join(sorted(endings))}" for remedy, endings in remedies.items() if remedy]
+    for extension in counts:
+        remedies.setdefault(REMEDIES.get(extension, ""), []).append(extension)
+    advice = [f"{remedy} reads {' and '.join(sorted(readable))}" for remedy, readable in remedies.items() if remedy]
     if "" in remedies:
         advice.append(f"convert {'other ' * bool(advice)}photos to JPEG")
     return f"Left out: {', '.join(listed)}; {'; '.join(advice)}"
 
 
-def _ending(name):
-    """The ending of a file's name in lower case; "" where what follows its last dot is more than a short word."""
-    ending = os.path.splitext(name)[1].lower()
-    return ending if re.fullmatch(r"\.\w{1,10}", ending) else ""
+def _extension(name):
+    """The extension of a file name in lower case; "" if the text after its last dot is not a short word."""
+    extension = os.path.splitext(name)[1].lower()
+    return extension if re.fullmatch(r"\.\w{1,10}", extension) else ""
 
 
 def image_size(path: str, upright: bool = True) -> tuple[int, int]:
-    """(width, height) of an image as read_image gives it, from its header if that suffices. Raises BadFile."""
+    """(width, height) of the image that read_image returns, from the header if possible. Raises BadFile."""
     return _open(path, lambda image: _size(image, upright))
 
 
 def read_image(path: str, upright: bool = True) -> torch.Tensor:
-    """Decode an image as uint8 RGB (3, H, W), see to_tensor. Raises BadFile with the path."""
+    """Decode an image as uint8 RGB (3, H, W), see to_tensor. Raises BadFile naming the path."""
     return _open(path, lambda image: to_tensor(image, upright))
 
 
@@ -183,10 +183,10 @@ def _open(path, read):
         raise BadFile(f"The image {path} cannot be read: {_unidentified(path)}") from error
     except Image.DecompressionBombError as error:
         raise BadFile(
-            f"The image {path} cannot be read: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, the most that "
-            "are decoded; make it smaller"
+            f"The image {path} cannot be read: it has more than the allowed {2 * Image.MAX_IMAGE_PIXELS:,} "
+            "pixels; make it smaller"
         ) from error
-    except Exception as error:  # decoders raise nearly anything on damaged files
+    except Exception as error:  # decoders raise many kinds of errors on damaged files
         raise BadFile(f"The image {path} cannot be read: {error}") from error
 
 
@@ -199,32 +199,32 @@ def _unidentified(path):
 
 
 def _size(image, upright):
-    # Pillow has turned the header of a TIFF already, but the pixels only when it decodes them.
+    # Pillow already rotates the size in the header of a TIFF.
     sideways = upright and image.format != "TIFF" and _orientation(image) in SIDEWAYS
     return image.size[::-1] if sideways else image.size
 
 
 def to_tensor(image: Image.Image, upright: bool = True) -> torch.Tensor:
-    """An opened image as uint8 RGB (3, H, W): on white where it is transparent; 16 bits are scaled to 8.
+    """Convert an open image to uint8 RGB (3, H, W): transparency becomes white, 16 bits are scaled to 8.
 
-    upright: turned as its EXIF says, as viewers show it. Raises ValueError for pixels of an unknown range, and whatever
-    Pillow raises for damaged ones.
+    upright: rotate it according to EXIF, as viewers do. Raises ValueError for pixels of an unknown range, and Pillow's
+    errors for damaged images.
     """
-    largest = _largest(image)  # before it is loaded, which loses it
-    known = image.format == "PPM" and 255 < largest < 65535  # Pillow has scaled it by its largest value
+    largest = _largest(image)  # loading the image would lose it
+    full_range = image.format == "PPM" and 255 < largest < 65535  # Pillow has scaled it by its largest value
     image.load()
     turn = TURNS.get(_orientation(image)) if upright else None
     if image.mode.startswith(("I", "F")):
         if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
             raise ValueError(f"its white is stored as 0 in 16 bits, which Pillow takes for black; {CONVERT}")
-        image = Image.fromarray(_to_8_bits(np.asarray(image), image.info.get("transparency"), known))
-    elif largest > 255 and not known:
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.info.get("transparency"), full_range))
+    elif largest > 255 and not full_range:
         _check_range(image)
     if _is_transparent(image):
-        if (value := image.info.get("transparency")) is not None and largest != 255:  # in numbers of the file
+        if (value := image.info.get("transparency")) is not None and largest != 255:  # in units of the file
             image = image.copy()
-            numbers = value * 255 // largest if isinstance(value, int) else tuple(part >> 8 for part in value)
-            image.info["transparency"] = numbers
+            scaled = value * 255 // largest if isinstance(value, int) else tuple(channel >> 8 for channel in value)
+            image.info["transparency"] = scaled
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if turn is not None:
@@ -234,16 +234,16 @@ def to_tensor(image: Image.Image, upright: bool = True) -> torch.Tensor:
 
 
 def _orientation(image):
-    """The number in EXIF, one of TURNS or 1; damaged EXIF says nothing."""
+    """The EXIF orientation: a key of TURNS, or 1; also 1 if the EXIF is damaged."""
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation)
-        return found if found in TURNS else 1
-    except Exception:  # of many kinds
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in TURNS else 1
+    except Exception:  # damaged EXIF raises many kinds of errors
         return 1
 
 
 def _largest(image):
-    """The largest value that a channel has room for in the file: 255, unless its header is known and says more."""
+    """The largest possible value of a channel in the file, from its header; 255 if unknown."""
     if image.format == "TIFF":
         return 2 ** max(image.tag_v2.get(BITS, (1,))) - 1
     if image.format not in ("PNG", "PPM") or not image.tile:
@@ -259,24 +259,24 @@ def _is_transparent(image):
 
 
 def _check_range(image):
-    """Raise ValueError for 16-bit colours, cut to 8 bits by Pillow, that are too dark to tell their range."""
+    """Raise ValueError for 16-bit colours, cut to 8 bits by Pillow, that are too dark to determine their range."""
     if image.format == "TIFF" and image.tag_v2.get(PLANAR) == 2:
         raise ValueError(f"its colours are stored one after the other in 16 bits, which Pillow misreads; {CONVERT}")
     highest = max(high for band, (_, high) in zip(image.getbands(), image.getextrema()) if band != "A")
     if highest < FULL_RANGE >> 8:
         raise ValueError(
-            f"its colours are stored in 16 bits, of which they use less than half: they may be of fewer bits; {CONVERT}"
+            f"its colours are stored in 16 bits, but use less than half of the range: they may have fewer; {CONVERT}"
         )
 
 
-def _to_8_bits(pixels, transparent, known):
+def _to_8_bits(pixels, transparent, full_range):
     """Scale 16-bit gray pixels, which may be stored in 32 bits; Pillow's own conversion would saturate at 255.
 
-    transparent: the value that becomes white, if any. known: the range is that of 16 bits, however dark the pixels are.
-    Raises ValueError for pixels of another range, or that may be: the image would come out black or white.
+    transparent: the value that becomes white, or None. full_range: the range is known to be 16 bits, however dark the
+    pixels are. Raises ValueError for pixels of another or uncertain range: the image would come out black or white.
     """
     low, high = pixels.min(), pixels.max()
-    dark = f", and one of at least {FULL_RANGE:,}" if 0 < high < FULL_RANGE and not known else ""
+    dark = f", and one of at least {FULL_RANGE:,}" if 0 < high < FULL_RANGE and not full_range else ""
     if pixels.dtype.kind == "f" or low < 0 or high > 65535 or dark:
         raise ValueError(
             f"its pixels are {pixels.dtype.name} from {low:g} to {high:g}, expected 16 bits from 0 to 65535"

@@ -1,6 +1,6 @@
-"""Your own images in one folder per class: the first half of the sorted classes trains, the others test.
+"""User images in one folder per class: the first half of the sorted classes is for training, the second for testing.
 
---test-classes FILE chooses the test classes instead: the names of their folders, one per line.
+With --test-classes FILE, the file lists the folders of the test classes, one per line.
 """
 
 import os
@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from dataset import files
 from dataset.files import BadFile, is_hidden, is_image, read_lines, require
-from dataset.names import by_form, form, stripped
+from dataset.names import by_form, form, strip
+from proxy_anchor.files import quantity
 
 KS = (1, 2, 4, 8, 16, 32)
 SHOWN = 5  # folders in an error
-# Words in the names of folders that are splits, or parts of a dataset.
+# Words in the names of folders that are no classes, but splits or components of a dataset.
 NO_CLASSES = set(
     "train training trainset val valid validate validation valset test testing testset dev eval query "
     "gallery image images img imgs mask masks label labels annotation annotations".split()
@@ -27,111 +28,113 @@ def splits(root: Path) -> list[str]:
 
 
 def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tuple[str, str]]:
-    """(path, class) of each image of the split; images are files at any depth with an image's ending.
+    """(path, class) of each image of the split: all files below a class folder with the extension of an image.
 
     Raises BadFile for a class without images, for fewer than two classes, and for test classes that do not exist or
-    leave none to train.
+    leave no training class.
     """
     require(root, "--data-root must be a folder with one folder per class.")
     classes = _classes(root)
     if len(classes) < 2:
         raise BadFile(f"{root} has too few folders ({len(classes)}): expected one per class, and at least two classes")
     tests = set(classes[len(classes) // 2 :]) if test_classes is None else _read_classes(test_classes, classes)
-    found = []
+    rows = []
     for name in classes:
         if (name in tests) == (split == "eval"):
-            in_class = find(root / name)
-            if not in_class.images:
-                remark = files.left_out(in_class.others)
+            contents = scan(root / name)
+            if not contents.images:
+                remark = files.describe_skipped(contents.skipped)
                 raise BadFile(f"The class folder {root / name} has no images{f'. {remark}' * bool(remark)}")
-            found += [(path, name) for path in in_class.images]
-    return found
+            rows += [(path, name) for path in contents.images]
+    return rows
 
 
 def left_out(root: Path) -> str:
-    """A line on the files that are left out because of their endings; "" if there are none."""
-    return files.left_out(sum((find(root / name).others for name in _classes(root)), Counter()))
+    """A line on files skipped because of their extensions; "" if there are none."""
+    return files.describe_skipped(sum((scan(root / name).skipped for name in _classes(root)), Counter()))
 
 
 def images(folder: Path) -> list[str]:
-    """The images in a folder and the folders in it, sorted; hidden files and folders are left out."""
-    return find(folder).images
+    """The images below a folder, sorted, without hidden files and folders."""
+    return scan(folder).images
 
 
-class Found(NamedTuple):
+class Contents(NamedTuple):
+    """The contents of a folder, see scan."""
+
     images: list[str]
-    linked: int  # of the images, those in linked folders
-    hidden: int  # images that are left out
-    others: Counter  # of the files that are left out because of their endings, see files.others
+    linked: int  # number of images in linked folders
+    hidden: int  # number of hidden images, which are left out
+    skipped: Counter  # files skipped because of their extensions, see files.count_skipped
 
 
-def find(folder: Path) -> Found:
-    """The images in a folder and the folders in it; a linked one counts once, and not if it contains this folder."""
+def scan(folder: Path) -> Contents:
+    """Find the images below a folder. Linked folders count once, and never if they contain this folder."""
     images: list[str] = []
     linked, hidden = 0, 0
-    others: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     seen = set(map(str, Path(os.path.realpath(folder)).parents))
-    places = [folder]
-    for place in places:
-        for parent, folders, names in os.walk(place):
+    starts = [folder]
+    for start in starts:
+        for parent, folders, names in os.walk(start):
             if (real := os.path.realpath(parent)) in seen:
                 folders.clear()
                 continue
             seen.add(real)
-            here = [path for name in names if is_image(name) and (path := Path(parent, name)).is_file()]
-            shown = [str(path) for path in here if not is_hidden(path.name)]
-            images += shown
-            linked += len(shown) * os.path.islink(place)
-            hidden += len(here) - len(shown)
-            others += files.others(names)
+            paths = [path for name in names if is_image(name) and (path := Path(parent, name)).is_file()]
+            visible = [str(path) for path in paths if not is_hidden(path.name)]
+            images += visible
+            linked += len(visible) * os.path.islink(start)
+            hidden += len(paths) - len(visible)
+            skipped += files.count_skipped(names)
             for name in filter(is_hidden, folders):
                 hidden += sum(is_image(file) for _, _, below in os.walk(Path(parent, name)) for file in below)
             folders[:] = sorted(name for name in folders if not is_hidden(name))
-            places += [path for name in folders if (path := Path(parent, name)).is_symlink()]  # after all others
-    return Found(sorted(images), linked, hidden, others)
+            starts += [path for name in folders if (path := Path(parent, name)).is_symlink()]  # after all others
+    return Contents(sorted(images), linked, hidden, skipped)
 
 
 def remarks(root: Path) -> list[str]:
-    """Lines on the images that are left out and those in linked folders, if any."""
-    hidden = find(root).hidden
-    linked = sum(find(root / name).linked for name in _classes(root))
+    """Lines on the numbers of hidden images and of images in linked folders, if not 0."""
+    hidden = scan(root).hidden
+    linked = sum(scan(root / name).linked for name in _classes(root))
     return [
-        *([f"{hidden:,} images are left out: they or their folders are hidden"] if hidden else []),
-        *([f"{linked:,} images are in linked folders"] if linked else []),
+        *([f"Hidden, so left out: {quantity(hidden, 'image')}"] if hidden else []),
+        *([f"In linked folders: {quantity(linked, 'image')}"] if linked else []),
     ]
 
 
 def _classes(root):
-    """The names of the class folders. Raises BadFile where they are no classes, or two of them are one folder."""
+    """The names of the class folders. Raises BadFile for folders that are no classes, or that are the same folder."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
     words = {name: NO_CLASSES.intersection(re.split(r"[\W\d_]+", name.lower())) for name in names}
-    wrong = [name for name in names if words[name]]
-    # One word alone may be of classes: freight_train, steam_train.
-    if 2 * len(wrong) > len(names) and (len(names) == 1 or len(set.union(*words.values())) > 1):
-        likely = max(wrong, key=lambda name: bool(re.search("train|^im", name.lower())))
+    suspects = [name for name in names if words[name]]
+    # A single word may belong to classes: freight_train, steam_train.
+    if 2 * len(suspects) > len(names) and (len(names) == 1 or len(set.union(*words.values())) > 1):
+        likely = max(suspects, key=lambda name: bool(re.search("train|^im", name.lower())))
         raise BadFile(
-            f"{root} has the folders {', '.join(names[:SHOWN])}, which are no classes: choose one that has them, as by "
-            f"--data-root {root / likely}, or list the images in a table that names their splits: --dataset csv"
+            f"{root} has the folders {', '.join(names[:SHOWN])}, which are no classes: choose the right folder, e.g. "
+            f"--data-root {root / likely}, or list the images and their splits in a table: --dataset csv"
         )
-    places: dict[Path, str] = {}  # of the classes: some may be links
+    targets: dict[Path, str] = {}  # real path -> class; some folders may be links
     for name in names:
-        if (first := places.setdefault(Path(os.path.realpath(root / name)), name)) != name:
-            raise BadFile(f"{root / first} and {root / name} are one folder, under two names: remove a link")
-    for place, name in places.items():
-        if outer := next((places[above] for above in place.parents if above in places), None):
-            raise BadFile(f"{root / name} is a folder in {root / outer}: its images would be of two classes")
+        if (first := targets.setdefault(Path(os.path.realpath(root / name)), name)) != name:
+            raise BadFile(f"{root / first} and {root / name} are the same folder: remove one of the links")
+    for target, name in targets.items():
+        if outer := next((targets[parent] for parent in target.parents if parent in targets), None):
+            raise BadFile(f"{root / name} is a folder in {root / outer}: its images would belong to two classes")
     return names
 
 
 def _read_classes(path, classes):
-    require(path, "--test-classes names a file with the names of the test classes, one per line.")
-    classes_of, tests = by_form(classes), set()
+    require(path, "--test-classes must be a file that lists the test classes, one per line.")
+    spellings, tests = by_form(classes), set()
     for number, line in enumerate(read_lines(path), 1):
-        if name := stripped(line):
-            matches = [name] if name in classes else classes_of.get(form(name), [])
+        if name := strip(line):
+            matches = [name] if name in classes else spellings.get(form(name), [])
             if len(matches) != 1:
                 raise BadFile(f"{path}, line {number}: there is no class folder '{name}'")
             tests.add(matches[0])
     if not 0 < len(tests) < len(classes):
-        raise BadFile(f"{path} names {len(tests)} of {len(classes)} classes: expected some to test and some to train")
+        raise BadFile(f"{path} names {len(tests)} of {len(classes)} classes: expected at least one, but not all")
     return tests

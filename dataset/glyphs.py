@@ -1,8 +1,7 @@
-"""Glyphs: letters of many scripts from the fonts that matplotlib ships; one class per letter, one image per
-typeface.
+"""Glyphs: letters of many scripts from the fonts of matplotlib; one class per letter, one image per typeface.
 
-A small dataset that needs no download: real training in minutes on a CPU. The images are drawn once, from fixed
-seeds, and then read from disk like those of the other datasets.
+A small dataset without a download, for real training in minutes on a CPU. The images are drawn once, from fixed seeds,
+and then read from disk.
 """
 
 import os
@@ -20,12 +19,10 @@ from dataset.files import require
 FOLDER = "glyphs"
 SIZES = {"train": (564, 8085), "eval": (282, 4035)}  # classes, images
 KS = (1, 2, 4, 8, 16, 32)
-UPRIGHT = False  # the known results are of the images as they are stored
-SOURCE = "It is drawn when it is first used."
-LIKELY_CAUSE = (
-    "files were removed, or other versions of matplotlib's fonts drew them; remove the folder to draw it again"
-)
-AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter shows nothing
+UPRIGHT = False  # the known results depend on the images as stored
+SOURCE = "It is drawn on first use."
+LIKELY_CAUSE = "files were removed, or drawn with other versions of matplotlib's fonts; remove the folder to redraw it"
+AUGMENTATION = {"scale": (0.5, 1.0), "flip": False}  # a mirrored b is a d, and a tenth of a letter is not recognizable
 
 RECIPE = {
     "model": "resnet18",
@@ -53,52 +50,52 @@ TYPEFACES = [
 MIN_TYPEFACES = 12
 IMAGE_SIZE = 64
 FONT_SIZE = 42
-SAME_LOOK = 0.99  # cosine similarity of two drawings above which letters are one class (Latin A, Greek Alpha, ...)
+SAME_LOOK = 0.99  # cosine similarity above which letters share a class (Latin A, Greek Alpha, ...)
 
 
 def samples(folder: Path, split: str) -> list[tuple[str, str]]:
-    """(path, letter) of each image of the split; draws the dataset if it is not there."""
+    """(path, letter) of each image of the split; draws the dataset if it is missing."""
     if not folder.exists():
         draw(folder)
-    letters = sorted(require(folder / split, f"Remove {folder} to draw it again.").glob("*/"))
+    letters = sorted(require(folder / split, f"Remove {folder} to redraw it.").glob("*/"))
     return [(str(path), chr(int(letter.name, 16))) for letter in letters for path in sorted(letter.glob("*.png"))]
 
 
 def draw(folder: Path) -> None:
-    """Draw the dataset into the folder, complete or not at all: it is drawn elsewhere and then renamed."""
+    """Draw the dataset in a temporary folder, renamed at the end, so that it is never incomplete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".glyphs-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".glyphs-", dir=folder.parent))
     try:
         fonts = {name: ImageFont.truetype(_font_path(name), FONT_SIZE) for name in TYPEFACES}
         letters = {name: _characters(name) for name in TYPEFACES}
         for position, letter in enumerate(choose_letters(letters)):
-            # Every third letter tests, so that both splits have letters of every script.
-            class_folder = aside / ("eval" if position % 3 == 2 else "train") / f"{letter:04X}"
+            # Every third letter is for testing, so that both splits have letters of every script.
+            class_folder = temporary / ("eval" if position % 3 == 2 else "train") / f"{letter:04X}"
             class_folder.mkdir(parents=True)
             for typeface, name in enumerate(TYPEFACES):
                 if letter in letters[name]:
                     image = draw_letter(chr(letter), fonts[name], np.random.default_rng([letter, typeface]))
                     image.save(class_folder / f"{Path(name).stem}.png")
-        aside.chmod(0o755)
+        temporary.chmod(0o755)
         try:
-            aside.rename(folder)
+            temporary.rename(folder)
         except OSError:
-            if not folder.exists():  # if it does, another process was faster
+            if not folder.exists():  # otherwise another process was faster
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def choose_letters(characters: dict[str, set[int]]) -> list[int]:
-    """Code points of the letters: in at least MIN_TYPEFACES typefaces, one diacritic at most, each look once."""
-    typefaces = Counter(character for of_font in characters.values() for character in of_font)
+    """Code points of the letters in at least MIN_TYPEFACES typefaces with at most one diacritic, without lookalikes."""
+    typefaces = Counter(character for available in characters.values() for character in available)
     letters = [
         character
         for character in sorted(typefaces)
         if typefaces[character] >= MIN_TYPEFACES
         and unicodedata.category(chr(character)) in ("Lu", "Ll", "Lt", "Lo")
         and len(unicodedata.normalize("NFKD", chr(character))) <= 2
-        and not 0x1E00 <= character < 0x2000  # Latin Extended Additional, Greek Extended: letters a dot apart
+        and not 0x1E00 <= character < 0x2000  # Latin Extended Additional, Greek Extended: letters that differ in a dot
     ]
     font = ImageFont.truetype(_font_path(TYPEFACES[0]), FONT_SIZE)
     pictures = []
@@ -108,8 +105,8 @@ def choose_letters(characters: dict[str, set[int]]) -> list[int]:
         pictures.append(np.asarray(image, dtype=np.float32).ravel())
     looks = np.stack(pictures)
     looks /= np.linalg.norm(looks, axis=1, keepdims=True)
-    first_alike = (looks @ looks.T > SAME_LOOK).argmax(axis=1)
-    return [letters[i] for i in sorted(set(first_alike))]
+    first_lookalike = (looks @ looks.T > SAME_LOOK).argmax(axis=1)
+    return [letters[i] for i in sorted(set(first_lookalike))]
 
 
 def draw_letter(letter: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> Image.Image:

@@ -12,18 +12,19 @@ from torch.utils.data import Dataset
 from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import read_image
+from proxy_anchor.files import quantity
 
-ORIENTATIONS = ("stored", "upright")  # as a record says it, by ImageDataset.upright
+ORIENTATIONS = ("stored", "upright")  # in records, indexed by ImageDataset.upright
 
 
 class ImageDataset(Dataset):
-    """Images, uint8 (3, H, W), and labels, the numbers of their classes; an item is (transform(image), label).
+    """Images of a split; an item is (transform(image), label) of a uint8 image (3, H, W) and its class number.
 
-    The key of an item is its index or, if the transform is random, (seed, epoch, index) or (seed, epoch, view, index);
-    what the transform draws depends on nothing else.
+    The key of an item is its index or, for random transforms, (seed, epoch, index) or (seed, epoch, view, index), which
+    alone determine the random numbers.
 
-    groups: the number of each image's group (one burst, one camera), None where the dataset has none. A query is not
-    to find images of its own group. upright: whether images are turned as their EXIF says, see files.to_tensor.
+    groups (N,): group numbers (of bursts, cameras, ...) or None. A query is not compared with images of its group.
+    upright: whether images are rotated according to EXIF, see files.to_tensor.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class ImageDataset(Dataset):
         self.classes = classes
         self.transform = transform
         self.upright = upright
-        self.left_out = ""  # a line on the files beside them that are not read, see files.left_out
+        self.left_out = ""  # a line on skipped files of the folders, see files.describe_skipped
         self.cache: Cache | None = None
         self.total = len(paths)
-        self.numbers = np.arange(len(paths))  # in the whole split, also when some are left out
+        self.numbers = np.arange(len(paths))  # within the whole split, even if some images are left out
 
     @property
     def num_classes(self) -> int:
@@ -67,47 +68,47 @@ class ImageDataset(Dataset):
         return image, int(self.labels[index])
 
     def use_cache(self, folder: Path, workers: int, progress, report) -> None:
-        """Take the images from a Cache in this folder, built first if necessary; see Cache.build."""
+        """Read the images from a Cache in this folder, which is built if necessary; see Cache.build."""
         cache = Cache(folder, self.paths, self.upright)
         cache.build(workers, progress, report)
         self.cache = cache
 
     def find_bad(self, workers: int) -> dict[str, str]:
-        """{path: reason} of the images that cannot be read; all are decoded to find out."""
+        """{path: reason} of unreadable images; decodes all images."""
         return {image.path: image.problem for image in inspect(self.paths, workers, self.upright) if image.problem}
 
     def leave_out(self, paths) -> None:
-        """Leave out these images, before a cache is used; the others keep their numbers."""
-        self._keep(np.array([path not in paths for path in self.paths], dtype=bool))
+        """Remove these images; call it before use_cache. The other images keep their numbers."""
+        self._select(np.array([path not in paths for path in self.paths], dtype=bool))
 
-    def of_classes(self, chosen: np.ndarray, name: str, transform) -> "ImageDataset":
-        """A dataset of the images of some classes, chosen (num_classes,), which are its classes; a cache comes later.
+    def select_classes(self, mask: np.ndarray, name: str, transform) -> "ImageDataset":
+        """A dataset of the classes in the mask (num_classes,), whose images keep their numbers.
 
-        The images keep their numbers.
+        Call it before use_cache.
         """
-        part = copy(self)
-        part.name, part.transform = name, transform
-        part._keep(chosen[self.labels])
-        part.labels = (np.cumsum(chosen) - 1)[part.labels]
-        part.classes = [label for label, keep in zip(self.classes, chosen) if keep]
-        part.total = len(part)
-        return part
+        subset = copy(self)
+        subset.name, subset.transform = name, transform
+        subset._select(mask[self.labels])
+        subset.labels = (np.cumsum(mask) - 1)[subset.labels]
+        subset.classes = [label for label, selected in zip(self.classes, mask) if selected]
+        subset.total = len(subset)
+        return subset
 
-    def _keep(self, kept: np.ndarray) -> None:
-        """Leave out all images but these, kept (N,)."""
-        self.paths = [path for path, keep in zip(self.paths, kept) if keep]
-        self.labels, self.numbers = self.labels[kept], self.numbers[kept]
+    def _select(self, mask: np.ndarray) -> None:
+        """Remove all images outside the mask (N,)."""
+        self.paths = [path for path, selected in zip(self.paths, mask) if selected]
+        self.labels, self.numbers = self.labels[mask], self.numbers[mask]
         if self.groups is not None:
-            self.groups = self.groups[kept]
+            self.groups = self.groups[mask]
 
 
 def size(images: ImageDataset) -> tuple[int, int]:
-    """(images, classes with an image)."""
+    """(number of images, number of classes with images)."""
     return len(images), len(np.unique(images.labels))
 
 
 def fingerprint(images: ImageDataset, root: str | Path) -> str:
-    """A digest of the images, by their paths below the root, and of their classes and groups."""
+    """A digest of the images' paths relative to the root, classes and groups."""
     base = root if os.path.isdir(root) else os.path.dirname(root) or "."
     digest = hashlib.sha256()
     for path, label in zip(images.paths, images.labels):
@@ -117,32 +118,34 @@ def fingerprint(images: ImageDataset, root: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def states(images: ImageDataset) -> str:
-    """A digest of the sizes and the times of change of the files, by which other images under their names are known."""
+def stamp(images: ImageDataset) -> str:
+    """A digest of the files' sizes and modification times, which reveals changed files of the same names."""
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, images.paths)]
     return hashlib.sha256(np.array(stats, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def record(splits: dict[str, ImageDataset], root: str | Path) -> dict:
-    """What a run notes of its data: how its images are turned; of each split its size, fingerprint and states."""
+    """The data section of a run's config: the orientation; the size, fingerprint and stamp of each split."""
     (upright,) = {images.upright for images in splits.values()}
     return {
         "orientation": ORIENTATIONS[upright],
         "sizes": {split: size(images) for split, images in splits.items()},
         "data": {split: fingerprint(images, root) for split, images in splits.items()},
-        "files": {split: states(images) for split, images in splits.items()},
+        "files": {split: stamp(images) for split, images in splits.items()},
     }
 
 
 def describe(splits: dict[str, ImageDataset]) -> str:
-    """A line on what is in each split."""
-    sizes = {split: size(images) for split, images in splits.items()}
-    return ", ".join(f"{split}: {images:,} images of {classes:,} classes" for split, (images, classes) in sizes.items())
+    """A line on the size of each split."""
+    sizes = [(split, *size(images)) for split, images in splits.items()]
+    return ", ".join(
+        f"{split}: {quantity(images, 'image')} of {quantity(classes, 'class')}" for split, images, classes in sizes
+    )
 
 
 def remark(test_sets: list[ImageDataset]) -> str:
-    """Lines on what is left out, and if the result of a search says nothing about the network; or an empty text."""
+    """Lines on skipped files, and on test sets for which any network reaches 100%; "" if there are none."""
     lines = [line for line in dict.fromkeys(images.left_out for images in test_sets) if line]
     if len({images.classes[label] for images in test_sets for label in np.unique(images.labels)}) == 1:
-        lines.append("All test images are of one class: any network finds the right one, R@1 is 100% by definition.")
+        lines.append("All test images belong to the same class, so R@1 is 100% for any network.")
     return "".join(f"{line}\n" for line in lines)

@@ -1,4 +1,4 @@
-"""In-shop Clothes Retrieval (DeepFashion, Liu et al., 2016): 7,982 items; test queries against a gallery."""
+"""In-shop Clothes Retrieval (DeepFashion, Liu et al., 2016): 7,982 items; the test set has queries and a gallery."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,11 @@ from dataset.files import BadFile, image_size, read_table, require, whole_number
 FOLDER = "Inshop_Clothes"
 SIZES = {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)}  # classes, images
 KS = (1, 10, 20, 30, 40, 50)
-UPRIGHT = False  # the published numbers are of the images as they are stored
+UPRIGHT = False  # the published numbers depend on the images as stored
 SOURCE = (
-    "Get the In-shop Clothes Retrieval Benchmark of DeepFashion (mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html): "
-    "list_eval_partition.txt into Eval/ and img.zip extracted into Img/."
+    "Download img.zip and list_eval_partition.txt of DeepFashion's In-shop Clothes Retrieval Benchmark "
+    "(mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html) and run: python -m dataset prepare Inshop img.zip "
+    "list_eval_partition.txt"
 )
 LIKELY_CAUSE = "an incomplete copy"
 
@@ -21,28 +22,28 @@ def samples(folder: Path, split: str) -> list[tuple[str, int]]:
 
     The list may be in Eval/, in Anno/ or at the top, the images in Img/img/ or in img/.
     """
-    places = [folder / place / "list_eval_partition.txt" for place in ("Eval", "Anno", ".")]
-    table = require(next((place for place in places if place.exists()), places[0]), SOURCE)
-    # Img/img first: where file names ignore case, img is Img.
+    candidates = [folder / parent / "list_eval_partition.txt" for parent in ("Eval", "Anno", ".")]
+    table = require(next((path for path in candidates if path.exists()), candidates[0]), SOURCE)
+    # Img/img first: on case-insensitive disks, img is Img.
     base = folder if (folder / "img").is_dir() and not (folder / "Img" / "img").is_dir() else folder / "Img"
     if not (base / "img").is_dir():
         highres = (
-            " img_highres/ is there: the benchmark uses img.zip, not img_highres.zip."
+            " It has img_highres/, but the benchmark uses img.zip, not img_highres.zip."
             if (base / "img_highres").is_dir()
             else ""
         )
         raise FileNotFoundError(f"There is no {base / 'img'}.{highres} {SOURCE}")
-    found = []
+    rows = []
     for line, (name, item, status) in read_table(table, ["image_name", "item_id", "evaluation_status"], skip=1):
         if status not in SIZES:
             raise BadFile(f"{table}, line {line}: the evaluation_status is '{status}', expected {', '.join(SIZES)}")
         if status == split:
-            found.append((os.path.join(base, name), whole_number(item.removeprefix("id_"), table, line, "item_id")))
-    return found
+            rows.append((os.path.join(base, name), whole_number(item.removeprefix("id_"), table, line, "item_id")))
+    return rows
 
 
 def check_images(paths: list[str]) -> None:
-    """Raise BadFile if the images are those of img_highres.zip, known by the size of the first."""
+    """Raise BadFile if the images are those of img_highres.zip, judged by the size of the first."""
     width, height = image_size(paths[0], UPRIGHT)
     if max(width, height) > 512:
         raise BadFile(

@@ -1,8 +1,8 @@
-"""The order of the images and the workers that read them: batches for training and evaluation, passes over files.
+"""DataLoaders for training and evaluation, and parallel passes over files.
 
-Training draws keys (seed, epoch, index), one for each image of a batch, or (seed, epoch, view, index) where it has
-several views of each. The key is all that the randomness of an image's augmentation depends on, and (seed, epoch) all
-that the order depends on, so neither the number of workers nor what ran before changes what the network sees.
+Training samples keys (seed, epoch, index), or (seed, epoch, view, index) with several views per image. An image's
+augmentation depends only on its key, and the order only on (seed, epoch), so neither the number of workers nor earlier
+epochs change the network's input.
 """
 
 import signal
@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.files import BadFile
 
-if TYPE_CHECKING:  # it is built on this module
+if TYPE_CHECKING:  # images imports this module
     from dataset.images import ImageDataset
 
 
 class RandomBatches(Sampler):
-    """Batches of a random permutation of the images; what does not fill a batch is left out, as published.
+    """Batches of a random permutation of the images; an incomplete last batch is dropped, as published.
 
-    Of several views, a batch has the first of all its images, then the second of all. Where several processes share
-    the work, each yields its part, share = (rank, processes), of every batch.
+    With several views, a batch has the first views of all its images, then the second views, and so on. With several
+    processes, share = (rank, processes), each yields its shard of every batch.
     """
 
     def __init__(self, labels, batch_size: int, seed: int, share: tuple[int, int] = (0, 1), views: int = 1):
@@ -34,7 +34,7 @@ class RandomBatches(Sampler):
             )
         self.labels = np.asarray(labels)
         self.batch_size = batch_size
-        self.views: list[tuple] = [()] if views == 1 else [(view,) for view in range(views)]  # their part of a key
+        self.views: list[tuple] = [()] if views == 1 else [(view,) for view in range(views)]  # components of a key
         self.images_per_batch = batch_size * views
         self.seed = seed
         self.share = share
@@ -42,7 +42,7 @@ class RandomBatches(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
-        """Choose the epoch, and how many of its batches to leave out, because they are done."""
+        """Set the epoch and the number of its batches that are already done, which are skipped."""
         self.epoch = epoch
         self.done = done
 
@@ -65,7 +65,7 @@ class BalancedBatches(RandomBatches):
     """Batches of (batch_size // images_per_class) classes x images_per_class images.
 
     Classes are drawn without replacement, their images with replacement, as published. Where images_per_class does not
-    divide the batch size, batches are the smaller multiple (the published code re-cut them across classes by accident).
+    divide the batch size, batches are smaller (the published code accidentally split classes across batches).
     """
 
     def __init__(
@@ -102,8 +102,8 @@ def train_loader(
 ) -> DataLoader:
     """Batches (images (B, 3, H, W) uint8, labels (B,)); call batch_sampler.set_epoch before each epoch.
 
-    share = (rank, processes): where several processes share the work, this one's part of every batch. views: how often
-    each of the batch_size images is in a batch, each time with an augmentation of its own.
+    share = (rank, processes): the process's shard of every batch. views: the number of independent augmentations of
+    each of the batch_size images in a batch.
     """
     if images_per_class is None:
         batches = RandomBatches(images.labels, batch_size, seed, share, views)
@@ -113,12 +113,12 @@ def train_loader(
 
 
 def eval_loader(images: "ImageDataset", batch_size: int, workers: int, share=(0, 1)) -> DataLoader:
-    """Batches of all images in order, or of the part of the process share = (rank, processes).
+    """Batches of all images in order, or of the shard of process rank in share = (rank, processes).
 
-    Raises BadFile where all images were left out.
+    Raises BadFile if all images were left out.
     """
     if not len(images):
-        raise BadFile(f"{images.name}: all {images.total:,} images are left out, which leaves none to evaluate on")
+        raise BadFile(f"{images.name}: all {images.total:,} images are left out, so there is nothing to evaluate")
     rank, processes = share
     shard = np.array_split(np.arange(len(images)), processes)[rank]
     return DataLoader(images, sampler=shard.tolist(), batch_size=batch_size, **_worker_settings(workers))
@@ -129,20 +129,20 @@ def _worker_settings(workers):
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": _leave_signals_to_the_main_process if workers else None,
-        "generator": torch.Generator(),  # each pass takes a number from it, otherwise from the global one
+        "worker_init_fn": _ignore_signals if workers else None,
+        "generator": torch.Generator(),  # each pass draws a number from it, not from the global generator
     }
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A signal to a whole job (Ctrl-C, SLURM) must not end the workers before the step is finished."""
+def _ignore_signals(worker: int) -> None:
+    """Keep a worker alive on signals to the whole job (Ctrl-C, SLURM): the main process finishes its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # which kills it, unless it is ended before
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # a last resort, if the main process never ends it
 
 
 def parallel(function, items: list, workers: int) -> DataLoader:
-    """function(item) of each item, in their order, by worker processes; the global random numbers stay untouched."""
+    """function(item) of each item, in order, by worker processes; leaves the global random state unchanged."""
     return DataLoader(_Results(function, items), batch_size=None, num_workers=workers, generator=torch.Generator())
 
 

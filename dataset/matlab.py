@@ -1,6 +1,6 @@
-"""Read the annotations in a MATLAB file of Cars-196: python matlab.py FILE FIELD prints [[path, class], ...] as JSON.
+"""Print the annotations of a MATLAB file of Cars-196 as JSON, [[path, class], ...]: python matlab.py FILE FIELD
 
-A program of its own, because scipy's reader ends the process on some damaged files.
+A separate program, because scipy's reader crashes the process on some damaged files.
 """
 
 import json
@@ -24,5 +24,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:  # scipy raises nearly anything on damaged files
+    except Exception as error:  # scipy raises many kinds of errors on damaged files
         sys.exit(f"{type(error).__name__}: {error}")

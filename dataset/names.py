@@ -1,4 +1,4 @@
-"""Names of files, classes and groups as people and programs write them: white space, Unicode forms, backslashes."""
+"""Variants of the names of files, classes and groups: white space, Unicode forms, backslashes."""
 
 import os
 import re
@@ -6,30 +6,30 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
-# White space, no-break spaces too, and characters without a width: byte order marks, marks of the direction of writing.
+# White space, including no-break spaces, and invisible characters: byte order marks, marks of writing direction.
 BLANK = r"[\s\0\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]+"
 
 
-def stripped(text: str) -> str:
-    """The text without white space and invisible characters around it."""
+def strip(text: str) -> str:
+    """The text without surrounding white space and invisible characters."""
     return re.sub(rf"\A{BLANK}|{BLANK}\Z", "", text)
 
 
 def by_form(names: Iterable[str]) -> dict[str, list[str]]:
-    """{form: the names that have it}, see form."""
-    names_of = defaultdict(list)
+    """{canonical form: names}, see form."""
+    groups = defaultdict(list)
     for name in names:
-        names_of[form(name)].append(name)
-    return names_of
+        groups[form(name)].append(name)
+    return groups
 
 
 def form(name: str) -> str:
-    """One spelling for all of a name: é is one character or two, and blanks around it do not count."""
-    return stripped(unicodedata.normalize("NFC", name))
+    """The canonical form of a name: composed characters (é is one), no surrounding blanks."""
+    return strip(unicodedata.normalize("NFC", name))
 
 
 def spellings(paths: Iterable[str]) -> dict[str, str]:
-    """{path: the path of the file that exists} for those of the paths that the disk spells in another way."""
+    """{path: path of the existing file} for paths that differ from it only in spelling, see form."""
     forms: dict[str, dict[str, list[str]]] = {}
 
     def find(path):
@@ -42,32 +42,32 @@ def spellings(paths: Iterable[str]) -> dict[str, str]:
         if parent not in forms:
             forms[parent] = by_form(os.listdir(parent or "."))
         matches = forms[parent].get(form(name), [])
-        return os.path.join(parent, matches[0]) if len(matches) == 1 else None  # of several, none is meant for sure
+        return os.path.join(parent, matches[0]) if len(matches) == 1 else None  # several would be ambiguous
 
     return {path: spelling for path in paths if (spelling := find(path))}
 
 
 def oddity(path: str) -> str:
-    """What is odd about a path that does not exist, for the end of a sentence; an empty text if nothing is."""
+    """A probable mistake in a path that does not exist, to end a sentence with; "" if there is none."""
     if "\\" in path:
         return "; the path has backslashes: separate folders by /"
-    if not path.isprintable() or any(part != stripped(part) for part in path.split("/")):
+    if not path.isprintable() or any(name != strip(name) for name in path.split("/")):
         return f"; the path has spaces or invisible characters in unusual places: {path!r}"
     return ""
 
 
-def alike(names: Iterable[str]) -> list[list[str]]:
-    """The names that differ only in case, white space or Unicode form, those of each kind in a list."""
-    names_of = defaultdict(set)
+def similar_names(names: Iterable[str]) -> list[list[str]]:
+    """Lists of names that differ only in case, white space or Unicode form."""
+    groups = defaultdict(set)
     for name in names:
-        names_of[re.sub(BLANK, "", unicodedata.normalize("NFKC", name).casefold())].add(name)
-    return [sorted(same) for same in names_of.values() if len(same) > 1]
+        groups[re.sub(BLANK, "", unicodedata.normalize("NFKC", name).casefold())].add(name)
+    return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
-def describe_alike(kind: str, names: Iterable[str]) -> list[str]:
-    """A line on the names that are alike, if any; kind: what they name."""
-    listed = ["(" + ", ".join(map(ascii, same)) + ")" for same in alike(names)]  # ascii: they may look the same
+def describe_similar(kind: str, names: Iterable[str]) -> list[str]:
+    """A line on similar names, if there are any; kind: the plural of the named things, such as "Classes"."""
+    # ascii, because they may look the same.
+    listed = ["(" + ", ".join(map(ascii, group)) + ")" for group in similar_names(names)]
     more = f" and {len(listed) - 10:,} more" if len(listed) > 10 else ""
-    return [f"{kind} that differ only in case, white space or Unicode form: {', '.join(listed[:10])}{more}"] * bool(
-        listed
-    )
+    line = f"{kind} that differ only in case, white space or Unicode form: {', '.join(listed[:10])}{more}"
+    return [line] if listed else []

@@ -1,4 +1,4 @@
-"""Stanford Online Products (Oh Song et al., 2016): 22,634 products; the first 11,318 train, the others test."""
+"""Stanford Online Products (Oh Song et al., 2016): 22,634 products; 11,318 for training, the others for testing."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from dataset.files import read_table, require, whole_number
 FOLDER = "Stanford_Online_Products"
 SIZES = {"train": (11318, 59551), "eval": (11316, 60502)}  # classes, images
 KS = (1, 10, 100, 1000)
-UPRIGHT = False  # the published numbers are of the images as they are stored
+UPRIGHT = False  # the published numbers depend on the images as stored
 SOURCE = "Get ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip and extract it into the data folder."
 LIKELY_CAUSE = "an incomplete copy"
 

@@ -1,8 +1,8 @@
-"""Your own images, listed in a CSV file with the columns path, label and split (train, eval, query, gallery or val).
+"""User images listed in a CSV file with the columns path, label and split (train, eval, query, gallery or val).
 
-Paths are relative to the file's folder, or absolute. The images of val train too, unless --fold val holds them out. A
-column group may name the burst, session or camera of an image: a query is not to find images of its own group. An image
-whose group is empty is a group of its own. White space around a cell does not count.
+Paths are relative to the file's folder, or absolute. The split val is part of the training set, unless --fold val holds
+it out. An optional column group names the burst, session or camera of an image: a query is not compared with images of
+its group. Images with an empty group are ungrouped. White space around cells is ignored.
 """
 
 import csv
@@ -11,56 +11,52 @@ from collections import Counter
 from pathlib import Path
 
 from dataset.files import BadFile, require
-from dataset.names import describe_alike, form, stripped
+from dataset.names import describe_similar, form, strip
+from proxy_anchor.files import quantity
 
 KS = (1, 2, 4, 8, 16, 32)
 COLUMNS = ["path", "label", "split"]
-GROUP = "group"  # a further column
+GROUP = "group"  # optional column
 TRAINING = ("train", "val")
 SPLITS = ("train", "eval", "query", "gallery", "val")
 
 
 def splits(root: Path) -> list[str]:
-    """The splits in the file. Raises BadFile unless it tests with either eval, or query and gallery."""
+    """The splits in the file. Raises BadFile unless its test splits are either eval, or query and gallery."""
     present = {"train" if split in TRAINING else split for _, _, split, _ in _read(root)}
     if present - {"train"} not in ({"eval"}, {"query", "gallery"}):
-        raise BadFile(
-            f"{root} has the splits {', '.join(sorted(present))}: to test, it needs eval, or query and gallery"
-        )
+        raise BadFile(f"{root} has the splits {', '.join(sorted(present))}: expected eval, or query and gallery")
     return [split for split in SPLITS if split in present]
 
 
 def samples(root: Path, split: str) -> list[tuple[str, str]]:
     """(path, label) of each image of the split, in the order of the file."""
-    return [(path, label) for path, label, of, _ in _read(root) if of in _parts(split)]
+    return [(path, label) for path, label, name, _ in _read(root) if name in _members(split)]
 
 
 def validation_classes(root: Path) -> list[str]:
-    """The labels of val. Raises BadFile if there are none, or if train has one of them."""
-    labels = {split: {label for _, label, of, _ in _read(root) if of == split} for split in TRAINING}
+    """The labels of val. Raises BadFile if there are none, or if train shares one."""
+    labels = {split: {label for _, label, name, _ in _read(root) if name == split} for split in TRAINING}
     if not labels["val"]:
         raise BadFile(f"{root} has no split 'val', which --fold val holds out")
     if shared := sorted(labels["val"] & labels["train"]):
-        raise BadFile(
-            f"{root}: {len(shared):,} labels are in both train and val, the first is '{shared[0]}'; validation is on "
-            "classes that are not trained on"
-        )
+        raise BadFile(f"{root}: train and val share labels, the first is '{shared[0]}'; expected different labels")
     return sorted(labels["val"])
 
 
 def groups(root: Path, split: str) -> dict[str, str] | None:
-    """{path: group} of the images of the split, "" where a cell is empty; None without a column of groups."""
-    found = {path: group for path, _, of, group in _read(root) if of in _parts(split)}
-    return None if None in found.values() else found
+    """{path: group} of the images of the split, "" for an empty cell; None without the column group."""
+    group_of = {path: group for path, _, name, group in _read(root) if name in _members(split)}
+    return None if None in group_of.values() else group_of
 
 
-def _parts(split):
-    """What the column says of the images of a split."""
+def _members(split):
+    """The values of the column split for the images of a split."""
     return TRAINING if split == "train" else (split,)
 
 
 def remarks(root: Path) -> list[str]:
-    """A line on the groups of the test images, and on how many images are left out of their galleries."""
+    """A line on the groups of the test images and the gallery images that they exclude, and on similar names."""
     first, *others = [name for name in splits(root) if name != "train"]
     queries = groups(root, first)
     gallery = groups(root, others[0]) if others else queries
@@ -68,57 +64,52 @@ def remarks(root: Path) -> list[str]:
         return []
     sizes = Counter(filter(None, gallery.values()))
     left_out = sum(sizes[group] - (path in gallery) for path, group in queries.items() if group)
-    named = set(filter(None, [*queries.values(), *gallery.values()]))
-    alone = len([path for path, group in (queries | gallery).items() if not group])
+    group_names = set(filter(None, [*queries.values(), *gallery.values()]))
+    ungrouped = len([path for path, group in (queries | gallery).items() if not group])
     return [
-        f"{len(named):,} groups of test images, and {alone:,} images alone: images of a query's own group are left "
-        f"out of its gallery, {left_out:,} in all",
-        *describe_alike("Groups", named),
+        f"Test images: {quantity(len(group_names), 'group')}, {ungrouped:,} ungrouped; left out of "
+        f"the galleries because of the query's group: {left_out:,}",
+        *describe_similar("Groups", group_names),
     ]
 
 
 def _read(path):
-    """(path, label, split, group) of each row, group None where the file has none.
+    """(path, label, split, group) of each row; group is None without the column. Raises BadFile with the line.
 
-    Raises BadFile with the line of a row that does not fit.
-
-    An image listed twice among the test images would find itself, so this is an error, as it is among the training
-    images. An image may both train and test: the gallery may be the catalogue that the network was trained on.
+    An image must not be listed twice for testing, because it would match itself, nor twice for training. It may be
+    listed for both: the gallery may be the catalogue that the network was trained on.
     """
     if require(path, "--data-root must be the CSV file.").is_dir():
         raise BadFile(f"{path} is a folder: with --dataset csv, --data-root must be the CSV file")
-    rows, lines_of, lines_of_form = [], {}, {}
+    rows, lines_by_path, lines_by_form = [], {}, {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True, skipinitialspace=True)  # also before a quote
-            reader.fieldnames = [stripped(name) for name in reader.fieldnames or []]
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)  # skips blanks before a quote too
+            reader.fieldnames = [strip(name) for name in reader.fieldnames or []]
             columns = sorted(reader.fieldnames)
             if columns not in (sorted(COLUMNS), sorted([*COLUMNS, GROUP])):
-                raise BadFile(
-                    f"{path}, line 1: expected the columns {','.join(COLUMNS)}, found {reader.fieldnames}; "
-                    f"{GROUP} may be a further one"
-                )
+                raise BadFile(f"{path}, line 1: expected {','.join(COLUMNS)}[,{GROUP}], found {reader.fieldnames}")
             for cells in reader:
-                where = f"{path}, line {reader.line_num}"
-                row = {name: stripped(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
+                location = f"{path}, line {reader.line_num}"
+                row = {name: strip(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
                 if None in row or not all(row[name] for name in COLUMNS) or row.get(GROUP, "") is None:
-                    raise BadFile(f"{where}: expected a path, a label and a split, found {list(row.values())}")
+                    raise BadFile(f"{location}: expected a path, a label and a split, found {list(row.values())}")
                 if any(row[name].startswith('"') and not cells[name].startswith('"') for name in row):
-                    raise BadFile(f"{where}: a quote must follow its comma at once, found {list(cells.values())}")
+                    raise BadFile(f"{location}: a quote must directly follow its comma, found {list(cells.values())}")
                 if row["split"] not in SPLITS:
-                    raise BadFile(f"{where}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
+                    raise BadFile(f"{location}: the split is '{row['split']}', expected one of {', '.join(SPLITS)}")
                 image = os.path.normpath(path.parent / row["path"])
                 use = "train" if row["split"] in TRAINING else "test"
-                for lines, spelling in ((lines_of, image), (lines_of_form, form(image))):
-                    first, of_first = lines.setdefault((spelling, use), (reader.line_num, image))
-                    if first != reader.line_num and not _are_two(image, of_first):
-                        raise BadFile(f"{where}: {row['path']} is in line {first} already; list an image once to {use}")
+                for lines, spelling in ((lines_by_path, image), (lines_by_form, form(image))):
+                    line, other = lines.setdefault((spelling, use), (reader.line_num, image))
+                    if line != reader.line_num and not _are_different_files(image, other):
+                        raise BadFile(f"{location}: {row['path']} is already in line {line}; list it once to {use}")
                 rows.append((image, row["label"], row["split"], row.get(GROUP)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is not a CSV file: {error}") from error
     return rows
 
 
-def _are_two(path, other):
-    """Whether two spellings of a path are two files."""
+def _are_different_files(path, other):
+    """Whether two spellings of a path are different files."""
     return path != other and os.path.exists(path) and os.path.exists(other) and not os.path.samefile(path, other)

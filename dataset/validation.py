@@ -1,4 +1,4 @@
-"""Validation without the test set: some of the training classes are held out and take its place."""
+"""Validation without the test set, on training classes that are held out."""
 
 import argparse
 import re
@@ -10,8 +10,8 @@ from dataset.files import BadFile
 from dataset.images import ImageDataset
 from proxy_anchor import cli
 
-OWN = "val"  # the fold that a dataset brings itself
-PREFIX = "val/"  # of the names of metrics
+VAL_FOLD = "val"  # the fold that a dataset defines itself
+PREFIX = "val/"  # of metric names
 
 
 def options() -> argparse.ArgumentParser:
@@ -21,17 +21,17 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--fold",
         type=fold_name,
-        metavar="K/N",
-        help="hold out the K-th of N parts of the training classes and measure on it; the test set stays untouched "
-        "(val: the split of that name in your CSV file)",
+        metavar="K/N|val",
+        help="hold out part K of N of the training classes, or the split val of your CSV file, and measure on it; the "
+        "test set stays untouched",
     )
     return parser
 
 
 def later_options() -> argparse.ArgumentParser:
-    """Command-line flags of validation in recipes after the paper."""
+    """Command-line flags of validation that only recipes later than the paper use."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("later recipes")
+    group = parser.add_argument_group("further settings")
     group.add_argument(
         "--by",
         default="R@1",
@@ -42,9 +42,9 @@ def later_options() -> argparse.ArgumentParser:
 
 
 def fold_name(text: str) -> str:
-    """The type of --fold. Raises ArgumentTypeError for a fold that there cannot be."""
+    """The type of --fold. Raises ArgumentTypeError for an invalid fold."""
     try:
-        if text != OWN:
+        if text != VAL_FOLD:
             parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
@@ -54,47 +54,47 @@ def fold_name(text: str) -> str:
 def parse(fold: str) -> tuple[int, int]:
     """(K, N) of "K/N". Raises ValueError for anything else."""
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", fold)
-    part, parts = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= part <= parts or parts < 2:
-        raise ValueError(f"'{fold}' is no fold: expected K/N, the K-th of N >= 2 parts, as in 2/2 or 1/4")
-    return part, parts
+    number, total = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= total or total < 2:
+        raise ValueError(f"'{fold}' is not a fold: expected K/N, the K-th of N >= 2 parts, e.g. 2/2 or 1/4")
+    return number, total
 
 
-def held_out(classes: int, fold: str) -> range:
-    """The numbers, among the sorted training classes, of those in fold K/N: from (K-1) C / N to K C / N, rounded down.
+def fold_classes(num_classes: int, fold: str) -> range:
+    """The classes of fold K/N among C sorted training classes: from (K-1) C / N to K C / N, rounded down.
 
     N = 2 gives the halves of ProxyNCA++ (2020), N = 4 the quarters of "A Metric Learning Reality Check" (2020).
     Raises ValueError for more parts than classes.
     """
-    part, parts = parse(fold)
-    if parts > classes:
-        raise ValueError(f"--fold {fold}: {classes:,} training classes cannot be divided into {parts:,} parts")
-    return range((part - 1) * classes // parts, part * classes // parts)
+    number, total = parse(fold)
+    if total > num_classes:
+        raise ValueError(f"--fold {fold}: {num_classes:,} training classes cannot be divided into {total:,} parts")
+    return range((number - 1) * num_classes // total, number * num_classes // total)
 
 
-def hold_out(train_set: ImageDataset, fold: str, transform, own: list | None = None) -> dict[str, ImageDataset]:
-    """{"train": ..., "val": ...}: the training images without those of the fold's classes, and these, transformed.
+def hold_out(train_set: ImageDataset, fold: str, transform, val_classes: list | None = None) -> dict[str, ImageDataset]:
+    """Split the training set by class: {"train": remaining classes, "val": classes of the fold, with this transform}.
 
-    own: the classes of fold "val". The parts have label spaces of their own. Raises ValueError or BadFile where one of
-    them has no image.
+    val_classes: the classes of the fold "val". Both splits number their classes from 0. Raises ValueError or BadFile if
+    one of them has no images.
     """
     classes = train_set.classes
-    own = [classes[number] for number in held_out(len(classes), fold)] if own is None else own
-    chosen = np.isin(classes, own)
-    parts = {
-        "train": train_set.of_classes(~chosen, train_set.name, train_set.transform),
-        "val": train_set.of_classes(chosen, f"{train_set.name}, fold {fold}", transform),
+    if val_classes is None:
+        val_classes = [classes[number] for number in fold_classes(len(classes), fold)]
+    in_fold = np.isin(classes, val_classes)
+    splits = {
+        "train": train_set.select_classes(~in_fold, train_set.name, train_set.transform),
+        "val": train_set.select_classes(in_fold, f"{train_set.name}, fold {fold}", transform),
     }
-    for name, images in parts.items():
+    for name, images in splits.items():
         if not len(images):
-            raise BadFile(
-                f"--fold {fold} leaves no image of {train_set.name} {'to train' if name == 'train' else 'in it'}"
-            )
-    return parts
+            use = "training" if name == "train" else "validation"
+            raise BadFile(f"--fold {fold}: {train_set.name} has no images for {use}")
+    return splits
 
 
-def own_classes(name: str, source, root: Path) -> list:
-    """The classes of the validation split that the module of a dataset brings. Raises ValueError if it has none."""
+def validation_classes(name: str, source, root: Path) -> list:
+    """The classes of the dataset's own validation split. Raises ValueError if it has none."""
     if not hasattr(source, "validation_classes"):
-        raise ValueError(f"--fold {OWN} is for --dataset csv: {name} has no split '{OWN}'. Choose a part, as in 2/2")
+        raise ValueError(f"--fold {VAL_FOLD} is for --dataset csv: {name} has no split 'val'. Choose a part, e.g. 2/2")
     return source.validation_classes(root)

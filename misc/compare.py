@@ -2,13 +2,13 @@
 
 python misc/compare.py logs/logs_cub/* --save comparison.svg --save comparison.png
 
-Runs of one experiment are pooled to mean and standard deviation. They may differ in the seed and in what does not
-change the experiment: the device, the number of processes, the versions, paths, the number of epochs. A setting that
-some runs do not record, because an older version wrote them, does not separate runs, unless the other runs of the
-experiment differ in it: then a run without it has a group of its own, named so. A folder counts once.
+Runs of the same experiment are pooled to mean and standard deviation. They may differ in the seed and in whatever does
+not change the experiment: device, number of processes, versions, paths, number of epochs. A setting that a run of an
+older version does not record does not separate it from others, unless these differ in the setting: then the run without
+it forms its own group, with a note in its name. A folder counts once.
 
-Groups of at least two seeds are compared with the best of them: the difference of their best R@1, and whether it is
-more than the choice of the test classes explains.
+Groups of at least two seeds are compared with the best one: the difference in their best R@1, and whether the choice of
+the test classes could explain it.
 """
 
 import argparse
@@ -16,17 +16,19 @@ import json
 import statistics
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import significance
+
 from proxy_anchor import cli, distillation, figures, loss_registry, metrics
-from proxy_anchor.runs import logbook, run_folders, significance
+from proxy_anchor.runs import logbook, run_folders
 
 NOT_COMPARED = ("seed", "by", *run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE)
 BASELINES = {*loss_registry.LOSSES, *distillation.LOSSES} - {"Proxy_Anchor", "Relaxed_Contra"}  # in muted colours
-# What losses and settings are called; other settings have their own names.
+# Displayed names of losses and settings; other settings keep their names.
 LOSSES = {
     "Proxy_Anchor": "Proxy-Anchor",
     "Proxy_NCA": "Proxy-NCA",
@@ -48,7 +50,7 @@ SETTINGS = {
     "loss_args": "{}",
     "loss_sha256": "file {:.8}",
 }
-# What nearly always follows from other settings: shown only where nothing else tells runs apart.
+# Settings that usually follow from others: shown only if nothing else distinguishes the runs.
 FOLLOWS = ("sizes", "data", "l2_norm", "distance", "schedule", "lr_schedule", "head", "loss_sha256")
 
 
@@ -64,15 +66,15 @@ class Run(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs of one experiment, under a name that tells it from the others."""
+    """Runs of the same experiment, with a name that distinguishes it from the others."""
 
     name: str
     runs: list[Run]
 
 
 def read(folders: list[str]) -> list[Run]:
-    """The runs in these folders, each once. Raises FileNotFoundError or ValueError if there is none."""
-    found = {}
+    """The runs in these folders, without duplicates. Raises FileNotFoundError or ValueError for other folders."""
+    runs = {}
     for folder in map(Path, folders):
         config = run_folders.read_config(folder)
         if not isinstance(config.get("loss"), str):
@@ -82,12 +84,12 @@ def read(folders: list[str]) -> list[Run]:
             config = {name: value for name, value in config.items() if not name.startswith("lr_decay_")}
         rows, backbone = run_folders.read_metrics(folder)
         plain = [metrics.plain(row) for row in rows]
-        found.setdefault(folder.resolve(), Run(folder, config, plain, backbone and metrics.plain(backbone)))
-    return list(found.values())
+        runs.setdefault(folder.resolve(), Run(folder, config, plain, backbone and metrics.plain(backbone)))
+    return list(runs.values())
 
 
 def pool(members: list[Run]) -> list[Group]:
-    """The groups of the runs of one experiment each, the best first."""
+    """Group the runs by experiment, the best group first."""
     settings = [
         frozenset(
             (name, json.dumps(value, sort_keys=True)) for name, value in run.config.items() if name not in NOT_COMPARED
@@ -96,27 +98,30 @@ def pool(members: list[Run]) -> list[Group]:
     ]
     mates = {one: [other for other in settings if agree(one, other)] for one in settings}
     unclear = {one for one in mates if any(not agree(a, b) for a, b in combinations(set(mates[one]), 2))}
-    groups = {}  # by all that is known of their settings
-    for run, own in zip(members, settings):
-        known = own if own in unclear else own.union(*(other for other in mates[own] if other not in unclear))
+    groups = {}  # by all known settings
+    for run, recorded in zip(members, settings):
+        clear = [] if recorded in unclear else [other for other in mates[recorded] if other not in unclear]
+        known = recorded.union(*clear)
         groups.setdefault(known, []).append(run)
     pooled = [Group(name, members) for name, members in zip(names(list(map(dict, groups))), groups.values())]
     return sorted(pooled, key=lambda group: -statistics.mean(run.best for run in group.runs))
 
 
 def agree(one: frozenset, other: frozenset) -> bool:
-    """Whether no name has two values in these pairs (name, value)."""
+    """Whether two sets of (name, value) have no contradictory values."""
     return len(dict(one | other)) == len(one | other)
 
 
 def names(settings: list[dict[str, str]]) -> list[str]:
-    """A name for each: its loss, and its values of the settings that differ."""
-    apart = {name for own in settings for name in own if len({other.get(name, own[name]) for other in settings}) > 1}
-    for shown in (apart - {"loss", *FOLLOWS}, apart - {"loss"}):
-        named = [", ".join([readable_loss(own), *described(own, sorted(shown))]) for own in settings]
-        if len(set(named)) == len(named):
+    """A name for each group of settings: the loss and the values that differ between groups."""
+    differing = {
+        name for one in settings for name in one if len({other.get(name, one[name]) for other in settings}) > 1
+    }
+    for shown in (differing - {"loss", *FOLLOWS}, differing - {"loss"}):
+        labels = [", ".join([readable_loss(one), *describe(one, sorted(shown))]) for one in settings]
+        if len(set(labels)) == len(labels):
             break
-    return named
+    return labels
 
 
 def readable_loss(settings: dict[str, str]) -> str:
@@ -124,31 +129,31 @@ def readable_loss(settings: dict[str, str]) -> str:
     return LOSSES.get(loss, loss)
 
 
-def described(settings: dict[str, str], shown: list[str]) -> list[str]:
-    """The settings of these names, in words; None and "" are not set."""
+def describe(settings: dict[str, str], shown: list[str]) -> list[str]:
+    """The settings of these names, in words; those with the value None or "" are left out."""
     recorded = [(name, json.loads(settings[name])) for name in shown if name in settings]
-    said = [SETTINGS.get(name, name + " {}").format(value) for name, value in recorded if value not in (None, "")]
-    return said + [f"{name} not recorded" for name in shown if name not in settings]
+    words = [SETTINGS.get(name, name + " {}").format(value) for name, value in recorded if value not in (None, "")]
+    return words + [f"{name} not recorded" for name in shown if name not in settings]
 
 
 def remarks(groups: list[Group]) -> list[str]:
-    """What the numbers of these groups do not show by themselves."""
-    found = []
+    """Notes on duplicate seeds and different numbers of epochs within groups."""
+    lines = []
     for name, members in groups:
         for seed, count in Counter(run.config.get("seed") for run in members).items():
             if seed is not None and count > 1:
                 folders = ", ".join(str(run.folder) for run in members if run.config.get("seed") == seed)
-                found.append(f"{name}: {count} runs have seed {seed} ({folders}); they are not independent")
+                lines.append(f"{name}: {count} runs have seed {seed} ({folders}); they are not independent")
         lengths = sorted({len(run.rows) for run in members})
         if len(lengths) > 1:
-            found.append(
-                f"{name}: the runs have {' or '.join(map(str, lengths))} epochs; the chart shows those that all have"
+            lines.append(
+                f"{name}: the runs have {' or '.join(map(str, lengths))} epochs; the chart shows the common ones"
             )
-    return found
+    return lines
 
 
 def differences(groups: list[Group]) -> list[str]:
-    """Whether groups of at least two seeds differ from the best of them, or why that is not said."""
+    """Comparisons of groups of at least two seeds with the best one, or reasons why there is no comparison."""
     if len(groups) == 1:
         return []
     best, *others = [g for g in groups if len({run.config.get("seed") for run in g.runs}) > 1] or [None]
@@ -165,12 +170,12 @@ def differences(groups: list[Group]) -> list[str]:
             text = f"not compared: {error}"
         lines.append(f"{best.name} - {other.name}: {text}")
     if few := [group.name for group in groups if group is not best and group not in others]:
-        lines.append(f"Fewer than two seeds, so whether they differ is not said: {'; '.join(few)}")
+        lines.append(f"Not compared (one seed each): {'; '.join(few)}; run at least two seeds")
     return lines
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Mean, and standard deviation where there is one."""
+    """The mean and, of several values, the standard deviation."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -202,9 +207,9 @@ def table(groups: list[Group]) -> str:
 
 
 def in_encoding(text: str, encoding: str) -> str:
-    """The text, with +- of the same width instead of ± where a terminal of this encoding cannot show it.
+    """Replace ± by +- of the same width if the encoding of the terminal lacks it.
 
-    What else it cannot show is escaped by the stream, see cli.errors_in_one_line.
+    The stream escapes other characters, see cli.errors_in_one_line.
     """
     try:
         text.encode(encoding)
@@ -213,17 +218,23 @@ def in_encoding(text: str, encoding: str) -> str:
     return text
 
 
+def colors_of(primary: list[bool]) -> list[str]:
+    """A strong colour for each of those that are primary, a muted one for the others."""
+    strong, muted = cycle(figures.STRONG), cycle(figures.MUTED)
+    return [next(strong if first else muted) for first in primary]
+
+
 def draw(groups: list[Group], path: Path) -> None:
-    """R@1 over the epochs that all runs of a group have: its mean, and a band of one standard deviation around it."""
+    """Draw the mean R@1 of each group over its common epochs, with a band of one standard deviation."""
     with figures.picture(path, 8.2, 4.6) as figure:
         ax = figure.subplots()
         ends = []
-        colors = figures.colors_of([group.runs[0].config["loss"] not in BASELINES for group in groups])
+        colors = colors_of([group.runs[0].config["loss"] not in BASELINES for group in groups])
         for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
             recalls = [{int(row["epoch"]): 100 * row["R@1"] for row in run.rows} for run in members]
             x = sorted(set.intersection(*map(set, recalls)))
             if not x:
-                raise ValueError(f"The runs of {name} have no epoch in common; compare them one by one")
+                raise ValueError(f"The runs of {name} have no epoch in common; compare them individually")
             values = [[run[epoch] for run in recalls] for epoch in x]
             mean = [statistics.mean(v) for v in values]
             deviation = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
@@ -233,8 +244,10 @@ def draw(groups: list[Group], path: Path) -> None:
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
             ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
         single = all(len(group.runs) == 1 for group in groups)
-        ax.set_title("R@1, %" + ("" if single else f": mean ± standard deviation over {count_of_runs(groups)}"))
-        ax.set(xlabel="epoch", xlim=(None, ax.dataLim.x1))
+        datasets = {run.config.get("dataset") for group in groups for run in group.runs} - {None}
+        where = f" on {datasets.pop()}" if len(datasets) == 1 else ""
+        ax.set_title(f"R@1{where}, %" + ("" if single else f": mean ± standard deviation over {count_of_runs(groups)}"))
+        ax.set(xlabel="epoch, from 0", xlim=(None, ax.dataLim.x1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         figures.label_ends(ax, ends)
 

@@ -2,8 +2,8 @@
 
 python misc/idea.py --save misc/idea.svg --save misc/idea.png
 
-With embeddings of two dimensions nothing is left out of the picture: it shows the embeddings of a batch and the
-proxies as they are, and each arrow is as thick as the loss's slope by the similarity of the two that it joins.
+The embeddings have two dimensions, so the picture shows the embeddings of a batch and the proxies completely. The width
+of an arrow is the derivative of the loss by the similarity of the embedding and the proxy.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from proxy_anchor.blocked import ProxyAnchorFunction
 from proxy_anchor.runs import randomness
 
 LETTERS, ANCHOR = "AMST", 2  # the classes, and the one whose proxy has arrows
-SHOWN = 7  # images of each
+SHOWN = 7  # images per class
 EARLY, STEPS = 2, 60
-SEED = 715  # with it the proxies begin far from each other
+SEED = 715  # its initial proxies are far from each other
 PULL, PUSH, OTHER = figures.STRONG[0], figures.STRONG[1], figures.QUIET
 
 
 def read_letters(root: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images uint8 (N, 3, 32, 32) of the letters and their classes (N,)."""
+    """Images of the letters, uint8 (N, 3, 32, 32), and their classes (N,)."""
     images = dataset.load("glyphs", root, "train", transforms.evaluation(32))
     names = [images.classes[label] for label in images.labels]
     chosen = [i for i, name in enumerate(names) if name in LETTERS]
@@ -46,23 +46,23 @@ def train(images: torch.Tensor, labels: torch.Tensor, steps: list[int]) -> list[
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     x = network.normalize(images)
-    seen = []
+    moments = []
     for step in range(max(steps) + 1):
         if step in steps:
-            network.train()  # what the loss sees
+            network.train()  # the mode in which the loss is computed
             with torch.no_grad():
-                seen.append((network(x), torch.nn.functional.normalize(criterion.proxies)))
+                moments.append((network(x), torch.nn.functional.normalize(criterion.proxies)))
         training.train_one_epoch(
             network, lambda x, y: criterion(network(x), y), [(x, labels)], optimizer, scaler, step, [network, criterion]
         )
-    return seen
+    return moments
 
 
 def slopes(embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The loss's derivative (N, C) by the similarity of each embedding and each proxy.
 
     The loss depends on embeddings only through their products with the proxies. With unit vectors as proxies, these
-    products are an embedding's coordinates, so the derivative by one is the derivative by the other.
+    products are the embedding's coordinates, and autograd computes the derivative by the coordinates.
     """
     similarities = (embeddings @ proxies.T).requires_grad_()
     units = torch.eye(len(proxies))
@@ -72,7 +72,7 @@ def slopes(embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor
 
 
 def draw(images, labels, moments, path: Path) -> None:
-    """Both moments (embeddings, proxies): the early one with arrows from and to one proxy, the late one without."""
+    """Draw two moments (embeddings, proxies): the early one with the arrows of one proxy, the late one without."""
     with figures.picture(path, 9.6, 4.8) as figure:
         early, late = figure.subplots(1, 2)
         for ax, (embeddings, proxies) in zip((early, late), moments):
@@ -85,7 +85,7 @@ def draw(images, labels, moments, path: Path) -> None:
 
 
 def draw_circle(ax, images, labels, embeddings, proxies) -> None:
-    """The unit circle with the proxies, a point for each embedding, and its image outside of it."""
+    """Draw the unit circle with the proxies, a point for each embedding, and its image outside the circle."""
     from matplotlib.patches import Circle, Rectangle
 
     ax.add_patch(Circle((0, 0), 1, fill=False, color=figures.GRID, linewidth=2, zorder=0))
@@ -108,7 +108,7 @@ def draw_circle(ax, images, labels, embeddings, proxies) -> None:
 
 
 def draw_arrows(ax, embeddings, proxy, weights, labels) -> None:
-    """From embeddings of the proxy's class to it, and from the others away from it, as thick as they weigh."""
+    """Draw arrows of embeddings towards the proxy of their class and away from it, with widths by weight."""
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Line
 
@@ -117,7 +117,7 @@ def draw_arrows(ax, embeddings, proxy, weights, labels) -> None:
         if label == ANCHOR:
             ends = {"posA": x.tolist(), "posB": proxy.tolist(), "shrinkA": 2, "shrinkB": 12}
             ax.add_patch(FancyArrowPatch(**ends, **form, color=PULL, alpha=0.4 + 0.6 * weight))
-        elif weight > 0.01:  # along the circle, which they cannot leave
+        elif weight > 0.01:  # along the circle, because embeddings stay on it
             angle, of_proxy = (np.arctan2(*point.flip(0).tolist()) for point in (x, proxy))
             arc = angle + np.sign(np.sin(angle - of_proxy)) * np.linspace(0, 0.15 + 0.4 * weight, 20)
             line = Line(np.stack([np.cos(arc), np.sin(arc)], axis=1))
@@ -138,7 +138,7 @@ def main(argv=None):
         "--data-root",
         default=str(dataset.DATA_ROOT),
         metavar="DIR",
-        help="folder of the datasets; glyphs is drawn if it is not there",
+        help="folder of the datasets; glyphs is drawn if it is missing",
     )
     parser.add_argument(
         "--save", action="append", required=True, metavar="FILE", help="the picture; may be given several times"

@@ -1,8 +1,8 @@
-"""Draw the nearest neighbours of a few letters in an index of glyphs, wrong ones framed.
+"""Draw the nearest neighbours of a few letters in an index of glyphs, with frames around wrong ones.
 
     python misc/neighbours_picture.py logs/glyphs.index misc/neighbours.png
 
-The queries are the first letters, in the order of the index, that have one wrong answer among their neighbours.
+The queries are the first letters, in the order of the index, that have exactly one wrong neighbour.
 """
 
 import sys
@@ -19,7 +19,7 @@ QUERIES, NEIGHBOURS = 3, 9
 
 
 def letter(path: str) -> str:
-    """The letter that a file shows; its folder is named by the code point."""
+    """The letter in an image; the name of its folder is the code point."""
     return chr(int(Path(path).parent.name, 16))
 
 

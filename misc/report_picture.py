@@ -1,4 +1,4 @@
-"""Take report.png from the page of a report: its top, with the first queries, and the similarities.
+"""Make report.png from the page of a report: its top with the first queries, and the section on similarities.
 
     python misc/report_picture.py logs/report/index.html misc/report.png
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-QUERIES = 2  # at the top
+QUERIES = 2  # shown at the top
 WIDTH = 1280  # pixels
 
 page, picture = sys.argv[1:]

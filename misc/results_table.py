@@ -1,10 +1,10 @@
-"""A table of what the recipes of misc/reproduce.sh have reached, in Markdown.
+"""Print a Markdown table of the results of the recipes of misc/reproduce.sh.
 
 python misc/results_table.py --logs logs/reproduce --seeds 1 2 3 -- "--dataset cub --batch-size 180" "--dataset glyphs"
 
-A row for each recipe, given as flags of train.py: the published R@1; ours of the best epoch on the test set, as it is
-published; ours by protocol.py, which does not look at it; the seeds, mean and standard deviation over them; the commit
-and the versions; the command and the folders below --logs. Only finished runs count.
+Each recipe (flags of train.py) has a row with the published R@1; our R@1 of the best epoch on the test set, as in the
+paper; our R@1 by protocol.py, without test-set selection (mean and standard deviation over seeds); seeds, commit and
+versions; the command and the folders below --logs. Only finished runs count.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from proxy_anchor import cli, metrics
+from proxy_anchor.files import quantity
 from proxy_anchor.runs import run_folders
 
 COLUMNS = [
@@ -51,7 +52,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 def finished(logs: Path, args: argparse.Namespace, seeds: list[int]) -> list[Finished]:
     """The finished runs of a recipe, the latest of each seed."""
-    found = {}
+    runs = {}
     for folder in sorted((logs / f"logs_{args.dataset}").glob("*")):
         if not (folder / run_folders.CONFIG).exists() or not (folder / "metrics.csv").exists():
             continue
@@ -60,19 +61,19 @@ def finished(logs: Path, args: argparse.Namespace, seeds: list[int]) -> list[Fin
         if seed in seeds and not run_folders.differences(config, settings_of(args) | {"seed": seed}):
             rows, _ = run_folders.read_metrics(folder)
             if len(rows) == args.epochs:
-                found[seed] = Finished(folder, config, max(row["R@1"] for row in rows))
-    return [found[seed] for seed in sorted(found)]
+                runs[seed] = Finished(folder, config, max(row["R@1"] for row in rows))
+    return [runs[seed] for seed in sorted(runs)]
 
 
-def of_protocol(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None:
+def protocol_result(logs: Path, args: argparse.Namespace) -> tuple[str, Path] | None:
     """The result of protocol.py for a recipe, and its folder."""
     for path in sorted(logs.glob(f"protocol_{args.dataset}/*/results.json")):
         content = json.loads(path.read_text())
         settings = content["settings"]
-        wanted = settings_of(args) | {"by": settings["by"]}  # what chose the epoch
-        if not run_folders.differences(settings, wanted) and settings["epochs"] == args.epochs:
-            recalls = [100 * result["honest"]["R@1"] for result in content["seeds"]]
-            return f"{spread(recalls)} ({len(recalls)} seed{'s' * (len(recalls) > 1)})", path.parent
+        expected = settings_of(args) | {"by": settings["by"]}  # the metric that chose the epoch
+        if not run_folders.differences(settings, expected) and settings["epochs"] == args.epochs:
+            recalls = [100 * result["last_epoch"]["R@1"] for result in content["seeds"]]
+            return f"{spread(recalls)} ({quantity(len(recalls), 'seed')})", path.parent
     return None
 
 
@@ -83,24 +84,24 @@ def spread(values: list[float]) -> str:
 
 def row(logs: Path, recipe: str, seeds: list[int]) -> list[str]:
     args = train.parse(shlex.split(recipe))
-    found, protocol = finished(logs, args, seeds), of_protocol(logs, args)
+    runs, protocol = finished(logs, args, seeds), protocol_result(logs, args)
     reference = metrics.PUBLISHED.get((args.dataset, args.model), {}).get(1)
-    folders = [run.folder for run in found] + ([protocol[1]] if protocol else [])
+    folders = [run.folder for run in runs] + ([protocol[1]] if protocol else [])
     return [
         f"{args.dataset}, {args.model}",
         f"{reference:.1f}" if reference else "",
-        spread([100 * run.best for run in found]) if found else NONE,
+        spread([100 * run.best for run in runs]) if runs else NONE,
         protocol[0] if protocol else NONE,
-        ", ".join(str(run.config["seed"]) for run in found),
-        ", ".join(sorted({shortened(run.config.get("commit")) for run in found})),
-        "; ".join(sorted({versions(run.config.get("versions", {})) for run in found})),
+        ", ".join(str(run.config["seed"]) for run in runs),
+        ", ".join(sorted({shorten(run.config.get("commit")) for run in runs})),
+        "; ".join(sorted({versions(run.config.get("versions", {})) for run in runs})),
         f"`python train.py {recipe}`",
         ", ".join(f"`{os.path.relpath(folder, logs)}`" for folder in folders),
     ]
 
 
-def shortened(commit: str | None) -> str:
-    """The first ten digits of a commit, and whether files differed from it."""
+def shorten(commit: str | None) -> str:
+    """The first ten digits of a commit, with -dirty if files differed from it."""
     return "unknown" if commit is None else commit[:10] + "-dirty" * commit.endswith("-dirty")
 
 

@@ -1,4 +1,4 @@
-"""Measure the figures on thresholds and folders in docs/use.md, on the test classes of glyphs.
+"""Measure the numbers on thresholds and folders in docs/use.md, on the test classes of glyphs.
 
 python misc/thresholds.py CHECKPOINT
 """
@@ -51,7 +51,7 @@ def calibrations(embeddings: Embeddings) -> None:
 
 
 def folders(embeddings: Embeddings, paths: list[str]) -> None:
-    """R@1 of one half of each class's images in the other half, as images and as means."""
+    """R@1 of half of each class's images against the other half, as images and as folder means."""
     random = np.random.default_rng(0)
     vectors, labels = embeddings.vectors, embeddings.labels
     second = torch.zeros(len(labels), dtype=torch.bool)

@@ -78,8 +78,8 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
     add(
         "--pretrained",
         metavar="imagenet|none|PATH",
-        help="weights that the backbone starts from: ImageNet's (of a timm network: its own), none (from scratch) or "
-        "those of a file, a checkpoint of yours too (default: imagenet)"
+        help="weights that the backbone starts from: imagenet (for a timm network: its own default weights), none "
+        "(from scratch), or a file, such as a checkpoint of an earlier run (default: imagenet)"
         + ("" if training else "; with --backbone-only"),
     )
     if training:
@@ -87,15 +87,16 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
     return parser
 
 
-def later_options() -> argparse.ArgumentParser:
-    """Command-line flags of the network in recipes after the paper."""
+def later_options(title: str = "further settings") -> argparse.ArgumentParser:
+    """Command-line flags of the network in recipes after the paper; title: of their group in the help."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("later recipes")
+    group = parser.add_argument_group(title)
     group.add_argument(
         "--head",
         default="linear",
         **cli.one_of(*HEADS),
-        help="embedding layer: linear as published, linear with an orthogonal start, or that after a LayerNorm",
+        help="embedding layer: linear (as published), orthogonal (linear, initialized orthogonally) or layernorm (the "
+        "same after a LayerNorm)",
     )
     return parser
 

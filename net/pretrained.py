@@ -77,8 +77,8 @@ def hub_file(name: str, repository: str | None) -> Path:
     except OSError as error:
         url = f"https://huggingface.co/{repository}/resolve/main/{name_of_file}"
         raise OSError(
-            f"The weights of {name} could not be downloaded: {error}. Fetch {url} by hand, and say where it is with "
-            "--pretrained PATH"
+            f"The weights of {name} could not be downloaded: {error}. Download {url} yourself, and pass the file to "
+            "--pretrained"
         ) from error
 
 

@@ -166,7 +166,7 @@ def test_processes_agree_whether_the_backbone_is_measured(tmp_path):
 def batches_until_a_signal(at, *numbers):
     """How many batches each process does, of its own number of them, when the first process gets a signal at one."""
     stop, rank, done = Stop(), collectives.rank(), 0
-    for done, _ in enumerate(stop.after_each(["batch"] * numbers[rank]), start=1):
+    for done, _ in enumerate(stop.watch(["batch"] * numbers[rank]), start=1):
         if rank == 0 and done == at:
             stop.signum = signal.SIGTERM
     with pytest.raises(Interrupted) if at <= max(numbers) else nullcontext():

@@ -1,4 +1,4 @@
-"""`python -m dataset check` finds images that are there twice: the same files, and near duplicates."""
+"""`python -m dataset check` finds duplicate images: identical files, and near duplicates."""
 
 import shutil
 
@@ -59,18 +59,18 @@ def check(table, capsys, problems=0):
     return lines[next(i for i, line in enumerate(lines) if "both training and test" in line) :]
 
 
-def test_duplicates_are_found_and_the_worst_listed(table, capsys):
-    first, listed, flat, head, same, near, worst, *rows, end = check(table, capsys, problems=1)
+def test_duplicates_are_found_and_the_closest_listed(table, capsys):
+    first, listed, flat, head, same, near, closest, *rows, end = check(table, capsys, problems=1)
     assert first == "Images in both training and test: 1" and listed == "  1.jpg = copy of 1.jpg"
-    assert flat == "3 images are nearly uniform: among them, only the same files were looked for"
+    assert flat == "3 nearly uniform images: checked for identical files only"
     assert head.split() == ["pairs", "of", "images", "train", "test", "both", "classes", "differ"]
     assert same.split()[-4:] == ["1", "1", "1", "1"] and near.split()[-4:] == ["0", "1", "0", "1"]
-    assert worst == "The worst, each image once:"
-    assert end == "  One image has several labels: 1.jpg is of class 0, copy of 1.jpg is of class 2"
+    assert closest == "The closest pairs, each image once:"
+    assert end == "  Identical files have different labels: 1.jpg has 0, copy of 1.jpg has 2"
     assert [" ".join(row.split()) for row in rows[:3]] == [
-        "same file both 1.jpg = copy of 1.jpg (0 and 2)",
-        "same file train 0.jpg = copy of 0.jpg (both 0)",
-        "same file test black.png = black again.png (both 3)",
+        "identical both 1.jpg = copy of 1.jpg (0 and 2)",
+        "identical train 0.jpg = copy of 0.jpg (both 0)",
+        "identical test black.png = black again.png (both 3)",
     ]
     with Image.open(table.parent / "25.jpg") as a, Image.open(table.parent / "small 25.jpg") as b:
         bits = imagehash.phash(a) - imagehash.phash(b)
@@ -80,16 +80,19 @@ def test_duplicates_are_found_and_the_worst_listed(table, capsys):
 def test_without_the_library_it_is_said(table, capsys, monkeypatch):
     monkeypatch.setattr(duplicates, "find_spec", lambda name: None)
     lines = check(table, capsys, problems=1)
-    assert lines[2] == "Near duplicates were not looked for, only the same files: pip install imagehash"
+    assert lines[2] == "Near duplicates were not checked, only identical files: pip install imagehash"
     assert lines[4].split()[-4:] == ["1", "1", "1", "1"] and lines[5].split()[-4:] == ["0", "0", "0", "0"]
-    assert lines[-1].startswith("  One image has several labels: ")
+    assert lines[-1].startswith("  Identical files have different labels: ")
 
 
 def test_no_duplicates_is_one_line(tmp_path, capsys):
     for number in range(4):
         smooth(number, tmp_path / f"{number}.jpg")
     table = write_csv(tmp_path / "a.csv", [(f"{i}.jpg", i % 2, "eval") for i in range(4)])
-    assert check(table, capsys)[1:] == ["No image is there twice, nor within 4 of 64 bits", "Nothing is wrong."]
+    assert check(table, capsys)[1:] == [
+        "No duplicates: no identical files, nor hashes within 4 bits",
+        "No problems found.",
+    ]
 
 
 @pytest.mark.parametrize("block", [1, 5000, 1 << 17])
@@ -121,7 +124,7 @@ def test_many_equal_images_make_a_short_list():
     zeros = np.zeros(count, dtype=int)
     found = duplicates.find(zeros.astype(np.uint64), np.arange(count), zeros > 0, zeros, zeros - 1)
     assert found.near.tolist() == [count * (count - 1) // 2, 0, 0] and found.in_two_classes == (0, 0)
-    assert found.worst and len({image for pair in found.worst for image in pair[:2]}) == 2 * len(found.worst)
+    assert found.closest and len({image for pair in found.closest for image in pair[:2]}) == 2 * len(found.closest)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +145,8 @@ def test_one_image_with_two_labels_is_wrong(tmp_path, capsys, labels, splits, gr
     rows = [("2.jpg", "a", "eval", ""), ("3.jpg", "b", "eval", "")]
     rows += [(f"{i}.jpg", labels[i], splits[i], groups[i]) for i in range(2)]
     lines = check(write_csv(tmp_path / "a.csv", rows, ("path", "label", "split", "group")), capsys, problems)
-    wrong = "  One image has several labels: 0.jpg is of class a, 1.jpg is of class b"
-    assert lines[-1] == (wrong if problems else "Nothing is wrong.")
+    wrong = "  Identical files have different labels: 0.jpg has a, 1.jpg has b"
+    assert lines[-1] == (wrong if problems else "No problems found.")
 
 
 def test_an_image_in_two_class_folders_is_wrong(tmp_path, capsys):
@@ -153,8 +156,8 @@ def test_an_image_in_two_class_folders_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         dataset_main(["check", "folder", "--data-root", str(tmp_path), "--workers", "0"])
     out, error = capsys.readouterr()
-    assert "Nothing is wrong" not in out and "folder has 1 problem, listed above" in error
-    assert f"One image has several labels: {tmp_path}/a/0.jpg is of class a, {tmp_path}/b/copy.jpg is of class b" in out
+    assert "No problems found" not in out and "folder has 1 problem, listed above" in error
+    assert f"Identical files have different labels: {tmp_path}/a/0.jpg has a, {tmp_path}/b/copy.jpg has b" in out
 
 
 def test_a_benchmark_may_have_images_with_two_labels(tmp_path, capsys, monkeypatch):

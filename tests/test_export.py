@@ -133,7 +133,7 @@ def test_bgr_and_embeddings_of_any_length_stay_what_they_are(made, tmp_path, cap
         "mean": [104.0, 117.0, 128.0],
         "std": [1.0, 1.0, 1.0],
     }
-    assert "The export measured nothing" in (tmp_path / "b-card.md").read_text()
+    assert "Not measured: the export was checked" in (tmp_path / "b-card.md").read_text()
 
 
 def test_embeddings_for_cosine_are_of_unit_length(made, pixels):
@@ -308,7 +308,7 @@ def page_on_loading():
 
 def test_file_is_used_without_torch(made, tmp_path):
     """The page's lines in a fresh process that has onnxruntime, numpy and Pillow alone, and no network."""
-    (tmp_path / "cub.onnx").write_bytes((made / "a.onnx").read_bytes())
+    (tmp_path / "model.onnx").write_bytes((made / "a.onnx").read_bytes())
     for number in (1, 2):
         odd_image(tmp_path / f"{number}.jpg", number, "RGB")
     program = (
@@ -362,7 +362,7 @@ def test_usage_errors(made, tmp_path, capsys):
         (["--check", ""], "argument --check: expected a path"),
     ):
         fails(lambda more=more: run(made, out, *more), capsys, words, code=2)
-    fails(lambda: run(made, tmp_path / "a.tflite"), capsys, "ends in none of .onnx, .safetensors", code=2)
+    fails(lambda: run(made, tmp_path / "a.tflite"), capsys, "a.tflite must end in .onnx or .safetensors", code=2)
     fails(lambda: run(made, out, resume="a.onnx"), capsys, "exported already", code=2)
     fails(lambda: run(made, out, "--check", tmp_path, data=False), capsys, "no images in")
     fails(lambda: run(made, tmp_path / "none" / "a.onnx"), capsys, "there is no folder", code=2)
@@ -379,7 +379,7 @@ def test_what_is_refused_for_files(made, capsys):
         fails(evaluated(name, "--model", "resnet50"), capsys, "trained with resnet18", code=2)
         fails(evaluated(name, "--embedding-size", "8"), capsys, "trained with 16", code=2)
     for more in (["--amp", "bf16"], ["--compile"]):
-        fails(evaluated("a.onnx", *more), capsys, "runs as it is: --amp and --compile are for checkpoints")
+        fails(evaluated("a.onnx", *more), capsys, "runs in float32 on the CPU: --amp is for checkpoints")
     fails(evaluated("none.onnx"), capsys, "There is no ")
 
 

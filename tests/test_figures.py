@@ -40,7 +40,7 @@ def test_curves_are_drawn(tmp_path, recalls):
 
 def test_one_epoch_is_no_curve(tmp_path):
     write_run(tmp_path / "a", [0.5])
-    figures.draw_run(tmp_path / "a" / "metrics.csv", tmp_path / "curves.png", "glyphs, resnet18")
+    figures.draw_run(*run_folders.read_metrics(tmp_path / "a"), tmp_path / "curves.png", "glyphs, resnet18")
     assert not (tmp_path / "curves.png").exists()
 
 
@@ -238,8 +238,8 @@ def test_what_pooled_numbers_hide_is_said(tmp_path, capsys):
     _, lines = compared(capsys, tmp_path, a, b, c)
     assert lines[:-1] == [
         f"Proxy-Anchor: 2 runs have seed 1 ({a}, {b}); they are not independent",
-        "Proxy-Anchor: the runs have 1 or 2 epochs; the chart shows those that all have",
-        "Fewer than two seeds, so whether they differ is not said: Proxy-Anchor; Multi-Similarity",
+        "Proxy-Anchor: the runs have 1 or 2 epochs; the chart shows the common ones",
+        "Not compared (one seed each): Proxy-Anchor; Multi-Similarity; run at least two seeds",
     ]
 
 

@@ -165,7 +165,7 @@ def test_what_is_left_out_is_said():
     queries = Embeddings(x, y, torch.tensor([7, 7, 1, 1, 2]))
     result = evaluation.measure(queries, [1])
     assert result.remark().splitlines()[:2] == [
-        "Images of a query's own group are left out of its gallery: 4 in all, of 4 of 5 queries.",
+        "Removed from galleries, because they are in the query's group: 4 images, for 4 of 5 queries.",
         "2 of 5 queries have no image of their class to find outside their own group: they are misses.",
     ]
     assert "group" not in evaluation.measure(Embeddings(x, y), [1]).remark()
@@ -258,7 +258,7 @@ def test_scripts_leave_groups_out(tmp_path, capsys):
     evaluation_flags = ["--resume", str(tmp_path / "a.pth")]
     assert evaluate.main([*flags, tables["without"], *evaluation_flags])["R@1"] == 1
     assert "own group" not in capsys.readouterr().out
-    words = "Images of a query's own group are left out of its gallery: 46 in all, of 46 of 48 queries.\n"
+    words = "Removed from galleries, because they are in the query's group: 46 images, for 46 of 48 queries.\n"
     found = evaluate.main([*flags, tables["with"], *evaluation_flags])
     assert found["R@1"] < 0.8 and words in capsys.readouterr().out
 
@@ -273,8 +273,7 @@ def test_scripts_leave_groups_out(tmp_path, capsys):
 def test_check_counts_groups(tmp_path, capsys):
     dataset_main(["check", "csv", "--data-root", str(photos(tmp_path)), "--workers", "0"])
     assert (
-        "24 groups of test images, and 1 images alone: images of a query's own group are left out of "
-        "its gallery, 46 in all\n"
+        "Test images: 24 groups, 1 ungrouped; left out of the galleries because of the query's group: 46\n"
     ) in capsys.readouterr().out
 
 

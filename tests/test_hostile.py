@@ -208,7 +208,7 @@ def test_names_forge_no_lines_of_a_check(tmp_path, capsys, name):
     with pytest.raises(SystemExit):
         dataset_main(["check", name, "--data-root", str(place), "--workers", "0"])
     out, error = capsys.readouterr()
-    assert "One image has several labels" in out and "cannot be read" in out and "differ only in case" in out
+    assert "Identical files have different labels" in out and "cannot be read" in out and "differ only in case" in out
     assert is_plain(out) and is_plain(error) and r"x\x1b[2J\x9b31m\r\u202e\u2028\n  1  1.0000  forged" in out
 
 
@@ -223,7 +223,7 @@ def test_lines_of_a_check_are_short(tmp_path, capsys):
     with pytest.raises(SystemExit):
         dataset_main(["check", "csv", "--data-root", str(tmp_path / "a.csv"), "--workers", "0"])
     out = capsys.readouterr().out
-    assert "Classes that differ" in out and "Groups that differ" in out and "several labels" in out
+    assert "Classes that differ" in out and "Groups that differ" in out and "different labels" in out
     assert max(map(len, out.splitlines())) < 900
 
 
@@ -232,7 +232,7 @@ def test_lines_of_a_check_are_short(tmp_path, capsys):
     [
         ([FORGED], "expected a path, a label and a split"),
         ([FORGED, "a", FORGED], "the split is"),
-        ([FORGED, "a", "eval"], "are missing"),
+        ([FORGED, "a", "eval"], "Missing images of csv"),
         (["a" * 1_000_000, "a" * 100_000, "a" * 100_000], "the split is"),
     ],
 )

@@ -87,7 +87,7 @@ def test_interrupted_build_continues(factory, weights, images, tmp_path, capsys,
     assert "new: 18, changed: 0, deleted: 0\n4 of 18 are done\n8 of 18 are done\n" in out
     assert err.endswith("Embedded images are saved: the same command continues from here\nsearch.py: interrupted\n")
     query = ["query", "--index", str(index), str(images)]
-    fails(lambda: search.main(query), capsys, f"There is no complete index in {index}: run `search.py index` to its")
+    fails(lambda: search.main(query), capsys, f"{index} holds no complete index: run the `search.py index` command")
     assert interrupted(monkeypatch, 1, OSError("no disk"), run) == [4]
     assert "8 of these were embedded before the interruption" in capsys.readouterr().out
     assert interrupted(monkeypatch, None, None, run) == [4, 2]
@@ -183,7 +183,7 @@ def test_what_has_changed_since_the_interruption(weights, images, tmp_path, caps
     (images / "ant" / "2.jpg").unlink()
     capsys.readouterr()
     assert interrupted(monkeypatch, 1, Kill(), lambda: make(weights, other, index)) == [4]
-    assert "6 images are in" in (out := capsys.readouterr().out) and "new: 6, changed: 0, deleted: 0" in out
+    assert "which holds 6 images" in (out := capsys.readouterr().out) and "new: 6, changed: 0, deleted: 0" in out
     assert interrupted(monkeypatch, None, None, run) == [2]  # the changed image and, of the first run, the last one
     assert "new: 11, changed: 1, deleted: 0\n10 of these were" in capsys.readouterr().out
     paths = list(described(index)["images"])

@@ -272,9 +272,9 @@ def test_index_of_before_goes_on_as_stored(turned, tmp_path, capsys):
     capsys.readouterr()
     search.main(command)
     out, _ = capsys.readouterr()
-    assert out.count("Photos are taken as stored") == 1 and "changed: 1" in out
+    assert out.count("built from photos as stored") == 1 and "changed: 1" in out
     results, err = ask(index, capsys, turned / "ant" / "6.png", "-k", 20)
-    assert err.count("Photos are taken as stored") == 1
+    assert err.count("built from photos as stored") == 1
     alike = {n["path"] for n in results[0]["neighbours"] if n["similarity"] > 0.999999}
     assert str(turned / "ant" / "6.png") in alike and not any(path.endswith("/1.png") for path in alike)
     assert "orientation" not in json.loads((index / "images.json").read_text())["made"]["network"]
@@ -284,7 +284,7 @@ def test_index_of_a_benchmark_is_as_stored(cub_root, tmp_path, capsys):
     flags = ["index", *ALONE, "--dataset", "cub", "--data-root", str(cub_root), "--allow-partial", "--split", "eval"]
     search.main([*flags, "--out", str(tmp_path / "index")])
     search.main([*flags, "--out", str(tmp_path / "index")])
-    assert "taken as stored" not in capsys.readouterr().out
+    assert "photos as stored" not in capsys.readouterr().out
     assert Index.open(tmp_path / "index").spec.orientation == "stored"
     _, err = ask(tmp_path / "index", capsys, cub_root / "CUB_200_2011/images/101.Bird_101/Bird_101_0000.jpg")
     assert not err
@@ -398,7 +398,7 @@ def test_exported_file_records_the_orientation(orientation, turned, tmp_path):
     trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), record)
     export.main(["--resume", str(tmp_path / "a.pth"), "--out", str(tmp_path / "a.safetensors"), "--check", str(turned)])
     assert exported.read(tmp_path / "a.safetensors")["network"]["orientation"] == (orientation or "stored")
-    assert ("were turned upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
+    assert ("were rotated upright" in (tmp_path / "a-card.md").read_text()) == (orientation == "upright")
 
 
 # Transparency
@@ -592,8 +592,7 @@ def test_too_many_pixels_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(BadFile) as error:
         read_image(tmp_path / "panorama.png")
     assert str(error.value) == (
-        f"The image {tmp_path}/panorama.png cannot be read: it has more than 2,000 pixels, the most that are decoded; "
-        "make it smaller"
+        f"The image {tmp_path}/panorama.png cannot be read: it has more than the allowed 2,000 pixels; make it smaller"
     )
 
 
@@ -665,7 +664,7 @@ def test_files_that_are_left_out_are_named(phone, tmp_path, capsys):
         "1 .dng",
         "1 .mov",
         "2 .cr2",
-        "2 without an ending",
+        "2 without an extension",
     ]
     assert counted.count("Left out") == printed(evaluate.main, *ALONE, *data).count("Left out") == 1
     index, query = ["--images", phone, "--out", tmp_path / "index"], ["query", "--index", tmp_path / "index"]
@@ -691,9 +690,9 @@ def test_folder_of_nothing_but_others_says_so(tmp_path, capsys):
 
 
 def test_line_on_what_is_left_out_is_short():
-    assert files.left_out(Counter()) == ""
-    assert files.left_out(files.others([f"{i}.e{i}" for i in range(20)])).count(",") == files.SHOWN
-    assert files.others(["a.txt", "b.json", ".c.nef", "Thumbs.db", "d.jpg"]) == Counter()
+    assert files.describe_skipped(Counter()) == ""
+    assert files.describe_skipped(files.count_skipped([f"{i}.e{i}" for i in range(20)])).count(",") == files.SHOWN
+    assert files.count_skipped(["a.txt", "b.json", ".c.nef", "Thumbs.db", "d.jpg"]) == Counter()
 
 
 def test_photos_of_an_iphone_without_the_library(tmp_path):
@@ -707,10 +706,10 @@ sys.modules["pillow_heif"] = None
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
 from dataset import files, folder
-found = folder.find(Path({str(tmp_path)!r}))
-print(len(found.images), files.left_out(found.others))
+contents = folder.scan(Path({str(tmp_path)!r}))
+print(len(contents.images), files.describe_skipped(contents.skipped))
 try:
-    files.read_image(found.images[0])
+    files.read_image(contents.images[0])
 except files.BadFile as error:
     print(error)
 """
@@ -784,7 +783,7 @@ def test_what_systems_write_is_hidden(tmp_path):
     (tmp_path / "bee" / "._1.jpg").write_bytes(b"")
     images = dataset.load("folder", tmp_path, "eval")
     assert images.classes == ["bee"] and len(images) == 6
-    assert len(folder.find(tmp_path).images) == 12 and files.is_hidden("thumbs.DB") and not files.is_hidden("a.jpg")
+    assert len(folder.scan(tmp_path).images) == 12 and files.is_hidden("thumbs.DB") and not files.is_hidden("a.jpg")
 
 
 def test_folder_reached_through_a_link_counts_once(tmp_path):
@@ -795,9 +794,9 @@ def test_folder_reached_through_a_link_counts_once(tmp_path):
     (tmp_path / "photos" / "all" / "again").unlink()
     (tmp_path / "photos" / "all").rmdir()
     (tmp_path / "photos" / "dog").symlink_to(tmp_path / "photos" / "ant")
-    with pytest.raises(BadFile, match="ant and .*dog are one folder, under two names"):
+    with pytest.raises(BadFile, match="ant and .*dog are the same folder: remove one of the links"):
         dataset.load("folder", tmp_path / "photos", "eval")
     (tmp_path / "photos" / "dog").unlink()
     (tmp_path / "photos" / "dog").symlink_to(tmp_path / "photos" / "ant" / "more")
-    with pytest.raises(BadFile, match="dog is a folder in .*ant: its images would be of two classes"):
+    with pytest.raises(BadFile, match="dog is a folder in .*ant: its images would belong to two classes"):
         dataset.load("folder", tmp_path / "photos", "train")

@@ -388,7 +388,7 @@ def test_half_a_dataset_says_what_is_missing(tmp_path, capsys, name, make, conte
     archive = archive_of(original, tmp_path / "half.tgz", content)
     with pytest.raises(SystemExit):
         run("prepare", name, archive, "--data-root", tmp_path / "data")
-    words = f"{archive} holds a part of {name}: give the archives of {missing} too\n"
+    words = f"{archive} holds only some of {name}: give the archives of {missing} too\n"
     assert capsys.readouterr().err.endswith(words)
     assert not list((tmp_path / "data").iterdir())  # so that the whole can be prepared
 
@@ -402,7 +402,7 @@ def test_damaged_download_is_warned_of(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("prepare", "cub", archive, "--data-root", tmp_path / "data")
     warning, error = capsys.readouterr().err.splitlines()
-    assert warning.startswith("Warning: the checksum is not that of the published file: ") and archive in warning
+    assert warning.startswith("Warning: the checksum differs from the published file's: ") and archive in warning
     assert error.startswith("python -m dataset: error: ") and archive in error
 
 
@@ -435,7 +435,7 @@ def test_interrupted_it_starts_again(tmp_path, published, monkeypatch):
     leftover = tmp_path / "data" / "CUB_200_2011.preparing" / "extracted" / "images" / "999.Nothing"
     leftover.mkdir(parents=True)  # of a killed attempt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "_place", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare, "_arrange", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         list(prepare.prepare("cub", tmp_path / "data", "CUB_200_2011", [tmp_path / "a.tgz"]))
     assert not (tmp_path / "data" / "CUB_200_2011").exists()
     run("prepare", "cub", archive, "--data-root", tmp_path / "data")
@@ -449,7 +449,7 @@ def test_what_lies_in_the_way_is_kept(tmp_path):
     notes = tmp_path / "data" / "CUB_200_2011.preparing" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"preparing holds other files than an interrupted attempt leaves"):
+    with pytest.raises(FileExistsError, match=r"preparing holds files that are not of an interrupted attempt"):
         list(prepare.prepare("cub", tmp_path / "data", "CUB_200_2011", [archive]))
     assert notes.read_text() == "mine" and os.listdir(tmp_path / "data") == ["CUB_200_2011.preparing"]
 
@@ -486,7 +486,7 @@ def test_full_disk_names_the_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "argv, words",
-    [(["cub", "nowhere.tgz"], "There is no archive nowhere.tgz"), (["cub", __file__], "Nothing of cub is in")],
+    [(["cub", "nowhere.tgz"], "There is no archive nowhere.tgz"), (["cub", __file__], "holds nothing of cub")],
 )
 def test_wrong_archives(tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit) as refused:
@@ -523,7 +523,9 @@ def test_check_tells_of_any_name(tmp_path, capsys):
         run("check", "folder", "--data-root", tmp_path, "--workers", 0)
     output = capsys.readouterr()
     assert r"eel/\udcfe.jpg cannot be read" in output.out and r"ant/\udcff.jpg = " in output.out
-    assert "One image has several labels: " in output.out and "folder has 2 problems, listed above" in output.err
+    assert (
+        "Identical files have different labels: " in output.out and "folder has 2 problems, listed above" in output.err
+    )
 
 
 def test_usage_errors(capsys):

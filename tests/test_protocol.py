@@ -129,23 +129,23 @@ def test_epoch_is_chosen_on_the_fold_and_the_retraining_has_as_many(root, finish
 def test_results(finished):
     """From the files of the runs, by hand."""
     logs, content, _ = finished
-    honest, claims, gaps = [], [], []
+    last, claims, gaps = [], [], []
     for result in content["seeds"]:
         rows = rows_of(logs / result["runs"][-1])
-        honest.append(rows[-1]["R@1"])
+        last.append(rows[-1]["R@1"])
         claims.append(max(row["R@1"] for row in rows))
-        gaps.append(claims[-1] - honest[-1])
-        assert result["honest"]["R@1"] == honest[-1] and result["honest"]["MAP@R"] == rows[-1]["MAP@R"]
+        gaps.append(claims[-1] - last[-1])
+        assert result["last_epoch"]["R@1"] == last[-1] and result["last_epoch"]["MAP@R"] == rows[-1]["MAP@R"]
         assert (result["best_epoch_on_test"]["R@1"], result["gap"]["R@1"]) == (claims[-1], gaps[-1])
         assert rows[result["epochs_of_best"] - 1]["R@1"] == claims[-1]
-    for kind, (a, b) in {"honest": honest, "best_epoch_on_test": claims, "gap": gaps}.items():
+    for kind, (a, b) in {"last_epoch": last, "best_epoch_on_test": claims, "gap": gaps}.items():
         spread = content["over_seeds"][kind]["R@1"]
         assert spread["mean"] == pytest.approx((a + b) / 2) and spread["deviation"] == pytest.approx(
             math.sqrt((a - (a + b) / 2) ** 2 + (b - (a + b) / 2) ** 2)  # over n - 1 = 1
         )
     (folder,) = (logs / "protocol_cub").iterdir()
     text = (folder / "results.md").read_text()
-    mean, deviation = (100 * content["over_seeds"]["honest"]["R@1"][name] for name in ("mean", "deviation"))
+    mean, deviation = (100 * content["over_seeds"]["last_epoch"]["R@1"][name] for name in ("mean", "deviation"))
     assert f"| mean |  | {mean:.2f} ± {deviation:.2f} |" in text and "is not a result" in text
     assert (folder / "results.png").stat().st_size > 5000
 
@@ -291,10 +291,10 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--", "--seed", "2"], "--seed cannot come after --, because this protocol decides it: give --seeds"),
-        (["--", "--fold=1/2"], "give --folds"),
-        (["--", "--resume", "auto"], "--resume cannot come after --"),
-        (["--", "--by", "R@1"], "give --by"),
+        (["--", "--seed", "2"], "--seed cannot come after the --: pass --seeds before it"),
+        (["--", "--fold=1/2"], "cannot come after the --: pass --folds"),
+        (["--", "--resume", "auto"], "--resume cannot come after the --: it is always auto"),
+        (["--", "--by", "R@1"], "cannot come after the --: pass it before"),
         (["--", "--epochs", "0"], "argument --epochs: expected at least 1"),
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
@@ -373,7 +373,7 @@ def test_results_go_into_a_folder(root, tmp_path, capsys, link):
     out.symlink_to("nothing") if link else out.write_text("mine")
     with pytest.raises(SystemExit, match="1"):
         protocol.main(["--seeds", "1", "--out", str(out), "--", *flags(root, tmp_path / "logs")])
-    assert f"{out} is no folder: results are written to one" in capsys.readouterr().err
+    assert f"{out} is a file: --out must be a folder" in capsys.readouterr().err
 
 
 def test_results_of_somebody_else_are_kept(root, tmp_path, capsys):

@@ -181,7 +181,7 @@ def test_page_escapes_names_and_frames_neighbours(tmp_path):
     assert text.count('<div class="row">') == 4 * report_page.QUERIES
     assert text.count('<figure class="right">') == text.count("✓ ")
     assert sum(text.count(f'<figure class="{kind}">') for kind in ("right", "wrong", "unjudged")) == 4 * 6 * 8
-    ranks = [int(place.replace(",", "")) for place in re.findall(r"first match: place ([\d,]+)", text)]
+    ranks = [int(place.replace(",", "")) for place in re.findall(r"first match: rank ([\d,]+)", text)]
     expected = sorted((best_positive_rank(queries.embeddings.vectors, queries.labels) + 1).tolist())
     assert ranks[12] == expected[-1] and ranks[12:18] == sorted(ranks[12:18], reverse=True) and set(ranks[:6]) == {1}
 
@@ -444,7 +444,7 @@ def test_folder_of_others_is_refused(tmp_path, cub_root, capsys):
         with pytest.raises(SystemExit):
             evaluate.main([*flags, "--report", str(folder)])
         assert "neither empty nor a report" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="a.pth is not a folder: give --report a folder"):
+    with pytest.raises(ValueError, match="a.pth is a file: --report must be a folder"):
         report_page.open_folder(tmp_path / "a.pth")
     report_page.open_folder(tmp_path / "page")  # as by an evaluation that then failed
     for _ in range(2):

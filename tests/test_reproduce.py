@@ -104,7 +104,7 @@ def test_results_of_the_protocol_and_the_published_ones_are_shown(tmp_path, caps
     for name, change in {"a": {"lr": 1.0}, "b": {}}.items():
         folder = tmp_path / "protocol_cub" / name
         folder.mkdir(parents=True)
-        seeds = [{"seed": seed, "honest": {"R@1": 0.6 + 0.02 * seed, "MAP@R": 0.2}} for seed in (1, 2)]
+        seeds = [{"seed": seed, "last_epoch": {"R@1": 0.6 + 0.02 * seed, "MAP@R": 0.2}} for seed in (1, 2)]
         content = {"settings": settings | {"epochs": 60, "folds": "2", "by": "MAP@R"} | change, "seeds": seeds}
         (folder / "results.json").write_text(json.dumps(content))
     results_table.main(["--logs", str(tmp_path), "--seeds", "1", "--", recipe, "--dataset cub --batch-size 90"])

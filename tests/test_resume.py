@@ -174,7 +174,7 @@ def test_configuration_with_other_types_is_refused(tmp_path, capsys, name, value
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", str(tmp_path)])
     assert refused.value.code == 2
-    assert f"config.json has {name} {value!r}, which --{name} cannot be" in capsys.readouterr().err
+    assert f"config.json has {name} {value!r}, which is not accepted" in capsys.readouterr().err
 
 
 def test_plain_checkpoint_in_the_place_of_the_last(cub_root, tmp_path, capsys):
@@ -183,7 +183,7 @@ def test_plain_checkpoint_in_the_place_of_the_last(cub_root, tmp_path, capsys):
     (folder / "cub_tiny_best.pth").replace(folder / "last.pth")
     with pytest.raises(SystemExit) as refused:
         train.main(arguments(cub_root, tmp_path, epochs=2, resume="auto"))
-    assert refused.value.code == 1 and "last.pth is no checkpoint to resume from" in capsys.readouterr().err
+    assert refused.value.code == 1 and "last.pth is not a checkpoint to resume from" in capsys.readouterr().err
 
 
 def test_best_network_is_that_of_its_results_after_a_kill_in_between(cub_root, tmp_path, monkeypatch, uninterrupted):

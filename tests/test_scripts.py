@@ -40,7 +40,7 @@ def test_folder_of_a_run_stands_for_its_best_checkpoint(cub_root, trained, tmp_p
     assert checkpoint.in_run(str(trained)) == str(best) and checkpoint.in_run("none.pth") == "none.pth"
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([*flags, str(tmp_path)])
-    assert f"{tmp_path} is a folder with 0 files *_best.pth, expected one" in capsys.readouterr().err
+    assert f"{tmp_path} has no *_best.pth, expected one" in capsys.readouterr().err
     for name in ("a_best.pth", "b_best.pth"):
         (tmp_path / name).write_bytes(best.read_bytes())
     with pytest.raises(FileNotFoundError, match="is a folder with 2 files"):

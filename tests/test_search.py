@@ -69,7 +69,7 @@ def embeddings(weights, paths, l2_norm=True):
 
 def test_neighbours_are_those_of_brute_force(weights, images, tmp_path, capsys):
     make(weights, images, tmp_path / "index")
-    assert "0 images are in" in capsys.readouterr().out
+    assert "which holds 0 images" in capsys.readouterr().out
     indexed = list(described(tmp_path / "index")["images"])
     assert len(indexed) == 18 and all(path.startswith("/") for path in indexed)
     results = found(tmp_path / "index", capsys, images / "ant", "-k", 5)
@@ -174,14 +174,14 @@ def test_changed_and_deleted_images(factory, weights, images, tmp_path, capsys):
     """Whatever has changed in the folder, the index is that of the folder as it is now."""
     index = tmp_path / "index"
     make(weights, images, index, "--index-factory", factory)
-    assert "0 images are in" in (out := capsys.readouterr().out) and "new: 18, changed: 0, deleted: 0" in out
+    assert "which holds 0 images" in (out := capsys.readouterr().out) and "new: 18, changed: 0, deleted: 0" in out
     trees.write_image(images / "ant" / "1.jpg", 1000)
     os.utime(images / "ant" / "2.jpg", ns=(1, 1))  # of the same size
     (images / "bee" / "3.jpg").unlink()
     trees.write_image(images / "dog" / "1.jpg", 1001)
     make(weights, images, index)
     out = capsys.readouterr().out
-    assert "18 images are in" in out and "new: 1, changed: 2, deleted: 1" in out and "Indexed 3 images" in out
+    assert "which holds 18 images" in out and "new: 1, changed: 2, deleted: 1" in out and "Indexed 3 images" in out
     paths = list(described(index)["images"])
     assert sorted(paths) == search.images_at(str(images))
     for result in found(index, capsys, images, "-k", 1):
@@ -248,7 +248,7 @@ def test_second_update_at_the_same_time_is_refused(weights, images, tmp_path, ca
 
 def test_another_checkpoint_is_refused(weights, images, tmp_path, capsys):
     make(weights, images, tmp_path / "index")
-    words = "was made with another checkpoint than"
+    words = "was built with another checkpoint ("
     fails(lambda: make(weights, images, tmp_path / "index", name="b.pth"), capsys, words)
     other = ["query", "--index", str(tmp_path / "index"), str(images), "--resume", str(weights / "b.pth")]
     fails(lambda: search.main(other), capsys, words)
@@ -258,9 +258,7 @@ def test_checkpoint_that_has_moved_is_named(weights, images, tmp_path, capsys):
     (tmp_path / "here.pth").write_bytes((weights / "a.pth").read_bytes())
     make(tmp_path, images, tmp_path / "index", name="here.pth")
     (tmp_path / "here.pth").unlink()
-    words = (
-        f"There is no checkpoint {tmp_path / 'here.pth'}, which made {tmp_path / 'index'}: give its place with --resume"
-    )
+    words = f"The checkpoint {tmp_path / 'here.pth'} of {tmp_path / 'index'} is gone: pass its new path with --resume"
     fails(lambda: search.main(["query", "--index", str(tmp_path / "index"), str(images)]), capsys, words)
     assert found(tmp_path / "index", capsys, images / "ant", "--resume", weights / "a.pth")
 
@@ -337,7 +335,7 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(lambda: make(weights, images, tmp_path / "index", "--model", "resnet50"), capsys, "was trained with", code=2)
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for out in (weights / "a.pth", tmp_path / "link"):
-        fails(lambda out=out: make(weights, images, out), capsys, f"{out} is no folder: an index is written to one")
+        fails(lambda out=out: make(weights, images, out), capsys, f"{out} is a file: --out must be a folder")
     monkeypatch.setitem(sys.modules, "faiss", None)
     fails(lambda: make(weights, images, tmp_path / "new"), capsys, "pip install faiss-cpu")
 
@@ -556,7 +554,7 @@ def test_folders_are_the_means_of_their_images(distance, weights, euclidean, ima
     weights = {"cosine": weights, "euclidean": euclidean}[distance]
     make(weights, images, tmp_path / "index", "--by-folder")
     out = capsys.readouterr().out
-    assert "0 folders are in" in out and "Indexed 6 folders" in out
+    assert "which holds 0 folders" in out and "Indexed 6 folders" in out
     folders = [images / name / more for name in ("ant", "bee", "cat") for more in ("", "more")]
     assert sorted(described(tmp_path / "index")["images"]) == sorted(map(str, folders))
     mine = trees.folder(tmp_path / "mine", classes=("ant", "dog"))
@@ -640,7 +638,7 @@ def test_threshold_of_pairs_of_images_is_not_used_for_folders(weights, images, t
     picture = ["--save", str(tmp_path / "folders.png")]
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images), "--by-folder", *picture])
     out, err = capsys.readouterr()
-    assert "is for pairs of images, not for folders: say one with --threshold" in err
+    assert "is calibrated on pairs of images and is ignored for folders: set --threshold" in err
     results = json.loads(out)
     assert len(results) == 6 and all(r["match"] is None and len(r["neighbours"]) == 6 for r in results)
     assert all(r["neighbours"][0]["path"] == r["query"] for r in results)

@@ -7,9 +7,8 @@ import json
 import compare
 import numpy as np
 import pytest
+import significance
 from helpers import write_run
-
-from proxy_anchor.runs import significance
 
 
 def test_all_draws_of_three_classes(monkeypatch):
@@ -109,21 +108,21 @@ def test_groups_are_compared_with_the_best(folders, tmp_path, capsys):
 
 def test_fewer_than_two_seeds_are_refused(folders, tmp_path, capsys):
     *others, last = verdicts(folders[:-1], tmp_path, capsys)
-    assert last == "Fewer than two seeds, so whether they differ is not said: Proxy-NCA" and len(others) == 1
+    assert last == "Not compared (one seed each): Proxy-NCA; run at least two seeds" and len(others) == 1
     (line,) = verdicts([folders[0], folders[2]], tmp_path, capsys)
-    assert line == "Fewer than two seeds, so whether they differ is not said: Proxy-Anchor; Multi-Similarity"
+    assert line == "Not compared (one seed each): Proxy-Anchor; Multi-Similarity; run at least two seeds"
     assert verdicts(folders[:2], tmp_path, capsys) == []
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda folder: (folder / "classes.csv").unlink(), "has no classes.csv: an earlier version wrote it"),
+        (lambda folder: (folder / "classes.csv").unlink(), "has no classes.csv: the run is of an older version"),
         (lambda folder: (folder / "classes.csv").write_text("a,b\n1,2\n"), "is not the classes.csv of a run"),
         (lambda folder: (folder / "classes.csv").write_text("epoch,class,queries,hits\n"), "is not the classes.csv"),
         (
             lambda folder: (folder / "classes.csv").write_text("epoch,class,queries,hits\n0,0,5,5\n"),
-            "classes.csv does not belong to the metrics.csv beside it",
+            "classes.csv does not match the metrics.csv next to it",
         ),
         (
             lambda folder: (folder / "config.json").write_text(

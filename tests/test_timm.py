@@ -205,7 +205,7 @@ def test_without_the_hub_one_line_says_what_to_fetch(tmp_path, monkeypatch, caps
     monkeypatch.setattr(hub, "hf_hub_download", no_network)
     monkeypatch.setattr(net.pretrained.urllib.request, "urlopen", no_network)
     words = (
-        "Fetch https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/model.safetensors by hand, and say where "
+        "Download https://huggingface.co/timm/test_vit.r160_in1k/resolve/main/model.safetensors yourself, and pass the "
     )
     trees.folder(tmp_path / "photos")
     fails(
@@ -573,7 +573,7 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
     key = next(iter(weights))
     save(path, weights | {key: weights[key] + 1})
     query = ["query", "--index", str(index), paths[0]]
-    fails(lambda: search.main(query), capsys, "was made with another checkpoint", code=1)
+    fails(lambda: search.main(query), capsys, "was built with another checkpoint", code=1)
 
 
 def test_a_backbone_alone_is_not_a_checkpoint(capsys):

@@ -250,7 +250,7 @@ def fails(argv, capsys, words, code=1):
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"IPC": 3}, "argument --IPC: a batch of 4 images does not consist of 3 of each class"),
+        ({"IPC": 3}, "argument --IPC: the batch size, 4, is not a multiple of 3"),
         ({"sigma": 0}, "argument --sigma: 0 is not positive"),
         ({"sigma": "nan"}, "argument --sigma: nan is not positive"),
         ({"delta": -1}, "argument --delta: -1 is not positive"),
@@ -259,7 +259,7 @@ def fails(argv, capsys, words, code=1):
         ({"source-embedding-size": 0}, "argument --source-embedding-size: 0 is not positive"),
         ({"source-embedding-size": 13}, "--source-embedding-size: the teacher was trained with 12, not 13"),
         ({"source-model": "resnet50"}, "--source-model: the teacher was trained with tiny, not resnet50"),
-        ({"image-size": 64}, "argument --image-size: the teacher was trained with 32, and sees what the student sees"),
+        ({"image-size": 64}, "the teacher was trained at 32 pixels, and both must see the same size: set it to 32"),
     ],
 )
 def test_bad_arguments(teacher, cub_root, tmp_path, capsys, changed, words):

@@ -50,10 +50,10 @@ def test_class_ranges(name, parts):
 def test_parts_have_every_class_once():
     for classes in range(2, 30):
         for parts in range(2, classes + 1):
-            found = [number for k in range(1, parts + 1) for number in validation.held_out(classes, f"{k}/{parts}")]
+            found = [number for k in range(1, parts + 1) for number in validation.fold_classes(classes, f"{k}/{parts}")]
             assert found == list(range(classes))
     with pytest.raises(ValueError, match="3 training classes cannot be divided into 4 parts"):
-        validation.held_out(3, "1/4")
+        validation.fold_classes(3, "1/4")
 
 
 @pytest.mark.parametrize("fold", ["0/2", "3/2", "1/1", "2", "a/b", "1/2/3", "-1/2", "", "²/4", "1/2\n"])
@@ -112,11 +112,11 @@ def test_val_of_a_table(tmp_path):
     assert [images.classes for images in parts.values()] == [["a", "b"], ["c", "d"]]
     assert dataset.open_splits("csv", path, 32)["train"].classes == ["a", "b", "c", "d"]  # without the flag it trains
     assert list(dataset.open_splits("csv", path, 32)) == ["train", "eval"]
-    with pytest.raises(ValueError, match="1 labels are in both train and val, the first is 'a'"):
+    with pytest.raises(ValueError, match="train and val share labels, the first is 'a'"):
         dataset.open_splits("csv", table(tmp_path / "both", [("a", "train"), ("a", "val"), ("e", "eval")]), 32, "val")
     with pytest.raises(ValueError, match="has no split 'val'"):
         dataset.open_splits("csv", table(tmp_path / "none", [("a", "train"), ("e", "eval")]), 32, "val")
-    with pytest.raises(ValueError, match="leaves no image of csv train to train"):
+    with pytest.raises(ValueError, match="csv train has no images for training"):
         dataset.open_splits("csv", table(tmp_path / "all", [("a", "val"), ("e", "eval")]), 32, "val")
 
 

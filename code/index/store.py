@@ -108,10 +108,15 @@ class Index:
         It keeps the orientation that it was made with.
         """
         spec = replace(NetworkSpec.from_record(made["network"]), orientation=self.spec.orientation)
-        if made["weights"] != self.made["weights"] or spec != self.spec:
+        if made["weights"] != self.made["weights"]:
             raise ValueError(
-                f"{self.folder} was made with another checkpoint than {made['checkpoint']}: with the one that was at "
-                f"{self.made['checkpoint']}, with {self.made['network']}. Their embeddings do not compare"
+                f"{self.folder} was made with another checkpoint than {made['checkpoint']}, the one that was at "
+                f"{self.made['checkpoint']}: their embeddings do not compare"
+            )
+        if spec != self.spec:
+            raise ValueError(
+                f"{self.folder} was made with another network ({self.spec.differences(spec)}): their embeddings do not "
+                "compare"
             )
         if made.get("by_folder", self.made["by_folder"]) != self.made["by_folder"]:
             has, flag = ("folders", "with") if self.made["by_folder"] else ("images", "without")
@@ -332,7 +337,7 @@ def lock(folder: Path):
     Raises FileExistsError for anything but a folder, and for one that holds something else.
     """
     if os.path.lexists(folder) and not folder.is_dir():  # a file, or a link to nothing
-        raise FileExistsError(f"{folder} is no folder: an index is written to one, which need not exist")
+        raise FileExistsError(f"{folder} is a file: --out must be a folder, existing or new")
     if folder.is_dir() and not _is_ours(folder):
         raise FileExistsError(f"{folder} is neither empty nor an index: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

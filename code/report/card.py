@@ -22,9 +22,8 @@ embeddings = network(transform(Image.new("RGB", (640, 480)))[None])  # (1, {dime
 """,
 }
 TURNED = {
-    "upright": "Images of the training were turned upright by the orientation in their EXIF; turn yours too.",
-    "stored": "Images of the training were taken as they are stored, whatever the orientation in their EXIF; turn your "
-    "own photos upright.",
+    "upright": "Training images were rotated upright, as their EXIF orientation says. Rotate your own photos too.",
+    "stored": "Training images were read as stored, ignoring EXIF orientation. Rotate your own photos upright.",
 }
 
 
@@ -55,16 +54,17 @@ def text(file: Path, record: dict, measured: str, license: str, checkpoint: str)
         license = "none were used"
     return f"""# {file.name}
 
-Maps an image to {dimensions} numbers, {unit}: images of one class are near each other, also of new classes.
+Maps an image to {dimensions} numbers, {unit}: images of the same class get similar vectors, including
+classes that it was not trained on.
 
 Exported from `{Path(checkpoint).name}`, {MARK} {record["source"]}, as {record["weights"]}.
 The sha256 of the file itself is {sha256(file)}.
 
 ## Results
 
-{measured or "The export measured nothing: it was checked with images without labels."}
+{measured or "Not measured: the export was checked on unlabelled images."}
 
-{results or "What the training measured is not known: the files of its run are not beside the checkpoint."}
+{results or "Training results are unknown: the files of the run are not next to the checkpoint."}
 
 ## Network
 
@@ -88,8 +88,8 @@ The pixels are then normalized: {values}. {inside}.
 
 ## Intended use and limits
 
-For finding images of one class among images like those of the training. Measure it on your own before you rely on it:
-the results above hold for the dataset that is named with them. It was not made to identify people, and it has the
+For retrieving images of the same class, among images like the training images. Measure it on your own data before you
+rely on it; the results above hold only for the named dataset. It is not intended to identify people, and it has the
 biases of its training images. Similarities are not probabilities. Recorded threshold for "the same class": {threshold}.
 
 Made with {", ".join(f"{name} {version}" for name, version in record["versions"].items())}.
@@ -115,5 +115,5 @@ def training(checkpoint: Path) -> tuple[dict, str]:
     listed = ", ".join(map(printable, results.read_text().splitlines()))
     return (
         {name: printable(str(settings[name])) for name in SETTINGS if name in settings},
-        f"Recorded by the training, not measured by the export: {listed} (percent; {results.name}).",
+        f"Measured during training, not by the export: {listed} (percent; {results.name}).",
     )

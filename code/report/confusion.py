@@ -1,4 +1,4 @@
-"""How hard each class is, and which classes are taken for which others."""
+"""The recall of each class, and confusions between classes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BLOCK = 1024  # queries at a time
 
 @dataclass
 class ClassResult:
-    """A class: its queries, how many of them find it first, the class they are most often taken for, and how often."""
+    """The results of a class: its queries, its hits at K = 1, and its most frequent wrong class with its count."""
 
     label: int
     queries: int
@@ -31,7 +31,7 @@ class ClassResult:
 def nearest_neighbour(queries: Embeddings, gallery: Embeddings | None = None, distance: str = "cosine") -> torch.Tensor:
     """The index of each query's nearest image in the gallery or among the other queries: (N,).
 
-    Images of the query's own group do not count; -1 if none is left.
+    Images of the query's group do not count; -1 if there are no others.
     """
     targets = queries if gallery is None else gallery
     origin = origin_of(targets.vectors, distance)
@@ -51,25 +51,25 @@ def nearest_neighbour(queries: Embeddings, gallery: Embeddings | None = None, di
     return torch.cat(nearest).cpu()
 
 
-def by_class(labels: list[int], taken_for: list[int], ranks: list[int]) -> tuple[list[ClassResult], Counter]:
-    """The classes, the hardest first, and how often the queries of one are nearest to another: {(class, other): times}.
+def by_class(labels: list[int], predictions: list[int], ranks: list[int]) -> tuple[list[ClassResult], Counter]:
+    """The results of the classes, hardest first, and the confusions {(class, nearest neighbour's class): count}.
 
-    labels, taken_for, ranks: each query's label, its nearest neighbour's label, and its rank from best_positive_rank.
+    labels, predictions, ranks: each query's label, its nearest neighbour's label, and its rank from best_positive_rank.
     """
-    confused = Counter((label, other) for label, other in zip(labels, taken_for) if label != other)
+    confusions = Counter((label, other) for label, other in zip(labels, predictions) if label != other)
     rivals: dict = {}
-    for (label, other), times in confused.most_common():
+    for (label, other), times in confusions.most_common():
         rivals.setdefault(label, (other, times))
     right = Counter(label for label, rank in zip(labels, ranks) if rank == 0)
     classes = [
         ClassResult(label, count, right[label], *rivals.get(label, (None, 0)))
         for label, count in Counter(labels).items()
     ]
-    return sorted(classes, key=lambda c: (c.recall, c.label)), confused
+    return sorted(classes, key=lambda c: (c.recall, c.label)), confusions
 
 
 def recall_at_1(classes: list[ClassResult]) -> Estimate:
-    """R@1 over all queries, with an interval from a bootstrap over the classes."""
+    """R@1 over all queries, with a bootstrap interval over the classes."""
     right, queries = np.array([(c.right, c.queries) for c in classes]).T
-    drawn = np.random.default_rng(SEED).multinomial(len(classes), np.full(len(classes), 1 / len(classes)), REPLICATES)
-    return estimate(right.sum() / queries.sum(), (drawn @ right) / (drawn @ queries))
+    draws = np.random.default_rng(SEED).multinomial(len(classes), np.full(len(classes), 1 / len(classes)), REPLICATES)
+    return estimate(right.sum() / queries.sum(), (draws @ right) / (draws @ queries))

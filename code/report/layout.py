@@ -2,11 +2,11 @@
 
 import numpy as np
 
-ROUNDING = 1e-5  # the most that coordinates of equal embeddings differ by
+ROUNDING = 1e-5  # upper bound of the differences between coordinates of equal embeddings
 
 
 def by_similarity(embeddings: np.ndarray) -> np.ndarray:
-    """Points (N, 2) by t-SNE, or the first two coordinates where t-SNE has no two directions to start from."""
+    """Points (N, 2) by t-SNE; the first two coordinates if the embeddings are too few or equal for t-SNE."""
     from sklearn.manifold import TSNE  # slow to import, and needed only here
 
     count, dimensions = embeddings.shape
@@ -17,7 +17,7 @@ def by_similarity(embeddings: np.ndarray) -> np.ndarray:
 
 
 def on_grid(points: np.ndarray, side: int) -> np.ndarray:
-    """A cell (column, row) of side x side for each point, none twice, with the least sum of squared moves."""
+    """Assign each point a different cell (column, row) of side x side, minimizing the sum of squared moves."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 

@@ -42,8 +42,8 @@ GENERATOR = '<meta name="generator" content="Proxy Anchor report">'  # reports a
 EXPLANATIONS = {
     "R@1": "of the queries have a nearest neighbour of their class.",
     "R@": "of the queries have an image of their class among the {} nearest.",
-    "MAP@R": "says how many of the R nearest are of the query's class, and how early they come; R is the number of "
-    "images of its class to find.",
+    "MAP@R": "of the R nearest are of the query's class, weighted by rank; R is the number of images of its class to "
+    "find.",
     "R-precision": "of the R nearest are of the query's class, in any order.",
 }
 
@@ -78,7 +78,7 @@ def open_folder(folder: Path) -> None:
     Raises ValueError for a folder that holds anything else, and OSError if nothing can be written there.
     """
     if os.path.lexists(folder) and not folder.is_dir():  # a file, or a broken link
-        raise ValueError(f"{folder} is not a folder: give --report a folder, which need not exist")
+        raise ValueError(f"{folder} is a file: --report must be a folder, existing or new")
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     content = f"<!doctype html>{GENERATOR}<p>This report was not finished.</p>".encode()
@@ -279,7 +279,7 @@ def query_rows(
             caption = (
                 f"<b>{breakable(queries.class_name(queries.labels[query]))}</b><br>"
                 f"MAP@R {100 * result.average_precisions[query]:.0f}%<br>"
-                f"first match: place {result.ranks[query] + 1:,}"
+                f"first match: rank {result.ranks[query] + 1:,}"
             )
             neighbours = "".join(neighbour_figures(queries, targets, query, within, pictures))
             rows.append(

@@ -1,4 +1,4 @@
-"""The report's section on similarities within and between classes, and on thresholds."""
+"""The section of the report on similarities within and between classes, and on thresholds."""
 
 import html
 import math
@@ -10,7 +10,7 @@ from proxy_anchor.vectors import to_nearness
 from proxy_anchor.verification import BOUNDS, KINDS, Estimate, Verification
 
 BINS = 80  # of the drawing
-# The words of a page on similarities or distances.
+# Wording of the page for similarities and distances.
 WORDS = {
     "cosine": {
         "measure": "cosine similarity",
@@ -32,7 +32,7 @@ WORDS = {
 
 
 def chart(pairs: Verification, threshold: dict) -> str:
-    """The distributions of similarities with the thresholds, as an SVG that stretches to the page's width."""
+    """HTML with a chart of the similarities' distributions and the thresholds, and a text on them."""
     distance, words = pairs.distance, WORDS[pairs.distance]
     counts = {kind: counts for kind, counts in (("wrong", pairs.other), ("right", pairs.same)) if counts.any()}
     edges = pairs.scale.edges[:-1]
@@ -45,7 +45,7 @@ def chart(pairs: Verification, threshold: dict) -> str:
         for kind, numbers in counts.items()
     }
     highest = max((values.max() for values in shares.values()), default=1)
-    drawn = "".join(
+    paths = "".join(
         f'<path class="{kind}" d="M0 100'
         + "".join(f"V{100 - 98 * share / highest:.1f}H{i + 1}" for i, share in enumerate(values))
         + 'V100Z"/>'
@@ -71,18 +71,18 @@ def chart(pairs: Verification, threshold: dict) -> str:
             f"{words['not_farther']}.</p>"
         )
     if threshold:
-        value, asked = threshold["threshold"], f"{100 * threshold['asked_far']:g}%"
-        lines["recorded"] = f"threshold of the checkpoint {value:.2f}, for {asked} false accepts", value
+        value, requested = threshold["threshold"], f"{100 * threshold['asked_far']:g}%"
+        lines["recorded"] = f"threshold of the checkpoint {value:.2f}, for {requested} false accepts", value
         far = Estimate(threshold["far"], *threshold["far_interval"])
         text += (
             f"<p>The checkpoint has the threshold {Estimate(value, *threshold['interval']).text('{:.3f}')}, chosen for "
-            f"{asked} false accepts on half of the test classes of {html.escape(printable(threshold['dataset']))}; on "
-            f"those of the other half it had {far.percent()}.</p>"
+            f"{requested} false accepts on half of the test classes of {html.escape(printable(threshold['dataset']))}; "
+            f"on the other half it had {far.percent()}.</p>"
         )
-    for kind, (words_of_it, value) in lines.items():
+    for kind, (label, value) in lines.items():
         at = BINS * (1 + (min(to_nearness(value, distance), high) - high) / span)
-        drawn += f'<path class="{kind}" d="M{at:.2f} 0V100"/>'
-        legend += f'<li class="{kind}">{words_of_it}'
+        paths += f'<path class="{kind}" d="M{at:.2f} 0V100"/>'
+        legend += f'<li class="{kind}">{label}'
     quarters = np.arange(math.ceil(4 * low) / 4, 1.01, 0.25)
     ticks = "".join(
         f'<span style="left:{100 * (1 + (value - high) / span):.2f}%">{to_nearness(value, distance):.3g}</span>'
@@ -90,13 +90,13 @@ def chart(pairs: Verification, threshold: dict) -> str:
     )
     return (
         f'<ul class="legend">{legend}</ul><div class="chart"><svg viewBox="0 0 {BINS} 100" preserveAspectRatio="none" '
-        f'role="img" aria-label="Distributions of similarities">{drawn}</svg><div class="ticks">{ticks}</div></div>'
+        f'role="img" aria-label="Distributions of similarities">{paths}</svg><div class="ticks">{ticks}</div></div>'
         + text
     )
 
 
 def rates_table(pairs: Verification) -> str:
-    """The true accepts and the thresholds for some rates of false accepts, as HTML."""
+    """An HTML table of true accepts and thresholds at some rates of false accepts."""
     if not pairs.at_far:
         return f"<p>{html.escape(pairs.remark())}</p>"
     names = ["false accepts", "true accepts", f"{KINDS[pairs.distance]} {BOUNDS[pairs.distance]}"]

@@ -11,15 +11,15 @@ PR_SET_PDEATHSIG = 1  # of Linux
 
 
 def run(command: list[str]) -> int:
-    """Run the command to its end and return its exit status, 128 + the signal if one killed it.
+    """Run the command to its end and return its exit status, or 128 + the signal that killed it.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on, once each: in a session of its own it does not also get a terminal's
-    Ctrl-C. Raises Interrupted when it has ended, if one came.
+    SIGTERM, SIGINT and SIGUSR1 are passed on once each: the child has its own session, so a terminal's Ctrl-C does not
+    reach it twice. Raises Interrupted after the child has ended if one came.
     """
     received: list[int] = []
     child = None
 
-    def pass_on(signum, frame):
+    def forward(signum, frame):
         received.append(signum)
         if child:
             child.send_signal(signum)
@@ -30,10 +30,10 @@ def run(command: list[str]) -> int:
         if libc:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    previous = {signum: signal.signal(signum, pass_on) for signum in SIGNALS}
+    previous = {signum: signal.signal(signum, forward) for signum in SIGNALS}
     try:
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
-        if received:  # before there was a child
+        if received:  # before the child existed
             child.send_signal(received[0])
         status = child.wait()
     finally:

@@ -36,25 +36,22 @@ LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-m
 def options() -> argparse.ArgumentParser:
     """Command-line flags of the record."""
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("record")
+    group = parser.add_argument_group("run folder and logging")
     group.add_argument(
         "--LOG_DIR",
         default=str(LOG_DIR),
         type=cli.path,
         metavar="DIR",
-        help="where the folders of runs go (default: logs/ here)",
+        help="folder for the run folders (default: logs/ in this repository)",
     )
     group.add_argument(
         "--resume",
         type=cli.path,
         metavar="auto|PATH",
-        help="continue an interrupted run: its folder, or auto for the one that this command would write, if any",
+        help="continue an interrupted run: its folder, or auto for the unfinished run of this command, if any",
     )
     group.add_argument(
-        "--remark",
-        default="",
-        type=cli.name_part,
-        help="text at the end of the name of the run's folder, to tell runs apart",
+        "--remark", default="", type=cli.name_part, help="text at the end of the run folder's name, to tell runs apart"
     )
     group.add_argument(
         "--wandb",
@@ -248,23 +245,7 @@ def shortened(row: dict[str, float]) -> str:
 
 def untrained(result: evaluation.Result) -> str:
     """The results of a network before training, as lines."""
-    return table({"untrained": result.metrics}) + "\n" + result.remark()
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """A table of metrics in percent: a line for each name of rows, a column for each metric that any line has.
-
-    A prefix of the metrics' names is in the corner.
-    """
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    corner = metrics.prefix(next(iter(rows.values())))
-    width = max(map(len, [corner, *rows]))
-    heads = [c.removeprefix(corner).replace("R-precision", "R-prec") for c in columns]  # for 80 characters
-    lines = [f"{corner:<{width}}" + "".join(f"  {head:>6}" for head in heads)]
-    for name, row in rows.items():
-        cells = (f"{100 * row[c]:.2f}" if c in row else "-" for c in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells))
-    return "\n".join(lines)
+    return metrics.table({"untrained": result.metrics}) + "\n" + result.remark()
 
 
 def has_credentials() -> bool:

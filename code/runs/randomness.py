@@ -14,7 +14,7 @@ def seed(number: int) -> None:
 
 
 def state() -> dict:
-    """All of them, as tensors and numbers."""
+    """The random states, as tensors and numbers."""
     numpy_state: Any = np.random.get_state()
     _, keys, *numpy_rest = numpy_state
     version, python_keys, gauss = random.getstate()
@@ -27,7 +27,7 @@ def state() -> dict:
 
 
 def restore(state: dict) -> None:
-    """Set all of them; GPUs that are not here, or were not there, are left out."""
+    """Restore the states; GPUs that are missing now, or were missing then, are skipped."""
     torch.set_rng_state(state["torch"])
     for gpu, gpu_state in zip(range(torch.cuda.device_count()), state["cuda"]):
         torch.cuda.set_rng_state(gpu_state, gpu)

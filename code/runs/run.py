@@ -96,7 +96,7 @@ class Run:
         loader.batch_sampler.set_epoch(epoch, done=len(self.losses))
         images = len(loader) * collectives.shard_sizes(loader.batch_sampler.images_per_batch)[collectives.rank()]
         self.bar = progress(loader, f"epoch {epoch}", images)
-        return self.stop.after_each(self.bar)
+        return self.stop.watch(self.bar)
 
     def show_loss(self, loss: float) -> None:
         self.bar.show_loss(loss)
@@ -132,7 +132,7 @@ class Run:
             if metrics.plain(last)["R@1"] < metrics.plain(backbone)["R@1"]:
                 remark += "Training made it worse: the last epoch is below the untrained backbone. "
                 remark += "Try fewer epochs or a lower --lr.\n"
-        text = f"{logbook.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
+        text = f"{metrics.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
         if metrics.prefix(last):  # of a fold: the test set stays untouched
             return text
         command = shlex.join(["python", "evaluate.py", *data_flags, "--resume", str(self.log.folder)])

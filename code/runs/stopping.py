@@ -1,4 +1,4 @@
-"""Signals that end a run, at a moment when nothing is lost: the end of a step."""
+"""Ends a run on a signal, but only after the current step, so that nothing is lost."""
 
 import signal
 import sys
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM can send SIGU
 
 
 class Interrupted(Exception):
-    """The run was told to stop by the signal `signum`."""
+    """The run was stopped by the signal `signum`."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -18,45 +18,45 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """As a context: SIGTERM, SIGINT and SIGUSR1 are noted instead of killing. A second SIGINT (Ctrl-C) ends at once.
+    """A context that records SIGTERM, SIGINT and SIGUSR1 instead of dying; a second SIGINT (Ctrl-C) ends at once.
 
-    after_each ends a loop over batches at a signal; check then raises Interrupted.
+    watch ends a loop over batches after a signal; check then raises Interrupted.
     """
 
-    signum = 0  # that came to this process
-    agreed = 0  # on which all processes stop
+    signum = 0  # the signal that this process received
+    common_signum = 0  # the signal on which all processes stop
 
     def __enter__(self):
-        self.previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        self.previous = {signum: signal.signal(signum, self._record) for signum in SIGNALS}
         return self
 
     def __exit__(self, *error):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum, frame):
-        # torchrun passes a Ctrl-C on twice.
+    def _record(self, signum, frame):
+        # torchrun forwards a Ctrl-C twice.
         if self.signum == signum == signal.SIGINT and collectives.world_size() == 1:
             raise KeyboardInterrupt
         self.signum = signum
         if collectives.rank() == 0:
             print(f"{signal.Signals(signum).name}: stopping at the end of this step", file=sys.stderr, flush=True)
 
-    def after_each(self, batches):
-        """Yield the batches, up to the first that ends with a signal noted.
+    def watch(self, batches):
+        """Yield the batches until a signal was received during one of them.
 
-        Where several processes share the work, they agree on it at each batch; one that has fewer of them than another
-        takes part until that one has done its last.
+        Several processes decide together after each batch. A process with fewer batches than another keeps taking part
+        in these decisions.
         """
         missing = collectives.all_reduce_max(len(batches)) - len(batches)
         for batch in chain(batches, repeat(None, missing)):
             if batch is not None:
                 yield batch
-            self.agreed = collectives.all_reduce_max(self.signum)
-            if self.agreed:
+            self.common_signum = collectives.all_reduce_max(self.signum)
+            if self.common_signum:
                 return
 
     def check(self) -> None:
-        """Raise Interrupted if a loop was ended."""
-        if self.agreed:
-            raise Interrupted(self.agreed)
+        """Raise Interrupted if watch ended a loop."""
+        if self.common_signum:
+            raise Interrupted(self.common_signum)

@@ -61,17 +61,17 @@ class ProxyAnchorFunction(torch.autograd.Function):
             s = p @ x.T / p_norms  # (c, B)
             # Negatives: every embedding but those of the proxy's class. Positives are masked by index, whether or not
             # they are in the block: boolean indexing would force a host sync.
-            own = (rows - start).clamp(0, len(p) - 1)  # (B,)
+            row = (rows - start).clamp(0, len(p) - 1)  # (B,)
             in_block = (rows >= start) & (rows < start + len(p))
             z = F.pad(alpha * (s + margin), (1, 0))  # (c, 1 + B)
-            z[own, 1 + columns] = torch.where(in_block, -torch.inf, z[own, 1 + columns])
+            z[row, 1 + columns] = torch.where(in_block, -torch.inf, z[row, 1 + columns])
             log_shares = F.log_softmax(z, dim=1)
             weight = weights[start : start + step]
             loss -= log_shares[:, 0].mul_(weight[:, 0]).sum() / num_classes
             if grad_x is None:
                 continue
             slopes = log_shares[:, 1:].exp_().mul_(weight * (alpha / num_classes))  # (c, B): dL/ds
-            slopes[own, columns] += torch.where(in_block, positive_slopes, 0)
+            slopes[row, columns] += torch.where(in_block, positive_slopes, 0)
             slopes /= p_norms  # from here on dL/d(p . x)
             grad_x.addmm_(slopes.T, p)
             grad_p = torch.mm(slopes, x, out=grad_proxies[start : start + step])

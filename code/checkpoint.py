@@ -12,7 +12,7 @@ from proxy_anchor.files import locked, replacing
 from proxy_anchor.spec import NetworkSpec
 from proxy_anchor.vectors import DISTANCES
 
-# What a threshold for pairs of images is and comes from, see verification.Calibration.record, with its data.
+# Entries of a recorded threshold and their types: verification.Calibration.record, and the data it was chosen on.
 THRESHOLD = {
     "distance": str,
     "threshold": float,
@@ -45,9 +45,9 @@ def in_run(path: str) -> str:
 
 
 class Checkpoint:
-    """One reading of a checkpoint, ours or a published one, or of an exported file.
+    """A checkpoint, of train.py or published, or an exported file, read once.
 
-    Its weights, spec and threshold belong together, whatever becomes of the file meanwhile. path: for messages.
+    So its weights, spec and threshold belong together even if the file is replaced meanwhile. path: for messages.
     spec: None for a published checkpoint, which does not record it. Raises FileNotFoundError, ValueError for a file
     that is damaged or not a checkpoint, and as exported.read.
     """
@@ -102,7 +102,7 @@ class Checkpoint:
 
 
 def save_threshold(path: str | Path, threshold: dict, identity: str) -> None:
-    """Add the threshold of the weights of this identity to their checkpoint, all else of which stays.
+    """Record a threshold in the checkpoint whose weights have this identity; nothing else in it changes.
 
     Raises ValueError if the file has other weights by now, and as Checkpoint does.
     """

@@ -20,6 +20,7 @@ import torch
 from proxy_anchor.files import BadFile, printable
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("train.py", "evaluate.py", "search.py", "transfer.py", "protocol.py", "export.py")
 SHOWN, LONGEST = 200, 800  # characters of an error after advice, and of one without
 LARGEST_FLOAT = torch.finfo(torch.float).max
 
@@ -195,7 +196,8 @@ def is_deliberate(error: Exception) -> bool:
         return True
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     path = Path(frame.f_code.co_filename)
-    ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+    # Not all files in the root: a user's loss may be there, whose errors keep their traceback.
+    ours = any(path.is_relative_to(ROOT / name) for name in ("code", "net", "dataset", "misc", *SCRIPTS))
     return ours and linecache.getline(str(path), line).lstrip().startswith("raise ")
 
 

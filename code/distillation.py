@@ -66,9 +66,9 @@ class RKD(Distillation):
     """
 
     def loss(self, student, teacher):
-        of_distances = F.smooth_l1_loss(relative(student), relative(teacher))
-        of_angles = F.smooth_l1_loss(cosines(student), cosines(teacher))
-        return of_distances + 2 * of_angles
+        distance_loss = F.smooth_l1_loss(relative(student), relative(teacher))
+        angle_loss = F.smooth_l1_loss(cosines(student), cosines(teacher))
+        return distance_loss + 2 * angle_loss
 
 
 class PKT(Distillation):

@@ -14,7 +14,7 @@ from proxy_anchor.vectors import Embeddings
 
 @dataclass
 class Result:
-    """The metrics, R@K for each K, MAP@R and R-precision, in 0..1, and what they are means of.
+    """The metrics, R@K for each K, MAP@R and R-precision, in 0..1, and the values per query behind them.
 
     For each query: ranks, see best_positive_rank; average_precisions, whose mean is MAP@R; labels; and, if images are
     grouped, left_out: how many images of its own group are left out of its gallery.

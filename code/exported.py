@@ -89,7 +89,7 @@ def save(path: Path, ending: str, network: InferenceNet, image_size: int, record
         return
     require("onnx", "onnxscript", "onnxruntime")
     if sum(weight.nbytes for weight in network.state_dict().values()) > LARGEST:
-        raise ValueError("The weights have more than the 1.5 GB of a single ONNX file: choose .safetensors")
+        raise ValueError("The weights exceed 1.5 GB, the most that a single ONNX file can hold: choose .safetensors")
     onnx = _to_onnx(network, image_size)
     for end in (*onnx.model.graph.inputs, *onnx.model.graph.outputs):
         end.shape[0] = "N"  # instead of a name of torch's
@@ -164,7 +164,7 @@ def open_onnx(path: str | Path, session, image_size: int, embedding_size: int) -
 def difference(embeddings: torch.Tensor, expected: torch.Tensor) -> float:
     """How far embeddings (N, D) are from others: the largest of 1 - cosine and of the share by which a length differs.
 
-    Not a number where either has an embedding that is not finite, or of length 0.
+    NaN if any embedding is not finite or has length 0.
     """
     embeddings, expected = embeddings.double(), expected.double()
     lengths, wanted = embeddings.norm(dim=1), expected.norm(dim=1)

@@ -71,7 +71,7 @@ def processes(gpu_id: int):
     Raises ValueError if srun started several tasks, which would not know of each other.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        if (tasks := tasks_of_srun()) > 1:
+        if (tasks := srun_tasks()) > 1:
             raise ValueError(
                 f"srun started {tasks} tasks that would each do the same work: start one task per machine, and let "
                 "torchrun start a process per GPU: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT ..."
@@ -98,8 +98,8 @@ def processes(gpu_id: int):
         dist.destroy_process_group()
 
 
-def tasks_of_srun() -> int:
-    """In how many tasks srun runs this command: 1 without srun, even if sbatch or salloc set SLURM_NTASKS."""
+def srun_tasks() -> int:
+    """The number of srun's tasks for this command; 1 without srun, even if sbatch or salloc set SLURM_NTASKS."""
     step, tasks, number = (
         int(value) if (value := os.environ.get(f"SLURM_{name}", "")).isdecimal() else 0
         for name in ("STEP_NUM_TASKS", "NTASKS", "PROCID")

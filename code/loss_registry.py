@@ -18,7 +18,7 @@ from proxy_anchor.losses import ProxyAnchor
 from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
 
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
-OF_PAIRS = ("MS", "Contrastive", "Triplet", "NPair")  # without proxies
+PAIR_LOSSES = ("MS", "Contrastive", "Triplet", "NPair")  # without proxies
 SMALLEST_SHARE = 1e-15  # the draws have steps of 2**-53
 
 
@@ -112,10 +112,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     elif args.loss_args:
         parser.error(f"argument --loss-args: {args.loss} takes none; they are for a loss of your own, FILE.py:CLASS")
     if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
-        parser.error(
-            f"argument --sample-proxies: {label(args.loss)} takes all proxies or none; Proxy_Anchor samples them"
-        )
-    if args.loss in OF_PAIRS and (args.IPC or 1) < 2:
+        parser.error(f"argument --sample-proxies: only Proxy_Anchor can sample its proxies, not {label(args.loss)}")
+    if args.loss in PAIR_LOSSES and (args.IPC or 1) < 2:
         parser.error(
             f"argument --loss: {args.loss} compares images of the same class, and a random batch has hardly any: "
             "add --IPC 4 (four images per class)"
@@ -169,7 +167,7 @@ def label(name: str) -> str:
 
 
 def settings_in_words(name: str, margin: float, alpha: float, arguments: str) -> str:
-    """The settings in the name of a run's folder. Published names have margin and alpha for every loss of LOSSES."""
+    """The loss's settings in the name of a run's folder; as published, every loss of LOSSES shows margin and alpha."""
     if name in LOSSES:
         return f"alpha{alpha:g}_mrg{margin:g}"
     return "_".join(re.sub(r"[^\w.,+-]", "-", text.replace("=", "", 1)) for text in arguments.split())

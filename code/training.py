@@ -163,8 +163,8 @@ def describe_schedule(name: str, epochs: int) -> str:
 def set_trainable(network: EmbeddingNet, epoch: int, warm: int) -> None:
     """Warm-up: before epoch `warm` (from 0) only the embedding layer and the proxies train, from then on everything.
 
-    Everything means the weights and biases of frozen BatchNorm layers too: `--bn-freeze 1` with `--warm 0` never trains
-    them, with `--warm 1` it does after the warm-up. The published results depend on it. What --freeze names never does.
+    Everything includes the weights and biases of frozen BatchNorm layers: with `--bn-freeze 1`, `--warm 0` never trains
+    them and `--warm 1` does after the warm-up; the published results depend on it. Layers of --freeze never train.
     """
     if epoch < warm:
         network.requires_grad_(False)
@@ -194,16 +194,16 @@ def train_one_epoch(
 
     loss_of(images, labels) -> scalar. clipped: the modules whose gradients are clipped. losses: those of the epoch's
     earlier steps, if it was interrupted; the new ones are appended. The loss is read one step late, so that a GPU never
-    waits for it. Where several processes share the work, `batches` has this process's part of each batch, and its
-    gradient is that of the whole batch's loss through this part. Raises FloatingPointError, with the epoch and the
-    step, when the loss is not finite or a gradient is not; an enabled scaler skips the steps of such gradients instead.
+    waits for it. With several processes, `batches` has this process's share of each batch; the gradient is still that
+    of the whole batch's loss. Raises FloatingPointError, with the epoch and the step, when the loss is not finite or a
+    gradient is not; an enabled scaler skips the steps of such gradients instead.
     """
     network.train()  # also during warm-up
     losses = [] if losses is None else losses
     names = {parameter: name for name, parameter in network.named_parameters()}
 
     def read(loss, trained, norms):
-        """Of a step: its loss, and the parameters that it trained with the norms of their gradients."""
+        """Check a step, given its loss, the parameters it trained and the norms of their gradients."""
         loss, *norms = torch.cat([loss.view(1), *norms]).tolist()
         losses.append(loss)
         where = f"in epoch {epoch}, step {len(losses) - 1}"

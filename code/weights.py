@@ -27,7 +27,7 @@ def read(path: str | Path, mmap: bool = False) -> dict:
         raise FileNotFoundError(f"There is no file {path}")
     try:
         with open(path, "rb") as file:  # once: it may be replaced meanwhile
-            is_zip = zipfile.is_zipfile(file)  # as all of ours
+            is_zip = zipfile.is_zipfile(file)  # as torch.save writes
             if is_zip and not mmap:  # torch does not look at the checksums
                 with zipfile.ZipFile(file) as archive:
                     if part := archive.testzip():
@@ -36,7 +36,7 @@ def read(path: str | Path, mmap: bool = False) -> dict:
             settings: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
             # The arguments of a training script, as timm's: they are unpickled into attributes, which runs nothing.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                if is_zip and mmap:  # by a name that torch takes, which those of any bytes are not
+                if is_zip and mmap:  # torch cannot map a file whose name is not UTF-8, but takes this name
                     content = torch.load(f"/dev/fd/{file.fileno()}", mmap=True, **settings)
                 else:
                     content = torch.load(file, **settings)
@@ -150,9 +150,9 @@ def with_counts(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def load(path: str | Path, content: dict, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
-    """Load the weights of a checkpoint's content into a network, strictly; returns the number of their tensors.
+    """Load the weights in a checkpoint's content into a network, strictly; returns the number of their tensors.
 
-    path and flags are for messages. Raises ValueError if they are of another network; this one stays as it was.
+    path, flags: for messages. Raises ValueError if the weights are of another network; this one stays as it was.
     """
     wanted = network.state_dict()
     state = weights_in(path, content, wanted)

@@ -1,5 +1,6 @@
 import csv
 import json
+import linecache
 import re
 import shlex
 import signal
@@ -616,6 +617,15 @@ def test_broken_pipe_of_something_else_is_an_error(capfd):
     with pytest.raises(SystemExit) as error, cli.errors_in_one_line("a.py"):
         raise BrokenPipeError("the manager is gone")
     assert error.value.code == 1 and capfd.readouterr().err == "a.py: error: the manager is gone\n"
+
+
+@pytest.mark.parametrize("file, deliberate", [("code/losses.py", True), ("train.py", True), ("my_losses.py", False)])
+def test_errors_in_a_users_file_are_not_deliberate(file, deliberate, monkeypatch):
+    path, source = str(cli.ROOT / file), "raise ValueError('too small')\n"
+    monkeypatch.setitem(linecache.cache, path, (len(source), None, [source], path))
+    with pytest.raises(ValueError) as error:
+        exec(compile(source, path, "exec"))
+    assert cli.is_deliberate(error.value) == deliberate
 
 
 def test_batchnorm_on_a_single_image(cub_root, tmp_path):

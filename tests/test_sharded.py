@@ -294,7 +294,7 @@ def test_labels_and_empty_batches_are_those_of_the_whole_loss(share):
         (["--sample-proxies", "1e-300"], "argument --sample-proxies: 1e-300 is not a share, from 1e-15 to 1"),
         (["--sample-proxies", "nan"], "argument --sample-proxies: nan is not a share"),
         (["--sample-proxies", "1.5"], "argument --sample-proxies: 1.5 is not a share"),
-        (["--sample-proxies", "0.5", "--loss", "Proxy_NCA"], "argument --sample-proxies: Proxy_NCA takes all proxies"),
+        (["--sample-proxies", "0.5", "--loss", "Proxy_NCA"], "only Proxy_Anchor can sample its proxies, not Proxy_NCA"),
     ],
 )
 def test_samples_that_cannot_be_taken(flags, words, capsys):

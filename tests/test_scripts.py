@@ -43,7 +43,7 @@ def test_folder_of_a_run_stands_for_its_best_checkpoint(cub_root, trained, tmp_p
     assert f"{tmp_path} has no *_best.pth, expected one" in capsys.readouterr().err
     for name in ("a_best.pth", "b_best.pth"):
         (tmp_path / name).write_bytes(best.read_bytes())
-    with pytest.raises(FileNotFoundError, match="is a folder with 2 files"):
+    with pytest.raises(FileNotFoundError, match=r"has 2 \*_best.pth, expected one"):
         checkpoint.in_run(str(tmp_path))
 
 

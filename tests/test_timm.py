@@ -213,7 +213,7 @@ def test_without_the_hub_one_line_says_what_to_fetch(tmp_path, monkeypatch, caps
             ["--dataset", "folder", "--data-root", str(tmp_path / "photos"), "--backbone-only", "--model", "test_vit"]
         ),
         capsys,
-        words + "it is with --pretrained PATH",
+        words + "file to --pretrained",
         code=1,
     )
     with pytest.raises(OSError, match="no weights of gcvit_tiny"):

@@ -128,7 +128,7 @@ def test_published_sizes():
     [("cub", "images"), ("cars", "cars_annos.mat"), ("SOP", "Ebay_train.txt"), ("Inshop", "list_eval_partition.txt")],
 )
 def test_missing_data_names_the_file_and_its_source(tmp_path, name, file):
-    with pytest.raises(FileNotFoundError, match=rf"There is no .*{file}\. (Get|Needed)"):
+    with pytest.raises(FileNotFoundError, match=rf"There is no .*{file}\. (Download|Needed)"):
         dataset.load(name, tmp_path, "train")
 
 

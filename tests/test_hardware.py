@@ -13,7 +13,7 @@ class Recorder(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.normalize = net.Normalize((104, 117, 128), (1, 1, 1), bgr=True)
+        self.normalize = net.backbone.Normalize((104, 117, 128), (1, 1, 1), bgr=True)
 
     def forward(self, images):
         self.reached = images

@@ -234,7 +234,7 @@ def test_pickle_that_runs_code_is_refused(network, tmp_path, capsys, zip_format)
     [
         ({"best": np.float64(1)}, r"numpy\.\w+\.multiarray\.scalar"),
         ({"path": Path("a")}, r"pathlib\.\w+"),
-        (None, "net.EmbeddingNet"),
+        (None, "net.embedding_net.EmbeddingNet"),
     ],
     ids=str,
 )

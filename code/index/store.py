@@ -110,13 +110,13 @@ class Index:
         spec = replace(NetworkSpec.from_record(made["network"]), orientation=self.spec.orientation)
         if made["weights"] != self.made["weights"]:
             raise ValueError(
-                f"{self.folder} was made with another checkpoint than {made['checkpoint']}, the one that was at "
-                f"{self.made['checkpoint']}: their embeddings do not compare"
+                f"{self.folder} was built with another checkpoint ({self.made['checkpoint']}), not with "
+                f"{made['checkpoint']}: their embeddings cannot be compared. Build a new index"
             )
         if spec != self.spec:
             raise ValueError(
-                f"{self.folder} was made with another network ({self.spec.differences(spec)}): their embeddings do not "
-                "compare"
+                f"{self.folder} was built with another network ({self.spec.differences(spec)}): their embeddings "
+                "cannot be compared. Build a new index"
             )
         if made.get("by_folder", self.made["by_folder"]) != self.made["by_folder"]:
             has, flag = ("folders", "with") if self.made["by_folder"] else ("images", "without")

@@ -25,7 +25,7 @@ from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.index import entries
 from proxy_anchor.index.store import EXACT, IMAGES, RECALL_AT, Index, lock
-from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.spec import ORIENTATIONS, NetworkSpec
 from proxy_anchor.vectors import to_nearness
 from proxy_anchor.weights import digest
 
@@ -166,7 +166,7 @@ def update_index(args: argparse.Namespace) -> None:
     path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
     network, identity = open_network(args.spec, path, args.checkpoint)
     upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
-    spec = replace(args.spec, orientation=dataset.ORIENTATIONS[upright])
+    spec = replace(args.spec, orientation=ORIENTATIONS[upright])
     made = {"checkpoint": path, "weights": identity, "network": spec.to_record(), "by_folder": args.by_folder}
     folder = Path(args.out)
     with lock(folder):

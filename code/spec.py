@@ -6,12 +6,15 @@ from typing import Any
 
 from proxy_anchor.vectors import DISTANCES
 
+CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
+HEADS = ("linear", "orthogonal", "layernorm")  # see net/embedding_net.py
+ORIENTATIONS = ("stored", "upright")  # indexed by ImageDataset.upright
 WORDS = {
     "crop_mode": ("center", "squash"),
     "interpolation": ("bilinear", "bicubic"),
     "distance": DISTANCES,
-    "head": ("linear", "orthogonal", "layernorm"),
-    "orientation": ("stored", "upright"),
+    "head": HEADS,
+    "orientation": ORIENTATIONS,
 }
 LARGEST = {"embedding_size": 2**16, "image_size": 2**14}  # larger ones would fill the memory before they are an error
 SMALLEST_CROP = 0.1
@@ -25,7 +28,7 @@ class NetworkSpec:
     Checkpoints, indexes and exported files store it as a record, see to_record. The defaults are those of the published
     networks, and of older records that lack an entry.
 
-    head: see net.HEADS. distance: how its embeddings are compared. crop, crop_mode, interpolation: see
+    head: see HEADS. distance: how its embeddings are compared. crop, crop_mode, interpolation: see
     dataset/transforms.py. mean, std: of the pixels, where they are not those of a backbone in net/. orientation: how
     images were seen in training, turned upright by their EXIF or as they are stored. backbone_only: without an
     embedding layer.
@@ -37,7 +40,7 @@ class NetworkSpec:
     l2_norm: int = 1
     head: str = "linear"
     distance: str = "cosine"
-    crop: float = 0.875
+    crop: float = CROP
     crop_mode: str = "center"
     interpolation: str | None = None
     mean: list[float] | None = None

@@ -45,12 +45,12 @@ from torch.utils.data import DataLoader
 
 from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
 from dataset.files import BadFile, missing_files
-from dataset.images import ORIENTATIONS as ORIENTATIONS
 from dataset.images import ImageDataset, describe, record, remark
 from dataset.images import size as size
 from dataset.loading import eval_loader, train_loader
 from proxy_anchor import cli
 from proxy_anchor.files import printable, quantity
+from proxy_anchor.spec import CROP
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
@@ -257,7 +257,7 @@ def eval_sets(
 
 
 def _default_geometry(name: str) -> dict:
-    return {"crop": crop_of(name) or transforms.CROP}
+    return {"crop": crop_of(name) or CROP}
 
 
 def crop_of(name: str) -> float | None:

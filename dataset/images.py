@@ -13,8 +13,7 @@ from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import read_image
 from proxy_anchor.files import quantity
-
-ORIENTATIONS = ("stored", "upright")  # in records, indexed by ImageDataset.upright
+from proxy_anchor.spec import ORIENTATIONS
 
 
 class ImageDataset(Dataset):

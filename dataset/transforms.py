@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
+from proxy_anchor.spec import CROP
+
 RESIZED = {224: 256, 256: 292, 324: 361, 448: 512}  # {crop: resized shorter side} of the paper, irregularly rounded
 
 

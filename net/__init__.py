@@ -10,13 +10,13 @@ import torch
 from net import timm_backbones
 from net.backbone import Backbone
 from net.bn_inception import BNInception
-from net.embedding_net import HEADS, EmbeddingNet, PooledBackbone
+from net.embedding_net import EmbeddingNet, PooledBackbone
 from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
 from net.resnet import LAYERS, ResNet
 from proxy_anchor import cli
 from proxy_anchor.files import sha256
-from proxy_anchor.spec import LARGEST, NetworkSpec
+from proxy_anchor.spec import HEADS, LARGEST, NetworkSpec
 from proxy_anchor.vectors import DISTANCES
 
 BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from net.backbone import Backbone, Normalize
+from proxy_anchor.spec import HEADS
 
 # How the embedding layer's weights start. "layernorm" normalizes the features before it, without parameters.
-HEADS: dict[str, Callable] = {
-    "linear": partial(nn.init.kaiming_normal_, mode="fan_out"),
-    "orthogonal": nn.init.orthogonal_,
-    "layernorm": nn.init.orthogonal_,
-}
+STARTS: dict[str, Callable] = dict(
+    zip(HEADS, (partial(nn.init.kaiming_normal_, mode="fan_out"), nn.init.orthogonal_, nn.init.orthogonal_))
+)
 
 
 class EmbeddingNet(nn.Module):
@@ -37,7 +36,7 @@ class EmbeddingNet(nn.Module):
         self.model = backbone
         self.embedding_size = embedding_size
         self.model.embedding = nn.Linear(backbone.num_features, embedding_size)
-        HEADS[head](self.model.embedding.weight)
+        STARTS[head](self.model.embedding.weight)
         nn.init.zeros_(self.model.embedding.bias)
         self.head = head
         self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)

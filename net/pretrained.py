@@ -27,7 +27,7 @@ URLS = {
 # teacher is the better network.
 ENTRIES = ("state_dict", "model", "model_state_dict", "teacher", "student")
 # Layers behind the backbone that are left out, whatever their shapes: they never run.
-HEADS = ("fc", "classifier", "head", "last_linear", "projection_head", "prototypes")
+CLASSIFIERS = ("fc", "classifier", "head", "last_linear", "projection_head", "prototypes")
 LISTED = 5  # entries of a file in a message
 TIMEOUT = 60  # seconds without a byte
 HUB_TIMEOUT = 10  # seconds until timm's hub answers
@@ -118,11 +118,11 @@ def read_weights(path: Path, name: str, expected: dict, unused: Iterable[str]) -
 def load_weights(backbone: Backbone, path: Path, name: str = "") -> None:
     """Load a file of backbone weights (keys as in torchvision, or BN-Inception's Caffe names), strictly.
 
-    Only layers that never run, see HEADS, may be missing, or have other shapes. Raises as read_weights, and ValueError
-    if they are another network's.
+    Only layers that never run, see CLASSIFIERS, may be missing, or have other shapes. Raises as read_weights, and
+    ValueError if they are another network's.
     """
     expected = backbone.state_dict()
-    state, backbone.remark = read_weights(path, name, expected, dict.fromkeys((*backbone.unused, *HEADS)))
+    state, backbone.remark = read_weights(path, name, expected, dict.fromkeys((*backbone.unused, *CLASSIFIERS)))
     # Older copies of the BN-Inception file store BatchNorm tensors as [1, C].
     state = {
         key: value.squeeze(0) if key in expected and value.ndim == 2 and expected[key].ndim == 1 else value

@@ -11,6 +11,7 @@ from pathlib import Path
 from proxy_anchor import checkpoint, cli, metrics
 from proxy_anchor.files import Locked, lock_folder, numbered, printable
 from proxy_anchor.runs import resuming
+from proxy_anchor.spec import CROP
 
 CONFIG, METRICS, CLASSES = "config.json", "metrics.csv", "classes.csv"
 BACKBONE = "backbone.json"  # what the backbone alone achieves
@@ -32,7 +33,7 @@ MAY_CHANGE = (
 )
 # Defaults for settings that older runs did not record.
 LEGACY_DEFAULTS = {
-    "crop": 0.875,
+    "crop": CROP,
     "fold": None,
     "by": "R@1",
     "freeze": "",

@@ -113,10 +113,13 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def load(checkpoint: Checkpoint, spec: NetworkSpec) -> torch.nn.Module:
-    network = checkpoint.open(spec, net.from_spec)
-    tensors = len(network.state_dict())
-    how = f"all {tensors} tensors match" if tensors else "onnxruntime runs it on the CPU"
-    print(f"Loaded {printable(str(checkpoint.path))}: {how}.")
+    """The network of a checkpoint or an exported file; prints what was loaded."""
+    path = printable(str(checkpoint.path))
+    if Path(checkpoint.path).suffix == ".onnx":
+        print(f"Loaded {path}: onnxruntime runs it on the CPU.")
+        return checkpoint.open(spec, net.from_spec)
+    network = net.from_spec(spec)
+    print(f"Loaded {path}: all {checkpoint.load(network)} tensors match.")
     return network
 
 

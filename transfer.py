@@ -14,7 +14,7 @@ from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook, run_folders
 from proxy_anchor.runs.run import Run, ending
-from proxy_anchor.spec import LARGEST, NetworkSpec
+from proxy_anchor.spec import LIMITS, NetworkSpec
 from train import configuration, create_network, create_optimizer, open_data, start
 
 EXAMPLES = """examples:
@@ -64,7 +64,7 @@ def options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--source-embedding-size",
-        type=cli.integer(1, LARGEST["embedding_size"]),
+        type=cli.integer(1, LIMITS["embedding_size"]),
         metavar="D",
         help="dimensions of the teacher, if its checkpoint does not record them (default: 512)",
     )

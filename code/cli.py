@@ -1,4 +1,4 @@
-"""What the scripts share at the command line: types of flags, help texts, errors in one line."""
+"""Shared by the scripts: types of flags, help texts, errors in one line."""
 
 import argparse
 import linecache
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something, and leaves texts of several lines as they are."""
+    """Shows only defaults that inform, and keeps the line breaks of texts of several lines."""
 
     def _fill_text(self, text, width, indent):
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -122,7 +122,7 @@ def one_of(*values) -> dict[str, Any]:
 
 
 def adder(group, without: Collection[str]) -> Callable[..., Any]:
-    """The add_argument of a group of flags, which leaves some of them out."""
+    """The add_argument of a group, ignoring the flags in `without`."""
     return lambda flag, **settings: None if flag in without else group.add_argument(flag, **settings)
 
 
@@ -265,7 +265,7 @@ def kill_workers() -> None:
 
 
 def advice(error: Exception) -> str | None:
-    """What to do where memory ran out, a GPU's, the host's or /dev/shm; None for other errors."""
+    """Advice where memory ran out (a GPU's, the host's or /dev/shm); None for other errors."""
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
     message = printable(" ".join(str(error).split()), SHOWN)

@@ -16,7 +16,7 @@ WORDS = {
     "head": HEADS,
     "orientation": ORIENTATIONS,
 }
-LARGEST = {"embedding_size": 2**16, "image_size": 2**14}  # larger ones would fill the memory before they are an error
+LIMITS = {"embedding_size": 2**16, "image_size": 2**14}  # larger ones would fill the memory before they are an error
 SMALLEST_CROP = 0.1
 LONGEST_NAME = 200  # of a network
 
@@ -91,8 +91,8 @@ TYPES = {field.name: type(field.default) for field in fields(NetworkSpec)} | {
 
 def _in_range(name: str, value) -> bool:
     """Whether an entry of a record, of the right type, may have this value."""
-    if name in LARGEST:
-        return 0 < value <= LARGEST[name]
+    if name in LIMITS:
+        return 0 < value <= LIMITS[name]
     if name in WORDS:
         return value in WORDS[name]
     if name in ("mean", "std"):

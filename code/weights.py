@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 
 RECORD = "record"  # in the metadata of an exported file
-SHOWN = 3  # differences in an error
+SHOWN_DIFFERENCES = 3  # differences in an error
 WRAPPERS = ("module", "_orig_mod")  # parts of names that DataParallel and torch.compile put there
 
 
@@ -162,7 +162,8 @@ def load(path: str | Path, content: dict, network: torch.nn.Module, flags: str =
     differing = [key for key in expected | found if expected.get(key) != found.get(key)]
     if differing:
         listed = "; ".join(
-            f"{key}: expected {expected.get(key, 'none')}, found {found.get(key, 'none')}" for key in differing[:SHOWN]
+            f"{key}: expected {expected.get(key, 'none')}, found {found.get(key, 'none')}"
+            for key in differing[:SHOWN_DIFFERENCES]
         )
         raise ValueError(
             f"{path} is of another network: {len(differing)} of {len(expected | found)} tensors differ ({listed}). "

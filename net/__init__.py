@@ -16,7 +16,7 @@ from net.pretrained import imagenet_file, load_weights
 from net.resnet import LAYERS, ResNet
 from proxy_anchor import cli
 from proxy_anchor.files import sha256
-from proxy_anchor.spec import HEADS, LARGEST, NetworkSpec
+from proxy_anchor.spec import HEADS, LIMITS, NetworkSpec
 from proxy_anchor.vectors import DISTANCES
 
 BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
@@ -45,14 +45,14 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
     )
     add(
         "--embedding-size",
-        type=cli.integer(1, LARGEST["embedding_size"]),
+        type=cli.integer(1, LIMITS["embedding_size"]),
         metavar="D",
         help="dimensions of an embedding; fewer make search faster and recall lower" + default["embedding_size"],
     )
     add("--l2-norm", **cli.one_of(0, 1), help="1: embeddings of unit length; 0: of any length" + default["l2_norm"])
     add(
         "--image-size",
-        type=cli.integer(1, LARGEST["image_size"]),
+        type=cli.integer(1, LIMITS["image_size"]),
         metavar="PIXELS",
         help="side of the square image that the network sees; larger images show more and take longer (default: 224, "
         "or what a network of timm was made for)",
@@ -139,15 +139,16 @@ def spec_of(
 
 
 def expects(name: str) -> dict:
-    """How a network's pretrained weights expect their images: image_size; for timm's, all that a checkpoint records.
+    """The input that a network's pretrained weights expect: image_size and, for timm's, the rest of a record.
 
-    That is mean, std, interpolation, crop and crop_mode; ours see their images as published, see dataset/transforms.py.
+    That is mean, std, interpolation, crop and crop_mode. Built-in networks see images as published, see
+    dataset/transforms.py.
     """
     return {"image_size": IMAGE_SIZE} if name in BACKBONES else timm_backbones.expects(name)
 
 
 def license_of(name: str) -> str:
-    """What is known of the license of a network's pretrained weights."""
+    """The license of a network's pretrained weights, as far as it is known."""
     if name in LAYERS or name == "googlenet":
         return "unknown; they are torchvision's, whose code is under the BSD 3-clause license, trained on ImageNet"
     if name in BACKBONES:
@@ -236,7 +237,7 @@ def check_identity(pretrained: str | None, recorded: dict) -> None:
 
 
 def pooled_features(name: str, image_size: int) -> int:
-    """How many numbers the backbone pools an image into."""
+    """The number of features that the backbone pools an image into."""
     with torch.device("meta"):
         return create(name, None, image_size=image_size).embedding_size
 

@@ -57,7 +57,7 @@ class EmbeddingNet(nn.Module):
         return embeddings
 
     def train(self, mode: bool = True):
-        """As for every module, but frozen layers, and with bn_freeze BatchNorm, stay in eval mode."""
+        """As for every module, except that frozen layers, and BatchNorm with bn_freeze, stay in eval mode."""
         super().train(mode)
         for module in [*self._frozen(self.model.named_modules()), *(self.model.norms() if self.bn_freeze else ())]:
             module.eval()

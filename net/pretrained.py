@@ -162,7 +162,7 @@ def _weights(path: Path, content: dict) -> dict[str, torch.Tensor]:
 
 
 def _prefix(state: dict, expected) -> str:
-    """What most of the names of `expected` begin with here: the first one of equals.
+    """The prefix under which most of the names in `expected` occur here; "" if fewer than half do.
 
     Files of timm may have other names, which it translates; a prefix of few of them means nothing.
     """

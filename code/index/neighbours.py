@@ -151,5 +151,5 @@ def _read(file, mapped):
 
 
 def _path(file):
-    """Of an open file, which may have been deleted meanwhile."""
+    """A path to an open file, valid even after the file is deleted."""
     return f"/dev/fd/{file.fileno()}"

@@ -19,7 +19,7 @@ from proxy_anchor.metrics import plain
 from proxy_anchor.runs import randomness
 from proxy_anchor.sharded import ShardedProxyAnchor
 from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.weights import SHOWN, digest, read
+from proxy_anchor.weights import SHOWN_DIFFERENCES, digest, read
 
 PROGRESS = {"epoch": int, "losses": list, "seconds": float, "rows": list}  # see run.Run
 
@@ -77,7 +77,7 @@ def load(path: Path, network: torch.nn.Module, components: dict) -> dict:
             component.load_state_dict(content[name])
             saved = settings(component)
             if different := sorted(key for key in current.keys() & saved if current[key] != saved[key]):
-                listed = ", ".join(f"{key} {saved[key]}, now {current[key]}" for key in different[:SHOWN])
+                listed = ", ".join(f"{key} {saved[key]}, now {current[key]}" for key in different[:SHOWN_DIFFERENCES])
                 raise ValueError(f"its {name} has other settings: {listed}")
         randomness.restore(content["random"])
     except Exception as error:  # each component raises its own kinds of errors

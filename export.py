@@ -12,8 +12,7 @@ import torch
 import dataset
 import net
 from dataset import transforms
-from dataset.files import describe_skipped
-from dataset.folder import scan
+from dataset.folder import images_at
 from net.backbone import Backbone
 from proxy_anchor import cli, evaluation, exported, metrics
 from proxy_anchor.checkpoint import Checkpoint, in_run
@@ -100,7 +99,9 @@ def export(args: argparse.Namespace) -> None:
     network = args.checkpoint.open(args.spec, net.from_spec)
     reference = exported.InferenceNet(network, args.spec.distance)
     record = describe(args, network.model)
-    test_sets = [] if args.check else open_test_sets(args)
+    choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
+    geometry = args.spec.image_size, args.spec.geometry
+    test_sets = [] if args.check else dataset.eval_sets(args.dataset, args.data_root, *geometry, **choice)
     images = images_to_check(args, test_sets)
 
     copy = deepcopy(reference)
@@ -148,25 +149,9 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
     return record | ({"threshold": threshold} if threshold else {})
 
 
-def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
-    choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
-    test_sets = dataset.eval_sets(args.dataset, args.data_root, args.spec.image_size, args.spec.geometry, **choice)
-    return test_sets
-
-
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
     """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
-    if args.check:
-        folder = scan(Path(args.check))
-        paths, remark = folder.images, describe_skipped(folder.skipped)
-        if not paths:
-            raise FileNotFoundError(f"There are no images in {args.check}{f'. {remark}' * bool(remark)}")
-        if remark:
-            print(remark)
-        transform = transforms.evaluation(args.spec.image_size, **args.spec.geometry)
-        images = dataset.ImageDataset(paths, np.zeros(len(paths), dtype=int), [""], transform)
-    else:
-        images = test_sets[0]
+    images = dataset.unlabelled(images_at(args.check), args.spec) if args.check else test_sets[0]
     chosen = np.linspace(0, len(images) - 1, CHECKED).round().astype(int)  # of fewer, some several times
     return torch.stack([images[i][0] for i in chosen])
 

@@ -15,10 +15,9 @@ import torch
 
 import dataset
 import net
-from dataset import transforms
-from dataset.files import BadFile, describe_skipped, is_hidden, read_image
+from dataset.files import BadFile, is_hidden, read_image
 from dataset.folder import images as images_in
-from dataset.folder import scan
+from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
@@ -229,7 +228,7 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     seen = added = 0
     for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
         paths = [image for paths in block.values() for image in paths]
-        images = unlabelled(paths, index.spec)
+        images = dataset.unlabelled(paths, index.spec)
         if args.skip_bad_images:
             dataset.leave_out_bad([images], args.workers)
         if len(images):
@@ -317,35 +316,6 @@ def has_images(entry: str) -> bool:
     return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
 
 
-def images_at(*locations: str) -> list[str]:
-    """The image files at these paths, of files or folders; prints a line on other files in the folders.
-
-    Raises FileNotFoundError for a path without images.
-    """
-    paths: list[str] = []
-    skipped: Counter[str] = Counter()
-    for location in locations:
-        if not os.path.exists(location):
-            raise FileNotFoundError(f"There is no {location}")
-        if os.path.isdir(location):
-            folder = scan(Path(location))
-            if not folder.images:
-                remark = describe_skipped(folder.skipped)
-                raise FileNotFoundError(f"There are no images in {location}{f'. {remark}' * bool(remark)}")
-            skipped += folder.skipped
-        paths += folder.images if os.path.isdir(location) else [location]
-    if skipped:
-        print(describe_skipped(skipped), file=sys.stderr)
-    return paths
-
-
-def unlabelled(paths: list[str], spec: NetworkSpec) -> dataset.ImageDataset:
-    """Images without labels, as a network sees them."""
-    transform = transforms.evaluation(spec.image_size, **spec.geometry)
-    labels = np.zeros(len(paths), dtype=int)
-    return dataset.ImageDataset(paths, labels, [""], transform, upright=spec.orientation == "upright")
-
-
 def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[torch.nn.Module, str]:
     """The network that a spec describes, and its identity.
 
@@ -375,7 +345,7 @@ class Answer(NamedTuple):
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image, or of each folder's mean."""
     index, network, checkpoint = open_index(args)
-    images = unlabelled(images_at(*args.images), index.spec)
+    images = dataset.unlabelled(images_at(*args.images), index.spec)
     check_save(args.save, images.paths, index)
     workers = dataset.WORKERS if len(images) > QUERIES else 0
     bad = images.find_bad(workers)

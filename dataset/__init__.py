@@ -50,7 +50,7 @@ from dataset.images import size as size
 from dataset.loading import eval_loader, train_loader
 from proxy_anchor import cli
 from proxy_anchor.files import printable, quantity
-from proxy_anchor.spec import CROP
+from proxy_anchor.spec import CROP, NetworkSpec
 
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
@@ -258,6 +258,13 @@ def eval_sets(
 
 def _default_geometry(name: str) -> dict:
     return {"crop": crop_of(name) or CROP}
+
+
+def unlabelled(paths: list[str], spec: NetworkSpec) -> ImageDataset:
+    """Images without labels, as a network sees them."""
+    transform = transforms.evaluation(spec.image_size, **spec.geometry)
+    labels = np.zeros(len(paths), dtype=int)
+    return ImageDataset(paths, labels, [""], transform, upright=spec.orientation == "upright")
 
 
 def crop_of(name: str) -> float | None:

@@ -5,6 +5,7 @@ With --test-classes FILE, the file lists the folders of the test classes, one pe
 
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -92,6 +93,28 @@ def scan(folder: Path) -> Contents:
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             starts += [path for name in folders if (path := Path(parent, name)).is_symlink()]  # after all others
     return Contents(sorted(images), linked, hidden, skipped)
+
+
+def images_at(*locations: str) -> list[str]:
+    """The image files at these paths, of files or folders; prints a line on other files in the folders.
+
+    Raises FileNotFoundError for a path without images.
+    """
+    paths: list[str] = []
+    skipped: Counter[str] = Counter()
+    for location in locations:
+        if not os.path.exists(location):
+            raise FileNotFoundError(f"There is no {location}")
+        if os.path.isdir(location):
+            folder = scan(Path(location))
+            if not folder.images:
+                remark = files.describe_skipped(folder.skipped)
+                raise FileNotFoundError(f"There are no images in {location}{f'. {remark}' * bool(remark)}")
+            skipped += folder.skipped
+        paths += folder.images if os.path.isdir(location) else [location]
+    if skipped:
+        print(files.describe_skipped(skipped), file=sys.stderr)
+    return paths
 
 
 def remarks(root: Path) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 import trees
 from helpers import arguments
 
+import dataset
 import evaluate
 import export
 import net
@@ -197,7 +198,7 @@ def test_index_is_of_the_weights_that_it_names(photos, replaced, tmp_path):
     index = search.Index.open(tmp_path / "index")
     assert index.made["weights"] == identity
     torch.manual_seed(0)
-    image = search.unlabelled([index.images[0][0]], index.spec)[0][0]
+    image = dataset.unlabelled([index.images[0][0]], index.spec)[0][0]
     network = net.create("tiny", 8).eval()
     with torch.inference_mode():
         expected = network(network.normalize(image[None]))[0]

@@ -231,7 +231,7 @@ def test_search_with_the_student(logs, cub_root, tmp_path, capsys):
     network = net.create("tiny", 8, l2_norm=False)
     checkpoint.load(best, network)
     paths = [result["query"] for result in results]
-    images = search.unlabelled(paths, NetworkSpec("tiny", 8, 32))
+    images = dataset.unlabelled(paths, NetworkSpec("tiny", 8, 32))
     x = Embedder(network, torch.device("cpu")).embed(dataset.eval_loader(images, 50, 0)).vectors
     nearest = torch.cdist(x.double(), x.double()).topk(4, largest=False)
     for result, distances, order in zip(results, *nearest):

@@ -88,7 +88,7 @@ def test_setup_lines_of_the_readme():
     """.ci/run looks for the two lines."""
     lines = README.read_text().splitlines()
     assert "pip install -r requirements.txt && python train.py --dataset glyphs" in lines
-    assert "pip install -r requirements-dev.txt && python -m pytest" in lines
+    assert "pip install -r requirements-dev.txt && python -m pytest -n 2 --dist loadfile" in lines
 
 
 def test_commands_for_photos_run(tmp_path, monkeypatch):

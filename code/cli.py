@@ -147,7 +147,7 @@ def set_recorded(parser: argparse.ArgumentParser, values: dict, source: Path) ->
     parser.exit_on_error = True
 
 
-# What torch and the system say when memory runs out, and what to do about it.
+# Messages of torch and the system when memory runs out, with advice.
 NO_MEMORY = "The memory is exhausted: choose a smaller --batch-size or --image-size, or fewer --workers"
 SMALL_SHM = (
     "/dev/shm is too small for the workers: choose fewer --workers (0 needs none) or make it larger "

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 
 RECORD = "record"  # in the metadata of an exported file
-SHOWN_DIFFERENCES = 3  # differences in an error
+SHOWN_DIFFERENCES = 3  # in an error
 WRAPPERS = ("module", "_orig_mod")  # parts of names that DataParallel and torch.compile put there
 
 
@@ -43,16 +43,14 @@ def read(path: str | Path, mmap: bool = False) -> dict:
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(path, str(error))) from error
     except Exception as error:  # torch.load raises nearly anything on damaged files
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        raise ValueError(f"{path} is damaged or not a checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: expected a dict, found {type(content).__name__}")
     return content
 
 
 def refusal(path: str | Path, reason: str) -> str:
-    """Why torch.load does not read a file with weights_only, and what to do about it."""
+    """The error for a file that torch.load refuses with weights_only, with the remedy."""
     if not (name := re.search(r"GLOBAL ([\w.]{1,100})", reason)):
         return f"{path} is not a checkpoint, or it holds more than tensors and is refused, because it could run code"
     return (

@@ -124,9 +124,9 @@ def spec_of(
             check(spec)
         else:
             defaults = {name: value for name, value in DEFAULTS.items() if name != "pretrained"}
-            check_name(given.get("model", DEFAULTS["model"]))
-            expected = expects(given.get("model", DEFAULTS["model"]))
-            spec = NetworkSpec(**defaults | expected | given | ({"crop": crop} if crop else {}))
+            model = given.get("model", DEFAULTS["model"])
+            check_name(model)
+            spec = NetworkSpec(**defaults | expects(model) | given | ({"crop": crop} if crop else {}))
     except (ImportError, ValueError) as error:
         parser.error(f"argument --{'resume' if recorded else 'model'}: {error}")
     if not accepts(spec.model, spec.image_size):

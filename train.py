@@ -1,6 +1,7 @@
 """Train an embedding network with the Proxy-Anchor loss, or another, and measure Recall@K after every epoch."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, evaluation, hardware, loss_registry, training
+from proxy_anchor import checkpoint, cli, collectives, evaluation, hardware, loss_registry, training
 from proxy_anchor.embedding import Embedder, sync_batchnorm
 from proxy_anchor.progress import progress
-from proxy_anchor.runs import logbook, randomness, run_folders
+from proxy_anchor.runs import features, logbook, randomness, run_folders
 from proxy_anchor.runs.run import Run, ending
 
 EXAMPLES = """examples:
@@ -45,7 +46,7 @@ def parse(argv=None) -> argparse.Namespace:
             dataset.validation.later_options(),
         ],
     )
-    args = run_folders.parse(parser, argv, dataset.recipe)
+    args = run_folders.parse(parser, argv, recipe)
     dataset.check_arguments(parser, args, args.dataset)
     args.spec = net.spec_of(parser, args, crop=dataset.crop_of(args.dataset))
     args.image_size = args.spec.image_size
@@ -56,6 +57,11 @@ def parse(argv=None) -> argparse.Namespace:
     if args.epochs == 0 and args.resume:
         parser.error("argument --epochs: 0 evaluates an untrained network, so there is no run to resume")
     return args
+
+
+def recipe(args: argparse.Namespace) -> dict:
+    """The defaults of the dataset and of --frozen, which comes first."""
+    return dataset.recipe(args.dataset) | (training.FROZEN if args.frozen else {})
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -69,7 +75,7 @@ def run_name(args: argparse.Namespace) -> str:
         lr=args.lr,
         batch_size=args.batch_size,
         seed=args.seed,
-        remark=args.remark,
+        remark="_frozen" * args.frozen + args.remark,
         fold=args.fold,
     )
 
@@ -98,7 +104,7 @@ def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1)
         batch_size=args.batch_size,
         images_per_class=args.IPC,
         seed=args.seed,
-        workers=args.workers,
+        workers=0 if args.frozen else args.workers,
         share=(collectives.rank(), collectives.world_size()),
         views=views,
     )
@@ -127,6 +133,28 @@ def create_network(args: argparse.Namespace, config: dict, resume: Path | None, 
     network.freeze(args.freeze)
     sync_batchnorm(network, device, bool(args.bn_freeze))
     return network
+
+
+def use_features(
+    args: argparse.Namespace, data: dataset.TrainingData, network, device: torch.device, resume: Path | None
+) -> None:
+    """Put the pooled features of the frozen backbone in the place of the images; each image is embedded once."""
+    if resume and (resume / run_folders.LAST).exists():
+        checkpoint.load(resume / run_folders.LAST, network)
+    spec = dataclasses.replace(args.spec, orientation=data.record["orientation"])
+    backbone = Embedder(net.PooledBackbone(network.model), device)
+    share = (collectives.rank(), collectives.world_size())
+
+    def embed(paths):
+        images = dataset.unlabelled(paths, spec)
+        return backbone.embed(dataset.eval_loader(images, args.batch_size, args.workers, share), "features").vectors
+
+    image_sets = [loader.dataset for loader in (data.train_loader, *data.test_loaders)]
+    paths = [path for images in image_sets for path in images.paths]
+    folder = features.folder(Path(args.LOG_DIR, f"features_{args.dataset}"), spec, network)
+    rows = features.of_images(folder, paths, backbone.network.embedding_size, embed)
+    for images, of_split in zip(image_sets, rows.split([len(images) for images in image_sets])):
+        images.features = of_split
 
 
 def create_criterion(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
@@ -158,7 +186,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     config = configuration(args, data, device)
     resume = run_folders.to_resume(run_name(args), config)
     network = create_network(args, config, resume, device)
-    embedder = Embedder(network, device, args.amp, args.compile)
+    if args.frozen:
+        use_features(args, data, network, device, resume)
+    embedder = Embedder(net.Head(network) if args.frozen else network, device, args.amp, args.compile)
     criterion = create_criterion(args, data.num_classes).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
@@ -176,7 +206,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **state) as run:
         if args.pretrained != "none":
-            backbone = Embedder(net.PooledBackbone(network.model), device, args.amp)
+            backbone = net.PooledBackbone(network.model)
+            backbone = Embedder(net.Head(backbone) if args.frozen else backbone, device, args.amp)
             run.measure_backbone(lambda: evaluate(backbone, run.stop))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
@@ -202,7 +233,7 @@ def start(args: argparse.Namespace, device: torch.device) -> None:
     randomness.seed(args.seed)
     print(hardware.describe(device))
     if args.recipe:
-        print(f"Defaults of {args.dataset}: {args.recipe}")
+        print(f"Defaults of {args.dataset}{', --frozen' * getattr(args, 'frozen', False)}: {args.recipe}")
 
 
 def main(argv=None):

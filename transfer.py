@@ -115,9 +115,9 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def recipe(dataset_name: str) -> dict:
+def recipe(args: argparse.Namespace) -> dict:
     """The defaults of a dataset, with the published epochs."""
-    return dataset.recipe(dataset_name) | ({"epochs": EPOCHS[dataset_name]} if dataset_name in EPOCHS else {})
+    return dataset.recipe(args.dataset) | ({"epochs": EPOCHS[args.dataset]} if args.dataset in EPOCHS else {})
 
 
 def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -43,9 +43,9 @@ class Scaler(torch.amp.GradScaler):
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    network: a net.EmbeddingNet or net.PooledBackbone. amp: "none", or "bf16" or "fp16" for the network's products, with
-    a scaler for the gradients of fp16 (else an idle one). compile: with torch.compile. A network of an exported file
-    runs as it is: ValueError for it with amp or compile.
+    network: a net.EmbeddingNet or net.PooledBackbone, or a net.Head, for which images are their features (B, C). amp:
+    "none", or "bf16" or "fp16" for the network's products, with a scaler for the gradients of fp16 (else an idle one).
+    compile: with torch.compile. A network of an exported file runs as it is: ValueError for it with amp or compile.
     """
 
     def __init__(self, network, device: torch.device, amp: str = "none", compile: bool = False):
@@ -61,7 +61,8 @@ class Embedder:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         images = self.network.normalize(images)
-        images = images.contiguous(memory_format=memory_format(self.device, images.shape[-1]))
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=memory_format(self.device, images.shape[-1]))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             embeddings = self.replica(images)
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

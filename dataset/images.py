@@ -23,6 +23,7 @@ class ImageDataset(Dataset):
     alone determine the random numbers.
 
     groups (N,): group numbers (of bursts, cameras, ...) or None. A query is not compared with images of its group.
+    features (N, C): if set, an item is (features (C,), label), and no image is read.
     upright: whether images are rotated according to EXIF, see files.to_tensor.
     """
 
@@ -45,6 +46,7 @@ class ImageDataset(Dataset):
         self.upright = upright
         self.left_out = ""  # a line on skipped files of the folders, see files.describe_skipped
         self.cache: Cache | None = None
+        self.features: torch.Tensor | None = None
         self.total = len(paths)
         self.numbers = np.arange(len(paths))  # within the whole split, even if some images are left out
 
@@ -57,6 +59,8 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key):
         index = key[-1] if isinstance(key, tuple) else key
+        if self.features is not None:
+            return self.features[index], int(self.labels[index])
         image = read_image(self.paths[index], self.upright) if self.cache is None else self.cache[index]
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):

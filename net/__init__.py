@@ -11,6 +11,7 @@ from net import timm_backbones
 from net.backbone import Backbone
 from net.bn_inception import BNInception
 from net.embedding_net import EmbeddingNet, PooledBackbone
+from net.embedding_net import Head as Head
 from net.googlenet import GoogLeNet
 from net.pretrained import imagenet_file, load_weights
 from net.resnet import LAYERS, ResNet

@@ -1,4 +1,4 @@
-"""The embedding network: a backbone, the published head and an l2 norm; or the backbone alone."""
+"""The embedding network: a backbone, the published head and an l2 norm; or either of them alone."""
 
 from collections.abc import Callable
 from functools import partial
@@ -48,7 +48,10 @@ class EmbeddingNet(nn.Module):
                 norm.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.model.pooled(images)  # (B, C)
+        return self.embed(self.model.pooled(images))
+
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, C) -> embeddings (B, D)."""
         if self.head == "layernorm":
             features = F.layer_norm(features, features.shape[1:])
         embeddings = self.model.embedding(features)  # (B, D)
@@ -95,7 +98,25 @@ class PooledBackbone(nn.Module):
         self.normalize = Normalize(backbone.mean, backbone.std, backbone.bgr)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model.pooled(images)
+        return self.embed(self.model.pooled(images))
+
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, C) are the embeddings."""
+        return features
+
+
+class Head(nn.Module):
+    """Pooled features (B, C) -> embeddings (B, D), as a network computes them, with which it shares its weights."""
+
+    def __init__(self, network: EmbeddingNet | PooledBackbone):
+        super().__init__()
+        self.embedding = getattr(network.model, "embedding", None)  # its parameters
+        self.embed = network.embed
+        self.embedding_size = network.embedding_size
+        self.normalize = nn.Identity()  # images were normalized before the backbone
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.embed(features)
 
 
 def within(key: str, name: str) -> bool:

@@ -30,7 +30,7 @@ WANDB_VARIABLES = {  # by which the user overrides the settings of a wandb run
     "id": "WANDB_RUN_ID",
     "resume": "WANDB_RESUME",
 }
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "matplotlib", "pytorch-metric-learning")
 
 
 def options() -> argparse.ArgumentParser:

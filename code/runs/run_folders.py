@@ -37,6 +37,7 @@ LEGACY_DEFAULTS = {
     "fold": None,
     "by": "R@1",
     "freeze": "",
+    "frozen": False,
     "embedding_lr": 1.0,
     "eps": None,
     "head": "linear",
@@ -211,12 +212,12 @@ def read_backbone(folder: Path) -> dict[str, float] | None:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe_of) -> argparse.Namespace:
     """Parse the command line of a training; defaults come from the dataset's recipe, or from the run to resume.
 
-    recipe_of(name of a dataset) -> {argument: default}, of which the parser may lack some. args.recipe lists the
-    defaults of the recipe that are in use.
+    recipe_of(arguments) -> {argument: default}, of which the parser may lack some. args.recipe lists the defaults of
+    the recipe that are in use.
     """
     args = parser.parse_args(argv)
     if args.resume in (None, "auto"):
-        recipe = {name: value for name, value in recipe_of(args.dataset).items() if name in args}
+        recipe = {name: value for name, value in recipe_of(args).items() if name in args}
         parser.set_defaults(**recipe)
         args = parser.parse_args(argv)
         used = [f"--{name.replace('_', '-')} {value}" for name, value in recipe.items() if getattr(args, name) == value]

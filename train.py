@@ -149,7 +149,7 @@ def use_features(
         images = dataset.unlabelled(paths, spec)
         return backbone.embed(dataset.eval_loader(images, args.batch_size, args.workers, share), "features").vectors
 
-    image_sets = [loader.dataset for loader in (data.train_loader, *data.test_loaders)]
+    image_sets: Any = [loader.dataset for loader in (data.train_loader, *data.test_loaders)]
     paths = [path for images in image_sets for path in images.paths]
     folder = features.folder(Path(args.LOG_DIR, f"features_{args.dataset}"), spec, network)
     rows = features.of_images(folder, paths, backbone.network.embedding_size, embed)
@@ -206,8 +206,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **state) as run:
         if args.pretrained != "none":
-            backbone = net.PooledBackbone(network.model)
-            backbone = Embedder(net.Head(backbone) if args.frozen else backbone, device, args.amp)
+            pooled = net.PooledBackbone(network.model)
+            backbone = Embedder(net.Head(pooled) if args.frozen else pooled, device, args.amp)
             run.measure_backbone(lambda: evaluate(backbone, run.stop))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)

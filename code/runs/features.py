@@ -87,7 +87,8 @@ def of_images(folder: Path, paths: list[str], size: int, embed) -> torch.Tensor:
     process alone reads and writes the store; another run that uses it waits. Raises as FeatureStore.
     """
     processes = collectives.world()
-    with _locked_store(folder) if processes.rank == 0 else nullcontext() as store:
+    opened: Any = _locked_store(folder) if processes.rank == 0 else nullcontext()
+    with opened as store:
         # Taken before the images are read, so later changes are detected next time.
         images = collectives.from_rank_zero(lambda: [(os.path.abspath(path), stamp([path])) for path in paths])
         missing = collectives.from_rank_zero(lambda: [image for image in dict.fromkeys(images) if image not in store])

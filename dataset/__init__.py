@@ -83,7 +83,8 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         "--test-classes",
         type=cli.path,
         metavar="FILE",
-        help="with --dataset folder: the names of the test classes, one per line (default: the second half)",
+        help="with --dataset folder: a file with the names of the test classes, one per line, or none to train on all "
+        "classes (default: the second half)",
     )
     add(
         "--allow-partial",
@@ -172,7 +173,7 @@ def _load(name, root, requested, transform, allow_partial=False, test_classes=No
     if test_classes:
         if name != "folder":
             raise ValueError(f"--test-classes is for --dataset folder: {name} has its own split")
-        choice = {"test_classes": Path(test_classes)}
+        choice = {"test_classes": test_classes}
     available = splits(name, root)
     for split in requested:
         if split not in available:
@@ -338,6 +339,10 @@ def for_training(
 ) -> TrainingData:
     """The splits of open_splits with their loaders; images_per_class, seed, share, views: see loading.train_loader."""
     train_images, *test_images = splits.values()
+    prefix, notes = validation.PREFIX if validation.VAL_FOLD in splits else "", remark(test_images)
+    if test_images[0].paths == train_images.paths:
+        prefix = validation.PREFIX_TRAINED
+        notes = f"No class is held out: {prefix}R@1 shows how well the training images are learned.\n{notes}"
     loader = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
     batches: Any = loader.batch_sampler
     return TrainingData(
@@ -346,8 +351,8 @@ def for_training(
         [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
         train_images.num_classes,
         ALL[name].KS,
-        validation.PREFIX if validation.VAL_FOLD in splits else "",
+        prefix,
         batches.images_per_batch,
-        f"{describe(splits)}\n{remark(test_images)}",
+        f"{describe(splits)}\n{notes}",
         record(splits, root),
     )

@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
         ("loss_time.py --batch 8 --classes 20 --size 8 --rounds 1", "ours"),
         ("loss_memory.py --batch 8 --size 8 --classes 50 --most 100", "peak memory"),
         ("recall_time.py --images 2100 --size 8 --rounds 1", "ours"),
+        ("frozen.py --images 40 --classes 8 --features 16 --embedding-size 8 --batch-size 10", "| training "),
         ("processes.py --images 50 --batch-size 8 --image-size 32 --rounds 1", "two training steps"),
         ("backbones.py --models resnet18 --batch-size 2 --image-size 32 --rounds 1", "| resnet18 | 11.2 | 512 |"),
         (

@@ -63,7 +63,7 @@ def read(monkeypatch):
 def test_trains_as_the_equation_on_features_of_the_backbone(cub_root, weights, logs):
     """Written out: no augmentation, the features of whole batches, a linear layer and the proxies under AdamW."""
     torch.manual_seed(1)
-    network = net.create("tiny", 8, weights).eval()
+    network = net.create("tiny", 8, weights, head="orthogonal").eval()
     layer, proxies = network.model.embedding, losses.ProxyAnchor(4, 8).proxies
     spec = train.parse(flags(cub_root, weights, logs)).spec
     train_set = dataset.load("cub", cub_root, "train", allow_partial=True)

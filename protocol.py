@@ -222,7 +222,7 @@ def settings_in(folder: Path) -> dict | None:
     if folder.is_dir() and not path.exists() and not all(file.name.startswith(".") for file in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a folder of protocol.py's results: choose another --out")
     try:
-        older = {"loss_args": "", "loss_sha256": None}  # what older results do not record
+        older = {"loss_args": "", "loss_sha256": None, "frozen": False}  # what older results do not record
         return older | json.loads(path.read_text())["settings"] if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not one of protocol.py: {error}; choose another --out") from error

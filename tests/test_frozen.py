@@ -13,11 +13,12 @@ from helpers import arguments, fails, read_figures, read_metrics, run_folder, st
 import dataset
 import evaluate
 import net
+import protocol
 import train
 from dataset import images
 from dataset.loading import RandomBatches
 from proxy_anchor import checkpoint, losses, training
-from proxy_anchor.runs import features, logbook, run_folders
+from proxy_anchor.runs import child, features, logbook, run_folders
 
 NAME = "tiny_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8_frozen"
 
@@ -266,6 +267,14 @@ def test_recipe_is_printed_and_flags_come_first(cub_root, weights, tmp_path, cap
 )
 def test_contradictions_are_refused(capsys, line, words):
     fails(lambda: train.parse(["--frozen", *line.split()]), capsys, words, code=2)
+
+
+def test_protocol_embeds_each_image_once(cub_root, weights, tmp_path, monkeypatch, read):
+    """Two seeds, each on the first half of the classes and then on all."""
+    monkeypatch.setattr(child, "run", lambda command: train.main(command[2:]) or 0)
+    protocol.main(["--seeds", "1", "2", "--", *flags(cub_root, weights, tmp_path)])
+    assert len(list((tmp_path / "logs_cub").iterdir())) == 4
+    assert len(read) == len(set(read)) == 42
 
 
 @pytest.mark.slow

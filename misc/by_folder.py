@@ -23,9 +23,9 @@ def recall_by_folder(vectors: torch.Tensor, labels: torch.Tensor) -> float:
     x = normalize(vectors.double())
     sums = torch.zeros(int(labels.max()) + 1, x.shape[1], dtype=x.dtype).index_add_(0, labels, x)
     similarities = x @ normalize(sums).T
-    rows = torch.arange(len(x))
-    own = (x * normalize(sums[labels] - x)).sum(dim=1)  # a folder with one image has no mean: 0
-    similarities[rows, labels] = -torch.inf
+    similarities[torch.arange(len(x)), labels] = -torch.inf
+    own = (x * normalize(sums[labels] - x)).sum(dim=1)
+    own[labels.bincount()[labels] == 1] = -torch.inf  # nothing is left of its folder
     return (own > similarities.max(dim=1).values).double().mean().item()
 
 

@@ -177,13 +177,15 @@ def main(argv=None):
         things = {name: stamps / "tuxpaint/stamps" / f"{path}.png" for name, path in THINGS.items()}
         nature = [mate / "backgrounds/mate/nature" / f"{name}.jpg" for name in NATURE.split()]
         wallpapers = [plasma / "wallpapers" / name / "contents/images/2560x1600.jpg" for name in WALLPAPERS.split()]
+        if missing := [path.name for path in (*things.values(), *nature, *wallpapers) if not path.exists()]:
+            raise OSError(f"{missing[0]} is not in these packages: expected those of Debian 12 or 13")
         compose(things, nature + wallpapers, folder)
         notices = [
-            f"From Debian's package {package}:\n\n{(share / 'doc' / package / 'copyright').read_text()}"
+            f"From Debian's package {package}:\n\n{(share / 'doc' / package / 'copyright').read_text('utf-8')}"
             for package, share in ((STAMPS, stamps), (MATE, mate), (PLASMA, plasma))
         ]
-        (folder / "LICENSES.txt").write_text("\n".join(notices))
-        print(f"{PHOTOS} photographs each of {len(things)} things are in {folder}; their licences in LICENSES.txt")
+        (folder / "LICENSES.txt").write_text("\n".join(notices), "utf-8")
+        print(f"{PHOTOS} photographs each of {len(things)} things are in {folder}, their licences in LICENSES.txt")
 
 
 if __name__ == "__main__":

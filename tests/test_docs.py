@@ -71,6 +71,8 @@ def test_there_are_no_other_commands():
         "python misc/compare.py logs/logs_glyphs/*",
         "python misc/efficientnet_lite0.py",
         "python misc/backbones.py",
+        "python misc/by_folder.py",
+        "python misc/things.py",
         "python benchmarks/backbones.py",
     )
     for page in PAGES:

@@ -70,6 +70,8 @@ def test_there_are_no_other_commands():
         "python -m pytest",
         "python misc/compare.py logs/logs_glyphs/*",
         "python misc/backbones.py",
+        "python misc/by_folder.py",
+        "python misc/things.py",
         "python benchmarks/backbones.py",
     )
     for page in PAGES:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset import transforms
 from dataset.cache import Cache
 from dataset.check import inspect
 from dataset.files import read_image
@@ -67,10 +68,20 @@ class ImageDataset(Dataset):
         return image, int(self.labels[index])
 
     def use_cache(self, folder: Path, workers: int, progress, report) -> None:
-        """Read the images from a Cache in this folder, which is built if necessary; see Cache.build."""
-        cache = Cache(folder, self.paths, self.upright)
+        """Read the images from a Cache in this folder, which is built if necessary; see Cache.build.
+
+        Evaluation's crops are cached as they are. Photographs of one's own, which may be large, are reduced to what
+        training crops need; those of the benchmarks, which are not upright, keep every pixel.
+        """
+        stored: transforms.Evaluation | transforms.Reduction | None = None
+        rest = self.transform
+        if isinstance(self.transform, transforms.Evaluation):
+            stored, rest = self.transform, None
+        elif self.upright and isinstance(self.transform, transforms.RandomCrop):
+            stored = transforms.Reduction(self.transform.area)
+        cache = Cache(folder, self.paths, self.upright, stored)
         cache.build(workers, progress, report)
-        self.cache = cache
+        self.cache, self.transform = cache, rest
 
     def find_bad(self, workers: int) -> dict[str, str]:
         """{path: reason} of unreadable images; decodes all images."""

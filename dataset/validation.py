@@ -11,7 +11,7 @@ from dataset.images import ImageDataset
 from proxy_anchor import cli
 
 VAL_FOLD = "val"  # the fold that a dataset defines itself
-PREFIX = "val/"  # of metric names
+PREFIX, PREFIX_TRAINED = "val/", "train/"  # of the names of metrics, of held-out classes and of the training images
 
 
 def options() -> argparse.ArgumentParser:

@@ -233,7 +233,7 @@ def start(args: argparse.Namespace, device: torch.device) -> None:
     randomness.seed(args.seed)
     print(hardware.describe(device))
     if args.recipe:
-        print(f"Defaults of {args.dataset}{', --frozen' * getattr(args, 'frozen', False)}: {args.recipe}")
+        print(f"Defaults of {args.dataset}{', --frozen' * args.frozen}: {args.recipe}")
 
 
 def main(argv=None):

@@ -41,6 +41,7 @@ RECIPE = {
     "embedding_lr": 1.0,
     "eps": None,
     "freeze": "",
+    "frozen": False,
 }
 EPOCHS = {"SOP": 150}  # published
 SOURCE_FLAGS = "--source-model and --source-embedding-size"

@@ -1,17 +1,17 @@
 """Search images by their content: build an index with a network, then find the neighbours of other images."""
 
+from __future__ import annotations
+
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dataset
 import net
@@ -19,14 +19,15 @@ from dataset.files import BadFile, is_hidden, read_image
 from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
-from proxy_anchor.checkpoint import Checkpoint, in_run
-from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
-from proxy_anchor.index import entries
-from proxy_anchor.index.store import EXACT, IMAGES, RECALL_AT, Index, lock
 from proxy_anchor.spec import ORIENTATIONS, NetworkSpec
-from proxy_anchor.vectors import to_nearness
-from proxy_anchor.weights import digest
+
+if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
+    import torch
+
+    from proxy_anchor.checkpoint import Checkpoint
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index.store import Index
 
 BLOCK = 2**14  # images that are embedded before they are written
 QUERIES = 32  # in a batch; more are read by several processes
@@ -139,6 +140,8 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "index":
         net.check_weights(make, args)
+        from proxy_anchor.checkpoint import Checkpoint, in_run
+
         with cli.errors_in_one_line("search.py"):
             path = in_run(args.resume) if args.resume else None
             checkpoint = Checkpoint(path) if path else None
@@ -154,13 +157,16 @@ def parse(argv=None) -> argparse.Namespace:
 
 def threshold(text: str) -> float | str:
     """The value of --threshold. Raises ValueError unless it is a finite number or 'none'."""
-    if text == "none" or np.isfinite(float(text)):
+    if text == "none" or math.isfinite(float(text)):
         return text if text == "none" else float(text)
     raise ValueError
 
 
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
+    from proxy_anchor.index import entries
+    from proxy_anchor.index.store import EXACT, IMAGES, Index, lock
+
     weights = args.resume or args.pretrained
     path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
     network, identity = open_network(args.spec, path, args.checkpoint)
@@ -221,6 +227,9 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
 
     images_of(entry) -> the paths of its images.
     """
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index import entries
+
     new = {entry: stamp for entry, stamp in stamps.items() if stamp is not None}
     if not new:
         return 0
@@ -244,6 +253,8 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
 
 def print_recall(index: Index) -> None:
     """Print the share of the nearest images that the index finds, for several nprobe if its kind has cells."""
+    from proxy_anchor.index.store import RECALL_AT
+
     for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [0]:
         if nprobe:
             index.set_nprobe(nprobe)
@@ -313,6 +324,8 @@ def within(path: str, folder: str) -> bool:
 
 def has_images(entry: str) -> bool:
     """Whether an entry's file exists, or an image in its folder."""
+    from proxy_anchor.index import entries
+
     return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
 
 
@@ -323,6 +336,10 @@ def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) ->
     """
     if checkpoint:
         return checkpoint.open(spec, net.from_spec), checkpoint.identity
+    import torch
+
+    from proxy_anchor.weights import digest
+
     torch.manual_seed(1)  # for --pretrained none: the same network each time
     network = net.from_spec(spec, path)
     print(network.model.remark, end="", file=sys.stderr)
@@ -344,6 +361,8 @@ class Answer(NamedTuple):
 
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image, or of each folder's mean."""
+    from proxy_anchor.embedding import Embedder
+
     index, network, checkpoint = open_index(args)
     images = dataset.unlabelled(images_at(*args.images), index.spec)
     check_save(args.save, images.paths, index)
@@ -369,6 +388,9 @@ def query(args: argparse.Namespace) -> None:
 
 def open_index(args: argparse.Namespace) -> tuple[Index, torch.nn.Module, Checkpoint | None]:
     """The index of a query, the network that made it, and its checkpoint, None for a backbone alone."""
+    from proxy_anchor.checkpoint import Checkpoint, in_run
+    from proxy_anchor.index.store import Index
+
     index = Index.open(Path(args.index))
     if not len(index.images):
         raise FileNotFoundError(f"{args.index} holds no complete index: run the `search.py index` command again")
@@ -393,6 +415,8 @@ def ask(
     index: Index, paths: list[str], embeddings: torch.Tensor, limit: float | None, count: int, by_folder: bool
 ) -> list[Answer]:
     """The answer for each image or, by folder, for each folder's mean: its `count` nearest entries."""
+    from proxy_anchor.index import entries
+
     if by_folder:
         paths, embeddings = entries.embeddings_of(entries.group(paths), paths, embeddings, index.distance)
     return [
@@ -477,6 +501,8 @@ def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpo
 
 def is_match(value: float, threshold: float, distance: str) -> bool:
     """Whether a similarity or a distance is as near as the threshold."""
+    from proxy_anchor.vectors import to_nearness
+
     return to_nearness(value, distance) >= to_nearness(threshold, distance)
 
 

@@ -1,18 +1,18 @@
 """Train an embedding network with the Proxy-Anchor loss, or another, and measure Recall@K after every epoch."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, evaluation, hardware, loss_registry, training
-from proxy_anchor.embedding import Embedder, sync_batchnorm
-from proxy_anchor.progress import progress
-from proxy_anchor.runs import logbook, randomness, run_folders
-from proxy_anchor.runs.run import Run, ending
+from proxy_anchor import cli, hardware, loss_registry, training
+from proxy_anchor.runs import logbook, run_folders
+
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    import torch
 
 EXAMPLES = """examples:
   a first run, without a download:
@@ -76,6 +76,9 @@ def run_name(args: argparse.Namespace) -> str:
 
 def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1) -> dataset.TrainingData:
     """The data of a run; a resumed run keeps the orientation of its images."""
+    from proxy_anchor import collectives
+    from proxy_anchor.progress import progress
+
     with collectives.rank_zero_first():
         splits = dataset.open_splits(
             args.dataset,
@@ -108,6 +111,8 @@ def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1)
 
 def configuration(args: argparse.Namespace, data: dataset.TrainingData, device: torch.device) -> dict:
     """What config.json records of a run."""
+    from proxy_anchor import collectives
+
     config = vars(args) | args.spec.to_record() | data.record | net.identity(args.pretrained)
     del config["spec"]
     return config | {
@@ -119,6 +124,9 @@ def configuration(args: argparse.Namespace, data: dataset.TrainingData, device: 
 
 def create_network(args: argparse.Namespace, config: dict, resume: Path | None, device: torch.device):
     """The network to train; a run to resume has its weights in its own checkpoint."""
+    from proxy_anchor import collectives
+    from proxy_anchor.embedding import sync_batchnorm
+
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
     with collectives.rank_zero_first():
         network: Any = net.from_spec(args.spec, pretrained, bool(args.bn_freeze))
@@ -154,6 +162,11 @@ def create_optimizer(args: argparse.Namespace, network, criterion):
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
+    from net.embedding_net import PooledBackbone
+    from proxy_anchor import collectives, evaluation
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.runs.run import Run
+
     data = open_data(args, args.fold)  # zero-shot retrieval: training and test classes are disjoint
     config = configuration(args, data, device)
     resume = run_folders.to_resume(run_name(args), config)
@@ -176,7 +189,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **state) as run:
         if args.pretrained != "none":
-            backbone = Embedder(net.PooledBackbone(network.model), device, args.amp)
+            backbone = Embedder(PooledBackbone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluate(backbone, run.stop))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
@@ -199,6 +212,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def start(args: argparse.Namespace, device: torch.device) -> None:
     """Seed everything, and print what a run starts with."""
+    from proxy_anchor.runs import randomness
+
     randomness.seed(args.seed)
     print(hardware.describe(device))
     if args.recipe:
@@ -207,6 +222,8 @@ def start(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv=None):
     args = parse(argv)
+    from proxy_anchor.runs.run import ending
+
     hardware.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
         cli.errors_in_one_line("train.py"),

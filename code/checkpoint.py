@@ -9,8 +9,7 @@ import torch
 
 from proxy_anchor import exported, weights
 from proxy_anchor.files import locked, replacing
-from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.vectors import DISTANCES
+from proxy_anchor.spec import DISTANCES, NetworkSpec
 
 # Entries of a recorded threshold and their types: verification.Calibration.record, and the data it was chosen on.
 THRESHOLD = {

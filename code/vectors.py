@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-DISTANCES = ("cosine", "euclidean")
-
 
 @dataclass
 class Embeddings:
@@ -54,7 +52,7 @@ def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
-    """Rows (N, D) as a distance of DISTANCES sees them, in float32 or better: of unit length, or as they are.
+    """Rows (N, D) as a distance of spec.DISTANCES sees them, in float32 or better: of unit length, or as they are.
 
     Raises ValueError if any is not finite.
     """

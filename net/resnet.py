@@ -2,7 +2,7 @@
 
 import torchvision
 
-from net.backbone import Backbone
+from .backbone import Backbone
 
 LAYERS = {
     "resnet18": (torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]),

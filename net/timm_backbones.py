@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from net.backbone import Backbone
-from net.pretrained import hub_file, read_weights
+from .backbone import Backbone
+from .pretrained import hub_file, read_weights
 
 
 class TimmBackbone(Backbone):

@@ -100,7 +100,7 @@ def test_commands_for_photos_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
     weights = {k[6:]: v for k, v in net.create("resnet50", 4).state_dict().items() if "embedding" not in k}
     torch.save(weights, tmp_path / "weights.pth")
-    monkeypatch.setattr(net, "imagenet_file", lambda name: tmp_path / "weights.pth")
+    monkeypatch.setattr("net.pretrained.imagenet_file", lambda name: tmp_path / "weights.pth")
 
     def of_photos(script):
         return [

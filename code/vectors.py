@@ -85,6 +85,16 @@ def to_nearness(value, distance: str):
     return value if distance == "cosine" else 0.0 - value  # which is never -0.0
 
 
+def as_tensor(values, name: str) -> torch.Tensor:
+    """Numbers in a tensor, a numpy array or a list as a tensor. Raises TypeError for anything else."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Expected {name} as a tensor, a numpy array or a list of numbers, found {type(values).__name__} ({error})"
+        ) from error
+
+
 def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
     """Labels of any integer type as int64. Raises ValueError for anything else."""
     kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels)

@@ -53,7 +53,7 @@ def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int 
         net.check(spec)
         network = net.from_spec(spec)
         read.load(network, "backbone and embedding_size")
-        seen = transforms.evaluation(spec.image_size, **spec.geometry)
+        seen = transforms.Evaluation(spec.image_size, **spec.geometry)
         inference = exported.InferenceNet(network, spec.distance)
         return inference.eval(), v2.Compose([_module("dataset.files").to_tensor, seen])
 

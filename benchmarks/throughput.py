@@ -189,7 +189,7 @@ def training_speed(name, paths, labels, cache_folder, device, args):
             times[way].append(seconds(lambda run=run: run(args.steps)))
     rates = {way: args.steps * batch / statistics.median(values) for way, values in times.items()}
 
-    images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.evaluation(224))
+    images = dataset.ImageDataset(paths, labels, list(range(CLASSES)), transforms.Evaluation(224))
     images.use_cache(cache_folder, args.workers, lambda batches, _: batches, print)
     loader = dataset.eval_loader(images, 2 * batch, args.workers)
     embedder.embed(loader)

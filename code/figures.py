@@ -95,17 +95,7 @@ def draw_run(rows: list[dict], backbone: dict | None, path: Path, title: str) ->
         )
 
         if backbone:
-            level = 100 * backbone[first]
-            recall_axes.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-            recall_axes.text(
-                0.01,
-                level,
-                f"backbone alone: {first} {level:.1f}",
-                color=QUIET,
-                va="bottom",
-                fontsize=8.5,
-                transform=recall_axes.get_yaxis_transform(),
-            )
+            draw_level(recall_axes, 100 * backbone[first], f"backbone alone: {first}")
 
         rates = [row["lr"] for row in rows]
         lr_axes.set_title("learning rate")
@@ -126,6 +116,14 @@ def draw_run(rows: list[dict], backbone: dict | None, path: Path, title: str) ->
                 for name, color in zip(recalls, colors)
             ],
         )
+
+
+def draw_level(ax, level: float, label: str = "") -> None:
+    """A dashed line at this level, with the label and its value above it; without a label, only the line."""
+    ax.axhline(level, color=QUIET, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+    if label:
+        text = f"{label} {level:.1f}"
+        ax.text(0.01, level, text, color=QUIET, va="bottom", fontsize=8.5, transform=ax.get_yaxis_transform())
 
 
 def ramp(count: int) -> list[tuple[float, float, float]]:

@@ -1,4 +1,7 @@
-"""The metrics in a row of metrics.csv: R@1 is measured on the test set, val/R@1 on held-out training classes."""
+"""The metrics in a row of metrics.csv: R@1 is measured on the test set, val/R@1 on held-out training classes.
+
+train/R@1 is measured on the training images, of a network that is trained on all classes for use.
+"""
 
 NOT_METRICS = ("epoch", "loss", "lr", "seconds")  # the other columns of metrics.csv
 
@@ -14,7 +17,7 @@ def plain(row: dict) -> dict:
 
 
 def prefix(row: dict) -> str:
-    """The prefix of the row's metrics: "" or "val/"."""
+    """The prefix of the row's metrics: "", "val/" or "train/"."""
     return "".join(next(iter(metrics_only(row)), "").rpartition("/")[:2])
 
 
@@ -22,7 +25,10 @@ def best(rows: list[dict], by: str = "R@1") -> dict:
     """The row of the best epoch; of equal ones, the first.
 
     The published protocol picks the epoch on the test set, which is optimistic: scripts show the last epoch too.
+    Metrics of training images only grow, and choose nothing: there, it is the last epoch.
     """
+    if prefix(rows[-1]) == "train/":
+        return rows[-1]
     return max(rows, key=lambda row: plain(row)[by])
 
 

@@ -72,7 +72,7 @@ class NetworkSpec:
 
     @property
     def geometry(self) -> dict:
-        """How images are resized and cropped to image_size: the arguments of dataset.transforms.evaluation."""
+        """How images are resized and cropped to image_size: the arguments of dataset.transforms.Evaluation."""
         return {name: getattr(self, name) for name in GEOMETRY}
 
 

@@ -11,7 +11,7 @@ The module of a benchmark defines
                   FileNotFoundError or BadFile for missing or malformed annotations; need not check that images exist
 and optionally
     AUGMENTATION  arguments of transforms.RandomCrop
-    CROP          the crop of transforms.evaluation, which overrides the network's
+    CROP          the crop of transforms.Evaluation, which overrides the network's
     RECIPE        {argument of train.py: its default for this dataset}
     UPRIGHT       whether images are rotated according to EXIF, as viewers show them (default). False for the
                   benchmarks, because the published numbers depend on the images as stored
@@ -104,7 +104,8 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         "--test-classes",
         type=cli.path,
         metavar="FILE",
-        help="with --dataset folder: the names of the test classes, one per line (default: the second half)",
+        help="with --dataset folder: a file with the names of the test classes, one per line, or none to train on all "
+        "classes (default: the second half)",
     )
     add(
         "--allow-partial",
@@ -116,7 +117,7 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         "--cache",
         type=cli.path,
         metavar="DIR",
-        help="cache decoded images in this folder (7 GB for CUB); helps if the GPU waits for few or slow CPU cores",
+        help="keep decoded images in this folder (4.5 GB for CUB); helps if the GPU waits for few or slow CPU cores",
     )
     add(
         "--batch-size",
@@ -197,7 +198,7 @@ def _load(name, root, requested, transform, allow_partial=False, test_classes=No
     if test_classes:
         if name != "folder":
             raise ValueError(f"--test-classes is for --dataset folder: {name} has its own split")
-        choice = {"test_classes": Path(test_classes)}
+        choice = {"test_classes": test_classes}
     available = splits(name, root)
     for split in requested:
         if split not in available:
@@ -281,7 +282,7 @@ def eval_sets(
     """
     from . import transforms
 
-    transform = transforms.evaluation(image_size, **(geometry or _default_geometry(name)))
+    transform = transforms.Evaluation(image_size, **(geometry or _default_geometry(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
 
@@ -296,13 +297,13 @@ def unlabelled(paths: list[str], spec: NetworkSpec) -> ImageDataset:
     from . import transforms
     from .images import ImageDataset
 
-    transform = transforms.evaluation(spec.image_size, **spec.geometry)
+    transform = transforms.Evaluation(spec.image_size, **spec.geometry)
     labels = np.zeros(len(paths), dtype=int)
     return ImageDataset(paths, labels, [""], transform, upright=spec.orientation == "upright")
 
 
 def crop_of(name: str) -> float | None:
-    """The crop that a dataset requires, whatever the network expects, or None; see transforms.evaluation."""
+    """The crop that a dataset requires, whatever the network expects, or None; see transforms.Evaluation."""
     return getattr(ALL[name], "CROP", None)
 
 
@@ -326,7 +327,7 @@ def open_splits(
         test_sets = eval_sets(name, root, image_size, geometry, **choice)
         return {"train": images} | dict(zip(eval_splits(name, root), test_sets))
     classes = validation.validation_classes(name, ALL[name], Path(root)) if fold == validation.VAL_FOLD else None
-    transform = transforms.evaluation(image_size, **(geometry or _default_geometry(name)))
+    transform = transforms.Evaluation(image_size, **(geometry or _default_geometry(name)))
     return validation.hold_out(images, fold, transform, classes)
 
 
@@ -377,6 +378,10 @@ def for_training(
     from .loading import eval_loader, train_loader
 
     train_images, *test_images = splits.values()
+    prefix, notes = validation.PREFIX if validation.VAL_FOLD in splits else "", remark(test_images)
+    if test_images[0].paths == train_images.paths:
+        prefix = validation.PREFIX_TRAINED
+        notes = f"No class is held out: {prefix}R@1 shows how well the training images are learned.\n{notes}"
     loader = train_loader(train_images, batch_size, images_per_class, seed, workers, share, views)
     batches: Any = loader.batch_sampler
     return TrainingData(
@@ -385,8 +390,8 @@ def for_training(
         [eval_loader(images, 2 * batch_size, workers, share) for images in test_images],
         train_images.num_classes,
         ALL[name].KS,
-        validation.PREFIX if validation.VAL_FOLD in splits else "",
+        prefix,
         batches.images_per_batch,
-        f"{describe(splits)}\n{remark(test_images)}",
+        f"{describe(splits)}\n{notes}",
         record(splits, root),
     )

@@ -13,6 +13,7 @@ import torch
 
 from proxy_anchor.files import hold, is_intact, seal
 
+from . import transforms
 from .files import BadFile, image_size, read_image
 from .loading import parallel
 
@@ -25,14 +26,21 @@ NAME, UNFINISHED = "[0-9a-f]" * 20, ".unfinished"
 class Cache:
     """Decoded images, in a folder whose name is a hash of the format and of the files' paths, sizes and times.
 
-    So a changed file leads to another folder, and to new decoding. upright: see files.to_tensor.
+    So a changed file leads to another folder, and to new decoding. upright: see files.to_tensor. transform: applied to
+    the images before they are stored; its size(height, width) is that of its results.
     """
 
-    def __init__(self, folder: Path, paths: list[str], upright: bool = False):
-        self.paths, self.upright = paths, upright
+    def __init__(
+        self,
+        folder: Path,
+        paths: list[str],
+        upright: bool = False,
+        transform: transforms.Evaluation | transforms.Reduction | None = None,
+    ):
+        self.paths, self.upright, self.transform = paths, upright, transform
         stats = [os.stat(path) for path in paths]
         identity = [
-            FORMAT + ", upright" * upright,
+            FORMAT + ", upright" * upright + f", {transform}" * (transform is not None),
             [[path, s.st_size, s.st_mtime_ns] for path, s in zip(map(os.path.abspath, paths), stats)],
         ]
         self.folder = Path(folder, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20])
@@ -68,12 +76,13 @@ class Cache:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             sizes = parallel(partial(image_size, upright=self.upright), self.paths, workers)
-            shapes = np.array([(height, width) for width, height in progress(sizes, "image sizes")]).reshape(-1, 2)
+            size = self.transform.size if self.transform else lambda height, width: (height, width)
+            shapes = np.array([size(height, width) for width, height in progress(sizes, "image sizes")]).reshape(-1, 2)
             starts = offsets(shapes)
             if others := _superseded(self.folder.parent, set(map(os.path.abspath, self.paths))):
-                size = sum((other / "images.bin").stat().st_size for other in others)
+                total = sum((other / "images.bin").stat().st_size for other in others)
                 report(
-                    f"Other caches of some of these images, or of deleted images, take {size / 1e9:.2f} GB; "
+                    f"Other caches of some of these images, or of deleted images, take {total / 1e9:.2f} GB; "
                     f"remove those that you no longer need: {', '.join(map(str, others))}"
                 )
             need, free = int(starts[-1]), shutil.disk_usage(unfinished).free
@@ -85,7 +94,7 @@ class Cache:
                 raise OSError(f"{self.folder.parent} has too little space: {need:,} bytes needed, {free:,} bytes free")
             with open(unfinished / "images.bin", "wb") as file:
                 file.truncate(need)
-            write = partial(_write, unfinished / "images.bin", self.upright)
+            write = partial(_write, unfinished / "images.bin", self.upright, self.transform)
             images = list(zip(self.paths, starts, starts[1:]))
             for _ in progress(parallel(write, images, workers), "decoding"):
                 pass
@@ -134,10 +143,11 @@ def offsets(shapes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(shapes.astype(np.int64).prod(axis=1) * 3)])
 
 
-def _write(file, upright, image):
+def _write(file, upright, transform, image):
     """Decode an image (path, start, end) and write it into the file at its offset."""
     path, start, end = image
-    pixels = read_image(path, upright).permute(1, 2, 0).numpy().tobytes()
+    decoded = read_image(path, upright)
+    pixels = (transform(decoded) if transform else decoded).permute(1, 2, 0).numpy().tobytes()
     if len(pixels) != end - start:
         raise BadFile(f"The image {path} changed while the cache was built: start again")
     with open(file, "rb+") as opened:

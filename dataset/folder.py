@@ -1,6 +1,7 @@
 """User images in one folder per class: the first half of the sorted classes is for training, the second for testing.
 
-With --test-classes FILE, the file lists the folders of the test classes, one per line.
+With --test-classes FILE, the file lists the folders of the test classes, one per line. With --test-classes none, no
+class is held out: all images are for training, and tests are of the same images.
 """
 
 import os
@@ -16,6 +17,7 @@ from . import files
 from .files import BadFile, is_hidden, is_image, read_lines, require
 from .names import by_form, form, strip
 
+NONE = "none"  # instead of a file of test classes
 KS = (1, 2, 4, 8, 16, 32)
 SHOWN = 5  # folders in an error
 # Words in the names of folders that are no classes, but splits or components of a dataset.
@@ -29,20 +31,24 @@ def splits(root: Path) -> list[str]:
     return ["train", "eval"]
 
 
-def samples(root: Path, split: str, test_classes: Path | None = None) -> list[tuple[str, str]]:
+def samples(root: Path, split: str, test_classes: str | None = None) -> list[tuple[str, str]]:
     """(path, class) of each image of the split: all files below a class folder with the extension of an image.
 
-    Raises BadFile for a class without images, for fewer than two classes, and for test classes that do not exist or
-    leave no training class.
+    test_classes: a file, or NONE. Raises BadFile for a class without images, for fewer than two classes, and for test
+    classes that do not exist or leave no training class.
     """
     require(root, "--data-root must be a folder with one folder per class.")
     classes = _classes(root)
     if len(classes) < 2:
         raise BadFile(f"{root} has too few folders ({len(classes)}): expected one per class, and at least two classes")
-    tests = set(classes[len(classes) // 2 :]) if test_classes is None else _read_classes(test_classes, classes)
+    if test_classes == NONE:
+        chosen = set(classes)
+    else:
+        tests = set(classes[len(classes) // 2 :]) if test_classes is None else _read_classes(test_classes, classes)
+        chosen = tests if split == "eval" else set(classes) - tests
     rows = []
     for name in classes:
-        if (name in tests) == (split == "eval"):
+        if name in chosen:
             contents = scan(root / name)
             if not contents.images:
                 remark = files.describe_skipped(contents.skipped)
@@ -151,7 +157,7 @@ def _classes(root):
 
 
 def _read_classes(path, classes):
-    require(path, "--test-classes must be a file that lists the test classes, one per line.")
+    path = require(Path(path), f"--test-classes must be {NONE}, or a file that lists the test classes, one per line.")
     spellings, tests = by_form(classes), set()
     for number, line in enumerate(read_lines(path), 1):
         if name := strip(line):

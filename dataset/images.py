@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from proxy_anchor.files import quantity
 from proxy_anchor.spec import ORIENTATIONS
 
+from . import transforms
 from .cache import Cache
 from .check import inspect
 from .files import read_image
@@ -68,10 +69,20 @@ class ImageDataset(Dataset):
         return image, int(self.labels[index])
 
     def use_cache(self, folder: Path, workers: int, progress, report) -> None:
-        """Read the images from a Cache in this folder, which is built if necessary; see Cache.build."""
-        cache = Cache(folder, self.paths, self.upright)
+        """Read the images from a Cache in this folder, which is built if necessary; see Cache.build.
+
+        Evaluation's crops are cached as they are. Photographs of one's own, which may be large, are reduced to what
+        training crops need; those of the benchmarks, which are not upright, keep every pixel.
+        """
+        stored: transforms.Evaluation | transforms.Reduction | None = None
+        rest = self.transform
+        if isinstance(self.transform, transforms.Evaluation):
+            stored, rest = self.transform, None
+        elif self.upright and isinstance(self.transform, transforms.RandomCrop):
+            stored = transforms.Reduction(self.transform.area)
+        cache = Cache(folder, self.paths, self.upright, stored)
         cache.build(workers, progress, report)
-        self.cache = cache
+        self.cache, self.transform = cache, rest
 
     def find_bad(self, workers: int) -> dict[str, str]:
         """{path: reason} of unreadable images; decodes all images."""

@@ -18,7 +18,7 @@ class RandomCrop:
 
     Equals v2.RandomResizedCrop and v2.RandomHorizontalFlip (bit by bit, except for some pixels with torch 2.6), in two
     thirds of the time: the resize is fast on images in channels_last, so the crop is copied into that layout first.
-    interpolation: see evaluation.
+    interpolation: see Evaluation.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class RandomCrop:
         interpolation: str | None = None,
     ):
         self.crop = v2.RandomResizedCrop(image_size, scale=scale)
+        self.area = image_size**2 / (scale[0] * self.crop.ratio[0])  # in larger images, no crop has to be enlarged
         self.flip = flip
         self.pillow = _through_pillow(v2.Resize(self.crop.size, _mode(interpolation))) if interpolation else None
 
@@ -44,23 +45,54 @@ class RandomCrop:
         return resized.flip(-1) if self.flip and torch.rand(1) < 0.5 else resized
 
 
-def evaluation(
-    image_size: int, crop: float = CROP, crop_mode: str = "center", interpolation: str | None = None
-) -> v2.Transform:
+class Evaluation:
     """Resize and crop the center: uint8 (3, H, W) -> (3, image_size, image_size).
 
     crop: the share of the shorter side that is kept; 1 keeps all of a square image. crop_mode: "squash" makes the image
     square instead of cropping its longer side. interpolation: "bilinear" or "bicubic" by Pillow, exactly as for timm's
     networks; None resizes as for the published networks, to the sizes of the paper.
     """
-    settings = recipe(image_size, crop, crop_mode, interpolation)
-    resize = v2.Resize(settings["resize"], interpolation=_mode(settings["interpolation"]), antialias=True)
-    center_crop = v2.CenterCrop(settings["crop"])
-    return _through_pillow(resize, center_crop) if interpolation else v2.Compose([resize, center_crop])
+
+    def __init__(
+        self, image_size: int, crop: float = CROP, crop_mode: str = "center", interpolation: str | None = None
+    ):
+        settings = recipe(image_size, crop, crop_mode, interpolation)
+        resize = v2.Resize(settings["resize"], interpolation=_mode(settings["interpolation"]), antialias=True)
+        steps = resize, v2.CenterCrop(settings["crop"])
+        self.image_size, self.steps = image_size, _through_pillow(*steps) if interpolation else v2.Compose(steps)
+
+    def __call__(self, image):
+        return self.steps(image)
+
+    def __repr__(self):
+        return f"Evaluation({self.steps})"
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what it makes of an image."""
+        return self.image_size, self.image_size
+
+
+class Reduction:
+    """Shrink an image to an area, in pixels; smaller ones stay as they are: uint8 (3, H, W) -> (3, H', W')."""
+
+    def __init__(self, area: float):
+        self.area = area
+
+    def __call__(self, image):
+        size = self.size(*image.shape[-2:])
+        return image if size == image.shape[-2:] else v2.functional.resize(image, size, antialias=True)
+
+    def __repr__(self):
+        return f"Reduction({self.area:g})"
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what it makes of an image."""
+        scale = min(1, (self.area / (height * width)) ** 0.5)
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def recipe(image_size: int, crop: float = CROP, crop_mode: str = "center", interpolation: str | None = None) -> dict:
-    """The settings of evaluation, for other programs: {"resize", "interpolation", "crop"}.
+    """The settings of Evaluation, for other programs: {"resize", "interpolation", "crop"}.
 
     resize: the shorter side in pixels, or [height, width]. crop: the side of the central square in pixels.
     """

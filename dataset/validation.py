@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # functions import it: --help does not wait for it
     from .images import ImageDataset
 
 VAL_FOLD = "val"  # the fold that a dataset defines itself
-PREFIX = "val/"  # of metric names
+PREFIX, PREFIX_TRAINED = "val/", "train/"  # of the names of metrics, of held-out classes and of the training images
 
 
 def options() -> argparse.ArgumentParser:

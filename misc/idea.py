@@ -30,7 +30,7 @@ PULL, PUSH, OTHER = figures.STRONG[0], figures.STRONG[1], figures.QUIET
 
 def read_letters(root: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Images of the letters, uint8 (N, 3, 32, 32), and their classes (N,)."""
-    images = dataset.load("glyphs", root, "train", transforms.evaluation(32))
+    images = dataset.load("glyphs", root, "train", transforms.Evaluation(32))
     names = [images.classes[label] for label in images.labels]
     chosen = [i for i, name in enumerate(names) if name in LETTERS]
     return torch.stack([images[i][0] for i in chosen]), torch.tensor([LETTERS.index(names[i]) for i in chosen])

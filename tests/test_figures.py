@@ -110,6 +110,25 @@ def test_runs_are_drawn_by_epoch(tmp_path, monkeypatch):
     assert list(line) == pytest.approx([1, 20, 2, 30]) and y == pytest.approx(30) and text == "a  30.0 ± 0.0"
 
 
+def test_runs_are_drawn_over_time_too(tmp_path, monkeypatch):
+    """Beside the epochs: the median time of the runs, and the backbone alone as a line in both charts."""
+    rows = [
+        [{"epoch": epoch, "R@1": 0.1 * (epoch + 1), "elapsed": slow * (epoch + 1)} for epoch in (0, 1)]
+        for slow in (100.0, 120.0, 900.0)
+    ]
+    runs = [compare.Run(tmp_path, {"loss": "MS", "dataset": "cars"}, r, {"R@1": 0.05}) for r in rows]
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **more: seen.append(figure) or path.touch())
+    compare.draw([compare.Group("a", runs)], tmp_path / "chart.png", time=True, title="half")
+    by_time, by_epoch = seen[0].axes
+    assert by_time.lines[0].get_xydata().ravel().tolist() == pytest.approx([2, 10, 4, 20])  # minutes
+    assert by_epoch.lines[0].get_xydata().ravel().tolist() == pytest.approx([0, 10, 1, 20])
+    assert by_time.get_title(loc="left") == "half: mean ± standard deviation over 3 runs"
+    assert by_time.get_xlabel() == "minutes of training and evaluation"
+    assert [ax.lines[-1].get_ydata()[0] for ax in (by_time, by_epoch)] == pytest.approx([5, 5])
+    assert [text.get_text() for text in by_time.texts] == ["backbone alone 5.0"]
+
+
 def test_images_are_drawn_and_missing_ones_named(tmp_path, monkeypatch):
     def read_image(path):
         if "missing" in path:

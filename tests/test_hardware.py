@@ -1,3 +1,8 @@
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import channels_last
@@ -44,3 +49,31 @@ def test_the_images_layout_is_that_of_the_whole_network(name):
 def test_layout_on_other_devices():
     assert memory_format(torch.device("cuda", 0), 32) == channels_last
     assert memory_format(torch.device("mps"), 224) == torch.contiguous_format
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc has mallopt")
+def test_freed_memory_serves_the_next_tensors():
+    """In a fresh process: page faults of 40 large tensors, before and after, and what returns to the kernel."""
+    code = """
+import resource, torch
+from proxy_anchor import embedding
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(1 << 24)  # 64 MiB: 16,384 pages of 4 KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+torch.ones(1)
+returned = faults()
+embedding.keep_freed_memory()
+faults()
+print(returned, faults(), resident())
+embedding.return_freed_memory()
+print(resident())
+"""
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    returned, kept, before, after = map(int, result.stdout.split())
+    assert 10 * kept < returned
+    assert after < before - 50  # MiB

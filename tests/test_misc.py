@@ -103,7 +103,17 @@ def test_comparison_of_transfers(commands_of):
     assert drawn_by == "misc/compare.py" and [Path(path).name for path in argv[2::2]] == ["transfer.svg"]
 
 
-@pytest.mark.parametrize("script", ["compare_losses.sh", "compare_transfer.sh"])
+def test_comparison_on_half_of_cars(commands_of):
+    """Two at a time or one by one, with the flags of a GPU: six losses, all with the same settings, and resumable."""
+    *trainings, (drawn_by, argv) = commands_of("cars_half.sh", "some data", "--image-size", "224", "--epochs", "40")
+    assert len(trainings) == 18 and {name for name, _ in trainings} == {"train.py"}
+    args = [train.parse(argv) for _, argv in trainings]
+    assert len({(one.loss, one.seed) for one in args}) == 18 and {one.data_root for one in args} == {"some data"}
+    assert {(one.image_size, one.epochs, one.resume) for one in args} == {(224, 40, "auto")}
+    assert drawn_by == "misc/compare.py" and "--time" in argv and Path(argv[-1]).name == "cars_half.svg"
+
+
+@pytest.mark.parametrize("script", ["cars_half.sh", "compare_losses.sh", "compare_transfer.sh"])
 def test_comparison_that_only_draws(commands_of, script):
     assert [name for name, _ in commands_of(script, "draw")] == ["misc/compare.py"]
 

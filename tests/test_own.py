@@ -199,6 +199,21 @@ def test_training_and_evaluation(tmp_path, table, name, capsys):
     assert "published" not in capsys.readouterr().out
 
 
+def test_no_test_classes_train_on_all(tmp_path, capsys):
+    """The metrics are of the training images, under a name of their own; the last epoch is kept, whatever they are."""
+    trees.folder(tmp_path / "photos")
+    own = ["--dataset", "folder", "--data-root", str(tmp_path / "photos"), "--test-classes", "none"]
+    network = ["--model", "resnet18", "--pretrained", "none", "--image-size", "32", "--embedding-size", "8"]
+    run = ["--batch-size", "10", "--epochs", "2", "--lr", "1e-12", "--warm", "0", "--workers", "0"]
+    train.main([*own, *network, *run, "--wandb", "disabled", "--LOG_DIR", str(tmp_path / "logs")])
+    out = capsys.readouterr().out
+    assert "train: 30 images of 5 classes, eval: 30 images of 5 classes" in out
+    assert "No class is held out: train/R@1 shows how well the training images are learned." in out
+    assert "best epoch (1)" in out and "Next:" not in out
+    (folder,) = (tmp_path / "logs" / "logs_folder").iterdir()
+    assert [row for row in read_metrics(folder)[-1] if row.endswith("R@1")] == ["train/R@1"]
+
+
 def test_one_test_class_is_remarked(tmp_path, capsys):
     root = trees.folder(tmp_path / "images", classes=("ant", "bee"))
     words = "All test images belong to the same class, so R@1 is 100% for any network.\n"

@@ -219,8 +219,8 @@ def test_all_orientations_are_one_image_of_a_dataset(turned, tmp_path):
     )
     for name, root in (("folder", turned), ("csv", table)):
         for split in ("train", "eval"):
-            assert same(dataset.load(name, root, split, transforms.evaluation(32)))
-            stored = dataset.load(name, root, split, transforms.evaluation(32), upright=False)
+            assert same(dataset.load(name, root, split, transforms.Evaluation(32)))
+            stored = dataset.load(name, root, split, transforms.Evaluation(32), upright=False)
             assert not same(stored) and not stored.upright
     images, plain = (dataset.load("csv", table, "eval", upright=upright) for upright in (True, False))
     for each in (images, plain):
@@ -293,7 +293,7 @@ def test_index_of_a_benchmark_is_as_stored(cub_root, tmp_path, capsys):
 def test_lines_on_the_page_see_photos_upright(turned):
     (program,) = [block for block in blocks(REPOSITORY / "docs" / "use.md", "python") if "onnxruntime" in block]
     exec(program.split("session =")[0], names := {})
-    recipe, seen = transforms.recipe(32, interpolation="bicubic"), transforms.evaluation(32, interpolation="bicubic")
+    recipe, seen = transforms.recipe(32, interpolation="bicubic"), transforms.Evaluation(32, interpolation="bicubic")
     for path in sorted(turned.glob("ant/*.png")):
         assert np.array_equal(names["pixels"](path, **recipe), seen(read_image(str(path))))
     hidden = np.dstack([np.asarray(picture()), np.arange(56)[None].repeat(40, 0) * 4]).astype(np.uint8)
@@ -616,7 +616,7 @@ def test_transform_of_the_hub_is_evaluation_in_all_modes(turned, tmp_path):
     for path in [*paths, *deep(tmp_path / "deep", 16), *deep(tmp_path / "dark", 12)]:
         with Image.open(path) as image:
             try:
-                expected = transforms.evaluation(32, crop=1.0)(read_image(path))
+                expected = transforms.Evaluation(32, crop=1.0)(read_image(path))
             except BadFile:
                 refused += 1
                 with pytest.raises(ValueError, match="convert it to 8 bits"):

@@ -60,7 +60,7 @@ def embeddings(weights, paths, l2_norm=True):
     """Of these images, in float64 and, with l2_norm, of unit length, straight from the network."""
     network = net.create("tiny", 8, l2_norm=l2_norm).eval()
     checkpoint.load(weights / "a.pth", network)
-    images = dataset.ImageDataset(paths, np.zeros(len(paths), int), [""], transforms.evaluation(32))
+    images = dataset.ImageDataset(paths, np.zeros(len(paths), int), [""], transforms.Evaluation(32))
     with torch.inference_mode():
         batch = network.normalize(torch.stack([image for image, _ in images]))
         x = network(batch).double()

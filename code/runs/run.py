@@ -133,7 +133,7 @@ class Run:
                 remark += "Training made it worse: the last epoch is below the untrained backbone. "
                 remark += "Try fewer epochs or a lower --lr.\n"
         text = f"{metrics.table(rows)}\n{remark}The best network is in {printable(str(self.log.folder))}"
-        if metrics.prefix(last):  # of a fold: the test set stays untouched
+        if metrics.prefix(last):  # of a fold, whose test set stays untouched, or of a network trained on all classes
             return text
         command = shlex.join(["python", "evaluate.py", *data_flags, "--resume", str(self.log.folder)])
         return f"{text}\nNext: {printable(command)} --report report"

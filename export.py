@@ -172,8 +172,7 @@ def open_file(path: Path, ending: str, spec: NetworkSpec) -> torch.nn.Module:
     from proxy_anchor.weights import read_safetensors
 
     if ending == ".onnx":
-        session = exported.open_session(path, path.read_bytes())
-        return exported.open_onnx(path, session, spec.image_size, spec.embedding_size)
+        return exported.OnnxNet(path, path.read_bytes(), spec.image_size, spec.embedding_size)
     network = net.from_spec(spec)
     network.load_state_dict(read_safetensors(path)[1])
     return exported.InferenceNet(network, spec.distance)

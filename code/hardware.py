@@ -46,12 +46,11 @@ def select(gpu_id: int) -> torch.device:
     """CUDA device `gpu_id`, the first one for -1; without CUDA Apple's GPU or the CPU.
 
     Raises ValueError for an id that does not exist.
-    TF32 is turned off: convolutions would use it by default, and the published results are of float32.
+    TF32 is turned off.
     """
     import torch
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    turn_off_tf32()
     if torch.cuda.is_available():
         gpu_id, count = 0 if gpu_id == -1 else gpu_id, torch.cuda.device_count()
         if not 0 <= gpu_id < count:
@@ -59,6 +58,14 @@ def select(gpu_id: int) -> torch.device:
         torch.cuda.set_device(gpu_id)  # else code that names no device would use the first one too
         return torch.device("cuda", gpu_id)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def turn_off_tf32() -> None:
+    """Compute in float32, as the published results were; convolutions on CUDA would use TF32 by default."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def describe(device: torch.device) -> str:

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -294,12 +294,17 @@ def unlabelled(paths: list[str], spec: NetworkSpec) -> ImageDataset:
     """Images without labels, as a network sees them."""
     import numpy as np
 
-    from . import transforms
     from .images import ImageDataset
 
-    transform = transforms.Evaluation(spec.image_size, **spec.geometry)
     labels = np.zeros(len(paths), dtype=int)
-    return ImageDataset(paths, labels, [""], transform, upright=spec.orientation == "upright")
+    return ImageDataset(paths, labels, [""], transform_of(spec), upright=spec.orientation == "upright")
+
+
+def transform_of(spec: NetworkSpec) -> Callable:
+    """What an image goes through before a network sees it: uint8 (3, H, W) -> (3, image_size, image_size)."""
+    from . import transforms
+
+    return transforms.Evaluation(spec.image_size, **spec.geometry)
 
 
 def crop_of(name: str) -> float | None:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import by_folder
 import neighbours_picture
+import numpy as np
 import pytest
 import thresholds
 import torch
@@ -158,6 +160,16 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("thresholds.py: error: ")
 
 
+def write_index(folder, paths, vectors, by_folder=False):
+    """An index of images or folders that exist, with these vectors (N, 2)."""
+    record = {"model": "tiny", "embedding_size": 2, "image_size": 32, "l2_norm": 1}
+    made = {"checkpoint": "a.pth", "weights": "0", "network": record, "by_folder": by_folder}
+    folder.mkdir()
+    index = Index.new(folder, made, "Flat")
+    index.add({path: entries.stamp([path]) for path in paths}, torch.tensor(vectors))
+    index.finish()
+
+
 def test_picture_of_neighbours(tmp_path, monkeypatch):
     """One image of A lies among those of B."""
     monkeypatch.setattr(neighbours_picture, "NEIGHBOURS", 5)
@@ -169,14 +181,49 @@ def test_picture_of_neighbours(tmp_path, monkeypatch):
             paths.append(str(path))
             x = angle + (0.49 if number == 5 and letter == "A" else 0.01 * number)
             vectors.append([math.cos(x), math.sin(x)])
-    record = {"model": "tiny", "embedding_size": 2, "image_size": 32, "l2_norm": 1}
-    made = {"checkpoint": "a.pth", "weights": "0", "network": record, "by_folder": False}
-    (tmp_path / "index").mkdir()
-    index = Index.new(tmp_path / "index", made, "Flat")
-    index.add({path: entries.stamp([path]) for path in paths}, torch.tensor(vectors))
-    index.finish()
+    write_index(tmp_path / "index", paths, vectors)
     neighbours_picture.main(str(tmp_path / "index"), str(tmp_path / "a.png"))
     assert (tmp_path / "a.png").exists()
+
+
+def test_images_and_folders_as_answers(tmp_path, capsys):
+    """Against loops, for folders of several sizes; nothing is left of a folder with one image."""
+    random = np.random.default_rng(0)
+    sizes = [1, 2, 3, 5, 9]
+    folders = [str(tmp_path / "photos" / str(n)) for n, size in enumerate(sizes) for _ in range(size)]
+    paths = [f"{folder}/{number}.jpg" for number, folder in enumerate(folders)]
+    for number, path in enumerate(paths):
+        trees.write_image(Path(path), number)
+    x = random.normal(size=(len(paths), 2)) + [[3 * math.cos(int(f[-1])), 3 * math.sin(int(f[-1]))] for f in folders]
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    write_index(tmp_path / "index", paths, x.tolist())
+
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    alone = means = 0
+    for i, own in enumerate(folders):
+        rest = [j for j in range(len(x)) if j != i]
+        alone += folders[max(rest, key=lambda j: cosine(x[i], x[j]))] == own
+        rows = {folder: [j for j in rest if folders[j] == folder] for folder in folders}
+        means += (
+            max((folder for folder in rows if rows[folder]), key=lambda f: cosine(x[i], x[rows[f]].mean(axis=0))) == own
+        )
+    by_folder.main(str(tmp_path / "index"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"R@1 of 20 images among the other images: {5 * alone:.2f}",
+        f"R@1 of 20 images among 5 folders, each without the query: {5 * means:.2f}",
+    ]
+    assert 0 < alone < 20 and 0 < means < 20 and alone != means
+
+
+def test_index_of_folders_as_answers_is_refused(tmp_path, capsys):
+    write_index(tmp_path / "index", [str(tmp_path)], [[1.0, 0.0]], by_folder=True)
+    with pytest.raises(SystemExit):
+        by_folder.main(str(tmp_path / "index"))
+    assert capsys.readouterr().err.endswith(
+        "is no index of single images by cosine similarity: make one without --by-folder\n"
+    )
 
 
 @pytest.mark.slow

@@ -1,26 +1,29 @@
 """Measure Recall@K of a checkpoint, or of a backbone before training; write a report; calibrate a threshold."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-
-import torch
+from typing import TYPE_CHECKING
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, evaluation, exported, hardware, metrics, verification
-from proxy_anchor.checkpoint import Checkpoint, in_run, save_threshold
-from proxy_anchor.collectives import Processes
-from proxy_anchor.embedding import Embedder
+from proxy_anchor import cli, hardware, metrics
 from proxy_anchor.files import printable
-from proxy_anchor.report import page
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.vectors import Embeddings, concat_columns
-from proxy_anchor.weights import digest
+
+if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
+    import torch
+
+    from proxy_anchor import evaluation, verification
+    from proxy_anchor.checkpoint import Checkpoint
+    from proxy_anchor.collectives import Processes
+    from proxy_anchor.vectors import Embeddings
 
 EXAMPLES = """examples:
   a published checkpoint:
@@ -90,6 +93,9 @@ def parse(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     net.check_weights(parser, args)
+    from proxy_anchor.checkpoint import Checkpoint, in_run
+    from proxy_anchor.exported import is_exported
+
     with cli.errors_in_one_line("evaluate.py"):
         paths = [in_run(path) for path in args.resume]
         checkpoints = [Checkpoint(path) for path in paths]
@@ -103,7 +109,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.spec = net.spec_of(parser, args, recorded, dataset.crop_of(args.dataset))
     if args.calibrate and len(args.resume) != 1:
         parser.error("argument --calibrate: the threshold is recorded in a checkpoint: give one with --resume")
-    if args.calibrate and exported.is_exported(args.resume[0]):
+    if args.calibrate and is_exported(args.resume[0]):
         parser.error(
             "argument --calibrate: the threshold is recorded in a checkpoint: calibrate it and export it again"
         )
@@ -125,6 +131,11 @@ def load(checkpoint: Checkpoint, spec: NetworkSpec) -> torch.nn.Module:
 
 def open_networks(args: argparse.Namespace) -> tuple[list[torch.nn.Module], str, str]:
     """The networks to evaluate, where they come from, and the identity of their weights."""
+    import torch
+
+    from proxy_anchor import collectives
+    from proxy_anchor.weights import digest
+
     if not args.backbone_only:
         networks = [load(checkpoint, args.spec) for checkpoint in args.checkpoints]
         return networks, ", ".join(args.resume), ", ".join(checkpoint.identity for checkpoint in args.checkpoints)
@@ -138,6 +149,8 @@ def open_networks(args: argparse.Namespace) -> tuple[list[torch.nn.Module], str,
 
 def open_test_sets(args: argparse.Namespace) -> list[dataset.ImageDataset]:
     """The test images or, for some datasets, the queries and the gallery."""
+    from proxy_anchor import collectives
+
     spec = args.spec
     with collectives.rank_zero_first():
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
@@ -157,7 +170,7 @@ class Measurement:
     result: evaluation.Result
     rows: dict[str, dict[str, float]]
 
-    def all_gather(self, processes: Processes) -> "Measurement":
+    def all_gather(self, processes: Processes) -> Measurement:
         """With the embeddings of all processes."""
         gallery = None if self.gallery is None else all_gather(self.gallery, processes)
         return replace(self, queries=all_gather(self.queries, processes), gallery=gallery)
@@ -165,11 +178,18 @@ class Measurement:
 
 def all_gather(embeddings: Embeddings, processes: Processes) -> Embeddings:
     """The rows of all processes, in each of them."""
+    import torch
+
+    from proxy_anchor.vectors import Embeddings
+
     return Embeddings(**{k: torch.cat(processes.all_gather(x)) for k, x in vars(embeddings).items() if x is not None})
 
 
 def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embeddings | None]]) -> Measurement:
     """Measure the networks one by one and, if there are several, their embeddings as those of one network."""
+    from proxy_anchor import evaluation
+    from proxy_anchor.vectors import concat_columns
+
     ks = dataset.ALL[args.dataset].KS
     results = [evaluation.measure(queries, ks, gallery, args.spec.distance) for queries, gallery in networks]
     if len(networks) == 1:
@@ -186,6 +206,10 @@ def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embedding
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
     """The metrics of each checkpoint and, if there are several, of their mean and of all together, by row."""
+    from proxy_anchor import collectives, evaluation, verification
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.report import page
+
     print(hardware.describe(device))
     networks, source, weights = open_networks(args)
     embedders = [Embedder(network, device, args.amp) for network in networks]
@@ -222,6 +246,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
 
 def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[dataset.ImageDataset]) -> None:
     """Choose and check a threshold, and record it in the checkpoint."""
+    from proxy_anchor import verification
+    from proxy_anchor.checkpoint import save_threshold
+
     calibration = verification.calibrate(measured.queries, args.calibrate, measured.gallery, measured.distance)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
@@ -237,6 +264,8 @@ def write_report(
     test_sets: list[dataset.ImageDataset],
     environment: dict[str, str],
 ) -> None:
+    from proxy_anchor.report import page
+
     sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
     versions = ", ".join(f"{name} {version}" for name, version in logbook.versions().items())
     embeddings = [side for side in (measured.queries, measured.gallery) if side is not None]

@@ -1,27 +1,27 @@
 """Export a checkpoint as ONNX or safetensors, checked to give the same embeddings."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import sys
 from copy import deepcopy
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 import dataset
 import net
-from dataset import transforms
 from dataset.folder import images_at
-from net.backbone import Backbone
-from proxy_anchor import cli, evaluation, exported, metrics
-from proxy_anchor.checkpoint import Checkpoint, in_run
-from proxy_anchor.embedding import Embedder
+from proxy_anchor import cli, metrics
 from proxy_anchor.files import locked, quantity, replacing
 from proxy_anchor.report import card
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.weights import read_safetensors
+
+if TYPE_CHECKING:  # functions import them: --help does not wait for them
+    import torch
+
+    from net.backbone import Backbone
 
 CHECKED = 64  # images, spread over all of them
 BATCHES = (1, 7, 64)  # sizes of batches that the file is run with
@@ -75,6 +75,9 @@ def parse(argv=None) -> argparse.Namespace:
         ],
     )
     args = parser.parse_args(argv)
+    from proxy_anchor import exported
+    from proxy_anchor.checkpoint import Checkpoint, in_run
+
     with cli.errors_in_one_line("export.py"):
         args.resume = in_run(args.resume)
         args.checkpoint = Checkpoint(args.resume)
@@ -94,6 +97,8 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def export(args: argparse.Namespace) -> None:
+    from proxy_anchor import exported
+
     out = Path(args.out)
     card.check(out)
     network = args.checkpoint.open(args.spec, net.from_spec)
@@ -132,6 +137,8 @@ def export(args: argparse.Namespace) -> None:
 
 def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
     """The record of the file, see code/exported.py."""
+    from dataset import transforms
+
     record = {
         "network": args.spec.to_record(),
         "preprocessing": transforms.recipe(args.spec.image_size, **args.spec.geometry),
@@ -151,6 +158,9 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
 
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:
     """Images (n, 3, S, S) as evaluation sees them, spread over the folder of --check or the first test set."""
+    import numpy as np
+    import torch
+
     images = dataset.unlabelled(images_at(args.check), args.spec) if args.check else test_sets[0]
     chosen = np.linspace(0, len(images) - 1, CHECKED).round().astype(int)  # of fewer, some several times
     return torch.stack([images[i][0] for i in chosen])
@@ -158,24 +168,35 @@ def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDatas
 
 def open_file(path: Path, ending: str, spec: NetworkSpec) -> torch.nn.Module:
     """The network in a file that was just written, from pixels to embeddings."""
+    from proxy_anchor import exported
+    from proxy_anchor.weights import read_safetensors
+
     if ending == ".onnx":
-        session = exported.open_session(path, path.read_bytes())
-        return exported.open_onnx(path, session, spec.image_size, spec.embedding_size)
+        return exported.OnnxNet(path, path.read_bytes(), spec.image_size, spec.embedding_size)
     network = net.from_spec(spec)
     network.load_state_dict(read_safetensors(path)[1])
     return exported.InferenceNet(network, spec.distance)
 
 
-@torch.inference_mode()
 def check(file: torch.nn.Module, reference: torch.nn.Module, images: torch.Tensor) -> float:
     """How far the file's embeddings are from the network's, see exported.difference, in batches of several sizes."""
-    expected = reference(images)
-    embeddings = [torch.cat([file(batch) for batch in images.split(size)]) for size in BATCHES]
+    import torch
+
+    from proxy_anchor import exported
+
+    with torch.inference_mode():
+        expected = reference(images)
+        embeddings = [torch.cat([file(batch) for batch in images.split(size)]) for size in BATCHES]
     return exported.difference(torch.cat(embeddings), expected.repeat(len(BATCHES), 1))
 
 
 def measure(file: torch.nn.Module, reference: torch.nn.Module, test_sets: list[dataset.ImageDataset], args) -> str:
     """Print the metrics of the file and, with --fp16, of the network; returns them for the card."""
+    import torch
+
+    from proxy_anchor import evaluation
+    from proxy_anchor.embedding import Embedder
+
     networks = {"checkpoint": reference} if args.fp16 else {}
     rows = {}
     for name, network in (networks | {Path(args.out).name: file}).items():

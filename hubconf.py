@@ -19,11 +19,11 @@ _REPOSITORY = pathlib.Path(__file__).resolve().parent
 def proxy_anchor(num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32.0):
     """The Proxy-Anchor loss: embeddings (B, D), labels (B,) -> scalar. Its proxies are parameters to optimize too."""
     with _only_our_names():
-        return _module("proxy_anchor.losses").ProxyAnchor(num_classes, embedding_size, margin, alpha)
+        return _module("losses").ProxyAnchor(num_classes, embedding_size, margin, alpha)
 
 
 def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int | None = None):
-    """(network, transform) of a checkpoint of train.py, its .safetensors file, or a published checkpoint.
+    """(network, transform) of a checkpoint of train.py, its .safetensors or .onnx file, or a published checkpoint.
 
     checkpoint: a path, or a URL, which is downloaded once into torch.hub's cache. Published checkpoints do not record
     backbone (train.py's --model) and embedding_size; the others do, and other values are refused.
@@ -35,27 +35,12 @@ def embedding(checkpoint: str, backbone: str | None = None, embedding_size: int 
     with _only_our_names():
         from torchvision.transforms import v2
 
-        checkpoints, exported = _module("proxy_anchor.checkpoint"), _module("proxy_anchor.exported")
-        net, transforms, specs = _module("net"), _module("dataset.transforms"), _module("proxy_anchor.spec")
-
-        path = _download(checkpoint, checkpoints.read) if "://" in checkpoint else checkpoint
-        read = checkpoints.Checkpoint(path)
-        given = {"model": backbone, "embedding_size": embedding_size}
-        for name, value in given.items():
-            keyword = "backbone" if name == "model" else name  # torch.hub.load has a `model` of its own
-            if value is None and not read.spec:
-                raise ValueError(f"{checkpoint} does not record its {keyword}: give torch.hub.load {keyword}=...")
-            if value not in (None, recorded := getattr(read.spec, name, value)):
-                raise ValueError(f"{checkpoint} was trained with {keyword} {recorded}, not {value}")
-        if not (spec := read.spec):
-            net.check_name(backbone)
-            spec = specs.NetworkSpec(**given | net.expects(backbone))
-        net.check(spec)
-        network = net.from_spec(spec)
-        read.load(network, "backbone and embedding_size")
-        seen = transforms.Evaluation(spec.image_size, **spec.geometry)
-        inference = exported.InferenceNet(network, spec.distance)
-        return inference.eval(), v2.Compose([_module("dataset.files").to_tensor, seen])
+        path = _download(checkpoint, _module("checkpoint").read) if "://" in checkpoint else checkpoint
+        embedder = _module("api").load(path, backbone=backbone, embedding_size=embedding_size)
+        network = embedder.network
+        if not isinstance(network, _module("exported").OnnxNet):  # which has its normalization inside already
+            network = _module("exported").InferenceNet(network, embedder.spec.distance)
+        return network.eval(), v2.Compose([_module("dataset.files").to_tensor, embedder.transform])
 
 
 def _module(name: str):

@@ -1,17 +1,17 @@
 """Search images by their content: build an index with a network, then find the neighbours of other images."""
 
+from __future__ import annotations
+
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 import dataset
 import net
@@ -19,17 +19,17 @@ from dataset.files import BadFile, is_hidden, read_image
 from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
-from proxy_anchor.checkpoint import Checkpoint, in_run
-from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
-from proxy_anchor.index import entries
-from proxy_anchor.index.store import EXACT, IMAGES, RECALL_AT, Index, lock
-from proxy_anchor.spec import ORIENTATIONS, NetworkSpec
-from proxy_anchor.vectors import to_nearness
-from proxy_anchor.weights import digest
+from proxy_anchor.spec import ORIENTATIONS
+
+if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
+    import torch
+
+    from proxy_anchor.api import Answer, Search
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index.store import Index
 
 BLOCK = 2**14  # images that are embedded before they are written
-QUERIES = 32  # in a batch; more are read by several processes
 AS_STORED = (
     "This index was built from photos as stored, without EXIF rotation, and stays that way; build a new index to have "
     "them upright"
@@ -139,6 +139,8 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "index":
         net.check_weights(make, args)
+        from proxy_anchor.checkpoint import Checkpoint, in_run
+
         with cli.errors_in_one_line("search.py"):
             path = in_run(args.resume) if args.resume else None
             checkpoint = Checkpoint(path) if path else None
@@ -154,16 +156,22 @@ def parse(argv=None) -> argparse.Namespace:
 
 def threshold(text: str) -> float | str:
     """The value of --threshold. Raises ValueError unless it is a finite number or 'none'."""
-    if text == "none" or np.isfinite(float(text)):
+    if text == "none" or math.isfinite(float(text)):
         return text if text == "none" else float(text)
     raise ValueError
 
 
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
+    from proxy_anchor.api import open_network
+    from proxy_anchor.index import entries
+    from proxy_anchor.index.store import EXACT, IMAGES, Index, lock
+
     weights = args.resume or args.pretrained
     path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
     network, identity = open_network(args.spec, path, args.checkpoint)
+    if args.backbone_only:
+        print(network.model.remark, end="", file=sys.stderr)
     upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
     spec = replace(args.spec, orientation=ORIENTATIONS[upright])
     made = {"checkpoint": path, "weights": identity, "network": spec.to_record(), "by_folder": args.by_folder}
@@ -221,6 +229,9 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
 
     images_of(entry) -> the paths of its images.
     """
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index import entries
+
     new = {entry: stamp for entry, stamp in stamps.items() if stamp is not None}
     if not new:
         return 0
@@ -244,6 +255,8 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
 
 def print_recall(index: Index) -> None:
     """Print the share of the nearest images that the index finds, for several nprobe if its kind has cells."""
+    from proxy_anchor.index.store import RECALL_AT
+
     for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [0]:
         if nprobe:
             index.set_nprobe(nprobe)
@@ -313,20 +326,9 @@ def within(path: str, folder: str) -> bool:
 
 def has_images(entry: str) -> bool:
     """Whether an entry's file exists, or an image in its folder."""
+    from proxy_anchor.index import entries
+
     return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
-
-
-def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[torch.nn.Module, str]:
-    """The network that a spec describes, and its identity.
-
-    checkpoint: its weights; or None for a backbone alone, whose pretrained weights are at the path.
-    """
-    if checkpoint:
-        return checkpoint.open(spec, net.from_spec), checkpoint.identity
-    torch.manual_seed(1)  # for --pretrained none: the same network each time
-    network = net.from_spec(spec, path)
-    print(network.model.remark, end="", file=sys.stderr)
-    return network, digest(network.state_dict())
 
 
 def embed(embedder: Embedder, images: dataset.ImageDataset, batch_size: int, workers: int) -> torch.Tensor:
@@ -334,29 +336,31 @@ def embed(embedder: Embedder, images: dataset.ImageDataset, batch_size: int, wor
     return embedder.embed(dataset.eval_loader(images, batch_size, workers)).vectors
 
 
-class Answer(NamedTuple):
-    """The nearest entries of the index, (path, similarity or distance), and those of them that match."""
-
-    query: str
-    nearest: list[tuple[str, float]]
-    matches: list[tuple[str, float]]
-
-
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image, or of each folder's mean."""
-    index, network, checkpoint = open_index(args)
+    from proxy_anchor.api import BATCH, Search
+    from proxy_anchor.index import entries
+
+    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
+    index = search.index
+    if index.spec.backbone_only:
+        print(search.embedder.network.model.remark, end="", file=sys.stderr)
+    if not index.records_orientation:
+        print(AS_STORED, file=sys.stderr)
     images = dataset.unlabelled(images_at(*args.images), index.spec)
     check_save(args.save, images.paths, index)
-    workers = dataset.WORKERS if len(images) > QUERIES else 0
+    workers = dataset.WORKERS if len(images) > BATCH else 0
     bad = images.find_bad(workers)
     images.leave_out(bad)
     if not len(images):
         raise BadFile("; ".join(bad.values()))
     for reason in bad.values():
         print(printable(reason), file=sys.stderr)
-    limit = threshold_in_use(args, index, checkpoint)
-    vectors = embed(Embedder(network, hardware.select(0)), images, QUERIES, workers)
-    answers = ask(index, images.paths, vectors, limit, args.neighbours, args.by_folder)
+    search.threshold = limit = threshold_in_use(args, search)
+    names, vectors = images.paths, embed(search.embedder.run, images, BATCH, workers)
+    if args.by_folder:
+        names, vectors = entries.embeddings_of(entries.group(names), names, vectors, index.distance)
+    answers = search.answer(names, vectors, args.neighbours)
     if args.json:
         print_json(answers, bad, limit, index.measure)
     else:
@@ -365,40 +369,6 @@ def query(args: argparse.Namespace) -> None:
         draw(answers, limit, index, Path(args.save))
     if bad:
         sys.exit(1)  # as for one image alone
-
-
-def open_index(args: argparse.Namespace) -> tuple[Index, torch.nn.Module, Checkpoint | None]:
-    """The index of a query, the network that made it, and its checkpoint, None for a backbone alone."""
-    index = Index.open(Path(args.index))
-    if not len(index.images):
-        raise FileNotFoundError(f"{args.index} holds no complete index: run the `search.py index` command again")
-    if args.nprobe:
-        index.set_nprobe(args.nprobe)
-    try:
-        net.check(index.spec)
-    except ValueError as error:
-        raise ValueError(f"The index in {args.index} is damaged, or of another version: {error}") from error
-    path = in_run(args.resume) if args.resume else index.made["checkpoint"]
-    if not args.resume and path not in net.NOT_FILES and not os.path.exists(path):
-        raise FileNotFoundError(f"The checkpoint {path} of {args.index} is gone: pass its new path with --resume")
-    checkpoint = None if index.spec.backbone_only else Checkpoint(path)
-    network, identity = open_network(index.spec, path, checkpoint)
-    index.check({"weights": identity, "network": index.spec.to_record(), "checkpoint": path})
-    if not index.records_orientation:
-        print(AS_STORED, file=sys.stderr)
-    return index, network, checkpoint
-
-
-def ask(
-    index: Index, paths: list[str], embeddings: torch.Tensor, limit: float | None, count: int, by_folder: bool
-) -> list[Answer]:
-    """The answer for each image or, by folder, for each folder's mean: its `count` nearest entries."""
-    if by_folder:
-        paths, embeddings = entries.embeddings_of(entries.group(paths), paths, embeddings, index.distance)
-    return [
-        Answer(path, nearest, [near for near in nearest if limit is None or is_match(near[1], limit, index.distance)])
-        for path, nearest in zip(paths, index.search(embeddings, count))
-    ]
 
 
 def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, measure: str) -> None:
@@ -460,24 +430,18 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
         raise FileExistsError(f"--save {file} would overwrite an indexed image: choose another name")
 
 
-def threshold_in_use(args: argparse.Namespace, index: Index, checkpoint: Checkpoint | None) -> float | None:
+def threshold_in_use(args: argparse.Namespace, search: Search) -> float | None:
     """The threshold of the command line or, for a search of images by images, that of the checkpoint."""
     if args.threshold is not None:
         return None if args.threshold == "none" else args.threshold
-    recorded = checkpoint.threshold if checkpoint else {}
-    if checkpoint and recorded and (args.by_folder or index.made["by_folder"]):
-        path = printable(str(checkpoint.path))
+    if search.embedder.threshold and (args.by_folder or search.index.made["by_folder"]):
         print(
-            f"The threshold in {path} is calibrated on pairs of images and is ignored for folders: set --threshold",
+            f"The threshold in {printable(search.path)} is calibrated on pairs of images and is ignored for folders: "
+            "set --threshold",
             file=sys.stderr,
         )
         return None
-    return recorded.get("threshold")
-
-
-def is_match(value: float, threshold: float, distance: str) -> bool:
-    """Whether a similarity or a distance is as near as the threshold."""
-    return to_nearness(value, distance) >= to_nearness(threshold, distance)
+    return search.threshold
 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:

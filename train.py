@@ -1,19 +1,19 @@
 """Train an embedding network with the Proxy-Anchor loss, or another, and measure Recall@K after every epoch."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import dataset
 import net
-from proxy_anchor import checkpoint, cli, collectives, evaluation, hardware, loss_registry, training
-from proxy_anchor.embedding import Embedder, sync_batchnorm
-from proxy_anchor.progress import progress
-from proxy_anchor.runs import features, logbook, randomness, run_folders
-from proxy_anchor.runs.run import Run, ending
+from proxy_anchor import cli, hardware, loss_registry, training
+from proxy_anchor.runs import logbook, run_folders
+
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    import torch
 
 EXAMPLES = """examples:
   a first run, without a download:
@@ -82,6 +82,9 @@ def run_name(args: argparse.Namespace) -> str:
 
 def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1) -> dataset.TrainingData:
     """The data of a run; a resumed run keeps the orientation of its images."""
+    from proxy_anchor import collectives
+    from proxy_anchor.progress import progress
+
     with collectives.rank_zero_first():
         splits = dataset.open_splits(
             args.dataset,
@@ -114,6 +117,8 @@ def open_data(args: argparse.Namespace, fold: str | None = None, views: int = 1)
 
 def configuration(args: argparse.Namespace, data: dataset.TrainingData, device: torch.device) -> dict:
     """What config.json records of a run."""
+    from proxy_anchor import collectives
+
     config = vars(args) | args.spec.to_record() | data.record | net.identity(args.pretrained)
     del config["spec"]
     return config | {
@@ -125,6 +130,9 @@ def configuration(args: argparse.Namespace, data: dataset.TrainingData, device: 
 
 def create_network(args: argparse.Namespace, config: dict, resume: Path | None, device: torch.device):
     """The network to train; a run to resume has its weights in its own checkpoint."""
+    from proxy_anchor import collectives
+    from proxy_anchor.embedding import sync_batchnorm
+
     pretrained = None if resume and (resume / run_folders.LAST).exists() else args.pretrained
     with collectives.rank_zero_first():
         network: Any = net.from_spec(args.spec, pretrained, bool(args.bn_freeze))
@@ -139,10 +147,15 @@ def use_features(
     args: argparse.Namespace, data: dataset.TrainingData, network, device: torch.device, resume: Path | None
 ) -> None:
     """Put the pooled features of the frozen backbone in the place of the images; each image is embedded once."""
+    from net.embedding_net import PooledBackbone
+    from proxy_anchor import checkpoint, collectives
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.runs import features
+
     if resume and (resume / run_folders.LAST).exists():
         checkpoint.load(resume / run_folders.LAST, network)
     spec = dataclasses.replace(args.spec, orientation=data.record["orientation"])
-    backbone = Embedder(net.PooledBackbone(network.model), device)
+    backbone = Embedder(PooledBackbone(network.model), device)
     share = (collectives.rank(), collectives.world_size())
 
     def embed(paths):
@@ -182,13 +195,18 @@ def create_optimizer(args: argparse.Namespace, network, criterion):
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
+    from net.embedding_net import Head, PooledBackbone
+    from proxy_anchor import collectives, evaluation
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.runs.run import Run
+
     data = open_data(args, args.fold)  # zero-shot retrieval: training and test classes are disjoint
     config = configuration(args, data, device)
     resume = run_folders.to_resume(run_name(args), config)
     network = create_network(args, config, resume, device)
     if args.frozen:
         use_features(args, data, network, device, resume)
-    embedder = Embedder(net.Head(network) if args.frozen else network, device, args.amp, args.compile)
+    embedder = Embedder(Head(network) if args.frozen else network, device, args.amp, args.compile)
     criterion = create_criterion(args, data.num_classes).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
@@ -206,8 +224,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **state) as run:
         if args.pretrained != "none":
-            pooled = net.PooledBackbone(network.model)
-            backbone = Embedder(net.Head(pooled) if args.frozen else pooled, device, args.amp)
+            pooled = PooledBackbone(network.model)
+            backbone = Embedder(Head(pooled) if args.frozen else pooled, device, args.amp)
             run.measure_backbone(lambda: evaluate(backbone, run.stop))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
@@ -230,6 +248,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def start(args: argparse.Namespace, device: torch.device) -> None:
     """Seed everything, and print what a run starts with."""
+    from proxy_anchor.runs import randomness
+
     randomness.seed(args.seed)
     print(hardware.describe(device))
     if args.recipe:
@@ -238,6 +258,8 @@ def start(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv=None):
     args = parse(argv)
+    from proxy_anchor.runs.run import ending
+
     hardware.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
         cli.errors_in_one_line("train.py"),

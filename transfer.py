@@ -1,21 +1,22 @@
 """Train a smaller or better network, the student, on how a trained one, its teacher, relates images to each other."""
 
+from __future__ import annotations
+
 import argparse
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import dataset
 import net
-from proxy_anchor import cli, collectives, distillation, evaluation, hardware, loss_registry, training
-from proxy_anchor.checkpoint import Checkpoint, in_run
-from proxy_anchor.embedding import Embedder
+from proxy_anchor import cli, hardware, loss_registry, training
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook, run_folders
-from proxy_anchor.runs.run import Run, ending
 from proxy_anchor.spec import LIMITS, NetworkSpec
 from train import configuration, create_network, create_optimizer, open_data, start
+
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    import torch
 
 EXAMPLES = """examples:
   64 dimensions instead of 512, from a published network or one of train.py:
@@ -125,6 +126,8 @@ def describe_teacher(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     """Complete the teacher's arguments from its checkpoint, or as published; a contradiction is a usage error."""
     if not args.source_ckpt:
         parser.error("the following argument is required: --source-ckpt")
+    from proxy_anchor.checkpoint import Checkpoint, in_run
+
     args.source_ckpt = os.path.abspath(in_run(args.source_ckpt))  # the run may be resumed from another folder
     args.teacher = Checkpoint(args.source_ckpt)
     recorded = args.teacher.spec
@@ -176,6 +179,13 @@ def load_teacher(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
+    import torch
+
+    from net.embedding_net import PooledBackbone
+    from proxy_anchor import collectives, distillation, evaluation
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.runs.run import Run
+
     data = open_data(args, views=args.view)  # of the teacher's training classes; labels only balance the batches
     distance = "cosine" if args.l2_norm else "euclidean"
     config = configuration(args, data, device) | {"distance": distance, "teacher": args.teacher.identity}
@@ -201,7 +211,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     state = {"optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     with Run(logbook.open_logbook(run_name(args), config, resume), network, **state) as run:
         if args.pretrained != "none":
-            backbone = Embedder(net.PooledBackbone(network.model), device, args.amp)
+            backbone = Embedder(PooledBackbone(network.model), device, args.amp)
             run.measure_backbone(lambda: evaluate(backbone, run.stop, "cosine"))
         for epoch in run.epochs(args.epochs):
             training.set_trainable(network, epoch, args.warm)
@@ -223,6 +233,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv=None):
     args = parse(argv)
+    from proxy_anchor.runs.run import ending
+
     hardware.launch_on_all_gpus(args.gpu_id, __file__, argv)
     with (
         cli.errors_in_one_line("transfer.py"),

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import net
 from benchmarks.timing import device_here, print_row, seconds
 from dataset.images import ImageDataset
 from dataset.loading import eval_loader, train_loader
 from net.backbone import Backbone
+from net.embedding_net import EmbeddingNet, Head
 from proxy_anchor import training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.losses import ProxyAnchor
@@ -41,8 +41,8 @@ def main():
     torch.manual_seed(0)
     images = ImageDataset([""] * args.images, np.arange(args.images) % args.classes, list(range(args.classes)))
     images.features = torch.randn(args.images, args.features)
-    network = net.EmbeddingNet(NoBackbone(args.features), args.embedding_size)
-    head = Embedder(net.Head(network), device)
+    network = EmbeddingNet(NoBackbone(args.features), args.embedding_size)
+    head = Embedder(Head(network), device)
     criterion = ProxyAnchor(args.classes, args.embedding_size).to(device)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     batches = train_loader(images, args.batch_size, None, seed=1, workers=0)

@@ -9,9 +9,9 @@ import torch
 
 from proxy_anchor import exported, weights
 from proxy_anchor.files import locked, replacing
-from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.vectors import DISTANCES
+from proxy_anchor.spec import DISTANCES, NetworkSpec
 
+FLAGS = "--model and --embedding-size"  # which choose the network, for messages
 # Entries of a recorded threshold and their types: verification.Calibration.record, and the data it was chosen on.
 THRESHOLD = {
     "distance": str,
@@ -81,7 +81,7 @@ class Checkpoint:
         """
         return self.content.get("sha256") or weights.digest(weights.weights_in(self.path, self.content))
 
-    def load(self, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
+    def load(self, network: torch.nn.Module, flags: str = FLAGS) -> int:
         """Load its weights into a network, strictly; returns the number of tensors, all of which matched.
 
         Names of weights may contain what DataParallel and torch.compile add, see weights.WRAPPERS. flags: those that
@@ -89,15 +89,18 @@ class Checkpoint:
         """
         return weights.load(self.path, self.content, network, flags)
 
-    def open(self, spec: NetworkSpec, create: Callable[[NetworkSpec], torch.nn.Module]) -> torch.nn.Module:
+    def open(
+        self, spec: NetworkSpec, create: Callable[[NetworkSpec], torch.nn.Module], flags: str = FLAGS
+    ) -> torch.nn.Module:
         """The network in the file, with its weights; create(spec) makes one without them, such as net.from_spec.
 
-        Of an ONNX file it is a function that onnxruntime runs. Raises as load and exported.open_onnx do.
+        An ONNX file is run by onnxruntime. Raises as load and exported.OnnxNet do; flags: see load.
         """
         if session := self.content.get("session"):
-            return exported.open_onnx(self.path, session, spec.image_size, spec.embedding_size)
+            sizes = spec.image_size, spec.embedding_size
+            return exported.OnnxNet(self.path, self.content["onnx"], *sizes, session)
         network = create(spec)
-        self.load(network)
+        self.load(network, flags)
         return network
 
 
@@ -126,7 +129,7 @@ def is_threshold(record) -> bool:
     return in_ranges and math.isfinite(record["threshold"]) and record["distance"] in DISTANCES
 
 
-def load(path: str | Path, network: torch.nn.Module, flags: str = "--model and --embedding-size") -> int:
+def load(path: str | Path, network: torch.nn.Module, flags: str = FLAGS) -> int:
     """Load the weights of a checkpoint into a network; returns and raises as Checkpoint and its load do."""
     return Checkpoint(path).load(network, flags)
 

@@ -15,14 +15,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from proxy_anchor.files import BadFile, printable
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train.py", "evaluate.py", "search.py", "transfer.py", "protocol.py", "export.py")
 SHOWN, LONGEST = 200, 800  # characters of an error after advice, and of one without
-LARGEST_FLOAT = torch.finfo(torch.float).max
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32
 
 
 class Parser(argparse.ArgumentParser):
@@ -266,7 +264,7 @@ def kill_workers() -> None:
 
 def advice(error: Exception) -> str | None:
     """Advice where memory ran out (a GPU's, the host's or /dev/shm); None for other errors."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
         return "The GPU is out of memory; choose a smaller --batch-size (or --image-size)"
     message = printable(" ".join(str(error).split()), SHOWN)
     frames = traceback.extract_tb(error.__traceback__)

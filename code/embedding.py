@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from proxy_anchor import collectives
-from proxy_anchor.progress import progress
 from proxy_anchor.vectors import Embeddings
 
 CHANNELS_LAST_FROM = 96  # pixels: on a CPU, smaller images are faster in torch's own layout
@@ -86,6 +85,8 @@ class Embedder:
         With several processes, the loader has this one's share of the images. A dataset with `groups` gives them too.
         stop: a Stop, which may end the pass early; check it before the embeddings are used.
         """
+        from proxy_anchor.progress import progress  # the only use of tqdm, which torch.hub's users may not have
+
         self.network.eval()
         bar = progress(loader, description, len(loader.sampler))
         if stop:

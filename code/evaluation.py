@@ -81,7 +81,7 @@ def measure(
 ) -> Result:
     """Search the gallery or, without one, the queries themselves: Recall@K for each of ks, MAP@R and R-precision.
 
-    distance: one of vectors.DISTANCES. With several processes, each passes the embeddings of its share of the images,
+    distance: one of spec.DISTANCES. With several processes, each passes the embeddings of its share of the images,
     and the Result describes all queries. Raises ValueError as best_positive_rank does.
     """
     processes = collectives.world()

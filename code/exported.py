@@ -48,18 +48,45 @@ class InferenceNet(NormalizesInside):
         return F.normalize(embeddings) if self.unit_length else embeddings
 
 
-class ExportedFunction(NormalizesInside):
-    """A file's function from pixels to embeddings (N, D)."""
+class OnnxNet(NormalizesInside):
+    """The network in an ONNX file, run by onnxruntime on the CPU, wherever its images are; it can be pickled.
+
+    path: for messages. content: of the file. Raises ValueError if it does not map images of this size to embeddings of
+    this size.
+    """
 
     is_exported = True  # see embedding.Embedder
 
-    def __init__(self, function, embedding_size: int):
+    def __init__(self, path: str | Path, content: bytes, image_size: int, embedding_size: int, session=None):
         super().__init__()
-        self.function = function
-        self.embedding_size = embedding_size
+        self.path, self.content, self.image_size, self.embedding_size = path, content, image_size, embedding_size
+        self.session = session or open_session(path, content)
+        ends = [
+            (end.name, end.type, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())
+        ]
+        expected = [
+            ("images", "tensor(uint8)", [3, image_size, image_size]),
+            ("embeddings", "tensor(float)", [embedding_size]),
+        ]
+        if ends != expected:
+            raise ValueError(f"{path} is not an embedding network of export.py: expected {expected}, found {ends}")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.function(images)
+        """uint8 RGB (N, 3, S, S) -> (N, D). Raises ValueError if the file is damaged, or of another network."""
+        try:
+            (embeddings,) = self.session.run(None, {"images": images.contiguous().cpu().numpy()})
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise ValueError(f"{self.path} is damaged: {first_line(error)}") from error
+        shape = len(images), self.embedding_size
+        if embeddings.shape != shape or embeddings.dtype != "float32":
+            raise ValueError(
+                f"{self.path} is not an embedding network of export.py: expected float32 {shape} of {len(images)} "
+                f"images, found {embeddings.dtype} {embeddings.shape}"
+            )
+        return torch.from_numpy(embeddings).to(images.device)
+
+    def __reduce__(self):
+        return OnnxNet, (self.path, self.content, self.image_size, self.embedding_size)
 
 
 def halve(network: nn.Module) -> None:
@@ -119,7 +146,7 @@ def is_exported(path: str | Path) -> bool:
 def read(path: str | Path) -> dict:
     """The record in a file that `save` wrote, with the content of the file, from one reading.
 
-    That is the "model_state_dict" of .safetensors, and the "session" and the "sha256" of .onnx. Raises
+    That is the "model_state_dict" of .safetensors, and the "onnx", its "session" and "sha256" of .onnx. Raises
     FileNotFoundError, ValueError for damaged files and others' files, and ImportError where a package is missing.
     """
     if not Path(path).is_file():
@@ -128,37 +155,10 @@ def read(path: str | Path) -> dict:
         content = Path(path).read_bytes()
         session = open_session(path, content)
         metadata = session.get_modelmeta().custom_metadata_map
-        return record_in(path, metadata) | {"session": session, "sha256": hashlib.sha256(content).hexdigest()}
+        digest = hashlib.sha256(content).hexdigest()
+        return record_in(path, metadata) | {"onnx": content, "session": session, "sha256": digest}
     metadata, state = read_safetensors(path)
     return record_in(path, metadata) | {"model_state_dict": state}
-
-
-def open_onnx(path: str | Path, session, image_size: int, embedding_size: int) -> ExportedFunction:
-    """The network of an ONNX file's session, run by onnxruntime on the CPU, wherever its images are.
-
-    path: for messages. Raises ValueError if it does not map such images to such embeddings.
-    """
-    ends = [(end.name, end.type, end.shape[1:]) for end in (*session.get_inputs(), *session.get_outputs())]
-    expected = [
-        ("images", "tensor(uint8)", [3, image_size, image_size]),
-        ("embeddings", "tensor(float)", [embedding_size]),
-    ]
-    if ends != expected:
-        raise ValueError(f"{path} is not an embedding network of export.py: expected {expected}, found {ends}")
-
-    def run(images):
-        try:
-            (embeddings,) = session.run(None, {"images": images.contiguous().cpu().numpy()})
-        except Exception as error:  # onnxruntime's errors have no common class
-            raise ValueError(f"{path} is damaged: {first_line(error)}") from error
-        if embeddings.shape != (len(images), embedding_size) or embeddings.dtype != "float32":
-            raise ValueError(
-                f"{path} is not an embedding network of export.py: expected float32 {(len(images), embedding_size)} "
-                f"of {len(images)} images, found {embeddings.dtype} {embeddings.shape}"
-            )
-        return torch.from_numpy(embeddings).to(images.device)
-
-    return ExportedFunction(run, embedding_size)
 
 
 def difference(embeddings: torch.Tensor, expected: torch.Tensor) -> float:

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from proxy_anchor import metrics
 from proxy_anchor.files import printable, replacing
 
@@ -130,6 +128,8 @@ def draw_level(ax, level: float, label: str = "") -> None:
 
 def ramp(count: int) -> list[tuple[float, float, float]]:
     """Shades of the first strong colour, from dark to light."""
+    import numpy as np
+
     dark, light = np.array([[6, 56, 110], [112, 166, 219]]) / 255
     return [tuple(dark + (light - dark) * i / max(1, count - 1)) for i in range(count)]
 
@@ -141,6 +141,7 @@ def time_axis(seconds: float) -> tuple[float, str]:
 
 def add_time(ax, epochs: list[float], elapsed: list[float]) -> None:
     """A second axis on top: the wall time, at the epochs by which it had passed."""
+    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     unit, name = time_axis(elapsed[-1])
@@ -203,6 +204,7 @@ def draw_images(rows: list[list[tuple[str, str]]], read_image, path: Path, wrong
     read_image gives uint8 (3, H, W) for a path. An image that it cannot read is an empty frame with the file's name.
     wrong: paths of neighbours to frame.
     """
+    import numpy as np
     from matplotlib.patches import Rectangle
     from PIL import Image
 

@@ -1,16 +1,19 @@
 """The device and the processes that a script runs on."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import time
 from collections.abc import Collection
 from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+from proxy_anchor import cli
 
-from proxy_anchor import cli, collectives
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    import torch
 
 
 def options(without: Collection[str] = (), several: bool = True) -> argparse.ArgumentParser:
@@ -43,10 +46,11 @@ def select(gpu_id: int) -> torch.device:
     """CUDA device `gpu_id`, the first one for -1; without CUDA Apple's GPU or the CPU.
 
     Raises ValueError for an id that does not exist.
-    TF32 is turned off: convolutions would use it by default, and the published results are of float32.
+    TF32 is turned off.
     """
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    import torch
+
+    turn_off_tf32()
     if torch.cuda.is_available():
         gpu_id, count = 0 if gpu_id == -1 else gpu_id, torch.cuda.device_count()
         if not 0 <= gpu_id < count:
@@ -56,8 +60,18 @@ def select(gpu_id: int) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def turn_off_tf32() -> None:
+    """Compute in float32, as the published results were; convolutions on CUDA would use TF32 by default."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def describe(device: torch.device) -> str:
     """One line on the device in use."""
+    import torch
+
     if device.type == "cuda":
         return f"Running on CUDA device {device.index}, {torch.cuda.get_device_name(device)}."
     name = "Apple's GPU (MPS)" if device.type == "mps" else f"the CPU (threads: {torch.get_num_threads()})"
@@ -78,6 +92,11 @@ def processes(gpu_id: int):
             )
         yield select(gpu_id)
         return
+    import torch
+    import torch.distributed as dist
+
+    from proxy_anchor import collectives
+
     device = select(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
@@ -112,7 +131,11 @@ def launch_on_all_gpus(gpu_id: int, script: str, argv: list[str] | None) -> None
 
     argv: the arguments of the script's main; None for those of this process.
     """
-    if gpu_id == -1 and torch.cuda.device_count() > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if gpu_id != -1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    import torch
+
+    if torch.cuda.device_count() > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torch.cuda.device_count()}"]
         arguments = sys.argv[1:] if argv is None else argv
         os.execv(sys.executable, [sys.executable, *torchrun, script, *arguments])
@@ -120,6 +143,8 @@ def launch_on_all_gpus(gpu_id: int, script: str, argv: list[str] | None) -> None
 
 def describe_batch(batch_size: int) -> str:
     """One line on how a batch is divided; "" in a single process. Raises ValueError for fewer images than processes."""
+    from proxy_anchor import collectives
+
     if collectives.world_size() == 1:
         return ""
     if batch_size < collectives.world_size():

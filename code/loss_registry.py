@@ -1,5 +1,7 @@
 """The losses by name: their command-line flags, the baselines of Proxy-Anchor, and losses in files of users."""
 
+from __future__ import annotations
+
 import argparse
 import ast
 import inspect
@@ -8,16 +10,16 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from proxy_anchor import cli, collectives, distillation
+from proxy_anchor import cli
 from proxy_anchor.files import sha256
-from proxy_anchor.losses import ProxyAnchor
-from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
+
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    from torch import nn
 
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
+TRANSFER_LOSSES = ("Relaxed_Contra", "RKD", "PKT")  # see distillation.create
 PAIR_LOSSES = ("MS", "Contrastive", "Triplet", "NPair")  # without proxies
 SMALLEST_SHARE = 1e-15  # the draws have steps of 2**-53
 
@@ -66,7 +68,7 @@ def transfer_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--loss",
         default="Relaxed_Contra",
-        **cli.one_of(*distillation.LOSSES),
+        **cli.one_of(*TRANSFER_LOSSES),
         help="Relaxed_Contra: the relaxed contrastive loss; RKD, PKT: its baselines",
     )
     group.add_argument(
@@ -192,6 +194,10 @@ def create(
     parameters learn as fast as the network, and their gradients are not clipped. Raises ValueError for another name,
     ImportError without that library.
     """
+    from proxy_anchor import collectives
+    from proxy_anchor.losses import ProxyAnchor
+    from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
+
     if name == "Proxy_Anchor" and share < 1:
         return SampledProxyAnchor(num_classes, embedding_size, margin, alpha, share, seed)
     if name == "Proxy_Anchor" and collectives.world_size() > 1:
@@ -211,6 +217,8 @@ def create_from_file(name: str, num_classes: int, embedding_size: int, arguments
     Raises ValueError if there is no such class, if it does not accept the arguments or is no module, and, when it is
     called, if it does not return a scalar.
     """
+    from torch import nn
+
     path, _, class_name = name.rpartition(":")
     make = getattr(import_file(path), class_name, None)
     if make is None:
@@ -240,28 +248,25 @@ def import_file(path: str) -> ModuleType:
 
 def check_scalar(loss: nn.Module, _, value) -> None:
     """Raise ValueError if the loss has not returned a scalar."""
+    import torch
+
     if not isinstance(value, torch.Tensor) or value.ndim:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{type(loss).__name__} returned {found}, expected a scalar such as the mean over the batch")
 
 
-class MinedLoss(nn.Module):
+def with_miner(loss: nn.Module, miner: nn.Module) -> nn.Module:
     """A loss of pytorch-metric-learning over the pairs or triplets that one of its miners picks from the batch."""
-
-    def __init__(self, loss: nn.Module, miner: nn.Module):
-        super().__init__()
-        self.loss = loss
-        self.miner = miner
-
-    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """embeddings (B, D), labels (B,) -> scalar."""
-        return self.loss(embeddings, labels, self.miner(embeddings, labels))
+    loss.miner = miner
+    loss.register_forward_pre_hook(lambda loss, batch: (*batch, loss.miner(*batch)))
+    return loss
 
 
 def create_baseline(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     """One of the losses that Proxy-Anchor is compared with, see create."""
-    # Only the comparison needs it. Each setting is given, even a default one: defaults change between versions.
+    # Each setting is given, even a default one: defaults change between versions.
     from pytorch_metric_learning import distances, losses, miners, reducers
+    from torch import nn
 
     euclidean = {"distance": distances.LpDistance(normalize_embeddings=True, p=2, power=1)}
     cosine = {"distance": distances.CosineSimilarity(p=2, power=1)}
@@ -272,14 +277,14 @@ def create_baseline(name: str, num_classes: int, embedding_size: int) -> nn.Modu
             num_classes, embedding_size, softmax_scale=32, weight_init_func=nn.init.normal_, distance=squared, **mean
         )
     if name == "MS":
-        return MinedLoss(
+        return with_miner(
             losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5, **cosine, **mean),
             miners.MultiSimilarityMiner(epsilon=0.1, **cosine),
         )
     if name == "Contrastive":
         return losses.ContrastiveLoss(pos_margin=0, neg_margin=0.5, **euclidean, **mean_of_nonzero)
     if name == "Triplet":
-        return MinedLoss(
+        return with_miner(
             losses.TripletMarginLoss(
                 margin=0.1, swap=False, smooth_loss=False, triplets_per_anchor="all", **euclidean, **mean_of_nonzero
             ),

@@ -1,43 +1,53 @@
 """Exact image retrieval: the rank of each query's best positive, Recall@K, MAP@R, R-precision; cosine or Euclidean."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.tiles import Panel, Tiled, origin_of
-from proxy_anchor.vectors import Embeddings, check_finite, whole_numbers
+from proxy_anchor.vectors import Embeddings, as_tensor, check_finite, whole_numbers
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    Array = torch.Tensor | ArrayLike
 
 PANEL = 1 << 25  # similarities in memory at a time; never fewer than those of one tile's queries with their positives
 
 
 def best_positive_rank(
-    embeddings: torch.Tensor,
-    labels: torch.Tensor,
-    gallery: torch.Tensor | None = None,
-    gallery_labels: torch.Tensor | None = None,
+    embeddings: Array,
+    labels: Array,
+    gallery: Array | None = None,
+    gallery_labels: Array | None = None,
     distance: str = "cosine",
     *,
-    groups: torch.Tensor | None = None,
-    gallery_groups: torch.Tensor | None = None,
+    groups: Array | None = None,
+    gallery_groups: Array | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Number of negatives that rank above each query's nearest positive: (N,), from 0; -1 where there is no positive.
 
-    embeddings (N, D) and labels (N,) are the queries. Without a gallery (M, D), each query is compared with all others;
-    it is left out of its own ranking by its index, so duplicate images count. distance: "cosine", or "euclidean" for
-    the embeddings as they are. A negative exactly as near as the nearest positive ranks above it: a network that maps
-    all images to one point finds nothing. groups (N,) and gallery_groups (M,), whole numbers: images of the query's own
-    group (one burst of photos, say) are left out of its gallery. Raises ValueError for embeddings that are not finite,
-    for no embeddings, for shapes that do not agree, and for any other distance.
+    embeddings (N, D) and labels (N,) are the queries: tensors, numpy arrays or lists, with labels of any integer type.
+    Numbers in a list are taken as float32, those of a tensor or an array in their own precision, float32 or better.
+    Without a gallery (M, D), each query is compared with all others; it is left out of its own ranking by its index, so
+    duplicate images count. distance: "cosine", or "euclidean" for the embeddings as they are. A negative exactly as
+    near as the nearest positive ranks above it: a network that maps all images to one point finds nothing. groups (N,)
+    and gallery_groups (M,), whole numbers: images of the query's own group (one burst of photos, say) are left out of
+    its gallery. Raises ValueError for embeddings that are not finite, for no embeddings, for labels that are no whole
+    numbers, for shapes that do not agree and for any other distance, and TypeError for what is no array of numbers.
 
     The processes of a torch.distributed group each pass their share of the queries and of the gallery, which may be
     empty; all get the ranks of all queries, in the order of the processes.
     """
-    queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
+    queries, others = from_arrays(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
     return search(queries, others, distance, Processes(group)).ranks
 
 
@@ -144,22 +154,22 @@ def search_shard(queries: Tiled, owner: int, targets: Tiled, within: bool, proce
 
 
 def recall_at_k(
-    embeddings: torch.Tensor,
-    labels: torch.Tensor,
+    embeddings: Array,
+    labels: Array,
     ks: Sequence[int],
-    gallery: torch.Tensor | None = None,
-    gallery_labels: torch.Tensor | None = None,
+    gallery: Array | None = None,
+    gallery_labels: Array | None = None,
     distance: str = "cosine",
     *,
-    groups: torch.Tensor | None = None,
-    gallery_groups: torch.Tensor | None = None,
+    groups: Array | None = None,
+    gallery_groups: Array | None = None,
 ) -> dict[int, float]:
     """Recall@K for each K, in 0..1: the share of queries whose nearest positive has fewer than K negatives above it.
 
     Arguments and errors as for best_positive_rank, and ValueError for a K that is not 1, 2, ... A query without a
     positive is a miss.
     """
-    queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
+    queries, others = from_arrays(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
     return recall_of_ranks(search(queries, others, distance).ranks, ks)
 
 
@@ -171,14 +181,14 @@ def recall_of_ranks(ranks: torch.Tensor, ks: Sequence[int]) -> dict[int, float]:
 
 
 def map_at_r(
-    embeddings: torch.Tensor,
-    labels: torch.Tensor,
-    gallery: torch.Tensor | None = None,
-    gallery_labels: torch.Tensor | None = None,
+    embeddings: Array,
+    labels: Array,
+    gallery: Array | None = None,
+    gallery_labels: Array | None = None,
     distance: str = "cosine",
     *,
-    groups: torch.Tensor | None = None,
-    gallery_groups: torch.Tensor | None = None,
+    groups: Array | None = None,
+    gallery_groups: Array | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """MAP@R and R-precision of each query, (2, N) in 0..1, as in "A Metric Learning Reality Check" (2020).
@@ -188,28 +198,37 @@ def map_at_r(
     Arguments, ties, errors and the group as for best_positive_rank; a query without a positive scores 0, and an image
     left out of the query's gallery is not one of its positives.
     """
-    queries, others = from_tensors(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
+    queries, others = from_arrays(embeddings, labels, gallery, gallery_labels, groups, gallery_groups)
     results = search(queries, others, distance, Processes(group))
     return torch.stack([results.average_precisions, results.r_precisions])
 
 
-def from_tensors(
-    embeddings: torch.Tensor,
-    labels: torch.Tensor,
-    gallery: torch.Tensor | None,
-    gallery_labels: torch.Tensor | None,
-    groups: torch.Tensor | None,
-    gallery_groups: torch.Tensor | None,
+def from_arrays(
+    embeddings: Array,
+    labels: Array,
+    gallery: Array | None,
+    gallery_labels: Array | None,
+    groups: Array | None,
+    gallery_groups: Array | None,
 ) -> tuple[Embeddings, Embeddings | None]:
     """Queries and gallery as Embeddings. Raises ValueError for a gallery without labels, or its groups without it."""
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("A gallery and its labels come together: pass both, or neither to search within the queries")
-    queries = Embeddings(embeddings, labels, groups)
+    queries = _embeddings(embeddings, labels, groups)
     if gallery is None or gallery_labels is None:
         if gallery_groups is not None:
             raise ValueError("There is no gallery for these groups: pass gallery_groups only with a gallery")
         return queries, None
-    return queries, Embeddings(gallery, gallery_labels, gallery_groups)
+    return queries, _embeddings(gallery, gallery_labels, gallery_groups, "gallery")
+
+
+def _embeddings(vectors: Array, labels: Array, groups: Array | None, side: str = "") -> Embeddings:
+    prefix = f"{side}_" if side else ""
+    return Embeddings(
+        as_tensor(vectors, side or "embeddings"),
+        as_tensor(labels, f"{prefix}labels"),
+        None if groups is None else as_tensor(groups, f"{prefix}groups"),
+    )
 
 
 def validate_gallery(

@@ -4,9 +4,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from proxy_anchor.vectors import DISTANCES
-
 CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
+DISTANCES = ("cosine", "euclidean")
 HEADS = ("linear", "orthogonal", "layernorm")  # see net/embedding_net.py
 ORIENTATIONS = ("stored", "upright")  # indexed by ImageDataset.upright
 WORDS = {

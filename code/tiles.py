@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from proxy_anchor.collectives import ALONE, Processes
-from proxy_anchor.vectors import DISTANCES, Embeddings, finite, unit_vectors
+from proxy_anchor.spec import DISTANCES
+from proxy_anchor.vectors import Embeddings, finite, unit_vectors
 
 # Rows and columns of each product, which fit the cache of a CPU. All products have the same shape, a multiple of the
 # kernels' width: at the edges of other shapes, sums have another order, and equal pairs would get different values.

@@ -1,30 +1,30 @@
 """One training step, and what the recipes do around it: parameter groups, optimizers, schedules, warm-up."""
 
+from __future__ import annotations
+
 import argparse
 import math
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+from proxy_anchor import cli
 
-from proxy_anchor import cli, collectives
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    import torch
+    from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
 
 EmbeddingNet = Any  # a net.EmbeddingNet; this package does not import net
 CLIP_VALUE = 10  # of each gradient element, as published
 
 OPTIMIZERS: dict[
-    str, Callable[..., torch.optim.Optimizer]
-] = {  # fused: one pass over all parameters, where torch has it
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "adam": partial(torch.optim.Adam, fused=True),
-    "sgd": lambda groups, **settings: torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True, **settings),
-    "rmsprop": lambda groups, **settings: torch.optim.RMSprop(groups, alpha=0.9, momentum=0.9, **settings),
+    str, tuple[str, dict[str, Any]]
+] = {  # the class in torch.optim, and its settings; fused: one pass over all parameters, where torch has it
+    "adamw": ("AdamW", {"fused": True}),
+    "adam": ("Adam", {"fused": True}),
+    "sgd": ("SGD", {"momentum": 0.9, "nesterov": True, "fused": True}),
+    "rmsprop": ("RMSprop", {"alpha": 0.9, "momentum": 0.9}),
 }
-
-
 SCHEDULES = ("step", "cosine", "constant")
 FROZEN = {  # the defaults of --frozen; the first five were chosen on held-out classes, see docs/training.md
     "epochs": 30,
@@ -160,13 +160,16 @@ def create_optimizer(
     The proxies' learning rate is lr, or criterion.proxy_lr times lr where the loss has this attribute. All that trains
     is decayed. eps: None for the optimizer's own.
     """
+    from torch import optim
+
     embedding = list(network.model.embedding.parameters())
     backbone = [p for key, p in network.named_parameters() if not key.startswith("model.embedding.")]
     groups = [{"params": backbone}, {"params": embedding, "lr": lr * embedding_lr}]
     if proxies := list(criterion.parameters()):
         groups.append({"params": proxies, "lr": lr * getattr(criterion, "proxy_lr", 1)})
     settings = {"weight_decay": weight_decay} | ({} if eps is None else {"eps": eps})
-    optimizer = OPTIMIZERS[name](groups, lr=lr, **settings)
+    class_name, fixed = OPTIMIZERS[name]
+    optimizer = getattr(optim, class_name)(groups, lr=lr, **fixed, **settings)
     if attach_optimizer := getattr(criterion, "attach_optimizer", None):
         attach_optimizer(optimizer)
     return optimizer
@@ -179,6 +182,8 @@ def create_scheduler(
 
     "step", as published: times gamma every `step` epochs. "cosine": lr (1 + cos(pi e / epochs)) / 2. "constant".
     """
+    from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+
     if name == "cosine":
         return CosineAnnealingLR(optimizer, epochs)
     return StepLR(optimizer, step, gamma if name == "step" else 1.0)
@@ -227,6 +232,11 @@ def train_one_epoch(
     of the whole batch's loss. Raises FloatingPointError, with the epoch and the step, when the loss is not finite or a
     gradient is not; an enabled scaler skips the steps of such gradients instead.
     """
+    import torch
+    from torch import nn
+
+    from proxy_anchor import collectives
+
     network.train()  # also during warm-up
     losses = [] if losses is None else losses
     names = {parameter: name for name, parameter in network.named_parameters()}

@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-DISTANCES = ("cosine", "euclidean")
-
 
 @dataclass
 class Embeddings:
@@ -54,7 +52,7 @@ def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
-    """Rows (N, D) as a distance of DISTANCES sees them, in float32 or better: of unit length, or as they are.
+    """Rows (N, D) as a distance of spec.DISTANCES sees them, in float32 or better: of unit length, or as they are.
 
     Raises ValueError if any is not finite.
     """
@@ -85,6 +83,16 @@ def similarity(a: torch.Tensor, b: torch.Tensor, distance: str) -> torch.Tensor:
 def to_nearness(value, distance: str):
     """A cosine or a Euclidean distance as a similarity (larger is nearer), and the other way round."""
     return value if distance == "cosine" else 0.0 - value  # which is never -0.0
+
+
+def as_tensor(values, name: str) -> torch.Tensor:
+    """Numbers in a tensor, a numpy array or a list as a tensor. Raises TypeError for anything else."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Expected {name} as a tensor, a numpy array or a list of numbers, found {type(values).__name__} ({error})"
+        ) from error
 
 
 def whole_numbers(labels: torch.Tensor, name: str = "labels") -> torch.Tensor:

@@ -33,25 +33,38 @@ and optionally
                   a note on files skipped because of their extensions, "" if there are none
 """
 
+from __future__ import annotations
+
 import argparse
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from torch.utils.data import DataLoader
-
-from dataset import cars, cub, folder, glyphs, inshop, names, sop, table, transforms, validation
-from dataset.files import BadFile, missing_files
-from dataset.images import ImageDataset, describe, record, remark
-from dataset.images import size as size
-from dataset.loading import eval_loader, train_loader
 from proxy_anchor import cli
 from proxy_anchor.files import printable, quantity
 from proxy_anchor.spec import CROP, NetworkSpec
 
+from . import cars, cub, folder, glyphs, inshop, names, sop, table, validation
+from .files import BadFile, missing_files
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from .images import ImageDataset as ImageDataset
+    from .images import describe as describe
+    from .images import record as record
+    from .images import remark as remark
+    from .images import size as size
+    from .loading import eval_loader as eval_loader
+    from .loading import train_loader as train_loader
+
+FROM_MODULES = {
+    ".images": ("ImageDataset", "describe", "record", "remark", "size"),
+    ".loading": ("eval_loader", "train_loader"),
+}
 DATA_ROOT = Path(__file__).resolve().parent.parent / "data"
 BENCHMARKS = {"cub": cub, "cars": cars, "SOP": sop, "Inshop": inshop, "glyphs": glyphs}
 CUSTOM = {"folder": folder, "csv": table}
@@ -60,6 +73,14 @@ CUSTOM_ROOTS = {"folder": "the folder that has one folder per class", "csv": "th
 # The cores available to this process, as torch counts them; it warns about more workers.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = min(4, CORES)
+
+
+def __getattr__(name: str):
+    """Import what needs torch when it is first used: --help does not wait for it."""
+    for module, names_in_it in FROM_MODULES.items():
+        if name in names_in_it:
+            return getattr(import_module(module, __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def options(training: bool, without: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -169,6 +190,10 @@ def load(
 
 def _load(name, root, requested, transform, allow_partial=False, test_classes=None, upright=None):
     """The training split, or some of the test splits; the labels depend on the classes of all test splits."""
+    import numpy as np
+
+    from .images import ImageDataset
+
     source, choice = ALL[name], {}
     if test_classes:
         if name != "folder":
@@ -242,6 +267,8 @@ def _present(name, location, split, samples, allow_partial):
 
 def train_set(name: str, root: str | Path, image_size: int, interpolation: str | None = None, **choice) -> ImageDataset:
     """The training images with random augmentation; choice: allow_partial, test_classes and upright as in load."""
+    from . import transforms
+
     augmentation = getattr(ALL[name], "AUGMENTATION", {}) | {"interpolation": interpolation}
     return load(name, root, "train", transforms.RandomCrop(image_size, **augmentation), **choice)
 
@@ -253,6 +280,8 @@ def eval_sets(
 
     geometry: see NetworkSpec; None for the geometry of the published networks.
     """
+    from . import transforms
+
     transform = transforms.Evaluation(image_size, **(geometry or _default_geometry(name)))
     return _load(name, root, eval_splits(name, root), transform, **choice)
 
@@ -263,9 +292,19 @@ def _default_geometry(name: str) -> dict:
 
 def unlabelled(paths: list[str], spec: NetworkSpec) -> ImageDataset:
     """Images without labels, as a network sees them."""
-    transform = transforms.Evaluation(spec.image_size, **spec.geometry)
+    import numpy as np
+
+    from .images import ImageDataset
+
     labels = np.zeros(len(paths), dtype=int)
-    return ImageDataset(paths, labels, [""], transform, upright=spec.orientation == "upright")
+    return ImageDataset(paths, labels, [""], transform_of(spec), upright=spec.orientation == "upright")
+
+
+def transform_of(spec: NetworkSpec) -> Callable:
+    """What an image goes through before a network sees it: uint8 (3, H, W) -> (3, image_size, image_size)."""
+    from . import transforms
+
+    return transforms.Evaluation(spec.image_size, **spec.geometry)
 
 
 def crop_of(name: str) -> float | None:
@@ -286,6 +325,8 @@ def open_splits(
     With a fold (see dataset/validation.py), its classes form the split val, transformed like test images, and the test
     set is not touched.
     """
+    from . import transforms
+
     images = train_set(name, root, image_size, (geometry or {}).get("interpolation"), **choice)
     if fold is None:
         test_sets = eval_sets(name, root, image_size, geometry, **choice)
@@ -338,6 +379,9 @@ def for_training(
     views: int = 1,
 ) -> TrainingData:
     """The splits of open_splits with their loaders; images_per_class, seed, share, views: see loading.train_loader."""
+    from .images import describe, record, remark
+    from .loading import eval_loader, train_loader
+
     train_images, *test_images = splits.values()
     prefix, notes = validation.PREFIX if validation.VAL_FOLD in splits else "", remark(test_images)
     if test_images[0].paths == train_images.paths:

@@ -1,15 +1,20 @@
 """Check a dataset, or prepare one from its archives."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import dataset
-from dataset import duplicates, files, names, prepare
-from dataset.check import Image, in_several, inspect, with_several_labels
 from proxy_anchor import cli
 from proxy_anchor.files import printable, quantity
-from proxy_anchor.progress import progress
+
+from . import ALL, BENCHMARKS, WORKERS, check_arguments, files, load, names, prepare, splits
+
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    from .check import Image
+    from .images import ImageDataset
 
 SHOWN = 10  # problems of each kind
 
@@ -38,7 +43,7 @@ def parse(argv=None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     check.set_defaults(archives=[])
-    check.add_argument("name", choices=dataset.ALL, help="the dataset")
+    check.add_argument("name", choices=ALL, help="the dataset")
     check.add_argument(
         "--data-root",
         type=cli.path,
@@ -47,7 +52,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     check.add_argument(
         "--workers",
-        default=dataset.WORKERS,
+        default=WORKERS,
         type=cli.integer(0),
         metavar="N",
         help="processes that read images, 0 for none (default: as many as there are CPU cores, at most 4)",
@@ -65,17 +70,19 @@ def parse(argv=None) -> argparse.Namespace:
     make.add_argument(
         "--data-root", type=cli.path, metavar="DIR", help="folder to extract into (default: data/ in this repository)"
     )
-    make.set_defaults(test_classes=None, workers=dataset.WORKERS)
+    make.set_defaults(test_classes=None, workers=WORKERS)
     make.add_argument(
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="tar or zip archive, or single file, e.g. a list"
     )
     args = parser.parse_args(argv)
-    dataset.check_arguments(parser, args, args.name)
+    check_arguments(parser, args, args.name)
     return args
 
 
 def run_prepare(name: str, root: str, archives: list[Path]) -> None:
-    folder = dataset.BENCHMARKS[name].FOLDER
+    from proxy_anchor.progress import progress
+
+    folder = BENCHMARKS[name].FOLDER
     for _ in progress(prepare.prepare(name, Path(root), folder, archives), "extracting", unit="file"):
         pass
     print(f"Laid out in {Path(root) / folder}")
@@ -94,25 +101,31 @@ def checksum_warning(archives: list[Path]) -> str:
 
 def run_check(name: str, root: str, workers: int, test_classes: str | None) -> int:
     """Print statistics and problems of the dataset; returns the number of problems."""
-    published = dataset.BENCHMARKS[name].SIZES if name in dataset.BENCHMARKS else {}
+    from proxy_anchor.progress import progress
+
+    from .check import in_several, inspect, with_several_labels
+    from .duplicates import available
+    from .images import remark, size
+
+    published = BENCHMARKS[name].SIZES if name in BENCHMARKS else {}
     problems = []
     results: dict[str, list[Image]] = {"train": []}
     sets = {}
     test_sets = []
-    for split in dataset.splits(name, root):
-        images = dataset.load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
-        inspected = list(progress(inspect(images.paths, workers, images.upright, duplicates.available()), split))
+    for split in splits(name, root):
+        images = load(name, root, split, allow_partial=bool(published), test_classes=test_classes)
+        inspected = list(progress(inspect(images.paths, workers, images.upright, available()), split))
         results[split], sets[split] = inspected, images
         if split != "train":
             test_sets.append(images)
         unreadable = [image.problem for image in inspected if image.problem]
         problems += unreadable
-        count, classes = dataset.size(images)
+        count, classes = size(images)
         print(f"{split}: {quantity(count, 'image')} of {quantity(classes, 'class')}", end="")
         if published:
             print(f"; published: {published[split][1]:,} of {published[split][0]:,}", end="")
             if (classes, count) != published[split]:
-                cause = dataset.BENCHMARKS[name].LIKELY_CAUSE
+                cause = BENCHMARKS[name].LIKELY_CAUSE
                 problems.append(f"{split} is not the published split; likely cause: {cause}")
         print()
         sizes = sorted((image.width, image.height) for image in inspected if not image.problem)
@@ -123,9 +136,9 @@ def run_check(name: str, root: str, workers: int, test_classes: str | None) -> i
                 f"height {heights[0]} to {heights[-1]}, median {heights[len(heights) // 2]}; "
                 f"{len(unreadable)} unreadable"
             )
-    print(dataset.remark(test_sets), end="")
-    for remark in getattr(dataset.ALL[name], "remarks", lambda root: [])(Path(root)):
-        print_line(remark)
+    print(remark(test_sets), end="")
+    for line in getattr(ALL[name], "remarks", lambda root: [])(Path(root)):
+        print_line(line)
     if not published:
         for line in names.describe_similar("Classes", {label for images in sets.values() for label in images.classes}):
             print_line(line)
@@ -149,8 +162,10 @@ def print_line(text: str) -> None:
     print(printable(text, cli.LONGEST))
 
 
-def duplicate_lines(results: dict[str, list[Image]], sets: dict[str, dataset.ImageDataset]) -> list[str]:
+def duplicate_lines(results: dict[str, list[Image]], sets: dict[str, ImageDataset]) -> list[str]:
     """Lines on duplicates among the readable images of the splits."""
+    from . import duplicates
+
     rows = [
         (image, split != "train", data.classes[data.labels[i]], -1 if data.groups is None else data.groups[i])
         for split, data in sets.items()
@@ -169,7 +184,7 @@ def main(argv=None):
                 run_prepare(args.name, args.data_root, args.archives)
             if problems := run_check(args.name, args.data_root, args.workers, args.test_classes):
                 raise files.BadFile(f"{args.name} has {quantity(problems, 'problem')}, listed above")
-            print(f"This is the published {args.name}." if args.name in dataset.BENCHMARKS else "No problems found.")
+            print(f"This is the published {args.name}." if args.name in BENCHMARKS else "No problems found.")
         finally:  # last, and also if an archive is damaged
             print(warning, end="", file=sys.stderr)
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import transforms
-from dataset.files import BadFile, image_size, read_image
-from dataset.loading import parallel
 from proxy_anchor.files import hold, is_intact, seal
+
+from . import transforms
+from .files import BadFile, image_size, read_image
+from .loading import parallel
 
 FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 2"  # of images.bin; update it with the layout
 FILES = ("images.bin", "shapes.npy", "paths.json")

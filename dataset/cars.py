@@ -7,7 +7,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from dataset.files import BadFile, require
+from .files import BadFile, require
 
 FOLDER = "cars196"
 SIZES = {"train": (98, 8054), "eval": (98, 8131)}  # classes, images

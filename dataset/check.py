@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from dataset.duplicates import perceptual_hash
-from dataset.files import BadFile, read_image
-from dataset.loading import parallel
+from .duplicates import perceptual_hash
+from .files import BadFile, read_image
+from .loading import parallel
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dataset.files import BadFile, is_hidden, require
+from .files import BadFile, is_hidden, require
 
 FOLDER = "CUB_200_2011"
 SIZES = {"train": (100, 5864), "eval": (100, 5924)}  # classes, images

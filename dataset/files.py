@@ -1,5 +1,7 @@
 """Reads the files of datasets: folders, annotation tables and images."""
 
+from __future__ import annotations
+
 import logging
 import os
 import re
@@ -7,12 +9,14 @@ import warnings
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from proxy_anchor.files import BadFile
+
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    import torch
 
 # Photograph formats, the most frequent first. None that Pillow passes to other programs, as EPS to Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
@@ -210,6 +214,9 @@ def to_tensor(image: Image.Image, upright: bool = True) -> torch.Tensor:
     upright: rotate it according to EXIF, as viewers do. Raises ValueError for pixels of an unknown range, and Pillow's
     errors for damaged images.
     """
+    import numpy as np
+    import torch
+
     largest = _largest(image)  # loading the image would lose it
     full_range = image.format == "PPM" and 255 < largest < 65535  # Pillow has scaled it by its largest value
     image.load()
@@ -275,6 +282,8 @@ def _to_8_bits(pixels, transparent, full_range):
     transparent: the value that becomes white, or None. full_range: the range is known to be 16 bits, however dark the
     pixels are. Raises ValueError for pixels of another or uncertain range: the image would come out black or white.
     """
+    import numpy as np
+
     low, high = pixels.min(), pixels.max()
     dark = f", and one of at least {FULL_RANGE:,}" if 0 < high < FULL_RANGE and not full_range else ""
     if pixels.dtype.kind == "f" or low < 0 or high > 65535 or dark:

@@ -11,10 +11,11 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset import files
-from dataset.files import BadFile, is_hidden, is_image, read_lines, require
-from dataset.names import by_form, form, strip
 from proxy_anchor.files import quantity
+
+from . import files
+from .files import BadFile, is_hidden, is_image, read_lines, require
+from .names import by_form, form, strip
 
 NONE = "none"  # instead of a file of test classes
 KS = (1, 2, 4, 8, 16, 32)

@@ -4,17 +4,21 @@ A small dataset without a download, for real training in minutes on a CPU. The i
 and then read from disk.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from .files import require
 
-from dataset.files import require
+if TYPE_CHECKING:  # functions import them: --help does not wait for them
+    import numpy as np
+    from PIL import Image, ImageFont
 
 FOLDER = "glyphs"
 SIZES = {"train": (564, 8085), "eval": (282, 4035)}  # classes, images
@@ -63,6 +67,9 @@ def samples(folder: Path, split: str) -> list[tuple[str, str]]:
 
 def draw(folder: Path) -> None:
     """Draw the dataset in a temporary folder, renamed at the end, so that it is never incomplete."""
+    import numpy as np
+    from PIL import ImageFont
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".glyphs-", dir=folder.parent))
     try:
@@ -88,6 +95,9 @@ def draw(folder: Path) -> None:
 
 def choose_letters(characters: dict[str, set[int]]) -> list[int]:
     """Code points of the letters in at least MIN_TYPEFACES typefaces with at most one diacritic, without lookalikes."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
     typefaces = Counter(character for available in characters.values() for character in available)
     letters = [
         character
@@ -111,6 +121,8 @@ def choose_letters(characters: dict[str, set[int]]) -> list[int]:
 
 def draw_letter(letter: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> Image.Image:
     """The letter, dark on light in random colours, rotated by up to 5 degrees and shifted by up to 2 pixels."""
+    from PIL import Image, ImageDraw
+
     mask = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
     middle = IMAGE_SIZE / 2 + random.uniform(-2, 2, size=2)
     ImageDraw.Draw(mask).text((middle[0], middle[1] + FONT_SIZE * 0.3), letter, font=font, fill=255, anchor="ms")
@@ -121,7 +133,7 @@ def draw_letter(letter: str, font: ImageFont.FreeTypeFont, random: np.random.Gen
 
 
 def _font_path(name):
-    import matplotlib  # slow to import, and needed only when drawing
+    import matplotlib
 
     return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name)
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import transforms
-from dataset.cache import Cache
-from dataset.check import inspect
-from dataset.files import read_image
 from proxy_anchor.files import quantity
 from proxy_anchor.spec import ORIENTATIONS
+
+from . import transforms
+from .cache import Cache
+from .check import inspect
+from .files import read_image
 
 
 class ImageDataset(Dataset):

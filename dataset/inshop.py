@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dataset.files import BadFile, image_size, read_table, require, whole_number
+from .files import BadFile, image_size, read_table, require, whole_number
 
 FOLDER = "Inshop_Clothes"
 SIZES = {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)}  # classes, images

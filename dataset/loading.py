@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.files import BadFile
+from .files import BadFile
 
 if TYPE_CHECKING:  # images imports this module
-    from dataset.images import ImageDataset
+    from .images import ImageDataset
 
 
 class RandomBatches(Sampler):

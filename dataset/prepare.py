@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from dataset.files import BadFile, is_hidden
 from proxy_anchor.files import locked
+
+from .files import BadFile, is_hidden
 
 MAX_BYTES = 50e9  # of an extracted archive; the largest dataset has about 3 GB
 MAX_FILES = 1_000_000

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dataset.files import read_table, require, whole_number
+from .files import read_table, require, whole_number
 
 FOLDER = "Stanford_Online_Products"
 SIZES = {"train": (11318, 59551), "eval": (11316, 60502)}  # classes, images

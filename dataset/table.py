@@ -10,9 +10,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from dataset.files import BadFile, require
-from dataset.names import describe_similar, form, strip
 from proxy_anchor.files import quantity
+
+from .files import BadFile, require
+from .names import describe_similar, form, strip
 
 KS = (1, 2, 4, 8, 16, 32)
 COLUMNS = ["path", "label", "split"]

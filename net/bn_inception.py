@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from net.backbone import Backbone
+from .backbone import Backbone
 
 # block: 1x1 | 3x3 (reduce, out) | double 3x3 (reduce, out) | pool, projection. A block without 1x1 convolution
 # halves the resolution: its last 3x3 convolutions and its pool have stride 2, and the pooled input passes through.

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from net.backbone import Backbone, Normalize
 from proxy_anchor.spec import HEADS
+
+from .backbone import Backbone, Normalize
 
 # How the embedding layer's weights start. "layernorm" normalizes the features before it, without parameters.
 STARTS: dict[str, Callable] = dict(

@@ -2,7 +2,7 @@
 
 import torchvision
 
-from net.backbone import Backbone
+from .backbone import Backbone
 
 
 class GoogLeNet(Backbone, torchvision.models.GoogLeNet):

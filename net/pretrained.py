@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from net.backbone import Backbone
 from proxy_anchor import weights
 from proxy_anchor.files import printable, sha256
+
+from .backbone import Backbone
 
 URLS = {
     "bn_inception": "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth",

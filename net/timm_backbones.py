@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from net.backbone import Backbone
-from net.pretrained import PACKAGES, hub_file, packaged_weights, read_weights
+from .backbone import Backbone
+from .pretrained import PACKAGES, hub_file, packaged_weights, read_weights
 
 
 class TimmBackbone(Backbone):

@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: threads 
 import helpers  # noqa: F401 - makes the network "tiny" known
 import pytest
 import torch
+import torchvision  # noqa: F401 - it cannot be imported while torch.cuda is changed
 import trees
 
 

@@ -236,7 +236,7 @@ def test_record(made, tmp_path, capsys):
     assert 'Recorded threshold for "the same class": 0.7500' in (tmp_path / "a-card.md").read_text()
     for ending in (".onnx", ".safetensors"):
         record = exported.read(made / f"a{ending}")
-        for held in ("session", "sha256", "model_state_dict"):
+        for held in ("onnx", "session", "sha256", "model_state_dict"):
             record.pop(held, None)
         assert checkpoint.Checkpoint(made / f"a{ending}").spec == NetworkSpec(**RECORD)
         assert record["source"] == checkpoint.Checkpoint(made / "a.pth").identity and "threshold" not in record
@@ -258,7 +258,7 @@ def test_no_file_holds_a_pickle_or_a_path(made, monkeypatch, capsys):
     for module, name in ((pickle, "Unpickler"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
         monkeypatch.setattr(module, name, never)
     exported.read(made / "a.safetensors")
-    exported.open_onnx(made / "a.onnx", exported.read(made / "a.onnx")["session"], 32, 16)
+    exported.OnnxNet(made / "a.onnx", (made / "a.onnx").read_bytes(), 32, 16)
 
 
 def test_fp16_says_what_it_costs(made, tmp_path, pixels, capsys):
@@ -647,8 +647,8 @@ def test_published_checkpoint_in_the_hub(tmp_path):
     network, transform = torch.hub.load(str(REPOSITORY), "embedding", checkpoint=path, source="local", **given)
     assert transform(Image.new("L", (300, 250))).shape == (3, 224, 224) and network.embedding_size == 8
     for given, words in (
-        ({}, "does not record its backbone: give torch.hub.load backbone=..."),
-        ({"backbone": "resnet18"}, "does not record its embedding_size"),
+        ({}, "does not record its network: give backbone=... and embedding_size=..."),
+        ({"backbone": "resnet18"}, "does not record its network: give backbone=... and embedding_size=..."),
         ({"backbone": "resnet18", "embedding_size": 16}, "of another network.* Check backbone and embedding_size"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -659,8 +659,13 @@ def test_published_checkpoint_in_the_hub(tmp_path):
 def test_hub_refuses_what_a_checkpoint_contradicts(made):
     with pytest.raises(ValueError, match="was trained with backbone resnet18, not resnet50"):
         hubconf.embedding(str(made / "a.pth"), backbone="resnet50")
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        hubconf.embedding(str(made / "a.onnx"))
+
+
+def test_onnx_file_in_the_hub(made, pixels):
+    """It can be pickled too."""
+    network, transform = pickle.loads(pickle.dumps(hubconf.embedding(str(made / "a.onnx"))))
+    assert torch.equal(network(pixels), by_onnxruntime(made / "a.onnx", pixels))
+    assert transform(Image.new("L", (300, 250))).shape == (3, 32, 32)
 
 
 def test_lines_of_the_page_on_the_hub_run(made, tmp_path, monkeypatch):

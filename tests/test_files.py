@@ -18,7 +18,8 @@ import export
 import net
 import search
 import transfer
-from proxy_anchor import checkpoint, files, weights
+from proxy_anchor import checkpoint, evaluation, files, weights
+from proxy_anchor.index.store import Index
 from proxy_anchor.report import page
 from proxy_anchor.spec import NetworkSpec
 
@@ -171,8 +172,8 @@ def replaced(tmp_path):
 
 def test_calibration_of_weights_that_were_replaced_is_not_recorded(photos, replaced, capsys, monkeypatch):
     path, _, replace = replaced
-    measure = evaluate.evaluation.measure
-    monkeypatch.setattr(evaluate.evaluation, "measure", lambda *args, **more: [measure(*args, **more), replace()][0])
+    measure = evaluation.measure
+    monkeypatch.setattr(evaluation, "measure", lambda *args, **more: [measure(*args, **more), replace()][0])
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([*arguments(photos, dataset="folder", resume=path), "--calibrate", "0.1"])
     assert "a.pth was replaced while it was measured, so its threshold is not recorded" in capsys.readouterr().err
@@ -195,7 +196,7 @@ def test_index_is_of_the_weights_that_it_names(photos, replaced, tmp_path):
     args = search.parse(["index", "--resume", str(path), *flags])
     replace()
     search.update_index(args)
-    index = search.Index.open(tmp_path / "index")
+    index = Index.open(tmp_path / "index")
     assert index.made["weights"] == identity
     torch.manual_seed(0)
     image = dataset.unlabelled([index.images[0][0]], index.spec)[0][0]

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxy_anchor import collectives, retrieval, tiles
 from proxy_anchor.pairs import Pairs
-from proxy_anchor.vectors import DISTANCES, Embeddings
+from proxy_anchor.spec import DISTANCES
+from proxy_anchor.vectors import Embeddings
 
 # Where the parts of each number of processes end: unequal ones, an empty one, one without any positive.
 CUTS = {1: [0, 1], 2: [0, 0.3, 1], 3: [0, 0.52, 0.52, 1], 4: [0, 0.01, 0.4, 0.75, 1]}

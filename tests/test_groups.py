@@ -14,9 +14,10 @@ import evaluate
 import net
 import train
 from dataset.__main__ import main as dataset_main
+from dataset.images import fingerprint
 from proxy_anchor import collectives, evaluation, retrieval, tiles, verification
 from proxy_anchor.report import confusion, page
-from proxy_anchor.retrieval import best_positive_rank, from_tensors, map_at_r, recall_at_k, search
+from proxy_anchor.retrieval import best_positive_rank, from_arrays, map_at_r, recall_at_k, search
 from proxy_anchor.vectors import Embeddings
 
 
@@ -242,10 +243,10 @@ def test_groups_are_read(tmp_path):
 
 def test_other_groups_are_other_data(tmp_path):
     with_groups, without = (photos(tmp_path / name, name == "a") for name in "ab")
-    digests = [dataset.images.fingerprint(dataset.load("csv", path, "eval"), path) for path in (with_groups, without)]
+    digests = [fingerprint(dataset.load("csv", path, "eval"), path) for path in (with_groups, without)]
     text = with_groups.read_text()
     with_groups.write_text(text.replace("9 2", "9 1"))
-    digests.append(dataset.images.fingerprint(dataset.load("csv", with_groups, "eval"), with_groups))
+    digests.append(fingerprint(dataset.load("csv", with_groups, "eval"), with_groups))
     assert len(set(digests)) == 3
 
 
@@ -310,6 +311,6 @@ def test_a_query_in_the_gallery_is_left_out_by_one_group(tmp_path):
     given = {"groups": torch.as_tensor(queries.groups), "gallery_groups": torch.as_tensor(gallery.groups)}
     sides = Embeddings(x, labels[0]), Embeddings(y, labels[1])
     assert confusion.nearest_neighbour(*sides, "euclidean").tolist() == [0]
-    sides = from_tensors(x, labels[0], y, labels[1], **given)
+    sides = from_arrays(x, labels[0], y, labels[1], **given)
     assert confusion.nearest_neighbour(*sides, "euclidean").tolist() != [0]
     assert recall_at_k(x, labels[0], [2], y, labels[1], "euclidean", **given) == {2: 1.0}  # the other ant is there

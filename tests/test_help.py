@@ -3,8 +3,11 @@
 import argparse
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
+from pages import REPOSITORY
 
 import evaluate
 import export
@@ -66,3 +69,28 @@ def test_examples_parse(name):
     assert len(examples) >= 2
     for example in examples:
         SCRIPTS[name].parse(shlex.split(example))
+
+
+SLOW = {"torch", "torchvision", "numpy", "scipy", "matplotlib", "wandb", "timm", "faiss", "onnxruntime", "tqdm"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("argument, status", [("--help", 0), ("--unknown", 2)])
+def test_help_and_usage_errors_import_no_large_library(name, argument, status):
+    """They answer at once: each of these libraries takes from a tenth of a second to two seconds."""
+    program = """
+import runpy, sys
+try:
+    {run}
+except SystemExit as end:
+    print(sorted(set(sys.modules) & {slow}), end.code, file=sys.stderr)
+"""
+    module = name.removeprefix("-m ") if name.startswith("-m ") else None
+    run = (
+        f"runpy.run_module({module!r}, run_name='__main__')"
+        if module
+        else f"runpy.run_path({name!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program.format(run=run, slow=SLOW), argument]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"[] {status}", done.stderr

@@ -287,10 +287,10 @@ def test_every_loss_trains(name):
 def test_settings_of_the_baselines():
     assert loss_registry.create("Proxy_NCA", 4, 8).softmax_scale == 32
     ms = loss_registry.create("MS", 4, 8)
-    assert (ms.loss.alpha, ms.loss.beta, ms.loss.base, ms.miner.epsilon) == (2, 50, 0.5, 0.1)
+    assert (ms.alpha, ms.beta, ms.base, ms.miner.epsilon) == (2, 50, 0.5, 0.1)
     assert loss_registry.create("Contrastive", 4, 8).neg_margin == 0.5
     triplet = loss_registry.create("Triplet", 4, 8)
-    assert (triplet.loss.margin, triplet.miner.margin, triplet.miner.type_of_triplets) == (0.1, 0.1, "semihard")
+    assert (triplet.margin, triplet.miner.margin, triplet.miner.type_of_triplets) == (0.1, 0.1, "semihard")
     assert not loss_registry.create("NPair", 4, 8).distance.normalize_embeddings
 
 
@@ -298,11 +298,11 @@ def by_default(name):
     """The baselines with no more settings than those of the comparison, the rest as the library 2.6 to 2.9 has it."""
     return {
         "Proxy_NCA": lambda: library.ProxyNCALoss(6, 8, softmax_scale=32),
-        "MS": lambda: loss_registry.MinedLoss(
+        "MS": lambda: loss_registry.with_miner(
             library.MultiSimilarityLoss(2, 50, 0.5), miners.MultiSimilarityMiner(0.1)
         ),
         "Contrastive": lambda: library.ContrastiveLoss(neg_margin=0.5),
-        "Triplet": lambda: loss_registry.MinedLoss(
+        "Triplet": lambda: loss_registry.with_miner(
             library.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(0.1, "semihard")
         ),
         "NPair": lambda: library.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False)),

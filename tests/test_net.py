@@ -70,6 +70,25 @@ def test_features_are_torchvisions(name):
         torch.testing.assert_close(ours, theirs(images))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnet_starts_and_trains_as_torchvisions(name):
+    """To the bit, from the same seed: the same weights under the same names, the same features and gradients."""
+    torch.manual_seed(0)
+    ours = net.BACKBONES[name]()
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    features = [ours.features(images).mean(dim=(2, 3)), theirs(images)]
+    assert torch.equal(*features)
+    for values in features:
+        values.square().sum().backward()
+    gradients = {key: parameter.grad for key, parameter in ours.named_parameters() if not key.startswith("fc.")}
+    assert all(torch.equal(parameter.grad, gradients[key]) for key, parameter in theirs.named_parameters())
+
+
 def test_orthogonal_start():
     """All else, the random numbers of the backbone too, starts as it does with the published one."""
     torch.manual_seed(0)

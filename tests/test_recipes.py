@@ -15,9 +15,11 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint, figures, loss_registry, training
+from net.embedding_net import EmbeddingNet
+from proxy_anchor import checkpoint, evaluation, figures, loss_registry, training
 from proxy_anchor.evaluation import Result
 from proxy_anchor.runs import run_folders
+from proxy_anchor.runs.run import Run
 
 PEAK, STEPS, EPOCHS = 1e-3, 2, 4
 HALF_CIRCLE = [(1 + math.cos(math.pi * epoch / EPOCHS)) / 2 for epoch in range(EPOCHS)]
@@ -86,7 +88,7 @@ def test_frozen_layers_are_whole_words(names):
     backbone.patch_embed = torch.nn.Linear(2, 2)
     backbone.blocks = torch.nn.ModuleList([torch.nn.BatchNorm1d(2) for _ in range(11)])
     backbone.num_features, backbone.mean, backbone.std, backbone.bgr = 2, (0, 0, 0), (1, 1, 1), False
-    network = net.EmbeddingNet(backbone, 3, bn_freeze=False)
+    network = EmbeddingNet(backbone, 3, bn_freeze=False)
     network.freeze(names)
     training.set_trainable(network.train(), epoch=1, warm=1)
     still = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
@@ -171,7 +173,7 @@ def test_backbone_alone_has_a_file_of_its_own(logs, weights, cub_root):
 
 def test_without_the_baseline_training_is_the_same(logs, weights, cub_root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "measure_backbone", lambda run, evaluate: None)
+        patch.setattr(Run, "measure_backbone", lambda run, evaluate: None)
         train.main(arguments(cub_root, pretrained=weights, LOG_DIR=tmp_path, **SETTINGS))
     assert not (run_folder(tmp_path) / "backbone.json").exists()
     assert of_epochs(run_folder(tmp_path)) == of_epochs(run_folder(logs))
@@ -235,7 +237,7 @@ def test_ending_below_the_backbone_is_said(weights, cub_root, tmp_path, monkeypa
     def evaluate(*_, **__):
         return Result({"R@1": next(results)}, torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
-    monkeypatch.setattr(train.evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     run_train(cub_root, tmp_path, pretrained=weights)
     assert "Training made it worse: the last epoch is below the untrained backbone" in capsys.readouterr().out
 

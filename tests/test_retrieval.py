@@ -8,7 +8,8 @@ import evaluate
 import net
 from proxy_anchor import evaluation, metrics, retrieval, tiles
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
-from proxy_anchor.vectors import DISTANCES, Embeddings, concat_columns
+from proxy_anchor.spec import DISTANCES
+from proxy_anchor.vectors import Embeddings, concat_columns
 from proxy_anchor.verification import verify
 
 
@@ -186,7 +187,9 @@ def test_queries_and_gallery_of_different_precision(of_queries, of_gallery, dist
     assert verified == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint64], ids=str
+)
 def test_labels_of_any_integer_type(dtype):
     x, y = torch.randn(40, 8), torch.arange(40) % 5
     expected = search(*sides(x[:20], y[:20], x[20:], y[20:]))
@@ -197,15 +200,50 @@ def test_labels_of_any_integer_type(dtype):
     assert verify(Embeddings(x, y.to(dtype)), replicates=2).auc == verify(Embeddings(x, y), replicates=2).auc
 
 
+@pytest.mark.parametrize("dtype", "int8 uint8 int16 uint16 int32 uint32 int64 uint64".split())
+def test_numpy_arrays_and_lists_give_what_tensors_give(dtype):
+    x, y, groups = torch.randn(40, 8), torch.arange(40) % 5, torch.arange(40) % 3
+    tensors = {"gallery": x[20:], "gallery_labels": y[20:], "groups": groups[:20], "gallery_groups": groups[20:]}
+    arrays = {k: v.numpy() if k == "gallery" else v.numpy().astype(dtype) for k, v in tensors.items()}
+    lists = {name: value.tolist() for name, value in tensors.items()}
+    for function in (best_positive_rank, map_at_r, lambda *both, **sets: recall_at_k(*both, [1, 2], **sets)):
+        expected = function(x[:20], y[:20], **tensors)
+        for found in (
+            function(x[:20].numpy(), y[:20].numpy().astype(dtype), **arrays),
+            function(np.asfortranarray(x[:20].numpy()), y[:20].tolist(), **arrays),
+            function(x[:20].tolist(), y[:20].tolist(), **lists),
+            function(x[:20], tuple(y[:20].tolist()), **tensors),
+        ):
+            assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
+
+
+@pytest.mark.parametrize(
+    "function", [best_positive_rank, map_at_r, lambda *tensors: recall_at_k(*tensors[:2], [1], *tensors[2:])]
+)
+def test_what_is_no_array_of_numbers_is_an_error(function):
+    for wrong, found in (
+        (["ant"] * 5, "list"),
+        (None, "NoneType"),
+        (np.array(["ant"]), "ndarray"),
+        ([[1, 2], [3]], "list"),
+    ):
+        for name, arguments in {
+            "embeddings": (wrong, Y),
+            "labels": (X, wrong),
+            "gallery": (X, Y, wrong, Y),
+            "gallery_labels": (X, Y, X, wrong),
+        }.items():
+            if wrong is None and len(arguments) == 4:  # no gallery
+                continue
+            with pytest.raises(
+                TypeError, match=f"Expected {name} as a tensor, a numpy array or a list .* found {found}"
+            ):
+                function(*arguments)
+
+
 @pytest.mark.parametrize("function", [best_positive_rank, map_at_r, lambda *tensors: verify(*sides(*tensors))])
 def test_other_labels_are_an_error(function):
-    for labels, found in (
-        (Y.float(), "torch.float32"),
-        (Y.bool(), "torch.bool"),
-        (Y.tolist(), "list"),
-        (Y.numpy(), "ndarray"),
-        (["ant"] * 5, "list"),
-    ):
+    for labels, found in ((Y.float(), "torch.float32"), (Y.bool(), "torch.bool")):
         with pytest.raises(ValueError, match=f"Expected labels as a tensor of whole numbers, found {found}"):
             function(X, labels)
         with pytest.raises(ValueError, match=f"Expected gallery_labels as a tensor of whole numbers, found {found}"):

@@ -19,7 +19,7 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import checkpoint, cli
+from proxy_anchor import checkpoint, cli, evaluation
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.retrieval import best_positive_rank
 from proxy_anchor.runs import logbook, run_folders
@@ -732,7 +732,7 @@ def test_published_training_command_runs(tmp_path, monkeypatch, number):
         k.removeprefix("model."): v for k, v in net.create(args.model, 4).state_dict().items() if "embedding" not in k
     }
     torch.save(weights, tmp_path / "weights.pth")
-    monkeypatch.setattr(net, "imagenet_file", lambda name: tmp_path / "weights.pth")
+    monkeypatch.setattr("net.pretrained.imagenet_file", lambda name: tmp_path / "weights.pth")
     monkeypatch.setattr(dataset, "DATA_ROOT", tmp_path / "data")
     monkeypatch.setattr(train.logbook, "LOG_DIR", tmp_path / "logs")
     train.main([*command, "--epochs", "1", "--image-size", "32"])
@@ -791,7 +791,7 @@ def test_recipe_is_what_the_flags_say(cub_root, tmp_path, monkeypatch, loss, pro
 
 
 def test_best_epoch_is_the_first_of_equals(cub_root, tmp_path, monkeypatch):
-    result = train.evaluation.Result({"R@1": 0.5, "MAP@R": 0.1}, *torch.zeros(3, 10))
-    monkeypatch.setattr(train.evaluation, "measure", lambda *args: result)
+    result = evaluation.Result({"R@1": 0.5, "MAP@R": 0.1}, *torch.zeros(3, 10))
+    monkeypatch.setattr(evaluation, "measure", lambda *args: result)
     run_train(cub_root, tmp_path, epochs=2)
     assert next(tmp_path.glob("**/*_best_results.txt")).read_text() == "Best Epoch: 0\nBest Recall@1: 50.0000\n"

@@ -309,11 +309,11 @@ def test_recall_against_exact_search(tmp_path):
     x = torch.nn.functional.normalize(torch.randn(2000, 32))
     recalls = []
     for factory in ("Flat", "IVF64,Flat", "PCA16,Flat", "IVF4,PQ8x4"):
-        index = search.Index.new(tmp_path, made, factory)
+        index = Index.new(tmp_path, made, factory)
         index.add({str(i): [0, 0] for i in range(2000)}, x)
         index = index.finish()
         recalls.append(index.recall())
-        index = search.Index.open(tmp_path)
+        index = Index.open(tmp_path)
         assert [row[0] for row in index.search(x, 1)] == [(str(i), pytest.approx(1)) for i in range(2000)]
     assert recalls[0] == 1 and all(0.05 < recall < 0.95 for recall in recalls[1:])
 

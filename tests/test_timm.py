@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from PIL import Image
+from PIL import Image, ImageFont
 from torchvision.transforms import InterpolationMode, v2
 
 import dataset
@@ -360,7 +360,7 @@ def test_a_crop_that_the_data_names_wins():
 def letters(tmp_path_factory):
     """A data root with some of the glyphs: every third letter tests."""
     root = tmp_path_factory.mktemp("letters")
-    fonts = {name: glyphs.ImageFont.truetype(glyphs._font_path(name), glyphs.FONT_SIZE) for name in glyphs.TYPEFACES}
+    fonts = {name: ImageFont.truetype(glyphs._font_path(name), glyphs.FONT_SIZE) for name in glyphs.TYPEFACES}
     for number, letter in enumerate(LETTERS):
         folder = root / "glyphs" / ("eval" if number % 3 == 2 else "train") / f"{ord(letter):04X}"
         folder.mkdir(parents=True)
@@ -472,9 +472,7 @@ def test_damaged_records_are_errors(record, run, letters, tmp_path, capsys):
 
 def test_recorded_interpolation_and_crop_are_obeyed(run, letters, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        dataset.transforms, "evaluation", lambda size, **how: seen.append(how) or transforms.v2.Resize(size)
-    )
+    monkeypatch.setattr(transforms, "Evaluation", lambda size, **how: seen.append(how) or v2.Resize(size))
     other = changed(best_of(run), tmp_path / "other.pth", interpolation="bilinear", crop=0.8, crop_mode="squash")
     evaluate.main(of_letters(letters, "--resume", other))
     assert seen == [{"interpolation": "bilinear", "crop": 0.8, "crop_mode": "squash"}]

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -361,7 +362,8 @@ def test_fused_adamw_is_adamw():
     torch.manual_seed(0)
     start, gradient = torch.randn(50), torch.randn(3, 50)
     ends = []
-    for make in (training.OPTIMIZERS["adamw"], lambda p, **s: torch.optim.AdamW(p, fused=False, foreach=False, **s)):
+    _, settings = training.OPTIMIZERS["adamw"]
+    for make in [partial(torch.optim.AdamW, **choice) for choice in (settings, {"fused": False, "foreach": False})]:
         parameter = torch.nn.Parameter(start.clone())
         optimizer = make([parameter], lr=1e-2, weight_decay=1e-2)
         for step in gradient:

@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from proxy_anchor import pairs, tiles
 from proxy_anchor.pairs import Pairs, Scale
-from proxy_anchor.vectors import DISTANCES, Embeddings
+from proxy_anchor.spec import DISTANCES
+from proxy_anchor.vectors import Embeddings
 from proxy_anchor.verification import Curve, calibrate, verify
 
 

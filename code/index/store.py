@@ -288,7 +288,7 @@ class Index:
 
     @property
     def distance(self) -> str:
-        """One of vectors.DISTANCES."""
+        """One of spec.DISTANCES."""
         return self.spec.distance
 
     @property

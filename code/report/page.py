@@ -52,7 +52,7 @@ EXPLANATIONS = {
 class TestSet:
     """The embeddings of test images, and the images: (uint8 (3, H, W), label) by index, with .paths and .classes.
 
-    distance: one of vectors.DISTANCES.
+    distance: one of spec.DISTANCES.
     """
 
     embeddings: Embeddings

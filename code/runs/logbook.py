@@ -1,5 +1,7 @@
 """The record of a run: its folder, metrics.csv, config.json and checkpoints, its line per epoch in the terminal."""
 
+from __future__ import annotations
+
 import argparse
 import csv
 import json
@@ -10,14 +12,17 @@ import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from proxy_anchor import checkpoint, cli, collectives, evaluation, figures, metrics
+from proxy_anchor import cli, figures, metrics
 from proxy_anchor.files import lock_folder, printable, replacing
-from proxy_anchor.runs import resuming, run_folders
+from proxy_anchor.runs import run_folders
 from proxy_anchor.runs.stopping import Interrupted
 from proxy_anchor.spec import NetworkSpec
+
+if TYPE_CHECKING:
+    from proxy_anchor.evaluation import Result
 
 BACKBONE = "backbone alone"  # as people read it
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
@@ -88,12 +93,14 @@ def commit() -> str | None:
     return None
 
 
-def open_logbook(name: str, config: dict, resume: Path | None) -> "Logbook":
+def open_logbook(name: str, config: dict, resume: Path | None) -> Logbook:
     """The Logbook of a run in the first process, and a NullLogbook in the others.
 
     name: of a new run's folder. resume: the folder of a run to continue, see run_folders.to_resume. Raises as Logbook
     does.
     """
+    from proxy_anchor import collectives
+
     log = Logbook(name, config, resume) if collectives.rank() == 0 else NullLogbook(config)
     log.folder, log.resumes = collectives.from_rank_zero(lambda: (log.folder, log.resumes))
     return log
@@ -189,6 +196,8 @@ class Logbook:
 
     def save_best(self, row: dict, network) -> None:
         """Write the network of the best epoch so far as a checkpoint, and its Recall@K as the published text file."""
+        from proxy_anchor import checkpoint
+
         checkpoint.save(self.folder / f"{self.prefix}_best.pth", network, self.spec)
         prefix, row = metrics.prefix(row), metrics.plain(row)
         recalls = {name.removeprefix("R@"): value for name, value in row.items() if name.startswith("R@")}
@@ -200,6 +209,8 @@ class Logbook:
 
     def save_last(self, network, parts: dict, progress: dict) -> None:
         """Write last.pth, which a run resumes from; each process writes its shard of the proxies."""
+        from proxy_anchor.runs import resuming
+
         resuming.save(self.folder / run_folders.LAST, network, self.spec, parts, progress)
 
     def _write_rows(self, name, rows):
@@ -243,7 +254,7 @@ def shortened(row: dict[str, float]) -> str:
     return "  ".join(f"{name} {100 * value:.2f}" for name, value in list(row.items())[:SHOWN])
 
 
-def untrained(result: evaluation.Result) -> str:
+def untrained(result: Result) -> str:
     """The results of a network before training, as lines."""
     return metrics.table({"untrained": result.metrics}) + "\n" + result.remark()
 

@@ -8,9 +8,8 @@ import re
 from itertools import accumulate
 from pathlib import Path
 
-from proxy_anchor import checkpoint, cli, metrics
+from proxy_anchor import cli, metrics
 from proxy_anchor.files import Locked, lock_folder, numbered, printable
-from proxy_anchor.runs import resuming
 from proxy_anchor.spec import CROP
 
 CONFIG, METRICS, CLASSES = "config.json", "metrics.csv", "classes.csv"
@@ -130,6 +129,9 @@ def is_finished(folder: Path, epochs: int) -> bool:
     Raises FileNotFoundError if it has results but no last.pth, or has lost its best network, and ValueError if that was
     replaced.
     """
+    from proxy_anchor.checkpoint import Checkpoint
+    from proxy_anchor.runs import resuming
+
     if not (folder / LAST).exists():
         if saved := sorted(folder.glob("*_best.pth")):  # which is written after it
             raise FileNotFoundError(
@@ -145,7 +147,7 @@ def is_finished(folder: Path, epochs: int) -> bool:
     results = best.with_name(f"{best.stem}_results.txt")
     if not results.exists() or not results.read_text().startswith(f"Best Epoch: {epoch}\n"):
         return False
-    identity = checkpoint.Checkpoint(best).identity
+    identity = Checkpoint(best).identity
     if progress.get("best", identity) != identity:
         raise ValueError(f"{best} is not the network that this run has written; to train again, leave out --resume")
     return True

@@ -4,8 +4,6 @@ import signal
 import sys
 from itertools import chain, repeat
 
-from proxy_anchor import collectives
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM can send SIGUSR1 some time before its limit
 
 
@@ -35,6 +33,8 @@ class Stop:
             signal.signal(signum, handler)
 
     def _record(self, signum, frame):
+        from proxy_anchor import collectives
+
         # torchrun forwards a Ctrl-C twice.
         if self.signum == signum == signal.SIGINT and collectives.world_size() == 1:
             raise KeyboardInterrupt
@@ -48,6 +48,8 @@ class Stop:
         Several processes decide together after each batch. A process with fewer batches than another keeps taking part
         in these decisions.
         """
+        from proxy_anchor import collectives
+
         missing = collectives.all_reduce_max(len(batches)) - len(batches)
         for batch in chain(batches, repeat(None, missing)):
             if batch is not None:

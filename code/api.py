@@ -1,0 +1,218 @@
+"""The embedding as a library: the network of a checkpoint as a function of images, and the search in an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from proxy_anchor import hardware
+from proxy_anchor.checkpoint import Checkpoint, in_run
+from proxy_anchor.embedding import Embedder
+from proxy_anchor.index.store import Index
+from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.vectors import comparable, to_nearness
+from proxy_anchor.weights import digest
+
+if TYPE_CHECKING:
+    import dataset
+    import net
+
+    ImageLike = str | os.PathLike | Image.Image | np.ndarray
+else:
+    from proxy_anchor import dataset, net
+
+BATCH = 32  # images that the network sees at a time
+
+
+class ImageEmbedder:
+    """The network of a checkpoint as a function: images -> embeddings, see __call__. `load` opens one.
+
+    It can be pickled, and called by several threads. spec: which network, and how it sees images. threshold: the record
+    of evaluate.py --calibrate, {} without one. identity: the sha256 of the weights. transform: uint8 RGB (3, H, W) ->
+    what the network sees, uint8 (3, S, S). network, device: the torch module, and where it is.
+    """
+
+    def __init__(self, network: Any, spec: NetworkSpec, threshold: dict, identity: str, device: torch.device):
+        if device.type == "cuda":
+            hardware.turn_off_tf32()
+        self.spec, self.threshold, self.identity = spec, threshold, identity
+        self.network, self.device = network.eval(), device
+        self.run = Embedder(network, device)
+        self.transform = dataset.transform_of(spec)
+
+    def __call__(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
+        """The embeddings of one image or of N, float32 (N, D), as search.py compares them: of unit length for cosine.
+
+        An image is a path, a PIL image, or uint8 pixels (H, W, 3) or (H, W). Raises ValueError naming an image that
+        cannot be read, TypeError for anything else.
+        """
+        return comparable(self.embed(as_list(images)), self.spec.distance).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def embed(self, images: list[ImageLike]) -> torch.Tensor:
+        """The embeddings (N, D) as the network gives them, on the device."""
+        vectors = [torch.empty(0, self.spec.embedding_size, device=self.device)]
+        for start in range(0, len(images), BATCH):
+            seen = torch.stack([self.transform(self.read(image)) for image in images[start : start + BATCH]])
+            vectors.append(self.run(seen.to(self.device)))
+        return torch.cat(vectors)
+
+    def read(self, image: ImageLike) -> torch.Tensor:
+        """The pixels of an image, uint8 RGB (3, H, W), upright if the network was trained on upright images."""
+        upright = self.spec.orientation == "upright"
+        if isinstance(image, (str, os.PathLike)):
+            return dataset.files.read_image(os.fspath(image), upright)
+        if isinstance(image, Image.Image):
+            return dataset.files.to_tensor(image, upright)
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"Expected a path, a PIL image or uint8 pixels (H, W, 3), found {type(image).__name__}")
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            raise ValueError(f"Expected uint8 pixels (H, W, 3) or (H, W), found {image.dtype} {image.shape}")
+        return dataset.files.to_tensor(Image.fromarray(image))
+
+    def __reduce__(self):
+        return ImageEmbedder, (self.network, self.spec, self.threshold, self.identity, self.device)
+
+
+def load(
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    *,
+    backbone: str | None = None,
+    embedding_size: int | None = None,
+) -> ImageEmbedder:
+    """The network of a checkpoint, of a run's folder, or of an exported file, .onnx or .safetensors.
+
+    Its embeddings are those of search.py, to the bit on one device. onnxruntime runs an .onnx on the CPU, whatever the
+    device. On a CUDA device, TF32 is turned off in this process, as in the scripts. Published checkpoints do not record
+    backbone (train.py's --model) and embedding_size; the others do, and other values are refused. Raises OSError or
+    ValueError for a file that is missing, damaged or of another network; it cannot run code.
+    """
+    checkpoint = Checkpoint(in_run(os.fspath(path)))
+    if spec := checkpoint.spec:
+        recorded = {"backbone": (backbone, spec.model), "embedding_size": (embedding_size, spec.embedding_size)}
+        for name, (given, expected) in recorded.items():
+            if given not in (None, expected):
+                raise ValueError(f"{path} was trained with {name} {expected}, not {given}")
+    elif backbone is None or embedding_size is None:
+        raise ValueError(f"{path} does not record its network: give backbone=... and embedding_size=...")
+    else:
+        net.check_name(backbone)
+        spec = NetworkSpec(backbone, embedding_size, **net.expects(backbone))
+    net.check(spec)
+    with torch.random.fork_rng(devices=[]):  # a network begins with random weights
+        network = checkpoint.open(spec, net.from_spec, "backbone and embedding_size")
+    return ImageEmbedder(network, spec, checkpoint.threshold, checkpoint.identity, torch.device(device))
+
+
+class Answer(NamedTuple):
+    """The entries of an index that are nearest to a query, (path, similarity or distance), and those that match."""
+
+    query: str
+    nearest: list[tuple[str, float]]
+    matches: list[tuple[str, float]]
+
+
+class Search:
+    """The search in an index of search.py, opened once; its answers are those of `search.py query`.
+
+    embedder: the ImageEmbedder of the index. threshold: what an entry has to reach to match; the one that evaluate.py
+    --calibrate recorded, None without one and for an index of folders, and you may set another. measure: "similarity",
+    or "distance" where the network compares by Euclidean distance. checkpoint: its path, if it has moved. nprobe: cells
+    to search in an IVF index. Raises OSError or ValueError if the index or its checkpoint is missing or damaged, or if
+    one is not of the other.
+    """
+
+    def __init__(
+        self,
+        index: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        *,
+        checkpoint: str | os.PathLike | None = None,
+        nprobe: int | None = None,
+    ):
+        self.arguments = index, device, checkpoint, nprobe
+        self.index = Index.open(Path(index))
+        if not len(self.index.images):
+            raise FileNotFoundError(f"{index} holds no complete index: run the `search.py index` command again")
+        if nprobe:
+            self.index.set_nprobe(nprobe)
+        spec = self.index.spec
+        try:
+            net.check(spec)
+        except ValueError as error:
+            raise ValueError(f"The index in {index} is damaged, or of another version: {error}") from error
+        path = in_run(os.fspath(checkpoint)) if checkpoint else self.index.made["checkpoint"]
+        if not checkpoint and path not in net.NOT_FILES and not os.path.exists(path):
+            raise FileNotFoundError(
+                f"The checkpoint {path} of {index} is gone: pass its new path with --resume or, to Search, as "
+                "checkpoint"
+            )
+        opened = None if spec.backbone_only else Checkpoint(path)
+        network, identity = open_network(spec, path, opened)
+        self.index.check({"weights": identity, "network": spec.to_record(), "checkpoint": path})
+        self.embedder = ImageEmbedder(network, spec, opened.threshold if opened else {}, identity, torch.device(device))
+        self.path, self.measure = path, self.index.measure
+        self.threshold: float | None = (
+            None if self.index.made["by_folder"] else self.embedder.threshold.get("threshold")
+        )
+
+    def query(self, image: ImageLike, count: int = 10) -> Answer:
+        """The `count` entries that are nearest to an image, the best first; see ImageEmbedder.__call__ for errors."""
+        if len(images := as_list(image)) != 1:
+            raise ValueError(f"Expected one image, found {len(images)}: query_all takes several")
+        return self.query_all(images, count)[0]
+
+    def query_all(self, images: Iterable[ImageLike], count: int = 10) -> list[Answer]:
+        """The answer for each of several images; the query of one that is no path is ""."""
+        images = as_list(images)
+        names = [os.fspath(image) if isinstance(image, (str, os.PathLike)) else "" for image in images]
+        return self.answer(names, self.embedder.embed(images), count)
+
+    def answer(self, names: list[str], embeddings: torch.Tensor, count: int) -> list[Answer]:
+        """The answer for each of the embeddings (N, D), of queries with these names."""
+        return [
+            Answer(name, nearest, [near for near in nearest if self.is_match(near[1])])
+            for name, nearest in zip(names, self.index.search(embeddings, count))
+        ]
+
+    def is_match(self, value: float) -> bool:
+        """Whether a similarity or a distance is as near as the threshold, if there is one."""
+        if self.threshold is None:
+            return True
+        return to_nearness(value, self.index.distance) >= to_nearness(self.threshold, self.index.distance)
+
+    def __reduce__(self):
+        index, device, checkpoint, nprobe = self.arguments
+        return _reopen, (os.path.abspath(index), device, checkpoint, nprobe, self.threshold)
+
+
+def _reopen(index, device, checkpoint, nprobe, threshold):
+    search = Search(index, device, checkpoint=checkpoint, nprobe=nprobe)
+    search.threshold = threshold
+    return search
+
+
+def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[Any, str]:
+    """The network that a spec describes, and its identity.
+
+    checkpoint: its weights; or None for a backbone alone, whose pretrained weights are at the path.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)  # for --pretrained none: the same network each time
+        if checkpoint:
+            return checkpoint.open(spec, net.from_spec), checkpoint.identity
+        network = net.from_spec(spec, path)
+    return network, digest(network.state_dict())
+
+
+def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
+    """The images, or the one image, as a list."""
+    is_one = isinstance(images, (str, os.PathLike, Image.Image))
+    return [images] if is_one or getattr(images, "ndim", None) in (2, 3) else list(images)  # type: ignore[arg-type, list-item]

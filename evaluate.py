@@ -15,7 +15,7 @@ import net
 from proxy_anchor import cli, hardware, metrics
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook
-from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.spec import SHARE, NetworkSpec, Threshold
 
 if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
     import torch
@@ -34,8 +34,8 @@ EXAMPLES = """examples:
     python evaluate.py --dataset cub --resume A.pth B.pth C.pth D.pth
   what a pretrained backbone can do before it is trained:
     python evaluate.py --dataset cub --model resnet50 --backbone-only
-  choose the similarity from which two images count as the same thing, for 0.1% false accepts, and record it:
-    python evaluate.py --dataset cub --resume logs/logs_cub/RUN --calibrate 0.001
+  choose the similarity that a known thing has to reach, for 1% of unknown queries that match, and record it:
+    python evaluate.py --dataset cub --resume logs/logs_cub/RUN --calibrate 0.01
 """
 
 
@@ -69,10 +69,11 @@ def options() -> argparse.ArgumentParser:
         "--calibrate",
         nargs="?",
         type=cli.number(lambda value: 0 < value < 1, "not between 0 and 1"),
-        const=0.01,
-        metavar="RATE",
-        help="choose the threshold that accepts this share of different-class pairs (0.01 if not given) on half of the "
-        "classes, check it on the other half, and record it in the checkpoint, for search.py",
+        const=SHARE,
+        metavar="SHARE",
+        help="choose the threshold that at most this share (0.05 if not given) of unknown queries reach, those whose "
+        "class is not in the gallery; it is chosen on half of the classes, checked on the other half, and recorded in "
+        "the checkpoint, for search.py",
     )
     return parser
 
@@ -217,8 +218,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     processes = collectives.world()
     share = processes.rank, processes.size
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
+    is_recorded = args.verify and len(args.resume) == 1 and not args.calibrate
+    threshold = args.checkpoints[0].threshold if is_recorded else None  # before the work is done
     if args.report and collectives.rank() == 0:
-        page.open_folder(Path(args.report))  # before the work is done
+        page.open_folder(Path(args.report))
 
     measured = measure(args, [evaluation.embed(embedder, loaders) for embedder in embedders])
     table = dict(measured.rows)
@@ -237,29 +240,32 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     if args.calibrate or args.report:
         measured = measured.all_gather(processes)
     if args.calibrate and collectives.rank() == 0:
-        calibrate(args, measured, test_sets)
+        threshold = calibrate(args, measured, test_sets)
     if args.report and collectives.rank() == 0:
         environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}
-        write_report(args, measured, pairs, table, test_sets, environment)
+        write_report(args, measured, pairs, threshold, table, test_sets, environment)
     return measured.rows
 
 
-def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[dataset.ImageDataset]) -> None:
+def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[dataset.ImageDataset]) -> Threshold:
     """Choose and check a threshold, and record it in the checkpoint."""
     from proxy_anchor import verification
     from proxy_anchor.checkpoint import save_threshold
 
-    calibration = verification.calibrate(measured.queries, args.calibrate, measured.gallery, measured.distance)
+    threshold = verification.calibrate(measured.queries, args.calibrate, measured.gallery, measured.distance)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
-    data = {"dataset": args.dataset, "data": dataset.record(splits, args.data_root)["data"]}
-    save_threshold(args.resume[0], calibration.record() | data, args.checkpoints[0].identity)
-    print(f"{calibration.text()}The threshold is recorded in {printable(args.resume[0])}")
+    data = dataset.record(splits, args.data_root)["data"]
+    threshold = replace(threshold, dataset=args.dataset, data=data)
+    save_threshold(args.resume[0], threshold, args.checkpoints[0].identity)
+    print(f"{verification.describe(threshold)}The threshold is recorded in {printable(args.resume[0])}")
+    return threshold
 
 
 def write_report(
     args: argparse.Namespace,
     measured: Measurement,
     pairs: verification.Verification,
+    threshold: Threshold | None,
     rows: dict[str, dict[str, float]],
     test_sets: list[dataset.ImageDataset],
     environment: dict[str, str],
@@ -276,7 +282,7 @@ def write_report(
         rows,
         measured.result,
         pairs,
-        args.checkpoints[0].threshold if len(args.resume) == 1 else {},
+        threshold,
         {"command": args.command} | environment | {"versions": versions},
         *(page.TestSet(side, images, measured.distance) for side, images in zip(embeddings, test_sets)),
     )

@@ -153,7 +153,7 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
         "versions": logbook.versions(),
     }
     threshold = args.checkpoint.threshold
-    return record | ({"threshold": threshold} if threshold else {})
+    return record | ({"threshold": threshold.to_record()} if threshold else {})
 
 
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
 from proxy_anchor.files import printable
-from proxy_anchor.spec import ORIENTATIONS
+from proxy_anchor.spec import ORIENTATIONS, SHARE
 
 if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
     import torch
@@ -63,6 +63,15 @@ def index_options() -> argparse.ArgumentParser:
     )
     group.add_argument("--out", required=True, type=cli.path, metavar="INDEX", help="folder to write the index to")
     group.add_argument(
+        "--calibrate",
+        nargs="?",
+        type=cli.number(lambda value: 0 < value < 1, "not between 0 and 1"),
+        const=SHARE,
+        metavar="SHARE",
+        help="if each folder shows one thing: leave each out in turn to choose the threshold that at most this share "
+        "(0.05 if not given) of unknown queries reach, and store it in the index",
+    )
+    group.add_argument(
         "--drop-missing",
         action="store_true",
         help="also drop images whose whole folder is gone or empty; without it they stay, as the disk of that folder "
@@ -97,7 +106,7 @@ def query_options() -> argparse.ArgumentParser:
         type=threshold,
         metavar="T",
         help="list only neighbours with at least this similarity (at most this distance), or say 'no match'; 'none' "
-        "lists all (default: the threshold that evaluate.py --calibrate recorded in the checkpoint, if any)",
+        "lists all (default: that of `search.py index --calibrate` or, for images, of evaluate.py --calibrate)",
     )
     group.add_argument("--by-folder", action="store_true", help="one query per folder: the mean of its images")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -166,6 +175,7 @@ def update_index(args: argparse.Namespace) -> None:
     from proxy_anchor.api import open_network
     from proxy_anchor.index import entries
     from proxy_anchor.index.store import EXACT, IMAGES, Index, lock
+    from proxy_anchor.verification import describe
 
     weights = args.resume or args.pretrained
     path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
@@ -211,17 +221,20 @@ def update_index(args: argparse.Namespace) -> None:
             print(f"{done:,} of these were embedded before the interruption")
         try:
             done += embed_blocks(index, stamps, images_of, network, args)
-            if not (done or changed or deleted):
-                if not is_known:
-                    index.describe()
-                return
-            index = index.finish()
+            if done or changed or deleted:
+                index = index.finish()
+                print(f"Indexed {done:,} {kind}")
+                if index.factory != EXACT:
+                    print_recall(index)
+            elif not is_known:
+                index.describe()
         except KeyboardInterrupt:
             print("Embedded images are saved: the same command continues from here", file=sys.stderr)
             raise
-        print(f"Indexed {done:,} {kind}")
-        if index.factory != EXACT:
-            print_recall(index)
+        if args.calibrate:
+            calibration = index.calibrate(args.calibrate)
+            index.describe()
+            print(describe(calibration), end="")
 
 
 def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network, args: argparse.Namespace) -> int:
@@ -379,6 +392,9 @@ def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, 
             "query": answer.query,
             "threshold": limit,
             "match": None if limit is None else bool(answer.matches),
+            "things": [
+                {"folder": thing.folder, measure: thing.best, "images": thing.images} for thing in answer.things
+            ],
             "neighbours": [{"path": path, measure: value} for path, value in answer.matches],
         }
         for answer in answers
@@ -392,20 +408,23 @@ def unit(measure: str) -> str:
 
 
 def print_table(answers: list[Answer], limit: float | None, measure: str) -> None:
-    """Print each query with its matches, or "no match"."""
-    for query, nearest, matches in answers:
+    """Print each query with the thing that it shows and its matches, or "no match"."""
+    for query, nearest, matches, things in answers:
         print(printable(query))
+        for folder, best, images in things[:1]:
+            near = "" if folder == matches[0][0] else f", {images} of the {len(nearest)} nearest images"
+            print(f"  {printable(os.path.basename(folder))}: {measure} {best:.4f}{near}")
         for rank, (path, value) in enumerate(matches, start=1):
             print(f"{rank:>4}  {unit(measure)}{value:.4f}  {printable(path)}")
         if limit is not None and not matches:
-            best = f": the best {measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
-            print(f"  no match{best}")
+            reason = f": the best {measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
+            print(f"  no match{reason}")
 
 
 def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -> None:
     """Draw each query with its matches; an indexed query is left out of its own row."""
     rows = []
-    for query, _, matches in answers:
+    for query, _, matches, _ in answers:
         kind = "query" if matches or limit is None else "no match"
         others = [
             (path, f"{unit(index.measure)}{value:.3f}\n{folder_of(path)}")
@@ -431,16 +450,23 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
 
 
 def threshold_in_use(args: argparse.Namespace, search: Search) -> float | None:
-    """The threshold of the command line or, for a search of images by images, that of the checkpoint."""
+    """The threshold of the command line, or that of the index or its checkpoint; a line on stderr says which."""
     if args.threshold is not None:
         return None if args.threshold == "none" else args.threshold
-    if search.embedder.threshold and (args.by_folder or search.index.made["by_folder"]):
+    index, calibration = search.index, search.calibration
+    if not calibration or (args.by_folder and not index.made["by_folder"]):
+        kind = " for folders" if args.by_folder or index.made["by_folder"] else ""
         print(
-            f"The threshold in {printable(search.path)} is calibrated on pairs of images and is ignored for folders: "
-            "set --threshold",
+            f"There is no threshold{kind}, so no query can be refused: give --threshold or, if each folder of the "
+            "index shows one thing, run `search.py index` again with --calibrate",
             file=sys.stderr,
         )
         return None
+    print(
+        f"Threshold for {len(index.images):,} {'folders' if index.made['by_folder'] else 'images'}: {index.measure} "
+        f"{search.threshold:.4f}, which {100 * calibration.share:g}% of unknown queries should reach",
+        file=sys.stderr,
+    )
     return search.threshold
 
 

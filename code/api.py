@@ -15,7 +15,7 @@ from proxy_anchor import hardware
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.store import Index
-from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.spec import NetworkSpec, Threshold
 from proxy_anchor.vectors import comparable, to_nearness
 from proxy_anchor.weights import digest
 
@@ -33,12 +33,14 @@ BATCH = 32  # images that the network sees at a time
 class ImageEmbedder:
     """The network of a checkpoint as a function: images -> embeddings, see __call__. `load` opens one.
 
-    It can be pickled, and called by several threads. spec: which network, and how it sees images. threshold: the record
-    of evaluate.py --calibrate, {} without one. identity: the sha256 of the weights. transform: uint8 RGB (3, H, W) ->
+    It can be pickled, and called by several threads. spec: which network, and how it sees images. threshold: that of
+    evaluate.py --calibrate, None without one. identity: the sha256 of the weights. transform: uint8 RGB (3, H, W) ->
     what the network sees, uint8 (3, S, S). network, device: the torch module, and where it is.
     """
 
-    def __init__(self, network: Any, spec: NetworkSpec, threshold: dict, identity: str, device: torch.device):
+    def __init__(
+        self, network: Any, spec: NetworkSpec, threshold: Threshold | None, identity: str, device: torch.device
+    ):
         if device.type == "cuda":
             hardware.turn_off_tf32()
         self.spec, self.threshold, self.identity = spec, threshold, identity
@@ -111,19 +113,32 @@ def load(
     return ImageEmbedder(network, spec, checkpoint.threshold, checkpoint.identity, torch.device(device))
 
 
+class Thing(NamedTuple):
+    """A folder of an index, the best similarity or distance of its matches, and how many matches it has."""
+
+    folder: str
+    best: float
+    images: int
+
+
 class Answer(NamedTuple):
-    """The entries of an index that are nearest to a query, (path, similarity or distance), and those that match."""
+    """The entries of an index that are nearest to a query, (path, similarity or distance), and those that match.
+
+    things: the folders of the matches, the best first; of an index of folders, the matches.
+    """
 
     query: str
     nearest: list[tuple[str, float]]
     matches: list[tuple[str, float]]
+    things: list[Thing]
 
 
 class Search:
     """The search in an index of search.py, opened once; its answers are those of `search.py query`.
 
-    embedder: the ImageEmbedder of the index. threshold: what an entry has to reach to match; the one that evaluate.py
-    --calibrate recorded, None without one and for an index of folders, and you may set another. measure: "similarity",
+    embedder: the ImageEmbedder of the index. calibration: the Threshold of the index or, for one of images, that of its
+    checkpoint; None without one. threshold: what an entry has to reach to match, by the calibration and the size of the
+    index; None without one, and you may set another. measure: "similarity",
     or "distance" where the network compares by Euclidean distance. checkpoint: its path, if it has moved. nprobe: cells
     to search in an IVF index. Raises OSError or ValueError if the index or its checkpoint is missing or damaged, or if
     one is not of the other.
@@ -157,11 +172,13 @@ class Search:
         opened = None if spec.backbone_only else Checkpoint(path)
         network, identity = open_network(spec, path, opened)
         self.index.check({"weights": identity, "network": spec.to_record(), "checkpoint": path})
-        self.embedder = ImageEmbedder(network, spec, opened.threshold if opened else {}, identity, torch.device(device))
-        self.path, self.measure = path, self.index.measure
-        self.threshold: float | None = (
-            None if self.index.made["by_folder"] else self.embedder.threshold.get("threshold")
+        self.embedder = ImageEmbedder(
+            network, spec, opened.threshold if opened else None, identity, torch.device(device)
         )
+        self.path, self.measure = path, self.index.measure
+        of_checkpoint = None if self.index.made["by_folder"] else self.embedder.threshold
+        self.calibration = self.index.calibration or of_checkpoint
+        self.threshold: float | None = self.calibration.at(len(self.index.images)) if self.calibration else None
 
     def query(self, image: ImageLike, count: int = 10) -> Answer:
         """The `count` entries that are nearest to an image, the best first; see ImageEmbedder.__call__ for errors."""
@@ -177,10 +194,18 @@ class Search:
 
     def answer(self, names: list[str], embeddings: torch.Tensor, count: int) -> list[Answer]:
         """The answer for each of the embeddings (N, D), of queries with these names."""
-        return [
-            Answer(name, nearest, [near for near in nearest if self.is_match(near[1])])
-            for name, nearest in zip(names, self.index.search(embeddings, count))
-        ]
+        answers = []
+        for name, nearest in zip(names, self.index.search(embeddings, count)):
+            matches = [near for near in nearest if self.is_match(near[1])]
+            answers.append(Answer(name, nearest, matches, self.things_of(matches)))
+        return answers
+
+    def things_of(self, matches: list[tuple[str, float]]) -> list[Thing]:
+        """The folders of some matches, which begin with the best."""
+        values: dict[str, list[float]] = {}
+        for path, value in matches:
+            values.setdefault(self.index.thing_of(path), []).append(value)
+        return [Thing(folder, of_folder[0], len(of_folder)) for folder, of_folder in values.items()]
 
     def is_match(self, value: float) -> bool:
         """Whether a similarity or a distance is as near as the threshold, if there is one."""

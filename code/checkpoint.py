@@ -1,6 +1,5 @@
 """Checkpoints in the published layout, {"model_state_dict": ...}, with the spec of their network."""
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -9,21 +8,9 @@ import torch
 
 from proxy_anchor import exported, weights
 from proxy_anchor.files import locked, replacing
-from proxy_anchor.spec import DISTANCES, NetworkSpec
+from proxy_anchor.spec import NetworkSpec, Threshold
 
 FLAGS = "--model and --embedding-size"  # which choose the network, for messages
-# Entries of a recorded threshold and their types: verification.Calibration.record, and the data it was chosen on.
-THRESHOLD = {
-    "distance": str,
-    "threshold": float,
-    "interval": list,
-    "asked_far": float,
-    "far": float,
-    "far_interval": list,
-    "classes": list,
-    "dataset": str,
-    "data": dict,
-}
 
 
 def save(path: Path, network: torch.nn.Module, spec: NetworkSpec) -> None:
@@ -63,15 +50,23 @@ class Checkpoint:
                 raise ValueError(f"{path} is damaged: its record of the network has {error}") from error
 
     @property
-    def threshold(self) -> dict:
-        """The threshold that was chosen for it, see THRESHOLD; {} without one. Raises ValueError if it is damaged."""
-        threshold = self.content.get("threshold", {})
-        if threshold != {} and not is_threshold(threshold):
+    def threshold(self) -> Threshold | None:
+        """The threshold that was chosen for it, None without one. Raises ValueError if it is damaged or of pairs."""
+        record = self.content.get("threshold", {})
+        if record == {}:
+            return None
+        if isinstance(record, dict) and "asked_far" in record:
             raise ValueError(
-                f"{self.path} is damaged: its record of the threshold is {str(threshold)[:80]}; evaluate.py "
-                "--calibrate replaces it"
+                f"{self.path} has a threshold for pairs of images, but a query is compared with a whole index. Choose "
+                f"one for queries: python evaluate.py --dataset {record.get('dataset')} --resume {self.path} "
+                "--calibrate (an exported file: its checkpoint, and export it again)"
             )
-        return threshold
+        try:
+            return Threshold.from_record(record)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} is damaged: its record of the threshold is {error}; evaluate.py --calibrate replaces it"
+            ) from error
 
     @cached_property
     def identity(self) -> str:
@@ -104,7 +99,7 @@ class Checkpoint:
         return network
 
 
-def save_threshold(path: str | Path, threshold: dict, identity: str) -> None:
+def save_threshold(path: str | Path, threshold: Threshold, identity: str) -> None:
     """Record a threshold in the checkpoint whose weights have this identity; nothing else in it changes.
 
     Raises ValueError if the file has other weights by now, and as Checkpoint does.
@@ -115,18 +110,7 @@ def save_threshold(path: str | Path, threshold: dict, identity: str) -> None:
         if now.identity != identity:
             raise ValueError(f"{path} was replaced while it was measured, so its threshold is not recorded: run again")
         with replacing(path) as file:
-            torch.save(now.content | {"threshold": threshold}, file)
-
-
-def is_threshold(record) -> bool:
-    """Whether this is a threshold: all of THRESHOLD, with values of their types, and ends of intervals."""
-    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in THRESHOLD.items()):
-        return False
-    intervals = record["interval"], record["far_interval"]
-    ends = all(len(interval) == 2 and all(isinstance(end, float) for end in interval) for interval in intervals)
-    rates = record["asked_far"], record["far"], *record["far_interval"]
-    in_ranges = ends and not any(rate < 0 or rate > 1 for rate in rates)  # the ends may be NaN
-    return in_ranges and math.isfinite(record["threshold"]) and record["distance"] in DISTANCES
+            torch.save(now.content | {"threshold": threshold.to_record()}, file)
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = FLAGS) -> int:

@@ -118,10 +118,7 @@ class Pairs:
                 block, rows = queries.broadcast(i, owner, self.processes), queries.rows(i)
                 for j in range(i if symmetric else 0, len(targets)) if self.compares(owner) else ():
                     columns = targets.rows(j)
-                    similarities = block.similarities(targets.tile(j))[: queries.length(i), : targets.length(j)]
-                    if block.halves is not None:  # similarities are -d^2 / 2
-                        similarities = similarities.clamp_(max=0).mul_(-2).sqrt_().neg_()
-                    bins = self.scale.bins(similarities)
+                    bins = self.scale.bins(self.similarities(block, queries.length(i), j))
                     if mixed := queries.shares_labels(i, targets, j):
                         bins += (queries.labels[rows, None] == targets.labels[columns]) * len(self.scale)
                     if queries.groups is not None and targets.groups is not None:
@@ -130,6 +127,34 @@ class Pairs:
                     if symmetric and i == j:
                         bins.masked_fill_(torch.ones_like(bins, dtype=torch.bool).tril_(), no_pair)
                     yield queries.labels[rows], targets.labels[columns], mixed, bins
+
+    def nearest_of_classes(self):
+        """Yield (labels (b,), similarities (b, C)) of each tile of queries: of the nearest target of each class.
+
+        -inf where a class has none. All processes get the tiles of all queries.
+        """
+        targets = self.targets
+        column_class = torch.searchsorted(self.classes, targets.labels)
+        for owner, queries in enumerate(self.queries.per_process(self.processes)):
+            for i in range(len(queries)):
+                block, rows, height = queries.broadcast(i, owner, self.processes), queries.rows(i), queries.length(i)
+                nearest = block.vectors.new_full((height, len(self.classes)), -torch.inf)
+                for j in range(len(targets)):
+                    columns, similarities = targets.rows(j), self.similarities(block, height, j)
+                    if queries.groups is not None and targets.groups is not None:
+                        same = queries.groups[rows, None] == targets.groups[columns]
+                        similarities.masked_fill_(same, -torch.inf)
+                    if self.within and owner == self.processes.rank and i == j:
+                        similarities.fill_diagonal_(-torch.inf)
+                    nearest.scatter_reduce_(1, column_class[columns].expand(height, -1), similarities, "amax")
+                yield queries.labels[rows], self.processes.max(nearest)
+
+    def similarities(self, block: Points, height: int, tile: int) -> torch.Tensor:
+        """Of the first rows of a block to a tile of the targets: cosines, or minus the distances."""
+        similarities = block.similarities(self.targets.tile(tile))[:height, : self.targets.length(tile)]
+        if block.halves is not None:  # similarities are -d^2 / 2
+            similarities = similarities.clamp_(max=0).mul_(-2).sqrt_().neg_()
+        return similarities
 
     def compares(self, owner: int) -> bool:
         """Whether this process compares the owner's queries; among queries, only one of two processes does."""

@@ -1,4 +1,4 @@
-"""Which network makes the embeddings, and how it wants to see images."""
+"""What checkpoints, indexes and exported files record: the network, how it sees images, and when a query is known."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -6,6 +6,7 @@ from typing import Any
 
 CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
 DISTANCES = ("cosine", "euclidean")
+MEASURES = {"cosine": "similarity", "euclidean": "distance"}
 HEADS = ("linear", "orthogonal", "layernorm")  # see net/embedding_net.py
 ORIENTATIONS = ("stored", "upright")  # indexed by ImageDataset.upright
 WORDS = {
@@ -18,6 +19,8 @@ WORDS = {
 LIMITS = {"embedding_size": 2**16, "image_size": 2**14}  # larger ones would fill the memory before they are an error
 SMALLEST_CROP = 0.1
 LONGEST_NAME = 200  # of a network
+SHARE = 0.05  # of the unknown queries that may match, of --calibrate
+SMALLEST_GAP = 1e-9  # between a threshold and a perfect match
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,78 @@ def _in_range(name: str, value) -> bool:
     if name == "model":
         return value.isprintable() and 0 < len(value) <= LONGEST_NAME
     return name != "l2_norm" or value in (0, 1)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """How near an image must be for a query to show a known thing: a cosine similarity or a distance, by gallery size.
+
+    share: how many of the unknown queries, whose thing is not in the gallery, may match. sizes, values: numbers of
+    images of other things, the largest first, and the threshold for each. unknown, known: what it achieved, each as
+    (share, low, high): unknown queries that match, and known ones whose nearest image is of their thing and matches;
+    known is () where nothing was known. classes: how many chose it, and how many checked it. dataset, data: what it
+    was measured on, and the fingerprints of its splits.
+    """
+
+    distance: str
+    share: float
+    sizes: tuple[int, ...]
+    values: tuple[float, ...]
+    unknown: tuple[float, ...]
+    known: tuple[float, ...]
+    classes: tuple[int, ...]
+    dataset: str
+    data: dict
+
+    @classmethod
+    def from_record(cls, record: Any) -> "Threshold":
+        """The threshold in a record. Raises ValueError with the record if it is damaged."""
+        if isinstance(record, dict) and record.keys() == {field.name for field in fields(cls)}:
+            lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list | tuple)}
+            threshold = cls(**(record | lists))
+            if threshold._is_valid():
+                return threshold
+        raise ValueError(str(record)[:80])
+
+    def to_record(self) -> dict:
+        """The threshold as a dict of plain values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def at(self, size: int) -> float:
+        """The threshold for a gallery of this many images.
+
+        It is measured at `sizes`. Between and above them, the gap to a perfect match, 1 - cosine or the distance, is
+        a power of the size: the nearest of n points in a space of m dimensions is at a distance of about n**(-1/m).
+        Below the smallest of them it is that of the smallest, which accepts fewer queries.
+        """
+        size, gaps = max(size, self.sizes[-1]), [self._gap(value) for value in self.values]
+        first = sum(size < known for known in self.sizes[1:-1])  # of the two sizes that it is between, or next to
+        (larger, smaller), (near, far) = self.sizes[first : first + 2], gaps[first : first + 2]
+        gap = near * (size / larger) ** (math.log(near / far) / math.log(larger / smaller))
+        return 1 - gap if self.distance == "cosine" else gap
+
+    def text(self) -> str:
+        """The threshold for each size."""
+        best, *others = (f"{value:.4f} for {size:,}" for size, value in zip(self.sizes, self.values))
+        return f"{MEASURES[self.distance]} {best} images ({', '.join(others)})"
+
+    def _gap(self, value: float) -> float:
+        return max(1 - value if self.distance == "cosine" else value, SMALLEST_GAP)
+
+    def _is_valid(self) -> bool:
+        numbers = *self.values, *self.unknown, *self.known
+        sizes_fall = all(larger > smaller > 0 for larger, smaller in zip(self.sizes, self.sizes[1:]))
+        return (
+            self.distance in DISTANCES
+            and isinstance(self.share, float)
+            and 0 < self.share < 1
+            and all(isinstance(size, int) for size in (*self.sizes, *self.classes))
+            and len(self.sizes) == len(self.values) > 1
+            and sizes_fall
+            and all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+            and len(self.unknown) == 3
+            and len(self.known) in (0, 3)
+            and all(0 <= share <= 1 for share in (*self.unknown, *self.known))
+            and isinstance(self.dataset, str)
+            and isinstance(self.data, dict)
+        )

@@ -1,11 +1,15 @@
-"""Verification: true accepts at false accepts over all pairs of images, with bootstrap intervals.
+"""What a similarity threshold decides about pairs of images, and about queries; with bootstrap intervals.
 
-A pair is accepted if its similarity reaches the threshold. The true-accept rate (TAR) is the share of same-class pairs
-that are accepted, the false-accept rate (FAR) the share of different-class pairs.
+Verification: a pair is accepted if its similarity reaches the threshold. The true-accept rate (TAR) is the share of
+same-class pairs that are accepted, the false-accept rate (FAR) the share of different-class pairs.
+
+Identification, open-set: a query matches if its nearest image reaches the threshold. It is unknown if its class is left
+out of the gallery, and should not match; if its class is there, it is known, and its nearest image should be of it.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 
 from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.pairs import Pairs, Scale
+from proxy_anchor.spec import MEASURES, Threshold
 from proxy_anchor.vectors import Embeddings, to_nearness
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -21,8 +26,11 @@ REPLICATES = 500  # of the bootstrap
 LEVEL = 0.95  # of the intervals
 FAR_STEPS, TAR_STEPS = 40, 24  # thresholds of the bootstrap's curves, evenly spaced in each rate
 SEED = 0  # of the bootstrap, and of the halves of calibrate
-KINDS = {"cosine": "similarity", "euclidean": "distance"}
 BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of accepted pairs
+FEWEST_MATCHES = 5  # of unknown queries, for a threshold: with fewer, their share is little more than chance
+SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # of unknown queries that match
+NEAREST = 64  # other classes of each query that are kept: enough for galleries of a HALVINGS-th power of 2 of them
+HALVINGS = 4
 
 
 class Estimate(NamedTuple):
@@ -94,7 +102,7 @@ class Verification:
         if self.auc is None or self.equal_error is None:
             return self.remark()
         threshold, rate = self.equal_error
-        kind = KINDS[self.distance]
+        kind = MEASURES[self.distance]
         return (
             f"{self.remark()}ROC AUC {self.auc.percent()}, "
             f"equal errors {rate.percent()} at {kind} {threshold.measured(self.distance).text()}\n"
@@ -214,81 +222,141 @@ def estimate(value, replicates: np.ndarray) -> Estimate:
 
 
 @dataclass
-class Calibration:
-    """A threshold with the requested FAR on the pairs of some classes, and its rates on those of other classes."""
+class Identification:
+    """The nearest images of Q queries: in a gallery with their class, and in one without it, from which it is left out.
 
-    asked: float
-    seed: int
-    chosen: Verification
-    checked: Verification
+    labels (Q,). own (Q,): the similarity of the nearest image of a query's own class, -inf without one. others (Q, K):
+    of the nearest image of each of the nearest other classes, in descending order. classes: how many others there are.
+    size: how many images of other classes a query is compared with, in the mean. Larger similarities are nearer, see
+    vectors.to_nearness.
+    """
 
-    @property
-    def threshold(self) -> Estimate:
-        return self.chosen.at_far[self.asked][0].measured(self.chosen.distance)
+    distance: str
+    labels: np.ndarray
+    own: np.ndarray
+    others: np.ndarray
+    classes: int
+    size: int
 
-    @property
-    def far(self) -> Estimate:
-        """The FAR on the checking classes."""
-        return next(iter(self.checked.at_threshold.values()))[0]
+    def unknown(self, threshold: float) -> Estimate:
+        """The share of unknown queries that match."""
+        return self._share(self.others[:, 0] >= threshold, np.ones(len(self.own), dtype=bool))
 
-    def text(self) -> str:
-        """Lines for a terminal."""
-        asked, kind = f"{100 * self.asked:g}%", KINDS[self.chosen.distance]
-        _, tar = self.chosen.at_far[self.asked]
-        ((_, checked_tar),) = self.checked.at_threshold.values()
-        return (
-            f"Threshold for {asked} false accepts, chosen on half of the classes ({self.chosen.classes:,}, the first "
-            f"of a shuffle with seed {self.seed}): {kind} {self.threshold.text()}, with {tar.percent()} true accepts\n"
-            f"Checked on the other half ({self.checked.classes:,}): {self.far.percent()} false accepts, "
-            f"{checked_tar.percent()} true accepts\n"
-        )
+    def known(self, threshold: float) -> Estimate | None:
+        """The share of known queries whose nearest image is of their class and matches; None without any."""
+        known = self.own > -np.inf
+        return self._share((self.own >= threshold) & (self.own > self.others[:, 0]), known) if known.any() else None
 
-    def record(self) -> dict:
-        """The entry in the checkpoint, see checkpoint.THRESHOLD; the threshold is a cosine or a distance."""
-        value, *interval = self.threshold
-        far, *far_interval = self.far
-        return {
-            "distance": self.chosen.distance,
-            "threshold": value,
-            "interval": interval,
-            "asked_far": self.asked,
-            "far": far,
-            "far_interval": far_interval,
-            "classes": [self.chosen.classes, self.checked.classes],
-        }
+    def _share(self, hits: np.ndarray, among: np.ndarray) -> Estimate:
+        """The share of hits, with an interval from a bootstrap over the classes of the queries."""
+        names, numbers = np.unique(self.labels[among], return_inverse=True)
+        counts = np.bincount(numbers, hits[among]), np.bincount(numbers)
+        random = np.random.default_rng(SEED)
+        drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), REPLICATES)
+        return estimate(counts[0].sum() / counts[1].sum(), (drawn @ counts[0]) / (drawn @ counts[1]))
+
+    def threshold(self, share: float, classes: int | None = None) -> float:
+        """The lowest threshold at which at most this share of unknown queries match.
+
+        classes: in a gallery of this many of the other classes, in the mean over all choices of them: of C classes, k
+        of which have an image that reaches the threshold, c hold none of these in binom(C - k, c) of binom(C, c).
+        """
+        total, (count, kept) = self.classes, self.others.shape
+        classes = classes or total
+        missed = [math.comb(total - k, classes) / math.comb(total, classes) for k in range(kept + 1)]
+        values, gains = self.others.ravel(), np.tile(-np.diff(missed), count)  # each adds to the queries that match
+        order = np.argsort(-values)
+        matched = gains[order].cumsum() / count
+        first_too_many = min(int(np.searchsorted(matched, share + 1e-12, side="right")), len(order) - 1)
+        return float(np.nextafter(values[order[first_too_many]], np.inf))
+
+    def thresholds(self, share: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """(sizes, thresholds) of galleries of all other classes, half of them, a quarter of them ..."""
+        classes = [count for i in range(HALVINGS + 1) if (count := self.classes >> i)]
+        sizes = [round(self.size * count / self.classes) for count in classes]
+        return tuple(sizes), tuple(self.threshold(share, count) for count in classes)
+
+
+@torch.no_grad()
+def identify(
+    queries: Embeddings, gallery: Embeddings | None = None, distance: str = "cosine", *, processes: Processes = ALONE
+) -> Identification:
+    """Compare each query with the gallery or, without one, with all other queries: with its own class, and without it.
+
+    Two images of one group are not compared. Errors and the processes as for retrieval.best_positive_rank; all get
+    the result of all queries, in the order of their labels. Memory grows with the queries, and with the classes for a
+    tile of them.
+    """
+    pairs = Pairs.from_embeddings(queries, gallery, distance, processes)
+    targets = torch.cat(processes.all_gather(pairs.targets.labels))
+    counts = torch.bincount(torch.searchsorted(pairs.classes, targets), minlength=len(pairs.classes))
+    classes = int((counts > 0).sum()) - 1
+    labels, own, others = [], [], []
+    for row_labels, nearest in pairs.nearest_of_classes():
+        column = torch.searchsorted(pairs.classes, row_labels)[:, None]
+        labels.append(row_labels)
+        own.append(nearest.gather(1, column)[:, 0])
+        nearest.scatter_(1, column, -torch.inf)
+        others.append(nearest.topk(max(1, min(NEAREST, classes))).values)
+    size = len(targets) - counts[torch.searchsorted(pairs.classes, torch.cat(labels))].double().mean().item()
+    all_labels, all_own, all_others = (torch.cat(x).cpu().numpy() for x in (labels, own, others))
+    return Identification(distance, all_labels, all_own, all_others, classes, round(size))
 
 
 def calibrate(
-    queries: Embeddings, far: float, gallery: Embeddings | None = None, distance: str = "cosine", seed: int = SEED
-) -> Calibration:
-    """Choose the threshold with this FAR on one half of the classes, and check it on the other.
+    queries: Embeddings, share: float, gallery: Embeddings | None = None, distance: str = "cosine", seed: int = SEED
+) -> Threshold:
+    """Choose the threshold at which this share of unknown queries match on half of the classes; check it on the others.
 
-    The first half of a shuffle of the classes with this seed chooses; of several processes, one needs all embeddings.
-    Raises ValueError if a half has too few classes or pairs, or if no same-class pair would be accepted.
+    The first half of a shuffle of the classes with this seed chooses. Neither half is in the gallery of the other. Of
+    several processes, one needs all embeddings. Raises ValueError as choose_threshold does.
     """
-
-    def verify_half(classes: np.ndarray, **at) -> Verification:
-        half = torch.from_numpy(classes)
-        return verify(queries.of_classes(half), None if gallery is None else gallery.of_classes(half), distance, **at)
-
     labels = queries.labels if gallery is None else torch.cat([queries.labels, gallery.labels])
     classes = labels.unique().cpu().numpy()
-    first, second = np.array_split(np.random.default_rng(seed).permutation(classes), 2)
-    chosen = verify_half(first, fars=[far])
-    if far not in chosen.at_far:
+    halves = [torch.from_numpy(half) for half in np.array_split(np.random.default_rng(seed).permutation(classes), 2)]
+    return choose_threshold(
+        share,
+        *(
+            identify(queries.of_classes(half), None if gallery is None else gallery.of_classes(half), distance)
+            for half in halves
+        ),
+    )
+
+
+def choose_threshold(share: float, chosen: Identification, checked: Identification | None = None) -> Threshold:
+    """The threshold at which this share of unknown queries match, and what it achieves, on other classes if given.
+
+    Raises ValueError for too few classes or queries, and if no known query would match.
+    """
+    if chosen.classes < 2 or share * len(chosen.labels) < FEWEST_MATCHES:
         raise ValueError(
-            f"Half of the classes, {len(first):,}, have {chosen.same.sum():,} same-class and "
-            f"{chosen.other.sum():,} different-class pairs: too few for a threshold with {100 * far:g}% false accepts, "
-            f"which needs at least {FEWEST} false accepts"
+            f"{len(chosen.labels):,} queries of {chosen.classes + 1:,} classes are too few for a threshold at which "
+            f"{100 * share:g}% of unknown queries match: it needs 3 classes, and {FEWEST_MATCHES} queries that match"
         )
-    threshold, true_accepts = chosen.at_far[far]
-    if not true_accepts.value:
+    sizes, values = chosen.thresholds(share)
+    if (known := chosen.known(values[0])) and not known.value:
         raise ValueError(
-            f"No threshold with at most {100 * far:g}% false accepts accepts a same-class pair: some different-class "
-            "pairs are as near as the nearest same-class pair, as when a network maps all images to one point. Train "
-            "it further, or give --calibrate a larger rate"
+            f"At a threshold with at most {100 * share:g}% of unknown queries, no known query matches either: other "
+            "classes are as near as its own, as when a network maps all images to one point. Train it further, or "
+            "give --calibrate a larger share"
         )
-    checked = verify_half(second, fars=[], thresholds=[threshold.value])
-    if not checked.at_threshold:
-        raise ValueError(f"The {len(second):,} classes to check the threshold on do not have pairs of both kinds")
-    return Calibration(far, seed, chosen, checked)
+    distance, checked = chosen.distance, checked or chosen
+    values = tuple(to_nearness(value, distance) for value in values)
+    numbers = (chosen.classes + 1,) if checked is chosen else (chosen.classes + 1, checked.classes + 1)
+    threshold = Threshold(distance, share, sizes, values, (), (), numbers, "", {})
+    limit = to_nearness(threshold.at(checked.size), distance)
+    known = checked.known(limit)
+    return replace(threshold, unknown=tuple(checked.unknown(limit)), known=tuple(known) if known else ())
+
+
+def describe(threshold: Threshold) -> str:
+    """A threshold as lines for a terminal."""
+    classes, *checked = threshold.classes
+    known = f", {Estimate(*threshold.known).percent()} of known ones are answered rightly" if threshold.known else ""
+    result = f"{Estimate(*threshold.unknown).percent()} of unknown queries match{known}\n"
+    on = f"Chosen on half of the classes ({classes:,})" if checked else f"Chosen on {classes:,} things, each left out"
+    return (
+        f"{on}, so that at most {100 * threshold.share:g}% of unknown queries match: {threshold.text()}\n"
+        + (f"Checked on the other half ({checked[0]:,}): " if checked else "There, ")
+        + result
+    )

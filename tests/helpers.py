@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import kills
 import numpy as np
@@ -24,6 +25,7 @@ import train
 from net.backbone import Backbone
 from proxy_anchor import cli
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.spec import Threshold
 
 # A network
 
@@ -56,6 +58,14 @@ class Tiny(Backbone, nn.Module):
 net.BACKBONES["tiny"] = Tiny
 # What a checkpoint records of it.
 RECORD = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
+
+
+def threshold(value, **changed) -> Threshold:
+    """A calibrated threshold with this value for all sizes."""
+    measured = Threshold(
+        "cosine", 0.05, (20, 10), (value, value), (0.02, 0.0, 0.1), (0.5, 0.4, 0.6), (2, 2), "folder", {}
+    )
+    return replace(measured, **changed)
 
 
 # Runs of train.py

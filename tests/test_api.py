@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from helpers import make_index, query_index
+from helpers import make_index, query_index, threshold
 from pages import REPOSITORY
 from PIL import Image
 
@@ -23,17 +23,7 @@ from proxy_anchor import ProxyAnchor, Search, api, checkpoint, load
 from proxy_anchor.index.store import Index
 
 RECORD = {"model": "resnet18", "embedding_size": 16, "image_size": 32, "l2_norm": 1, "orientation": "upright"}
-THRESHOLD = {
-    "distance": "cosine",
-    "threshold": 0.5,
-    "interval": [0.4, 0.6],
-    "asked_far": 0.01,
-    "far": 0.02,
-    "far_interval": [0.0, 0.1],
-    "classes": [2, 2],
-    "dataset": "folder",
-    "data": {},
-}
+THRESHOLD = threshold(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +131,7 @@ def test_pickled_spawned_and_in_threads(name, made, paths):
     vectors = embed(paths)
     copied = pickle.loads(pickle.dumps(embed))
     assert np.array_equal(copied(paths), vectors)
-    assert (copied.spec, copied.identity, copied.threshold) == (embed.spec, embed.identity, {})
+    assert (copied.spec, copied.identity, copied.threshold) == (embed.spec, embed.identity, None)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(child, (embed, paths, vectors)) == embed(paths[0]).tolist()
     with ThreadPoolExecutor(4) as threads:
@@ -170,7 +160,7 @@ def test_recorded_threshold(made, paths, tmp_path, capsys):
     (result,) = query_index(tmp_path / "index", capsys, "-k", 18, "--threshold", search.threshold, paths[0])
     assert [(near["path"], near["similarity"]) for near in result["neighbours"]] == nearest[:5]
     make_index(tmp_path, made / "images", tmp_path / "folders", "--by-folder")
-    assert Search(tmp_path / "folders").threshold is None  # it is one for pairs of images
+    assert Search(tmp_path / "folders").threshold is None  # it is one for images
 
 
 def test_query_is_of_one_image(made, paths, tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -218,22 +219,15 @@ def test_search_with_a_file(ending, made, tmp_path, capsys):
 
 def test_record(made, tmp_path, capsys):
     """What the file is of, and how it is used; a threshold too, which search.py then takes."""
-    threshold = {
-        "distance": "cosine",
-        "threshold": 0.75,
-        "interval": [0.7, 0.8],
-        "asked_far": 0.01,
-        "far": 0.02,
-        "far_interval": [0.0, 0.1],
-        "classes": [2, 2],
-        "dataset": "folder",
-        "data": {},
-    }
+    threshold = helpers.threshold(0.75)
     (tmp_path / "a.pth").write_bytes((made / "a.pth").read_bytes())
     checkpoint.save_threshold(tmp_path / "a.pth", threshold, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
     run(tmp_path, tmp_path / "a.safetensors", "--check", made / "images", data=False)
     assert checkpoint.Checkpoint(tmp_path / "a.safetensors").threshold == threshold
-    assert 'Recorded threshold for "the same class": 0.7500' in (tmp_path / "a-card.md").read_text()
+    assert (
+        "by the size of the gallery: similarity 0.7500 for 20 images (0.7500 for 10)."
+        in (tmp_path / "a-card.md").read_text()
+    )
     for ending in (".onnx", ".safetensors"):
         record = exported.read(made / f"a{ending}")
         for held in ("onnx", "session", "sha256", "model_state_dict"):

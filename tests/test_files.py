@@ -175,9 +175,9 @@ def test_calibration_of_weights_that_were_replaced_is_not_recorded(photos, repla
     measure = evaluation.measure
     monkeypatch.setattr(evaluation, "measure", lambda *args, **more: [measure(*args, **more), replace()][0])
     with pytest.raises(SystemExit, match="1"):
-        evaluate.main([*arguments(photos, dataset="folder", resume=path), "--calibrate", "0.1"])
+        evaluate.main([*arguments(photos, dataset="folder", resume=path), "--calibrate", "0.3"])
     assert "a.pth was replaced while it was measured, so its threshold is not recorded" in capsys.readouterr().err
-    assert checkpoint.Checkpoint(path).threshold == {}
+    assert checkpoint.Checkpoint(path).threshold is None
 
 
 def test_report_names_the_weights_that_it_measured(photos, replaced, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from helpers import RECORD, Squares, arguments
+from helpers import RECORD, Squares, arguments, threshold
 from sklearn.metrics import roc_auc_score
 
 import evaluate
@@ -47,7 +47,7 @@ def write(folder, queries, gallery=None, name="a network", threshold=None, **row
         {"ours": result.metrics, **rows},
         result,
         pairs,
-        threshold or {},
+        threshold,
         {"device": "a <CPU>"},
         queries,
         gallery,
@@ -325,20 +325,10 @@ def drawn_at(kind, text):
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 def test_threshold_of_the_checkpoint_is_drawn(tmp_path, distance):
     queries = random_set(200, 12, distance=distance)
-    record = {
-        "distance": distance,
-        "threshold": 0.6,
-        "interval": [0.5, 0.7],
-        "asked_far": 0.01,
-        "far": 0.02,
-        "far_interval": [0.01, 0.03],
-        "classes": [6, 6],
-        "dataset": "<mine>",
-        "data": {},
-    }
+    record = threshold(0.6, distance=distance, dataset="<mine>")
     text = write(tmp_path, queries, threshold=record).read_text()
-    assert "threshold of the checkpoint 0.60, for 1% false accepts" in text and "&lt;mine&gt;" in text
-    assert "0.600 [0.500, 0.700]" in text and "it had 2.00% [1.00, 3.00]" in text
+    assert "threshold of the checkpoint 0.60, for 5% unknown matches" in text and "&lt;mine&gt;" in text
+    assert "For 200 images, the checkpoint has the threshold 0.600" in text and "2.00% [0.00, 10.00] did" in text
     equal = float(re.search(r"At the threshold ([\d.]+) ", text)[1])
     if distance == "cosine":
         least = min(0, float((queries.embeddings.vectors @ queries.embeddings.vectors.T).min()))

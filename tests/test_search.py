@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from helpers import RECORD, described, fails
+from helpers import RECORD, described, fails, threshold
 from helpers import make_index as make
 from helpers import query_index as found
 from PIL import Image
@@ -24,6 +24,7 @@ from dataset import transforms
 from proxy_anchor import checkpoint, files
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.store import Index
+from proxy_anchor.vectors import to_nearness
 
 pytest.importorskip("faiss")
 
@@ -479,24 +480,13 @@ def test_unknown_images_have_no_match(distance, weights, euclidean, images, tmp_
     for result, before in zip(results, everything):
         lines = tables[result["query"]]
         words = f"  no match: the best {measure} is {before['neighbours'][0][measure]:.4f}, the threshold {limit:.4f}"
-        assert len(lines) == len(result["neighbours"]) or lines == [words]
+        assert len(lines) == 1 + len(result["neighbours"]) or lines == [words]
 
 
 def calibrated(weights, folder, **changed):
     """A checkpoint with a threshold."""
     path = shutil.copy(weights / "a.pth", folder / "a.pth")
-    record = {
-        "distance": "cosine",
-        "threshold": 0.999,
-        "interval": [0.9, 1.0],
-        "asked_far": 0.01,
-        "far": 0.01,
-        "far_interval": [0.0, 0.1],
-        "classes": [2, 2],
-        "dataset": "folder",
-        "data": {},
-    }
-    checkpoint.save_threshold(path, record | changed, checkpoint.Checkpoint(path).identity)
+    checkpoint.save_threshold(path, threshold(0.999, **changed), checkpoint.Checkpoint(path).identity)
     return folder
 
 
@@ -512,16 +502,94 @@ def test_threshold_of_the_checkpoint_is_used_unless_another_is_given(weights, im
     (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "--threshold", "none")
     assert result["threshold"] is result["match"] is None and len(result["neighbours"]) == 10
     (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "--threshold", "1.1")
-    assert result == {"query": result["query"], "threshold": 1.1, "match": False, "neighbours": []}
+    assert result == {"query": result["query"], "threshold": 1.1, "match": False, "things": [], "neighbours": []}
     query = ["query", "--index", str(tmp_path / "index"), str(images), "--threshold"]
     for text in ("high", "nan", "inf"):
         fails(lambda text=text: search.main([*query, text]), capsys, f"invalid threshold value: '{text}'", code=2)
-    for changed in ({"far": 7.0}, {"asked_far": -0.1}, {"far_interval": [0.0, 1.5]}, {"threshold": math.nan}):
+    for changed in ({"share": 7.0}, {"unknown": (-0.1, 0, 1)}, {"sizes": (10, 20)}, {"values": (math.nan, 0.9)}):
         calibrated(weights, tmp_path / "own", **changed)
         fails(lambda: search.main(query[:-1]), capsys, "a.pth is damaged: its record of the threshold is {'distance'")
     torch.save(checkpoint.read(tmp_path / "own" / "a.pth") | {"threshold": 3}, tmp_path / "own" / "a.pth")
     fails(lambda: search.main(query[:-1]), capsys, "a.pth is damaged: its record of the threshold is 3")
     make(tmp_path / "own", images, tmp_path / "index")  # does not ask for it
+
+
+def test_threshold_is_that_for_the_size_of_the_index(weights, images, tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    measured = threshold(0.9, sizes=(72, 36), values=(0.9, 0.8))
+    calibrated(weights, tmp_path / "own", sizes=(72, 36), values=(0.9, 0.8))
+    make(tmp_path / "own", images, tmp_path / "index")
+    capsys.readouterr()
+    search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images / "ant" / "1.jpg")])
+    out, err = capsys.readouterr()
+    assert json.loads(out)[0]["threshold"] == measured.at(18) == 0.8
+    assert "Threshold for 18 images: similarity 0.8000, which 5% of unknown queries should reach" in err
+
+
+def test_old_threshold_of_pairs_is_refused_with_the_command(weights, images, tmp_path, capsys):
+    path = shutil.copy(weights / "a.pth", tmp_path / "a.pth")
+    torch.save(checkpoint.read(path) | {"threshold": {"asked_far": 0.01, "dataset": "glyphs"}}, path)
+    make(tmp_path, images, tmp_path / "index")
+    words = f"python evaluate.py --dataset glyphs --resume {path} --calibrate"
+    fails(lambda: search.main(["query", "--index", str(tmp_path / "index"), str(images)]), capsys, words)
+
+
+def test_answer_is_a_thing(weights, images, tmp_path, capsys):
+    """The folder of the best match first, with how many of its images match, in the table and as JSON."""
+    make(weights, images, tmp_path / "index")
+    (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "-k", 18)
+    folders = [os.path.dirname(near["path"]) for near in result["neighbours"]]
+    assert [thing["folder"] for thing in result["things"]] == list(dict.fromkeys(folders))
+    for thing in result["things"]:
+        assert thing["images"] == folders.count(thing["folder"])
+        assert thing["similarity"] == result["neighbours"][folders.index(thing["folder"])]["similarity"]
+    limit = result["neighbours"][4]["similarity"]
+    (lines,) = asked(tmp_path / "index", capsys, images / "ant" / "1.jpg", "-k", 18, "--threshold", limit).values()
+    count = folders[:5].count(folders[0])
+    assert lines[0] == f"  ant: similarity 1.0000, {count} of the 18 nearest images" and len(lines) == 6
+    make(weights, images, tmp_path / "folders", "--by-folder")
+    (lines,) = asked(tmp_path / "folders", capsys, images / "ant" / "1.jpg", "-k", 2).values()
+    name = os.path.basename(lines[1].split()[-1])
+    assert lines[0] == f"  {name}: similarity {lines[1].split()[1]}" and len(lines) == 3
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_index_calibrates_itself(distance, by_folder, weights, euclidean, tmp_path, capsys):
+    """By brute force: with each thing left out in turn, the share of its queries that the nearest other is near to."""
+    folder, random = tmp_path / "things", np.random.default_rng(0)
+    for thing in range(24):
+        (folder / f"{thing:02d}").mkdir(parents=True)
+        colours = random.integers(0, 200, (2, 2, 3))  # of four quarters
+        for number in range(3):
+            pixels = colours.repeat(20, axis=0).repeat(16, axis=1) + random.integers(0, 55, (40, 32, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{thing:02d}" / f"{number}.png")
+    weights = {"cosine": weights, "euclidean": euclidean}[distance]
+    make(weights, folder, tmp_path / "index", "--calibrate", "0.25", *["--by-folder"] * by_folder)
+    assert (
+        "Chosen on 24 things, each left out, so that at most 25% of unknown queries match: " in capsys.readouterr().out
+    )
+    index = Index.open(tmp_path / "index")
+    assert len(index.images) == (24 if by_folder else 72)
+    x = index.images.vectors.astype(np.float64)
+    things = [path if by_folder else os.path.dirname(path) for path, _ in index.images]
+    nearness = x @ x.T if distance == "cosine" else -np.linalg.norm(x[:, None] - x, axis=2)
+    nearness[np.equal.outer(things, things)] = -np.inf
+    best = np.sort(nearness.max(axis=1))[::-1]
+    limit = to_nearness(index.calibration.values[0], distance)
+    assert (best >= limit + 1e-6).mean() <= 0.25 < (best >= limit - 1e-6).mean()
+    assert index.calibration.unknown[0] <= 0.25 and bool(index.calibration.known) is not by_folder
+    (result,) = found(tmp_path / "index", capsys, folder / "03" / "1.png")
+    assert result["threshold"] == index.calibration.at(len(index.images))
+    trees.write_image(folder / "new" / "1.jpg", 77)
+    make(weights, folder, tmp_path / "index", *["--by-folder"] * by_folder)  # the calibration stays
+    assert Index.open(tmp_path / "index").calibration == index.calibration
+
+
+def test_index_without_things_is_not_calibrated(weights, images, tmp_path, capsys):
+    words = "18 queries of 6 classes are too few for a threshold at which 5% of unknown queries match"
+    fails(lambda: make(weights, images, tmp_path / "index", "--calibrate"), capsys, words)
+    assert len(Index.open(tmp_path / "index").images) == 18 and Index.open(tmp_path / "index").calibration is None
 
 
 def test_picture_says_no_match(weights, images, tmp_path, monkeypatch):
@@ -630,7 +698,7 @@ def test_index_of_folders_is_not_one_of_images(weights, images, tmp_path, capsys
     fails(lambda: make(weights, images, tmp_path / "index", "--by-folder"), capsys, words)
 
 
-def test_threshold_of_pairs_of_images_is_not_used_for_folders(weights, images, tmp_path, capsys):
+def test_threshold_of_images_is_not_used_for_folders(weights, images, tmp_path, capsys):
     (tmp_path / "own").mkdir()
     calibrated(weights, tmp_path / "own")
     make(tmp_path / "own", images, tmp_path / "index", "--by-folder")
@@ -638,7 +706,7 @@ def test_threshold_of_pairs_of_images_is_not_used_for_folders(weights, images, t
     picture = ["--save", str(tmp_path / "folders.png")]
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images), "--by-folder", *picture])
     out, err = capsys.readouterr()
-    assert "is calibrated on pairs of images and is ignored for folders: set --threshold" in err
+    assert "There is no threshold for folders, so no query can be refused: give --threshold or, if each folder" in err
     results = json.loads(out)
     assert len(results) == 6 and all(r["match"] is None and len(r["neighbours"]) == 6 for r in results)
     assert all(r["neighbours"][0]["path"] == r["query"] for r in results)

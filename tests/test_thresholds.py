@@ -36,16 +36,16 @@ def calibrated(request, photos, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "a.pth"
     new_checkpoint(path, distance=request.param, l2_norm=int(request.param == "cosine"))
     before = checkpoint.Checkpoint(path).identity, checkpoint.read(path)
-    evaluate.main(flags(photos, path, "--calibrate", 0.1))
+    evaluate.main(flags(photos, path, "--calibrate", 0.3))
     return request.param, path, *before
 
 
 def test_checkpoint_gets_the_threshold_and_stays_the_same_network(calibrated, photos):
     distance, path, identity, content = calibrated
     found = checkpoint.Checkpoint(path).threshold
-    assert found["distance"] == distance and found["asked_far"] == 0.1 and found["dataset"] == "folder"
-    assert found["classes"] == [6, 5] and list(found["data"]) == ["eval"] and len(found["data"]["eval"]) == 16
-    assert found["interval"][0] <= found["threshold"] <= found["interval"][1] and 0 <= found["far"] <= 1
+    assert found.distance == distance and found.share == 0.3 and found.dataset == "folder"
+    assert found.classes == (6, 5) and list(found.data) == ["eval"] and len(found.data["eval"]) == 16
+    assert found.sizes == (25, 10, 5) and 0 <= found.unknown[0] <= 1
     now = checkpoint.read(path)
     assert now.keys() == content.keys() | {"threshold"} and now["network"] == content["network"]
     assert list(now["model_state_dict"]) == list(content["model_state_dict"])
@@ -59,16 +59,16 @@ def test_both_halves_are_printed_and_another_threshold_replaces_the_first(calibr
     copy = tmp_path / "b.pth"
     copy.write_bytes(path.read_bytes())
     (tmp_path / "link.pth").symlink_to("b.pth")
-    evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", 0.3))
+    evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", 0.5))
     found, first = checkpoint.Checkpoint(copy).threshold, checkpoint.Checkpoint(path).threshold
-    assert (tmp_path / "link.pth").is_symlink() and found["asked_far"] == 0.3
-    assert to_nearness(found["threshold"], distance) < to_nearness(first["threshold"], distance)
+    assert (tmp_path / "link.pth").is_symlink() and found.share == 0.5
+    assert to_nearness(found.values[0], distance) < to_nearness(first.values[0], distance)
     out = capsys.readouterr().out
     kind = {"cosine": "similarity", "euclidean": "distance"}[distance]
-    chosen = re.search(rf"for 30% false accepts, chosen on half of the classes \(6, .*\): {kind} ([\d.]+) \[", out)
-    assert float(chosen[1]) == pytest.approx(found["threshold"], abs=1e-4)
+    chosen = re.search(rf"half of the classes \(6\), so that at most 50% of .*: {kind} ([\d.]+) for 25 images", out)
+    assert float(chosen[1]) == pytest.approx(found.values[0], abs=1e-4)
     checked = re.search(r"Checked on the other half \(5\): ([\d.]+)% \[", out)
-    assert float(checked[1]) == pytest.approx(100 * found["far"], abs=0.01)
+    assert float(checked[1]) == pytest.approx(100 * found.unknown[0], abs=0.01)
     assert f"{kind} at " in out and "ROC AUC" in out and f"recorded in {tmp_path / 'link.pth'}" in out
 
 
@@ -85,9 +85,9 @@ def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
     state = {f"module.{key}": value for key, value in net.create("tiny", 8).state_dict().items()}
     torch.save({"model_state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     identity = checkpoint.Checkpoint(tmp_path / "old.pth").identity
-    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold == {}
-    evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", 0.1))
-    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold["distance"] == "cosine"
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold is None
+    evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", 0.3))
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold.distance == "cosine"
     assert checkpoint.Checkpoint(tmp_path / "old.pth").identity == identity
     assert checkpoint.Checkpoint(tmp_path / "old.pth").spec is None
     assert checkpoint.read(tmp_path / "old.pth")["model_state_dict"].keys() == state.keys()
@@ -118,10 +118,12 @@ def test_identity_is_that_of_the_weights(tmp_path):
 DAMAGES = {
     "text": lambda found: "0.5",
     "list": lambda found: [],
-    "no number": lambda found: found | {"threshold": "0.5"},
-    "not finite": lambda found: found | {"threshold": float("nan")},
-    "half": lambda found: {"threshold": 0.5},
-    "interval of one": lambda found: found | {"interval": [0.5]},
+    "no number": lambda found: found | {"share": "0.5"},
+    "not finite": lambda found: found | {"values": [float("nan"), 0.5, 0.5]},
+    "half": lambda found: {"share": 0.5},
+    "one size": lambda found: found | {"sizes": [20], "values": [0.5]},
+    "sizes that rise": lambda found: found | {"sizes": [5, 10, 25]},
+    "interval of one": lambda found: found | {"unknown": [0.5]},
     "distance": lambda found: found | {"distance": "x"},
 }
 
@@ -140,7 +142,7 @@ def test_damaged_record_is_one_line(calibrated, damage, tmp_path):
         (["--calibrate", "1"], "argument --calibrate: 1 is not between 0 and 1", 2),
         (["--calibrate", "nan"], "argument --calibrate: nan is not between 0 and 1", 2),
         (["--calibrate", "often"], "argument --calibrate: ", 2),
-        (["--calibrate", "0.0001"], "too few for a threshold with 0.01% false accepts", 1),
+        (["--calibrate", "0.0001"], "too few for a threshold at which 0.01% of unknown queries match", 1),
     ],
 )
 def test_what_is_refused_leaves_the_checkpoint(photos, tmp_path, capsys, more, words, code):
@@ -156,5 +158,5 @@ def test_checkpoint_that_cannot_be_written(photos, tmp_path, capsys):
     path = new_checkpoint(tmp_path / "a.pth")
     tmp_path.chmod(0o500)
     with pytest.raises(SystemExit):
-        evaluate.main(flags(photos, path, "--calibrate", "0.1"))
+        evaluate.main(flags(photos, path, "--calibrate", "0.3"))
     assert f"{path} cannot be written" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """Thresholds: rates over all pairs, intervals and calibration, against scikit-learn, closed forms and brute force."""
 
+import itertools
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -8,11 +10,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from proxy_anchor import pairs, tiles
+from proxy_anchor import pairs, tiles, verification
 from proxy_anchor.pairs import Pairs, Scale
-from proxy_anchor.spec import DISTANCES
-from proxy_anchor.vectors import Embeddings
-from proxy_anchor.verification import Curve, calibrate, verify
+from proxy_anchor.spec import DISTANCES, Threshold
+from proxy_anchor.vectors import Embeddings, to_nearness
+from proxy_anchor.verification import Curve, calibrate, choose_threshold, describe, identify, verify
 
 
 def sides(*tensors):
@@ -262,8 +264,8 @@ def test_network_that_maps_all_images_to_one_point(distance):
     assert tar.value == 0 and threshold.value > (1 if distance == "cosine" else 0)
     for estimate in (found.auc, *found.equal_error, threshold, tar):
         assert estimate.low <= estimate.value <= estimate.high
-    with pytest.raises(ValueError, match="No threshold with at most 10% false accepts accepts a same-class pair"):
-        calibrate(Embeddings(torch.ones(80, 3), torch.arange(80) % 8), 0.1, distance=distance)
+    with pytest.raises(ValueError, match="At a threshold with at most 10% of unknown queries, no known query matches"):
+        calibrate(Embeddings(torch.ones(120, 3), torch.arange(120) % 8), 0.1, distance=distance)
 
 
 COARSE = {
@@ -325,6 +327,100 @@ def test_tiles_are_all_that_is_in_memory(distance, monkeypatch):
     assert largest == [2 * len(found.scale) + 1] * 2 and largest[0] < fewest * (fewest - 1) / 2
 
 
+def nearness_of(queries, targets, distance):
+    x, y = (t.double().numpy() for t in (queries, targets))
+    if distance == "cosine":
+        return (x @ y.T) / np.sqrt((x**2).sum(axis=1)[:, None] * (y**2).sum(axis=1))
+    return -np.sqrt(((x[:, None] - y) ** 2).sum(axis=2))
+
+
+def nearest_by_loop(queries, labels, gallery=None, gallery_labels=None, distance="cosine", groups=None):
+    """(own, others) of each query, in the order of the labels: {class: the nearest image's nearness} for the others."""
+    targets, target_labels = (queries, labels) if gallery is None else (gallery, gallery_labels)
+    nearness = nearness_of(queries, targets, distance)
+    if gallery is None:
+        np.fill_diagonal(nearness, -np.inf)
+    if groups is not None:
+        nearness[groups[:, None].numpy() == groups.numpy()] = -np.inf
+    rows = []
+    for i in np.argsort(labels.numpy(), kind="stable"):
+        best = {int(c): nearness[i, (target_labels == c).numpy()].max() for c in target_labels.unique()}
+        rows.append((best.pop(int(labels[i]), -np.inf), best))
+    return rows
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("searched", SETS)
+def test_identification_is_that_of_a_loop(searched, distance, tile):
+    rows = nearest_by_loop(*SETS[searched], distance=distance)
+    found = identify(*sides(*SETS[searched]), distance=distance)
+    assert found.own == pytest.approx([own for own, _ in rows], abs=1e-5)
+    for others, (_, best) in zip(found.others, rows, strict=True):
+        assert others == pytest.approx(sorted(best.values(), reverse=True)[: len(others)], abs=1e-5)
+    limit = np.median(found.others[:, 0]) + 1e-3
+    known = [own >= limit and own > max(best.values()) for own, best in rows if own > -np.inf]
+    assert found.known(limit).value == pytest.approx(np.mean(known))
+    assert found.unknown(limit).value == pytest.approx(np.mean([max(best.values()) >= limit for _, best in rows]))
+    _, labels, *gallery = SETS[searched]
+    targets = gallery[1] if gallery else labels
+    assert found.classes == len(targets.unique()) - 1
+    assert found.size == round(np.mean([(targets != label).sum() for label in labels]))
+
+
+def test_images_of_a_group_are_not_compared():
+    x, y = random_set(90, 6, 3)
+    groups = torch.arange(90) // 2 % 20
+    rows = nearest_by_loop(x, y, groups=groups)
+    found = identify(Embeddings(x, y, groups))
+    assert found.own == pytest.approx([own for own, _ in rows], abs=1e-5)
+    assert found.others[:, 0] == pytest.approx([max(best.values()) for _, best in rows], abs=1e-5)
+
+
+def test_only_the_nearest_classes_are_kept(monkeypatch):
+    x, y = random_set(200, 30, 3)
+    full = identify(Embeddings(x, y))
+    monkeypatch.setattr(verification, "NEAREST", 7)
+    assert (identify(Embeddings(x, y)).others == full.others[:, :7]).all()
+
+
+@pytest.mark.parametrize("share", [0.03, 0.2])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_thresholds_of_smaller_galleries_are_those_of_all_subsets(count, share):
+    """Of each query's 7 other classes, every choice of `count`: the mean share of queries that match."""
+    x, y = random_set(160, 8, 4, dimensions=3)
+    found, rows = identify(Embeddings(x, y)), nearest_by_loop(x, y)
+
+    def share_at(limit):
+        return np.mean(
+            [max(chosen) >= limit for _, best in rows for chosen in itertools.combinations(best.values(), count)]
+        )
+
+    limit = found.threshold(share, count)
+    assert share_at(limit + 3e-7) <= share < share_at(limit - 3e-7)
+    sizes, values = found.thresholds(share)
+    assert sizes == tuple(round(found.size * c / 7) for c in (7, 3, 1))
+    assert dict(zip((7, 3, 1), values))[count] == limit
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_threshold_of_a_larger_gallery_is_extrapolated(distance):
+    """From 600 images of 200 classes to 4,800 of 1,600, of which as many unknown queries match, in the mean."""
+    shares = []
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        labels = torch.arange(4800) // 3
+        x = torch.from_numpy(random.normal(size=(1600, 4))[labels] + 0.2 * random.normal(size=(4800, 4)))
+        small = Embeddings(x, labels).of_classes(torch.arange(200))
+        limit = choose_threshold(0.1, identify(small, distance=distance)).at(4800 - 3)
+        others = identify(Embeddings(x, labels), distance=distance)
+        shares.append(others.unknown(to_nearness(limit, distance)).value)
+        unmoved = others.unknown(
+            to_nearness(choose_threshold(0.1, identify(small, distance=distance)).values[0], distance)
+        )
+        assert unmoved.value > 0.3  # what it is without
+    assert np.mean(shares) == pytest.approx(0.1, abs=0.03)
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("searched", ["themselves", "a gallery"])
 def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
@@ -334,26 +430,43 @@ def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
     queries, *gallery = sides(*embedded)
     found = calibrate(queries, 0.05, *gallery, distance=distance, seed=1)
     classes = np.unique(torch.cat(embedded[1::2]).numpy())
-    halves = np.split(np.random.default_rng(1).permutation(classes), 2)
-    sign = 1 if distance == "cosine" else -1
-    rates = []
-    for half in halves:
-        part = [t[torch.from_numpy(np.isin(embedded[i // 2 * 2 + 1].numpy(), half))] for i, t in enumerate(embedded)]
-        nearness, alike, _, _ = all_pairs(*part, distance=distance)
-        rates.append((nearness[~alike] >= sign * found.threshold.value).mean())
-    assert 0.049 < rates[0] <= 0.05
-    assert found.far.value == pytest.approx(rates[1], abs=2e-4)
-    record = found.record()
-    assert record["threshold"] == found.threshold.value and record["classes"] == [20, 20]
-    low, high = record["interval"]
-    assert low < record["threshold"] < high and (low > 0 or distance == "cosine")
+    chosen, checked = (
+        nearest_by_loop(
+            *(t[torch.from_numpy(np.isin(embedded[i // 2 * 2 + 1].numpy(), half))] for i, t in enumerate(embedded)),
+            distance=distance,
+        )
+        for half in np.split(np.random.default_rng(1).permutation(classes), 2)
+    )
+    nearest = np.sort([max(best.values()) for _, best in chosen])
+    allowed = int(0.05 * len(nearest))
+    limit = to_nearness(found.values[0], distance)
+    assert nearest[-allowed - 1] - 1e-5 <= limit <= nearest[-allowed] + 1e-5
+    limit = to_nearness(found.at(round(600 / 2 * (1 if searched == "themselves" else 0.5) * 19 / 20)), distance)
+    assert found.unknown[0] == pytest.approx(np.mean([max(best.values()) >= limit for _, best in checked]), abs=0.02)
+    right = [own >= limit and own > max(best.values()) for own, best in checked if own > -np.inf]
+    assert found.known[0] == pytest.approx(np.mean(right), abs=0.02)
+    for value, low, high in (found.unknown, found.known):
+        assert 0 <= low <= value <= high <= 1 and low < high
+    assert found.classes == (20, 20) and found.distance == distance
     kind = "similarity" if distance == "cosine" else "distance"
-    assert f"with seed 1): {kind} {record['threshold']:.4f} [" in found.text()
-    assert f"Checked on the other half (20): {100 * record['far']:.2f}% [" in found.text()
+    text = describe(found)
+    assert f"at most 5% of unknown queries match: {kind} {found.values[0]:.4f} for {found.sizes[0]} images (" in text
+    assert f"Checked on the other half (20): {100 * found.unknown[0]:.2f}% [" in text
 
 
-def test_calibration_needs_pairs_enough():
-    with pytest.raises(ValueError, match="too few for a threshold with 0.1% false accepts"):
+def test_calibration_needs_queries_enough():
+    with pytest.raises(ValueError, match="too few for a threshold at which 0.1% of unknown queries match: it needs 3"):
         calibrate(*sides(*SETS["themselves"]), 0.001)
-    with pytest.raises(ValueError, match="have 0 same-class and"):
-        calibrate(Embeddings(torch.randn(100, 2), torch.arange(100)), 0.1)
+    with pytest.raises(ValueError, match="of 2 classes are too few"):
+        calibrate(Embeddings(torch.randn(100, 2), torch.arange(100) % 4), 0.2)
+
+
+def test_threshold_by_size():
+    """At the sizes it is their value; between them, and beyond the largest, the gap is a power of the size."""
+    cosine = Threshold("cosine", 0.05, (400, 100, 50), (0.9, 0.8, 0.5), (0.1, 0.0, 0.2), (), (4,), "", {})
+    assert [cosine.at(size) for size in (400, 100, 50, 3)] == pytest.approx([0.9, 0.8, 0.5, 0.5])
+    assert cosine.at(200) == pytest.approx(1 - math.sqrt(0.1 * 0.2)) and cosine.at(1600) == pytest.approx(0.95)
+    distance = replace(cosine, distance="euclidean", values=(1.0, 2.0, 3.0))
+    assert [distance.at(size) for size in (400, 200, 1600)] == pytest.approx([1, math.sqrt(2), 0.5])
+    assert replace(cosine, values=(1.0, 1.0, 0.5)).at(10**9) == pytest.approx(1)
+    assert Threshold.from_record(cosine.to_record()) == cosine

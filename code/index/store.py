@@ -22,15 +22,22 @@ from proxy_anchor.files import is_intact, lock_folder, numbered, replacing, seal
 from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
-from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.vectors import comparable
+from proxy_anchor.spec import MEASURES, NetworkSpec, Threshold
+from proxy_anchor.vectors import Embeddings, comparable
+from proxy_anchor.verification import choose_threshold, identify
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
 LAYOUT = {"made": MADE, "factory": str, "number": int}  # of images.json
-SINCE = {"folders": list, "files": dict, "sha256": str}  # what older ones lack; sha256: of all other entries
+SINCE = {
+    "folders": list,
+    "files": dict,
+    "threshold": dict,
+    "sha256": str,
+}  # what older ones lack; sha256: of all other entries
 UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was just begun
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
+CALIBRATION_QUERIES = 2**14
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
 
 
@@ -41,18 +48,20 @@ class Index:
     measure is the name of that number. stamp: see entries.stamp; it changes with the files.
     made: "checkpoint", its path; "weights", its identity; "network", the record of its spec; "by_folder": whether each
     entry is a folder, with the mean of the images in it.
-    folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal.
+    folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal. calibration: the
+    threshold that was measured on its entries, if any.
     """
 
     images: Rows
     neighbours: Exact | FaissFiles
 
-    def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None):
+    def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None, threshold=None):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
         orientation = {name: made[name] for name in ("orientation",) if name in made}  # where older ones have it
         self.spec = NetworkSpec.from_record(made["network"] | orientation)
         self.folders: list[str] = list(folders)
         self.files: dict[str, dict] = files or {}
+        self.calibration = Threshold.from_record(threshold) if threshold else None
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
@@ -175,7 +184,7 @@ class Index:
         if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
         self._delete_others()  # leftovers of a run that was interrupted here
-        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders)
+        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders, threshold=self.threshold)
         try:
             rows.write(*index._files(), self._blocks_to_keep())
             if self.factory != EXACT:
@@ -250,6 +259,24 @@ class Index:
             for file in reversed(files):
                 file.unlink(missing_ok=True)
 
+    def thing_of(self, entry: str) -> str:
+        """What an entry shows: the folder of an image, or a folder itself."""
+        return entry if self.made["by_folder"] else os.path.dirname(entry)
+
+    def calibrate(self, share: float) -> Threshold:
+        """Choose the threshold at which this share of unknown queries match, from its entries, each thing left out.
+
+        Of many entries, CALIBRATION_QUERIES at random are queries. Raises ValueError as verification.choose_threshold.
+        """
+        things = [self.thing_of(path) for path, _ in self.images]
+        number_of = {thing: number for number, thing in enumerate(dict.fromkeys(things))}
+        labels, rows = torch.tensor([number_of[thing] for thing in things]), torch.arange(len(things))
+        gallery = Embeddings(torch.from_numpy(self.images.vectors.copy()), labels, groups=rows)  # none meets itself
+        chosen = np.random.default_rng(0).permutation(len(rows))[:CALIBRATION_QUERIES]
+        queries = Embeddings(gallery.vectors[chosen], labels[chosen], rows[chosen])
+        self.calibration = choose_threshold(share, identify(queries, gallery, self.distance))
+        return self.calibration
+
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The (path, similarity or distance) of the images nearest to each of the embeddings (N, D), the best first."""
         return [
@@ -270,6 +297,11 @@ class Index:
                 measured = vectors @ query if cosine else np.linalg.norm(vectors - query, axis=1)
             order = np.argsort(-measured if cosine else measured, kind="stable")[:count]
             yield indices[order], measured[order]
+
+    @property
+    def threshold(self) -> dict:
+        """The record of its calibration, {} without one."""
+        return self.calibration.to_record() if self.calibration else {}
 
     @property
     def is_upright(self) -> bool:
@@ -294,7 +326,7 @@ class Index:
     @property
     def measure(self) -> str:
         """The name of the number that search returns with each image."""
-        return "similarity" if self.distance == "cosine" else "distance"
+        return MEASURES[self.distance]
 
     @property
     def _metric(self) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from proxy_anchor.files import printable, sha256
 from proxy_anchor.runs import run_folders
+from proxy_anchor.spec import Threshold
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
 MARK = "whose weights have the sha256"  # cards are recognized by it
@@ -48,7 +49,7 @@ def text(file: Path, record: dict, measured: str, license: str, checkpoint: str)
     values = f"{pixels['channels']} from 0 to {pixels['largest']}, mean {pixels['mean']}, std {pixels['std']}"
     inside = "The file does this" if file.suffix != ".safetensors" else "The network of torch.hub, below, does this"
     turned = TURNED[network.get("orientation", "stored")]
-    threshold = f"{record['threshold']['threshold']:.4f}" if "threshold" in record else "none"
+    threshold = Threshold.from_record(record["threshold"]).text() if "threshold" in record else "none"
     config, results = training(Path(checkpoint))
     if config.get("pretrained") == "none":
         license = "none were used"
@@ -90,7 +91,8 @@ The pixels are then normalized: {values}. {inside}.
 
 For retrieving images of the same class, among images like the training images. Measure it on your own data before you
 rely on it; the results above hold only for the named dataset. It is not intended to identify people, and it has the
-biases of its training images. Similarities are not probabilities. Recorded threshold for "the same class": {threshold}.
+biases of its training images. Similarities are not probabilities. Recorded threshold for a
+match, by the size of the gallery: {threshold}.
 
 Made with {", ".join(f"{name} {version}" for name, version in record["versions"].items())}.
 """

@@ -26,6 +26,7 @@ from proxy_anchor.evaluation import Result
 from proxy_anchor.files import csv_cell, printable, replacing
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report.confusion import ClassResult
+from proxy_anchor.spec import Threshold
 from proxy_anchor.vectors import Embeddings, comparable, similarity, to_nearness
 from proxy_anchor.verification import LEVEL, Verification
 
@@ -97,7 +98,7 @@ def write(
     rows: dict[str, dict[str, float]],
     result: Result,
     pairs: Verification,
-    threshold: dict,
+    threshold: Threshold | None,
     environment: dict,
     queries: TestSet,
     gallery: TestSet | None = None,
@@ -105,7 +106,7 @@ def write(
     """Write the report on a search of the gallery or, without one, of the queries themselves; returns the page's path.
 
     name: of what was evaluated; rows: the metrics in each column of the table, in 0..1; threshold: the one recorded in
-    the checkpoint, see Checkpoint.threshold, or {}.
+    the checkpoint, if any.
     """
     targets = queries if gallery is None else gallery
     with new_folder(folder) as new:
@@ -135,7 +136,7 @@ def write(
             count=f"{len(classes):,}",
             hardest=hardest_classes(classes, pictures),
             pairs=confused_pairs(confused, pictures),
-            similarities=similarities.chart(pairs, threshold),
+            similarities=similarities.chart(pairs, threshold, len(targets.embeddings.labels)),
             rates=similarities.rates_table(pairs),
             map=draw_map(new / "map.webp", queries),
             environment="".join(

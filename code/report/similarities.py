@@ -6,8 +6,9 @@ import math
 import numpy as np
 
 from proxy_anchor.files import printable
+from proxy_anchor.spec import MEASURES, Threshold
 from proxy_anchor.vectors import to_nearness
-from proxy_anchor.verification import BOUNDS, KINDS, Estimate, Verification
+from proxy_anchor.verification import BOUNDS, Estimate, Verification
 
 BINS = 80  # of the drawing
 # Wording of the page for similarities and distances.
@@ -31,8 +32,11 @@ WORDS = {
 }
 
 
-def chart(pairs: Verification, threshold: dict) -> str:
-    """HTML with a chart of the similarities' distributions and the thresholds, and a text on them."""
+def chart(pairs: Verification, threshold: Threshold | None, size: int) -> str:
+    """HTML with a chart of the similarities' distributions and the thresholds, and a text on them.
+
+    threshold: the one recorded in the checkpoint, if any; size: of the gallery.
+    """
     distance, words = pairs.distance, WORDS[pairs.distance]
     counts = {kind: counts for kind, counts in (("wrong", pairs.other), ("right", pairs.same)) if counts.any()}
     edges = pairs.scale.edges[:-1]
@@ -71,13 +75,12 @@ def chart(pairs: Verification, threshold: dict) -> str:
             f"{words['not_farther']}.</p>"
         )
     if threshold:
-        value, requested = threshold["threshold"], f"{100 * threshold['asked_far']:g}%"
-        lines["recorded"] = f"threshold of the checkpoint {value:.2f}, for {requested} false accepts", value
-        far = Estimate(threshold["far"], *threshold["far_interval"])
+        value, requested = threshold.at(size), f"{100 * threshold.share:g}%"
+        lines["recorded"] = (f"threshold of the checkpoint {value:.2f}, for {requested} unknown matches", value)
         text += (
-            f"<p>The checkpoint has the threshold {Estimate(value, *threshold['interval']).text('{:.3f}')}, chosen for "
-            f"{requested} false accepts on half of the test classes of {html.escape(printable(threshold['dataset']))}; "
-            f"on the other half it had {far.percent()}.</p>"
+            f"<p>For {size:,} images, the checkpoint has the threshold {value:.3f}, chosen so that at most {requested} "
+            f"of unknown queries match, on half of the test classes of {html.escape(printable(threshold.dataset))}; on "
+            f"the other half, {Estimate(*threshold.unknown).percent()} did.</p>"
         )
     for kind, (label, value) in lines.items():
         at = BINS * (1 + (min(to_nearness(value, distance), high) - high) / span)
@@ -99,7 +102,7 @@ def rates_table(pairs: Verification) -> str:
     """An HTML table of true accepts and thresholds at some rates of false accepts."""
     if not pairs.at_far:
         return f"<p>{html.escape(pairs.remark())}</p>"
-    names = ["false accepts", "true accepts", f"{KINDS[pairs.distance]} {BOUNDS[pairs.distance]}"]
+    names = ["false accepts", "true accepts", f"{MEASURES[pairs.distance]} {BOUNDS[pairs.distance]}"]
     head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in pairs.table())
     body = body.replace(", ", ",&nbsp;")  # intervals stay in one line

@@ -326,7 +326,7 @@ def calibrate(
 def choose_threshold(share: float, chosen: Identification, checked: Identification | None = None) -> Threshold:
     """The threshold at which this share of unknown queries match, and what it achieves, on other classes if given.
 
-    Raises ValueError for too few classes or queries, and if no known query would match.
+    Raises ValueError for too few classes or queries, and if no query reaches it with its own class.
     """
     if chosen.classes < 2 or share * len(chosen.labels) < FEWEST_MATCHES:
         raise ValueError(
@@ -334,11 +334,11 @@ def choose_threshold(share: float, chosen: Identification, checked: Identificati
             f"{100 * share:g}% of unknown queries match: it needs 3 classes, and {FEWEST_MATCHES} queries that match"
         )
     sizes, values = chosen.thresholds(share)
-    if (known := chosen.known(values[0])) and not known.value:
+    if -np.inf < chosen.own.max() < values[0]:
         raise ValueError(
-            f"At a threshold with at most {100 * share:g}% of unknown queries, no known query matches either: other "
-            "classes are as near as its own, as when a network maps all images to one point. Train it further, or "
-            "give --calibrate a larger share"
+            f"At a threshold that {100 * share:g}% of unknown queries reach, no known query matches: other classes are "
+            "as near as its own, as when a network maps all images to one point. Train it further, or give "
+            "--calibrate a larger share"
         )
     distance, checked = chosen.distance, checked or chosen
     values = tuple(to_nearness(value, distance) for value in values)

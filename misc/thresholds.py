@@ -17,9 +17,10 @@ from proxy_anchor import cli, retrieval, verification
 from proxy_anchor.checkpoint import Checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.entries import embeddings_of, group
+from proxy_anchor.spec import SHARE
 from proxy_anchor.vectors import Embeddings
 
-SPLITS, FAR = 20, 0.01
+SPLITS = 20
 
 
 def embed(path: str, root: str) -> tuple[Embeddings, list[str]]:
@@ -34,20 +35,30 @@ def embed(path: str, root: str) -> tuple[Embeddings, list[str]]:
 
 
 def calibrations(embeddings: Embeddings) -> None:
-    """Choose a threshold on half of the classes and check it on the other half, for several halves."""
-    rates, covered = [], 0
+    """Choose a threshold on some classes and check it on others, for several halves, and for quarters and the rest."""
+    classes = embeddings.labels.unique().numpy()
+    halves, quarters = [], []
     for seed in range(SPLITS):
-        calibration = verification.calibrate(embeddings, FAR, seed=seed)
-        rates.append(calibration.far.value)
-        covered += calibration.far.low <= FAR <= calibration.far.high
+        halves.append(verification.calibrate(embeddings, SHARE, seed=seed))
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(classes))
+        quarter, rest = (
+            verification.identify(embeddings.of_classes(part)) for part in order.tensor_split([len(order) // 4])
+        )
+        quarters.append(verification.choose_threshold(SHARE, quarter, rest))
         print(
-            f"seed {seed:2}  threshold {calibration.threshold.text()}  false accepts {calibration.far.percent()}",
+            f"seed {seed:2}  threshold {halves[-1].values[0]:.4f}; unknown queries that match, from one half to the "
+            f"other: {verification.Estimate(*halves[-1].unknown).percent()}, from a quarter to the rest: "
+            f"{verification.Estimate(*quarters[-1].unknown).percent()}",
             flush=True,
         )
-    print(
-        f"Requested: {FAR:.1%} false accepts. On the other classes, over {SPLITS} splits: mean {np.mean(rates):.2%}, "
-        f"from {min(rates):.2%} to {max(rates):.2%}; the 95% interval contains the requested rate in {covered}"
-    )
+    for name, thresholds in (("one half to the other", halves), ("a quarter to the rest", quarters)):
+        shares, known = [t.unknown[0] for t in thresholds], [t.known[0] for t in thresholds]
+        covered = sum(low <= SHARE <= high for _, low, high in (t.unknown for t in thresholds))
+        print(
+            f"Requested: {SHARE:.1%} of unknown queries. From {name}, over {SPLITS} splits: mean {np.mean(shares):.2%}"
+            f", from {min(shares):.2%} to {max(shares):.2%}; the 95% interval contains it in {covered}; "
+            f"known queries answered rightly: mean {np.mean(known):.2%}"
+        )
 
 
 def folders(embeddings: Embeddings, paths: list[str]) -> None:
@@ -71,6 +82,15 @@ def folders(embeddings: Embeddings, paths: list[str]) -> None:
         (x, y), (gallery, gallery_labels) = halves["queries"][kind], halves["gallery"][index]
         recall = retrieval.recall_at_k(x, y, [1], gallery, gallery_labels)[1]
         print(f"R@1 of {len(x):,} {kind} among {len(gallery):,} {index}: {100 * recall:.2f}")
+    means = Embeddings(*halves["gallery"]["folders"])
+    threshold = verification.choose_threshold(SHARE, verification.identify(means))
+    for kind, query in halves["queries"].items():
+        found = verification.identify(Embeddings(*query), means)
+        limit = threshold.at(found.size)
+        print(
+            f"Threshold of {len(means.labels):,} folders {limit:.4f}: {found.unknown(limit).percent()} of unknown "
+            f"{kind} match, {found.known(limit).percent()} of known ones are answered rightly"
+        )
 
 
 def main(argv=None):

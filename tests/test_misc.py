@@ -138,7 +138,7 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     letters(tmp_path, count=24, images=4)
     monkeypatch.setitem(glyphs.SIZES, "eval", (24, 96))
     monkeypatch.setattr(thresholds, "SPLITS", 2)
-    monkeypatch.setattr(thresholds, "FAR", 0.1)
+    monkeypatch.setattr(thresholds, "SHARE", 0.8)
     path = tmp_path / "a.pth"
     trees.save_checkpoint(
         path, net.create("resnet18", 8, head="layernorm"), RESNET | {"head": "layernorm", "crop": 1.0}
@@ -149,9 +149,12 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
         "R@1 of 48 images among 48 images",
         "R@1 of 48 images among 24 folders",
         "R@1 of 24 folders among 24 folders",
+        "Threshold of 24 folders ",
+        "Threshold of 24 folders ",
         "seed  0  threshold ",
         "seed  1  threshold ",
-        "Requested: 10.0% false accepts.",
+        "Requested: 80.0% of unknown queries. From one half to the other, over 2 splits: mean ",
+        "Requested: 80.0% of unknown queries. From a quarter to the rest, over 2 splits: mean ",
     ]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
     torch.save({"model_state_dict": net.create("resnet18", 8).state_dict()}, path)

@@ -264,7 +264,7 @@ def test_network_that_maps_all_images_to_one_point(distance):
     assert tar.value == 0 and threshold.value > (1 if distance == "cosine" else 0)
     for estimate in (found.auc, *found.equal_error, threshold, tar):
         assert estimate.low <= estimate.value <= estimate.high
-    with pytest.raises(ValueError, match="At a threshold with at most 10% of unknown queries, no known query matches"):
+    with pytest.raises(ValueError, match="At a threshold that 10% of unknown queries reach, no known query matches"):
         calibrate(Embeddings(torch.ones(120, 3), torch.arange(120) % 8), 0.1, distance=distance)
 
 

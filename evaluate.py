@@ -210,6 +210,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     from proxy_anchor import collectives, evaluation, verification
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.report import page
+    from proxy_anchor.vectors import to_nearness
 
     print(hardware.describe(device))
     networks, source, weights = open_networks(args)
@@ -230,8 +231,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         table[name] = {f"R@{k}": recall / 100 for k, recall in reference.items()}
     print(metrics.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
     if args.verify:
-        pairs = verification.verify(measured.queries, measured.gallery, measured.distance, processes=processes)
+        sides = measured.queries, measured.gallery, measured.distance
+        identified = verification.identify(*sides, processes=processes)
+        limits = [to_nearness(threshold.at(identified.size), measured.distance)] if threshold else []
+        pairs = verification.verify(*sides, thresholds=limits, processes=processes)
         print(pairs.text(), end="")
+        if pairs.auc:
+            print(identified.text(), end="")
     if reference and (networks[0].embedding_size, args.spec.image_size) != (512, 224):
         print("The published results are for 512 dimensions and 224 pixels.")
     if args.allow_partial:
@@ -241,6 +247,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         measured = measured.all_gather(processes)
     if args.calibrate and collectives.rank() == 0:
         threshold = calibrate(args, measured, test_sets)
+    if threshold and pairs.auc:
+        limit = to_nearness(threshold.at(identified.size), measured.distance)
+        print(identified.spread(limit, test_sets[0].classes), end="")
     if args.report and collectives.rank() == 0:
         environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}
         write_report(args, measured, pairs, threshold, table, test_sets, environment)

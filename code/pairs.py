@@ -169,6 +169,26 @@ class Pairs:
         other, same = self._sum_over_processes(total)[:-1].view(2, -1).numpy()
         return same, other
 
+    def by_class(self, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(same-class pairs, different-class pairs) of each class between edges: (C, K - 1) each.
+
+        edges (K,): as for resampled, but may repeat. A different-class pair is one of its query's class and, without a
+        gallery, of the other's too.
+        """
+        cells = len(edges) - 1
+        cell_of_bin = torch.from_numpy(np.searchsorted(edges, np.arange(len(self.scale)), side="right") - 1)
+        cell_of = torch.cat([cell_of_bin, cell_of_bin + cells, torch.tensor([2 * cells])]).to(self.classes.device)
+        total = torch.zeros(len(self.classes) * (2 * cells + 1), dtype=torch.long)
+        for *labels, _, bins in self.tiles():
+            row, column = (torch.searchsorted(self.classes, y) * (2 * cells + 1) for y in labels)
+            index = cell_of[bins]
+            total += torch.bincount((index + row[:, None]).flatten(), minlength=len(total)).cpu()
+            if self.within:
+                index = (index + column)[bins < len(self.scale)]
+                total += torch.bincount(index, minlength=len(total)).cpu()
+        counts = self._sum_over_processes(total).view(len(self.classes), -1).numpy()
+        return counts[:, cells : 2 * cells], counts[:, :cells]
+
     def resampled(self, edges: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(same-class pairs, different-class pairs) between edges, with weighted classes: (K - 1, R) each.
 

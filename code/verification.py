@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from proxy_anchor.collectives import ALONE, Processes
+from proxy_anchor.files import printable
 from proxy_anchor.pairs import Pairs, Scale
 from proxy_anchor.spec import MEASURES, Threshold
 from proxy_anchor.vectors import Embeddings, to_nearness
@@ -29,6 +30,8 @@ SEED = 0  # of the bootstrap, and of the halves of calibrate
 BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of accepted pairs
 FEWEST_MATCHES = 5  # of unknown queries, for a threshold: with fewer, their share is little more than chance
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # of unknown queries that match
+OPIS_FARS, OPIS_STEPS = (0.1, 0.01), 101
+WORST = 10  # classes that are listed
 NEAREST = 64  # other classes of each query that are kept: enough for galleries of a HALVINGS-th power of 2 of them
 HALVINGS = 4
 
@@ -61,8 +64,8 @@ class Verification:
     auc: the area under the ROC curve. equal_error: (threshold, rate) where FAR = 1 - TAR.
     at_far: {FAR: (threshold, TAR)}; the threshold is the lowest edge of the scale that accepts no more than this share
     of the different-class pairs. too_rare: the FARs for which there are too few of these pairs.
-    at_threshold: {threshold: (FAR, TAR)}. All thresholds are similarities: larger is nearer, see vectors.to_nearness.
-    Without pairs of both kinds there are no estimates.
+    at_threshold: {threshold: (FAR, TAR)}. opis: see opis. All thresholds are similarities: larger is nearer, see
+    vectors.to_nearness. Without pairs of both kinds there are no estimates.
     """
 
     distance: str
@@ -75,6 +78,7 @@ class Verification:
     at_far: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
     too_rare: list[float] = field(default_factory=list)
     at_threshold: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
+    opis: float = np.nan
 
     def table(self) -> list[tuple[str, str, str]]:
         """(FAR, TAR, threshold) for each rate with enough pairs, with intervals."""
@@ -108,6 +112,12 @@ class Verification:
             f"equal errors {rate.percent()} at {kind} {threshold.measured(self.distance).text()}\n"
             f"{'false accepts':15}{'true accepts':26}{kind} {BOUNDS[self.distance]}\n"
             + "".join(f"{far:>13}  {tar:26}{threshold}\n" for far, tar, threshold in self.table())
+            + "".join(
+                f"At the recorded threshold {to_nearness(limit, self.distance):.4f}: {far.percent()} false accepts, "
+                f"{tar.percent()} true accepts\n"
+                for limit, (far, tar) in self.at_threshold.items()
+            )
+            + f"OPIS {self.opis:.2e} (how much the classes differ at the thresholds for 1% to 10% false accepts)\n"
         )
 
 
@@ -197,7 +207,24 @@ def verify(
             estimate(curve.far[edge], resampled.far[row]),
             estimate(curve.tar[edge], resampled.tar[row]),
         )
+    result.opis = opis(pairs, *(float(curve.at_far(far)[0][0]) for far in OPIS_FARS))
     return result
+
+
+def opis(pairs: Pairs, low: float, high: float) -> float:
+    """The operating-point inconsistency score: how much the classes differ at the same thresholds, from low to high.
+
+    The variance over the classes, in the mean over OPIS_STEPS thresholds, of the harmonic mean of two shares of a
+    class: of its same-class pairs that are accepted, and of its different-class pairs that are not. Classes without
+    pairs of both kinds are left out.
+    """
+    edges = [pairs.scale.edge_from(threshold) for threshold in np.linspace(low, high, OPIS_STEPS)]
+    same, other = pairs.by_class(np.array([0, *edges, len(pairs.scale)]))
+    both = same.any(axis=1) & other.any(axis=1)
+    accepted = same[both, ::-1].cumsum(axis=1)[:, ::-1][:, 1:] / same[both].sum(axis=1, keepdims=True)
+    rejected = other[both].cumsum(axis=1)[:, :-1] / other[both].sum(axis=1, keepdims=True)
+    utility = 2 * accepted * rejected / np.maximum(accepted + rejected, 1e-12)
+    return float(utility.var(axis=0).mean())
 
 
 def edges_of_interest(curve: Curve, required: list[int], pairs: int) -> np.ndarray:
@@ -246,6 +273,41 @@ class Identification:
         """The share of known queries whose nearest image is of their class and matches; None without any."""
         known = self.own > -np.inf
         return self._share((self.own >= threshold) & (self.own > self.others[:, 0]), known) if known.any() else None
+
+    def by_class(self, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(labels, false accepts, false rejects) of the classes (C,).
+
+        False accepts: the share of its unknown queries that match; false rejects: the share of its known queries whose
+        own class does not reach the threshold, NaN without any.
+        """
+        names, numbers = np.unique(self.labels, return_inverse=True)
+        known = self.own > -np.inf
+        with np.errstate(invalid="ignore"):
+            rejects = np.bincount(numbers, known & (self.own < threshold)) / np.bincount(numbers, known)
+        return names, np.bincount(numbers, self.others[:, 0] >= threshold) / np.bincount(numbers), rejects
+
+    def text(self) -> str:
+        """Unknown queries that match and known ones answered rightly, at several thresholds, for a terminal."""
+        lines = (
+            f"{len(self.labels):,} queries, each among {self.size:,} images of other classes. Unknown: without its own "
+            f"class; known: with it\n{'unknown match':15}{'known right':26}{MEASURES[self.distance]} "
+            f"{BOUNDS[self.distance]}\n"
+        )
+        for share in SHARES:
+            if share * len(self.labels) >= FEWEST_MATCHES and (known := self.known(limit := self.threshold(share))):
+                lines += f"{100 * share:>12g}%  {known.percent():26}{to_nearness(limit, self.distance):.4f}\n"
+        return lines
+
+    def spread(self, threshold: float, names: Sequence) -> str:
+        """How much the classes differ at a threshold, as lines for a terminal. names: of the classes, by label."""
+        labels, accepts, rejects = self.by_class(threshold)
+        lines = f"At the recorded threshold {to_nearness(threshold, self.distance):.4f}, the classes differ:\n"
+        for kind, shares in (("unknown match", accepts), ("known rejected", rejects)):
+            low, middle, high = np.nanquantile(shares, (0.05, 0.5, 0.95))
+            order = np.argsort(-shares, kind="stable")[:WORST]
+            worst = ", ".join(f"{printable(str(names[labels[i]]))} {shares[i]:.0%}" for i in order if shares[i] > 0)
+            lines += f"{kind}: median {middle:.1%}, 5% to 95% of the classes: {low:.1%} to {high:.1%}; most: {worst}\n"
+        return lines
 
     def _share(self, hits: np.ndarray, among: np.ndarray) -> Estimate:
         """The share of hits, with an interval from a bootstrap over the classes of the queries."""

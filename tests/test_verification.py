@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -381,6 +382,41 @@ def test_only_the_nearest_classes_are_kept(monkeypatch):
     full = identify(Embeddings(x, y))
     monkeypatch.setattr(verification, "NEAREST", 7)
     assert (identify(Embeddings(x, y)).others == full.others[:, :7]).all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("searched", SETS)
+def test_opis_is_that_of_all_pairs(searched, distance, tile):
+    """U, the harmonic mean of a class's true accepts and true rejects, at 101 thresholds; its variance over classes."""
+    nearness, alike, first, second = all_pairs(*SETS[searched], distance=distance)
+    found = verify(*sides(*SETS[searched]), distance=distance, replicates=2)
+    high, low = np.quantile(nearness[~alike], [0.99, 0.9])
+    utilities = []
+    for c in np.unique([*first, *second]):
+        of_class = (first == c) | ((second == c) & (searched == "themselves"))
+        same, other = nearness[of_class & alike], nearness[of_class & ~alike]
+        if len(same) and len(other):
+            rates = [((same >= d).mean(), (other < d).mean()) for d in np.linspace(low, high, 101)]
+            utilities.append([2 * a * b / (a + b) if a + b else 0 for a, b in rates])
+    assert found.opis == pytest.approx(np.var(utilities, axis=0).mean(), rel=0.05)
+
+
+def test_spread_over_the_classes_is_that_of_a_loop():
+    x, y = random_set(200, 30, 3)
+    found, rows = identify(Embeddings(x, y)), nearest_by_loop(x, y)
+    limit = found.threshold(0.2) + 1e-6
+    labels, accepts, rejects = found.by_class(limit)
+    of_query = np.sort(y.numpy())
+    for label, accept, reject in zip(labels, accepts, rejects, strict=True):
+        of_class = [row for row, query in zip(rows, of_query) if query == label]
+        assert accept == pytest.approx(np.mean([max(best.values()) >= limit for _, best in of_class]), abs=0.01)
+        known = [own < limit for own, _ in of_class if own > -np.inf]
+        assert not known or reject == pytest.approx(np.mean(known), abs=0.01)
+    text = found.spread(limit, {label: f"thing {label}" for label in labels.tolist()})
+    worst = int(np.argsort(-accepts, kind="stable")[0])
+    assert f"unknown match: median {np.median(accepts):.1%}, 5% to 95% of the classes: " in text
+    assert f"; most: thing {labels[worst]} {accepts[worst]:.0%}, " in text
+    assert re.search(rf"\n +5%  {found.known(found.threshold(0.05)).value:.2%} \[", found.text())
 
 
 @pytest.mark.parametrize("share", [0.03, 0.2])

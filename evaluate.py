@@ -252,7 +252,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         print(identified.spread(limit, test_sets[0].classes), end="")
     if args.report and collectives.rank() == 0:
         environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}
-        write_report(args, measured, pairs, threshold, table, test_sets, environment)
+        write_report(args, measured, (pairs, identified), threshold, table, test_sets, environment)
     return measured.rows
 
 
@@ -273,7 +273,7 @@ def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[d
 def write_report(
     args: argparse.Namespace,
     measured: Measurement,
-    pairs: verification.Verification,
+    verified: tuple[verification.Verification, verification.Identification],
     threshold: Threshold | None,
     rows: dict[str, dict[str, float]],
     test_sets: list[dataset.ImageDataset],
@@ -290,7 +290,7 @@ def write_report(
         f"{environment['checkpoint']}; {' searched in '.join(sizes)}, in {args.data_root}",
         rows,
         measured.result,
-        pairs,
+        *verified,
         threshold,
         {"command": args.command} | environment | {"versions": versions},
         *(page.TestSet(side, images, measured.distance) for side, images in zip(embeddings, test_sets)),

@@ -286,6 +286,13 @@ class Identification:
             rejects = np.bincount(numbers, known & (self.own < threshold)) / np.bincount(numbers, known)
         return names, np.bincount(numbers, self.others[:, 0] >= threshold) / np.bincount(numbers), rejects
 
+    def curve(self, shares: np.ndarray) -> np.ndarray:
+        """The share of known queries that are answered rightly where these shares of unknown queries match."""
+        nearest, count = np.sort(self.others[:, 0])[::-1], len(self.own)
+        limits = np.nextafter(nearest[(shares * count + 1e-9).astype(int).clip(max=count - 1)], np.inf)
+        right = np.where(self.own > self.others[:, 0], self.own, -np.inf)[self.own > -np.inf]
+        return (right[:, None] >= limits).mean(axis=0)
+
     def text(self) -> str:
         """Unknown queries that match and known ones answered rightly, at several thresholds, for a terminal."""
         lines = (

@@ -47,6 +47,7 @@ def write(folder, queries, gallery=None, name="a network", threshold=None, **row
         {"ours": result.metrics, **rows},
         result,
         pairs,
+        verification.identify(*embeddings, queries.distance),
         threshold,
         {"device": "a <CPU>"},
         queries,
@@ -328,7 +329,21 @@ def test_threshold_of_the_checkpoint_is_drawn(tmp_path, distance):
     record = threshold(0.6, distance=distance, dataset="<mine>")
     text = write(tmp_path, queries, threshold=record).read_text()
     assert "threshold of the checkpoint 0.60, for 5% unknown matches" in text and "&lt;mine&gt;" in text
-    assert "For 200 images, the checkpoint has the threshold 0.600" in text and "2.00% [0.00, 10.00] did" in text
+    assert "images, the checkpoint has the threshold 0.600" in text and "2.00% [0.00, 10.00] did" in text
+    x, y = queries.embeddings.vectors.double(), queries.labels
+    x = torch.nn.functional.normalize(x) if distance == "cosine" else x
+    nearness = x @ x.T if distance == "cosine" else -torch.cdist(x, x)
+    limit = 0.6 if distance == "cosine" else -0.6
+    nearest = nearness.masked_fill(y[:, None] == y, -torch.inf).amax(dim=1)
+    own = nearness.fill_diagonal_(-torch.inf).masked_fill(y[:, None] != y, -torch.inf).amax(dim=1)
+    unknown, known = (nearest >= limit).double().mean(), ((own >= limit) & (own > nearest)).double().mean()
+    assert re.search(rf", {100 * unknown:.2f}% \[.*? of unknown queries match, and {100 * known:.2f}%", text)
+    assert float(re.search(r'class="recorded" d="M([\d.]+) 100V0"', text)[1]) == pytest.approx(min(100 * unknown, 50))
+    (line,) = re.findall(r'class="right" style="fill:none" d="M(.*?)"', text)
+    drawn = [100 - float(point.split()[1]) for point in line.split("L")]
+    limits = nearest.sort(descending=True).values[(torch.arange(51) * len(y)) // 100]
+    expected = [float(100 * ((own > limit) & (own > nearest)).double().mean()) for limit in limits]
+    assert drawn == pytest.approx(expected, abs=0.6)
     equal = float(re.search(r"At the threshold ([\d.]+) ", text)[1])
     if distance == "cosine":
         least = min(0, float((queries.embeddings.vectors @ queries.embeddings.vectors.T).min()))

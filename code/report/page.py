@@ -28,7 +28,7 @@ from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report.confusion import ClassResult
 from proxy_anchor.spec import Threshold
 from proxy_anchor.vectors import Embeddings, comparable, similarity, to_nearness
-from proxy_anchor.verification import LEVEL, Verification
+from proxy_anchor.verification import LEVEL, Identification, Verification
 
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query
@@ -98,6 +98,7 @@ def write(
     rows: dict[str, dict[str, float]],
     result: Result,
     pairs: Verification,
+    identified: Identification,
     threshold: Threshold | None,
     environment: dict,
     queries: TestSet,
@@ -136,8 +137,8 @@ def write(
             count=f"{len(classes):,}",
             hardest=hardest_classes(classes, pictures),
             pairs=confused_pairs(confused, pictures),
-            similarities=similarities.chart(pairs, threshold, len(targets.embeddings.labels)),
-            rates=similarities.rates_table(pairs),
+            similarities=similarities.chart(pairs, threshold, identified.size),
+            rates=similarities.rates_table(pairs) + similarities.open_set(identified, threshold),
             map=draw_map(new / "map.webp", queries),
             environment="".join(
                 f"<dt>{html.escape(name)}</dt><dd>{breakable(str(value))}</dd>" for name, value in environment.items()

@@ -8,9 +8,10 @@ import numpy as np
 from proxy_anchor.files import printable
 from proxy_anchor.spec import MEASURES, Threshold
 from proxy_anchor.vectors import to_nearness
-from proxy_anchor.verification import BOUNDS, Estimate, Verification
+from proxy_anchor.verification import BOUNDS, Estimate, Identification, Verification
 
 BINS = 80  # of the drawing
+CURVE = np.linspace(0, 0.5, 51)  # shares of unknown queries that match
 # Wording of the page for similarities and distances.
 WORDS = {
     "cosine": {
@@ -107,3 +108,31 @@ def rates_table(pairs: Verification) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in pairs.table())
     body = body.replace(", ", ",&nbsp;")  # intervals stay in one line
     return f'<table class="rates">{head}{body}</table><p>{html.escape(pairs.remark())}</p>'
+
+
+def open_set(found: Identification, threshold: Threshold | None) -> str:
+    """HTML with the curve of known queries that are answered rightly over unknown ones that match; "" without any."""
+    if found.classes < 1 or not (found.own > -np.inf).any():
+        return ""
+    known, width = found.curve(CURVE), len(CURVE) - 1
+    line = "M" + "L".join(f"{x} {100 - 100 * share:.1f}" for x, share in enumerate(known))
+    paths = f'<path class="right" style="fill:none" d="{line}"/>'
+    text = ""
+    if threshold:
+        limit = to_nearness(threshold.at(found.size), found.distance)
+        unknown, right = found.unknown(limit), found.known(limit)
+        at = min(width * unknown.value / CURVE[-1], width)
+        paths += f'<path class="recorded" d="M{at:.2f} 100V0"/>'
+        text = (
+            f"<p>With the threshold of the checkpoint, {to_nearness(limit, found.distance):.3f} for {found.size:,} "
+            f"images, {unknown.percent()} of unknown queries match, and {right.percent()} of known ones are answered "
+            "rightly.</p>"
+        )
+    ticks = "".join(f'<span style="left:{200 * share:.0f}%">{share:.0%}</span>' for share in CURVE[::10])
+    return (
+        "<h3>Known or new</h3><p>Upwards, from 0 to 100%: known queries whose nearest image is of their class and "
+        "reaches a threshold. To the right: unknown queries, without their class in the gallery, that match at it.</p>"
+        f'<div class="chart"><svg viewBox="0 0 {width} 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="Known queries answered rightly over unknown queries that match">{paths}</svg>'
+        f'<div class="ticks">{ticks}</div></div>{text}'
+    )

@@ -269,10 +269,10 @@ class Identification:
         """The share of unknown queries that match."""
         return self._share(self.others[:, 0] >= threshold, np.ones(len(self.own), dtype=bool))
 
-    def known(self, threshold: float) -> Estimate | None:
-        """The share of known queries whose nearest image is of their class and matches; None without any."""
+    def known(self, threshold: float) -> Estimate:
+        """The share of known queries whose nearest image is of their class and matches; NaN without any."""
         known = self.own > -np.inf
-        return self._share((self.own >= threshold) & (self.own > self.others[:, 0]), known) if known.any() else None
+        return self._share((self.own >= threshold) & (self.own > self.others[:, 0]), known)
 
     def by_class(self, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(labels, false accepts, false rejects) of the classes (C,).
@@ -301,8 +301,9 @@ class Identification:
             f"{BOUNDS[self.distance]}\n"
         )
         for share in SHARES:
-            if share * len(self.labels) >= FEWEST_MATCHES and (known := self.known(limit := self.threshold(share))):
-                lines += f"{100 * share:>12g}%  {known.percent():26}{to_nearness(limit, self.distance):.4f}\n"
+            if share * len(self.labels) >= FEWEST_MATCHES:
+                known = self.known(limit := self.threshold(share)).percent()
+                lines += f"{100 * share:>12g}%  {known:26}{to_nearness(limit, self.distance):.4f}\n"
         return lines
 
     def spread(self, threshold: float, names: Sequence) -> str:
@@ -318,6 +319,8 @@ class Identification:
 
     def _share(self, hits: np.ndarray, among: np.ndarray) -> Estimate:
         """The share of hits, with an interval from a bootstrap over the classes of the queries."""
+        if not among.any():
+            return Estimate(np.nan, np.nan, np.nan)
         names, numbers = np.unique(self.labels[among], return_inverse=True)
         counts = np.bincount(numbers, hits[among]), np.bincount(numbers)
         random = np.random.default_rng(SEED)
@@ -415,7 +418,9 @@ def choose_threshold(share: float, chosen: Identification, checked: Identificati
     threshold = Threshold(distance, share, sizes, values, (), (), numbers, "", {})
     limit = to_nearness(threshold.at(checked.size), distance)
     known = checked.known(limit)
-    return replace(threshold, unknown=tuple(checked.unknown(limit)), known=tuple(known) if known else ())
+    return replace(
+        threshold, unknown=tuple(checked.unknown(limit)), known=() if math.isnan(known.value) else tuple(known)
+    )
 
 
 def describe(threshold: Threshold) -> str:

@@ -453,21 +453,29 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> float | None:
     """The threshold of the command line, or that of the index or its checkpoint; a line on stderr says which."""
     if args.threshold is not None:
         return None if args.threshold == "none" else args.threshold
-    index, calibration = search.index, search.calibration
-    if not calibration or (args.by_folder and not index.made["by_folder"]):
-        kind = " for folders" if args.by_folder or index.made["by_folder"] else ""
+    index, kind = search.index, "folders" if search.index.made["by_folder"] else "images"
+    calibration = index.calibration if args.by_folder else search.calibration
+    if args.by_folder != index.made["by_folder"]:
+        asked = "folders" if args.by_folder else "images"
         print(
-            f"There is no threshold{kind}, so no query can be refused: give --threshold or, if each folder of the "
-            "index shows one thing, run `search.py index` again with --calibrate",
+            f"There is no threshold for {asked} among {kind}, so no query can be refused: give --threshold",
             file=sys.stderr,
         )
         return None
+    if not calibration:
+        print(
+            "There is no threshold for this index, so no query can be refused: give --threshold or, if each folder of "
+            "the index shows one thing, run `search.py index` again with --calibrate",
+            file=sys.stderr,
+        )
+        return None
+    limit = calibration.at(len(index.images))
     print(
-        f"Threshold for {len(index.images):,} {'folders' if index.made['by_folder'] else 'images'}: {index.measure} "
-        f"{search.threshold:.4f}, which {100 * calibration.share:g}% of unknown queries should reach",
+        f"Threshold for {len(index.images):,} {kind}: {index.measure} {limit:.4f}, which {100 * calibration.share:g}% "
+        "of unknown queries should reach",
         file=sys.stderr,
     )
-    return search.threshold
+    return limit
 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:

@@ -136,12 +136,11 @@ class Answer(NamedTuple):
 class Search:
     """The search in an index of search.py, opened once; its answers are those of `search.py query`.
 
-    embedder: the ImageEmbedder of the index. calibration: the Threshold of the index or, for one of images, that of its
-    checkpoint; None without one. threshold: what an entry has to reach to match, by the calibration and the size of the
-    index; None without one, and you may set another. measure: "similarity",
-    or "distance" where the network compares by Euclidean distance. checkpoint: its path, if it has moved. nprobe: cells
-    to search in an IVF index. Raises OSError or ValueError if the index or its checkpoint is missing or damaged, or if
-    one is not of the other.
+    embedder: the ImageEmbedder of the index. calibration: the Threshold of the index or of its checkpoint; None without
+    one, and for an index of folders. threshold: what an entry has to reach to match, by the calibration for the size of
+    the index; None without one, and you may set another. measure: "similarity", or "distance" where the network
+    compares by Euclidean distance. checkpoint: its path, if it has moved. nprobe: cells to search in an IVF index.
+    Raises OSError or ValueError if the index or its checkpoint is missing or damaged, or if one is not of the other.
     """
 
     def __init__(
@@ -176,8 +175,8 @@ class Search:
             network, spec, opened.threshold if opened else None, identity, torch.device(device)
         )
         self.path, self.measure = path, self.index.measure
-        of_checkpoint = None if self.index.made["by_folder"] else self.embedder.threshold
-        self.calibration = self.index.calibration or of_checkpoint
+        # Of an index of folders, it is one for queries that are folders too.
+        self.calibration = None if self.index.made["by_folder"] else self.index.calibration or self.embedder.threshold
         self.threshold: float | None = self.calibration.at(len(self.index.images)) if self.calibration else None
 
     def query(self, image: ImageLike, count: int = 10) -> Answer:

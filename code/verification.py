@@ -32,6 +32,7 @@ FEWEST_MATCHES = 5  # of unknown queries, for a threshold: with fewer, their sha
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # of unknown queries that match
 OPIS_FARS, OPIS_STEPS = (0.1, 0.01), 101
 WORST = 10  # classes that are listed
+REPLACEMENTS = 8  # nearest classes that can be the nearest in a sample of the bootstrap
 NEAREST = 64  # other classes of each query that are kept: enough for galleries of a HALVINGS-th power of 2 of them
 HALVINGS = 4
 
@@ -235,6 +236,11 @@ def edges_of_interest(curve: Curve, required: list[int], pairs: int) -> np.ndarr
     return np.unique([0, len(far) - 1, *np.concatenate(steps).clip(0, len(far) - 1), *required])
 
 
+def draw(classes: int) -> np.ndarray:
+    """How often each class (C,) is in each sample of the bootstrap: (REPLICATES, C)."""
+    return np.random.default_rng(SEED).multinomial(classes, np.full(classes, 1 / classes), REPLICATES)
+
+
 def estimate(value, replicates: np.ndarray) -> Estimate:
     """The value with the interval between the quantiles of the replicates, extended to the value itself.
 
@@ -253,21 +259,39 @@ class Identification:
     """The nearest images of Q queries: in a gallery with their class, and in one without it, from which it is left out.
 
     labels (Q,). own (Q,): the similarity of the nearest image of a query's own class, -inf without one. others (Q, K):
-    of the nearest image of each of the nearest other classes, in descending order. classes: how many others there are.
+    of the nearest image of each of the nearest other classes, in descending order; near (Q, K): the labels of these.
+    classes: how many others there are.
     size: how many images of other classes a query is compared with, in the mean. Larger similarities are nearer, see
     vectors.to_nearness.
     """
 
     distance: str
+    classes: int
+    size: int
     labels: np.ndarray
     own: np.ndarray
     others: np.ndarray
-    classes: int
-    size: int
+    near: np.ndarray
 
     def unknown(self, threshold: float) -> Estimate:
-        """The share of unknown queries that match."""
-        return self._share(self.others[:, 0] >= threshold, np.ones(len(self.own), dtype=bool))
+        """The share of unknown queries that match.
+
+        The interval is from a bootstrap over the classes, of which the queries and the gallery consist: a few that look
+        alike make most of the matches. A sample lacks a third of the classes, so fewer queries match in it; the shares
+        of the samples are scaled to have the measured one as their mean.
+        """
+        queries, ranks = np.nonzero(self.others[:, :REPLACEMENTS] >= threshold)
+        if not len(queries):
+            return Estimate(0.0, 0.0, 0.0)
+        names, numbers = np.unique(np.concatenate([self.labels, self.near[queries, ranks]]), return_inverse=True)
+        labels, near = numbers[: len(self.labels)], numbers[len(self.labels) :]
+        drawn = draw(max(len(names), self.classes + 1)).T  # (C, R)
+        first = np.flatnonzero(np.diff(queries, prepend=-1))
+        match = np.logical_or.reduceat(drawn[near] > 0, first)  # (M, R): of the M queries that match
+        total = np.bincount(labels, minlength=len(drawn)) @ drawn
+        shares = (match * drawn[labels[queries[first]]]).sum(axis=0) / np.maximum(total, 1)
+        value = len(first) / len(self.labels)
+        return estimate(value, value * shares / shares.mean())
 
     def known(self, threshold: float) -> Estimate:
         """The share of known queries whose nearest image is of their class and matches; NaN without any."""
@@ -323,8 +347,7 @@ class Identification:
             return Estimate(np.nan, np.nan, np.nan)
         names, numbers = np.unique(self.labels[among], return_inverse=True)
         counts = np.bincount(numbers, hits[among]), np.bincount(numbers)
-        random = np.random.default_rng(SEED)
-        drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), REPLICATES)
+        drawn = draw(len(names))
         return estimate(counts[0].sum() / counts[1].sum(), (drawn @ counts[0]) / (drawn @ counts[1]))
 
     def threshold(self, share: float, classes: int | None = None) -> float:
@@ -363,16 +386,18 @@ def identify(
     targets = torch.cat(processes.all_gather(pairs.targets.labels))
     counts = torch.bincount(torch.searchsorted(pairs.classes, targets), minlength=len(pairs.classes))
     classes = int((counts > 0).sum()) - 1
-    labels, own, others = [], [], []
+    labels, own, others, near = [], [], [], []
     for row_labels, nearest in pairs.nearest_of_classes():
         column = torch.searchsorted(pairs.classes, row_labels)[:, None]
         labels.append(row_labels)
         own.append(nearest.gather(1, column)[:, 0])
         nearest.scatter_(1, column, -torch.inf)
-        others.append(nearest.topk(max(1, min(NEAREST, classes))).values)
+        values, columns = nearest.topk(max(1, min(NEAREST, classes)))
+        others.append(values)
+        near.append(pairs.classes[columns])
     size = len(targets) - counts[torch.searchsorted(pairs.classes, torch.cat(labels))].double().mean().item()
-    all_labels, all_own, all_others = (torch.cat(x).cpu().numpy() for x in (labels, own, others))
-    return Identification(distance, all_labels, all_own, all_others, classes, round(size))
+    columns = (torch.cat(x).cpu().numpy() for x in (labels, own, others, near))
+    return Identification(distance, classes, round(size), *columns)
 
 
 def calibrate(

@@ -579,8 +579,11 @@ def test_index_calibrates_itself(distance, by_folder, weights, euclidean, tmp_pa
     limit = to_nearness(index.calibration.values[0], distance)
     assert (best >= limit + 1e-6).mean() <= 0.25 < (best >= limit - 1e-6).mean()
     assert index.calibration.unknown[0] <= 0.25 and bool(index.calibration.known) is not by_folder
-    (result,) = found(tmp_path / "index", capsys, folder / "03" / "1.png")
+    query = ["--by-folder", folder / "03"] if by_folder else [folder / "03" / "1.png"]
+    (result,) = found(tmp_path / "index", capsys, *query)
     assert result["threshold"] == index.calibration.at(len(index.images))
+    result, *_ = found(tmp_path / "index", capsys, query[-1], *["--by-folder"] * (not by_folder))  # of another kind
+    assert result["threshold"] is None
     trees.write_image(folder / "new" / "1.jpg", 77)
     make(weights, folder, tmp_path / "index", *["--by-folder"] * by_folder)  # the calibration stays
     assert Index.open(tmp_path / "index").calibration == index.calibration
@@ -706,7 +709,9 @@ def test_threshold_of_images_is_not_used_for_folders(weights, images, tmp_path, 
     picture = ["--save", str(tmp_path / "folders.png")]
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images), "--by-folder", *picture])
     out, err = capsys.readouterr()
-    assert "There is no threshold for folders, so no query can be refused: give --threshold or, if each folder" in err
+    assert (
+        "There is no threshold for this index, so no query can be refused: give --threshold or, if each folder" in err
+    )
     results = json.loads(out)
     assert len(results) == 6 and all(r["match"] is None and len(r["neighbours"]) == 6 for r in results)
     assert all(r["neighbours"][0]["path"] == r["query"] for r in results)

@@ -457,6 +457,27 @@ def test_threshold_of_a_larger_gallery_is_extrapolated(distance):
     assert np.mean(shares) == pytest.approx(0.1, abs=0.03)
 
 
+def test_interval_of_unknown_queries_is_that_of_classes_drawn_as_queries_and_gallery():
+    """Each sample by brute force: the queries of the classes drawn, as often, among the images of the classes drawn."""
+    x, y = random_set(300, 40, 3, dimensions=3)
+    found, rows = identify(Embeddings(x, y)), nearest_by_loop(x, y)
+    limit = found.threshold(0.2) + 1e-6
+    of_query, classes, random = np.sort(y.numpy()), np.unique(y.numpy()), np.random.default_rng(5)
+    shares = []
+    for _ in range(500):
+        drawn = dict(zip(*np.unique(random.choice(classes, len(classes)), return_counts=True)))
+        best = [
+            (drawn[c], max(value for other, value in best.items() if other in drawn))
+            for c, (_, best) in zip(of_query, rows)
+            if c in drawn
+        ]
+        shares.append(sum(times for times, value in best if value >= limit) / sum(times for times, _ in best))
+    measured = found.unknown(limit)
+    assert measured.value == np.mean([max(best.values()) >= limit for _, best in rows])
+    low, high = np.quantile(shares, [0.025, 0.975]) * measured.value / np.mean(shares)
+    assert measured[1:] == pytest.approx((low, high), rel=0.15)
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("searched", ["themselves", "a gallery"])
 def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):

@@ -333,7 +333,11 @@ class Identification:
     def spread(self, threshold: float, names: Sequence) -> str:
         """How much the classes differ at a threshold, as lines for a terminal. names: of the classes, by label."""
         labels, accepts, rejects = self.by_class(threshold)
-        lines = f"At the recorded threshold {to_nearness(threshold, self.distance):.4f}, the classes differ:\n"
+        lines = (
+            f"At the recorded threshold, {to_nearness(threshold, self.distance):.4f} for {self.size:,} images, "
+            f"{self.unknown(threshold).percent()} of unknown queries match, {self.known(threshold).percent()} of known "
+            "ones are answered rightly. The classes differ:\n"
+        )
         for kind, shares in (("unknown match", accepts), ("known rejected", rejects)):
             low, middle, high = np.nanquantile(shares, (0.05, 0.5, 0.95))
             order = np.argsort(-shares, kind="stable")[:WORST]

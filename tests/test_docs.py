@@ -144,11 +144,11 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
                     kind = flags[0] if match[1] == "search" else "evaluate"
                     flags += more[kind]
                     if "--calibrate" in flags:
-                        flags[flags.index("--calibrate") + 1] = "0.3"
+                        flags[flags.index("--calibrate") + 1] = "0.6"
                     {"evaluate": evaluate, "search": search}[match[1]].main(flags)
                     run += 1
     out = capsys.readouterr().out
-    assert run == 9 and "recorded in" in out and (tmp_path / "neighbours.png").exists()
+    assert run == 10 and "recorded in" in out and (tmp_path / "neighbours.png").exists()
 
 
 def test_commands_that_check_data_run(tmp_path, monkeypatch):

@@ -369,11 +369,14 @@ def query(args: argparse.Namespace) -> None:
         raise BadFile("; ".join(bad.values()))
     for reason in bad.values():
         print(printable(reason), file=sys.stderr)
-    search.threshold = limit = threshold_in_use(args, search)
+    limit, remark = threshold_in_use(args, search)
+    search.threshold = limit
     names, vectors = images.paths, embed(search.embedder.run, images, BATCH, workers)
     if args.by_folder:
         names, vectors = entries.embeddings_of(entries.group(names), names, vectors, index.distance)
     answers = search.answer(names, vectors, args.neighbours)
+    if remark:
+        print(remark, file=sys.stderr)
     if args.json:
         print_json(answers, bad, limit, index.measure)
     else:
@@ -449,33 +452,25 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
         raise FileExistsError(f"--save {file} would overwrite an indexed image: choose another name")
 
 
-def threshold_in_use(args: argparse.Namespace, search: Search) -> float | None:
-    """The threshold of the command line, or that of the index or its checkpoint; a line on stderr says which."""
+def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | None, str]:
+    """The threshold of the command line, or that of the index or its checkpoint with a line on it."""
     if args.threshold is not None:
-        return None if args.threshold == "none" else args.threshold
-    index, kind = search.index, "folders" if search.index.made["by_folder"] else "images"
+        return None if args.threshold == "none" else args.threshold, ""
+    index = search.index
+    asked, held = ("folders" if by_folder else "images" for by_folder in (args.by_folder, index.made["by_folder"]))
+    if asked != held:
+        return None, f"There is no threshold for {asked} among {held}, so no query can be refused: give --threshold"
     calibration = index.calibration if args.by_folder else search.calibration
-    if args.by_folder != index.made["by_folder"]:
-        asked = "folders" if args.by_folder else "images"
-        print(
-            f"There is no threshold for {asked} among {kind}, so no query can be refused: give --threshold",
-            file=sys.stderr,
-        )
-        return None
     if not calibration:
-        print(
+        return None, (
             "There is no threshold for this index, so no query can be refused: give --threshold or, if each folder of "
-            "the index shows one thing, run `search.py index` again with --calibrate",
-            file=sys.stderr,
+            "the index shows one thing, run `search.py index` again with --calibrate"
         )
-        return None
     limit = calibration.at(len(index.images))
-    print(
-        f"Threshold for {len(index.images):,} {kind}: {index.measure} {limit:.4f}, which {100 * calibration.share:g}% "
-        "of unknown queries should reach",
-        file=sys.stderr,
+    return limit, (
+        f"Threshold for {len(index.images):,} {held}: {index.measure} {limit:.4f}, which {100 * calibration.share:g}% "
+        "of unknown queries should reach"
     )
-    return limit
 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:

@@ -291,7 +291,7 @@ class Identification:
         total = np.bincount(labels, minlength=len(drawn)) @ drawn
         shares = (match * drawn[labels[queries[first]]]).sum(axis=0) / np.maximum(total, 1)
         value = len(first) / len(self.labels)
-        return estimate(value, value * shares / shares.mean())
+        return estimate(value, (value * shares / shares.mean()).clip(max=1))
 
     def known(self, threshold: float) -> Estimate:
         """The share of known queries whose nearest image is of their class and matches; NaN without any."""

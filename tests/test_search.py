@@ -111,7 +111,7 @@ def test_table_of_distances(euclidean, images, tmp_path, capsys):
     one = str(images / "bee" / "3.jpg")
     capsys.readouterr()
     search.main(["query", "--index", str(tmp_path / "index"), one, "-k", "2"])
-    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "distance", "0.0000", one]
+    assert capsys.readouterr().out.splitlines()[2].split() == ["1", "distance", "0.0000", one]
 
 
 def test_unknown_distance_is_damage(images, tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_table_and_picture(weights, images, tmp_path, capsys):
     one = str(images / "bee" / "3.jpg")
     search.main(["query", "--index", str(tmp_path / "index"), one, "--save", str(picture), "-k", "100"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == one and lines[1].split() == ["1", "1.0000", one] and len(lines) == 19  # all there are
+    assert lines[0] == one and lines[2].split() == ["1", "1.0000", one] and len(lines) == 20  # all there are
     with Image.open(picture) as image:
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100
 
@@ -888,7 +888,7 @@ def test_bad_image_among_queries_spoils_its_own_answer_alone(weights, images, tm
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"x")
     paths = [str(images / "ant" / "1.jpg"), str(bad), str(images / "bee" / "2.jpg")]
-    query = ["query", "--index", str(tmp_path / "index"), "-k", "1", *paths]
+    query = ["query", "--index", str(tmp_path / "index"), "-k", "1", *paths, "--threshold", "none"]
     capsys.readouterr()
     for flags in ([], ["--json"]):
         with pytest.raises(SystemExit) as end:
@@ -908,7 +908,7 @@ def test_names_forge_no_lines_of_an_answer(weights, images, tmp_path, capsys):
     picture = tmp_path / "a.png"
     search.main(["query", "--index", str(tmp_path / "index"), str(images / name), "-k", "3", "--save", str(picture)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and [line.split()[0] for line in lines[1:]] == ["1", "2", "3"] and picture.exists()
+    assert len(lines) == 5 and [line.split()[0] for line in lines[2:]] == ["1", "2", "3"] and picture.exists()
     assert not any(re.search(r"[\x00-\x1f\x7f-\x9f\u202e]", line) for line in lines) and r"\x1b[2J" in lines[0]
     (result,) = found(tmp_path / "index", capsys, images / name)
     assert result["query"] == str(images / name / f"{name}.jpg")  # JSON is of other programs, and escapes by itself

@@ -21,7 +21,7 @@ from proxy_anchor.runs import run_folders
 
 NETWORK = ("--model", "tf_efficientnet_lite0", "--pretrained", "pypi")
 STAGES = {  # {stage: (flags of train.py, seeds)}
-    "frozen, head trained": (("--frozen", "--batch-size", "32"), range(1, 11)),
+    "frozen, with a head": (("--frozen", "--batch-size", "32"), range(1, 11)),
     "trained whole": (("--batch-size", "32", "--epochs", "2"), range(1, 4)),
 }
 ALONE = "backbone alone"
@@ -34,9 +34,9 @@ def recalls(photos: str, logs: Path, workers: int) -> dict[str, list[float]]:
     for stage, (flags, seeds) in STAGES.items():
         stages[stage] = []
         for seed in seeds:
-            remark = f"_{stage.replace(' ', '_')}_{seed}"
+            remark = f"_{stage.split()[-1]}"  # the name of a run ends with it, and a seed other than 1
             train.main([*data, *NETWORK, *flags, "--seed", str(seed), "--remark", remark, "--LOG_DIR", str(logs)])
-            (folder,) = logs.glob(f"logs_folder/*{remark}")
+            (folder,) = logs.glob(f"logs_folder/*{remark}" + (f"_seed{seed}" if seed > 1 else ""))
             rows, backbone = run_folders.read_metrics(folder)
             stages[stage].append(100 * rows[-1]["R@1"])
             stages[ALONE] = [100 * backbone["R@1"]]

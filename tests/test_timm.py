@@ -473,7 +473,7 @@ def test_damaged_records_are_errors(record, run, letters, tmp_path, capsys):
 def test_recorded_interpolation_and_crop_are_obeyed(run, letters, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        dataset.transforms, "evaluation", lambda size, **how: seen.append(how) or transforms.v2.Resize(size)
+        dataset.transforms, "Evaluation", lambda size, **how: seen.append(how) or transforms.v2.Resize(size)
     )
     other = changed(best_of(run), tmp_path / "other.pth", interpolation="bilinear", crop=0.8, crop_mode="squash")
     evaluate.main(of_letters(letters, "--resume", other))

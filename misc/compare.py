@@ -227,8 +227,8 @@ def colors_of(primary: list[bool]) -> list[str]:
 def draw(groups: list[Group], path: Path, time: bool = False, title: str | None = None) -> None:
     """Draw the mean R@1 of each group over its common epochs, with a band of one standard deviation.
 
-    time: also over the time until the end of each epoch, in the fastest of the group's runs. title: of the chart, instead
-    of one that names the dataset.
+    time: also over the time until the end of each epoch, in the fastest of the group's runs. title: of the chart,
+    instead of one that names the dataset.
     """
     with figures.picture(path, 11 if time else 8.2, 4.6) as figure:
         *by_time, ax = figure.subplots(1, 1 + time, sharey=True, squeeze=False)[0]

@@ -151,10 +151,10 @@ def compose(things: dict[str, Path], backgrounds: list[Path], folder: Path) -> N
     """Write folder/THING/1.jpg and so on; the photographs of a thing have different backgrounds."""
     scenes = []
     for path in backgrounds:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["JPEG"]) as image:
             scenes.append(ImageOps.cover(image.convert("RGB"), (2 * WIDTH, 2 * HEIGHT)))
     for name, path in things.items():
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             thing = image.convert("RGBA")
         thing = thing.crop(thing.getchannel("A").getbbox())  # without its margins
         chance = random.Random(name)

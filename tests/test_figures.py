@@ -111,10 +111,10 @@ def test_runs_are_drawn_by_epoch(tmp_path, monkeypatch):
 
 
 def test_runs_are_drawn_over_time_too(tmp_path, monkeypatch):
-    """Beside the epochs: the median time of the runs, and the backbone alone as a line in both charts."""
+    """Beside the epochs: the time of the fastest run, and the backbone alone as a line in both charts."""
     rows = [
         [{"epoch": epoch, "R@1": 0.1 * (epoch + 1), "elapsed": slow * (epoch + 1)} for epoch in (0, 1)]
-        for slow in (100.0, 120.0, 900.0)
+        for slow in (900.0, 120.0, 130.0)
     ]
     runs = [compare.Run(tmp_path, {"loss": "MS", "dataset": "cars"}, r, {"R@1": 0.05}) for r in rows]
     seen = []

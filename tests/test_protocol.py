@@ -296,6 +296,7 @@ def test_failed_training_ends_the_protocol(root, tmp_path, monkeypatch, capfd):
         (["--", "--resume", "auto"], "--resume cannot come after the --: it is always auto"),
         (["--", "--by", "R@1"], "cannot come after the --: pass it before"),
         (["--", "--epochs", "0"], "argument --epochs: expected at least 1"),
+        (["--", "--test-classes", "none"], "--test-classes none leaves no class to test on"),
         (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--dataset", "cub"], "unrecognized arguments: --dataset cub"),
         (["--seeds", "1", "1"], "argument --seeds: expected different numbers"),

@@ -17,7 +17,7 @@ from proxy_anchor import collectives
 from proxy_anchor.vectors import Embeddings
 
 CHANNELS_LAST_FROM = 96  # pixels: on a CPU, smaller images are faster in torch's own layout
-MALLOC_SETTINGS = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}  # name in malloc.h: (parameter, value)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, as in malloc.h
 
 
 class Scaler(torch.amp.GradScaler):
@@ -108,8 +108,8 @@ def keep_freed_memory() -> None:
     On Linux, glibc returns every large tensor to the kernel at once, and the next one costs a page fault per 4 KB: in
     large batches on a CPU, up to half of the time. Other C libraries have no such setting and stay as they are.
     """
-    for parameter, value in MALLOC_SETTINGS.values():
-        _call_malloc("mallopt", parameter, value)
+    _call_malloc("mallopt", M_TRIM_THRESHOLD, -1)
+    _call_malloc("mallopt", M_MMAP_MAX, 0)
 
 
 def return_freed_memory() -> None:

@@ -171,6 +171,13 @@ class Measurement:
     result: evaluation.Result
     rows: dict[str, dict[str, float]]
 
+    @property
+    def images(self) -> Embeddings:
+        """Queries and gallery together."""
+        from proxy_anchor.vectors import concat_rows
+
+        return concat_rows(self.queries, self.gallery)
+
     def all_gather(self, processes: Processes) -> Measurement:
         """With the embeddings of all processes."""
         gallery = None if self.gallery is None else all_gather(self.gallery, processes)
@@ -209,6 +216,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     """The metrics of each checkpoint and, if there are several, of their mean and of all together, by row."""
     from proxy_anchor import collectives, evaluation, verification
     from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index import clustering
     from proxy_anchor.report import page
     from proxy_anchor.vectors import to_nearness
 
@@ -243,16 +251,20 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     if args.allow_partial:
         print("With --allow-partial, only a part of the dataset was evaluated: do not compare the results with others.")
 
-    if args.calibrate or args.report:
+    if args.verify:
         measured = measured.all_gather(processes)
     if args.calibrate and collectives.rank() == 0:
         threshold = calibrate(args, measured, test_sets)
     if threshold and pairs.auc:
         limit = to_nearness(threshold.at(identified.size), measured.distance)
         print(identified.spread(limit, test_sets[0].classes), end="")
+    things = ""
+    if args.verify and pairs.auc and collectives.rank() == 0:
+        things = clustering.describe(measured.images, measured.distance, threshold.groups if threshold else None)
+        print(things, end="")
     if args.report and collectives.rank() == 0:
         environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}
-        write_report(args, measured, (pairs, identified), threshold, table, test_sets, environment)
+        write_report(args, measured, (pairs, identified, things), threshold, table, test_sets, environment)
     return measured.rows
 
 
@@ -260,11 +272,14 @@ def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[d
     """Choose and check a threshold, and record it in the checkpoint."""
     from proxy_anchor import verification
     from proxy_anchor.checkpoint import save_threshold
+    from proxy_anchor.index import clustering
 
     threshold = verification.calibrate(measured.queries, args.calibrate, measured.gallery, measured.distance)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = dataset.record(splits, args.data_root)["data"]
-    threshold = replace(threshold, dataset=args.dataset, data=data)
+    chosen, _ = verification.halves(measured.images.labels)
+    groups = clustering.best_threshold(measured.images.of_classes(chosen), measured.distance)
+    threshold = replace(threshold, dataset=args.dataset, data=data, groups=groups)
     save_threshold(args.resume[0], threshold, args.checkpoints[0].identity)
     print(f"{verification.describe(threshold)}The threshold is recorded in {printable(args.resume[0])}")
     return threshold
@@ -273,7 +288,7 @@ def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[d
 def write_report(
     args: argparse.Namespace,
     measured: Measurement,
-    verified: tuple[verification.Verification, verification.Identification],
+    verified: tuple[verification.Verification, verification.Identification, str],
     threshold: Threshold | None,
     rows: dict[str, dict[str, float]],
     test_sets: list[dataset.ImageDataset],
@@ -281,6 +296,7 @@ def write_report(
 ) -> None:
     from proxy_anchor.report import page
 
+    pairs, identified, things = verified
     sizes = [f"{count:,} images of {classes:,} classes" for count, classes in map(dataset.size, test_sets)]
     versions = ", ".join(f"{name} {version}" for name, version in logbook.versions().items())
     embeddings = [side for side in (measured.queries, measured.gallery) if side is not None]
@@ -290,10 +306,12 @@ def write_report(
         f"{environment['checkpoint']}; {' searched in '.join(sizes)}, in {args.data_root}",
         rows,
         measured.result,
-        *verified,
+        pairs,
+        identified,
         threshold,
         {"command": args.command} | environment | {"versions": versions},
         *(page.TestSet(side, images, measured.distance) for side, images in zip(embeddings, test_sets)),
+        sorted_into_things=things,
     )
     print(f"The report is {printable(str(path))}")
 

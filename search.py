@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dataset
 import net
@@ -19,8 +19,8 @@ from dataset.files import BadFile, is_hidden, read_image
 from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
-from proxy_anchor.files import printable
-from proxy_anchor.spec import ORIENTATIONS, SHARE
+from proxy_anchor.files import printable, quantity
+from proxy_anchor.spec import MEASURES, ORIENTATIONS, SHARE, NetworkSpec
 
 if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for
     from proxy_anchor.api import Answer, Search
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.index.store import Index
+    from proxy_anchor.spec import Threshold
 
 BLOCK = 2**14  # images that are embedded before they are written
 AS_STORED = (
@@ -44,7 +45,11 @@ EXAMPLES = """examples:
   with several photos of each thing, in one folder per thing:
     python search.py index --resume logs/logs_cub/RUN --images things --by-folder --out things.index
     python search.py query --index things.index --by-folder new
+  sort photos into things that nobody has labelled, of an index or of a folder:
+    python search.py group photos.index --out groups.csv --page groups.html
+    python search.py group photos --backbone-only --model resnet50 --things 20 --out groups.csv
 """
+OF_DATASETS = ("--dataset", "--data-root", "--test-classes", "--allow-partial", "--cache")
 
 
 def index_options() -> argparse.ArgumentParser:
@@ -116,11 +121,58 @@ def query_options() -> argparse.ArgumentParser:
     return parser
 
 
+def group_options() -> argparse.ArgumentParser:
+    """Command-line flags of `search.py group`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("group")
+    group.add_argument(
+        "images", type=cli.path, metavar="INDEX|DIR", help="an index or, with a network, a folder of images"
+    )
+    group.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="for a folder: checkpoint to embed with, the folder of its run, or its .onnx or .safetensors",
+    )
+    group.add_argument(
+        "--out",
+        required=True,
+        type=ending(".csv"),
+        metavar="CSV",
+        help="file to write the path of each image and the number of its thing to, e.g. groups.csv; 1 is the largest",
+    )
+    group.add_argument(
+        "--page", type=ending(".html"), metavar="HTML", help="also write a page of contact sheets, e.g. groups.html"
+    )
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--things", type=cli.integer(1), metavar="N", help="sort into this many things, without a threshold"
+    )
+    either.add_argument(
+        "--threshold",
+        type=cli.finite,
+        metavar="T",
+        help="groups of images are one thing from this mean similarity on (up to this root-mean-square distance; "
+        "default: that of `search.py index --calibrate` or of evaluate.py --calibrate)",
+    )
+    return parser
+
+
+def ending(suffix: str):
+    """The type of a flag for a file whose name ends so: no photograph, and no file of an index."""
+
+    def parse(text: str) -> str:
+        if not text.lower().endswith(suffix):
+            raise argparse.ArgumentTypeError(f"expected a name that ends in {suffix}, found '{text}'")
+        return text
+
+    return parse
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser: argparse.ArgumentParser = cli.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query|group")
     form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
     make = commands.add_parser(
         "index",
@@ -145,22 +197,47 @@ def parse(argv=None) -> argparse.Namespace:
         description="Print the images of an index that are most similar to each of yours.",
         **form,
     )
+    sort = commands.add_parser(
+        "group",
+        help="sort images into things",
+        usage="search.py group INDEX --out CSV [--flag value ...]\n"
+        "       search.py group DIR (--resume PATH | --backbone-only) --out CSV [--flag value ...]",
+        parents=[
+            group_options(),
+            dataset.options(training=False, without=OF_DATASETS),
+            network := net.options(training=False),
+            hardware.options(without=("--compile",), several=False),
+        ],
+        description="Sort images into things that nobody has labelled.",
+        **form,
+    )
     args = parser.parse_args(argv)
+    if args.command == "group":
+        defaults = {"resume": None} | vars(network.parse_args([]))
+        args.spec = None
+        if any(getattr(args, name) != value for name, value in defaults.items()):
+            read_network(parser, sort, args)
     if args.command == "index":
-        net.check_weights(make, args)
-        from proxy_anchor.checkpoint import Checkpoint, in_run
-
-        with cli.errors_in_one_line("search.py"):
-            path = in_run(args.resume) if args.resume else None
-            checkpoint = Checkpoint(path) if path else None
-        args.resume, args.checkpoint = path, checkpoint
-        crop = dataset.crop_of(args.dataset) if args.split else None
-        args.spec = net.spec_of(parser, args, checkpoint.spec if checkpoint else None, crop)
+        read_network(parser, make, args, dataset.crop_of(args.dataset) if args.split else None)
         if bool(args.images) == bool(args.split):
             parser.error("one of --images or --split is required")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
     return args
+
+
+def read_network(
+    parser: argparse.ArgumentParser, command: argparse.ArgumentParser, args: argparse.Namespace, crop=None
+) -> None:
+    """Open the checkpoint of a command line, if any, and add it and the network's spec; crop: as in net.spec_of."""
+    net.check_weights(command, args)
+    from proxy_anchor.checkpoint import Checkpoint, in_run
+
+    with cli.errors_in_one_line("search.py"):
+        path = in_run(args.resume) if args.resume else None
+        checkpoint = Checkpoint(path) if path else None
+    args.resume, args.checkpoint = path, checkpoint
+    args.spec = net.spec_of(parser, args, checkpoint.spec if checkpoint else None, crop)
 
 
 def threshold(text: str) -> float | str:
@@ -172,16 +249,11 @@ def threshold(text: str) -> float | str:
 
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
-    from proxy_anchor.api import open_network
     from proxy_anchor.index import entries
     from proxy_anchor.index.store import EXACT, IMAGES, Index, lock
     from proxy_anchor.verification import describe
 
-    weights = args.resume or args.pretrained
-    path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
-    network, identity = open_network(args.spec, path, args.checkpoint)
-    if args.backbone_only:
-        print(network.model.remark, end="", file=sys.stderr)
+    network, path, identity = open_network(args)
     upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
     spec = replace(args.spec, orientation=ORIENTATIONS[upright])
     made = {"checkpoint": path, "weights": identity, "network": spec.to_record(), "by_folder": args.by_folder}
@@ -237,6 +309,18 @@ def update_index(args: argparse.Namespace) -> None:
             print(describe(calibration), end="")
 
 
+def open_network(args: argparse.Namespace) -> tuple[torch.nn.Module, str, str]:
+    """The network of a command line, the path of its weights, or their name, and their identity."""
+    from proxy_anchor import api
+
+    weights = args.resume or args.pretrained
+    path = weights if args.backbone_only and weights in net.NOT_FILES else os.path.abspath(weights)
+    network, identity = api.open_network(args.spec, path, args.checkpoint)
+    if args.backbone_only:
+        print(network.model.remark, end="", file=sys.stderr)
+    return network, path, identity
+
+
 def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network, args: argparse.Namespace) -> int:
     """Embed the entries that have a stamp, block by block, and save each block; returns how many could be read.
 
@@ -282,7 +366,7 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
 
     They lead through no linked folder, so that images that are reached in two ways are in the index once.
     """
-    if args.split:
+    if getattr(args, "split", None):
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
@@ -484,10 +568,94 @@ def folder_of(entry: str) -> str:
     return printable(path.name if path.is_dir() else path.parent.name)
 
 
+class Unlabelled(NamedTuple):
+    """Images to sort into things: their paths, embeddings (N, D) and network, and the calibration for them, if any."""
+
+    paths: list[str]
+    vectors: torch.Tensor
+    spec: NetworkSpec
+    calibration: Threshold | None
+
+
+def group(args: argparse.Namespace) -> None:
+    """Sort images into things, and write the thing of each to a file and, if asked for, a page."""
+    from proxy_anchor.index import clustering
+    from proxy_anchor.report import sheets
+
+    images = embed_folder(args) if args.spec else read_index(args)
+    limit = None if args.things else threshold_for_groups(args, images.calibration)
+    distance = images.spec.distance
+    labels = clustering.things(images.vectors, distance, limit, args.things)
+    things = [[images.paths[row] for row in rows] for rows in clustering.members(labels, images.vectors, distance)]
+    count = f"{quantity(len(labels), 'image')}: {clustering.summary(labels)}"
+    print(count + ("" if limit is None else f", by {MEASURES[distance]} {limit:.4f}"))
+    sheets.write_table(Path(args.out), things)
+    print(f"Saved {printable(args.out)}")
+    if args.page:
+        upright = images.spec.orientation == "upright"
+        sheets.write(Path(args.page), count, things, lambda entry: read_entry(entry, upright), Path(args.out).name)
+        print(f"Saved {printable(args.page)}")
+
+
+def embed_folder(args: argparse.Namespace) -> Unlabelled:
+    """The images of a folder, as the network of the command line sees them."""
+    from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index.store import IMAGES
+
+    if (Path(args.images) / IMAGES).is_file():
+        raise ValueError(f"{args.images} is an index, which needs no network: leave out --resume and --backbone-only")
+    network, _, _ = open_network(args)
+    spec = replace(args.spec, orientation="upright")
+    images = dataset.unlabelled(paths_to_index(args), spec)
+    if args.skip_bad_images:
+        dataset.leave_out_bad([images], args.workers)
+    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
+    vectors = embed(embedder, images, args.batch_size, args.workers).cpu()
+    return Unlabelled(images.paths, vectors, spec, args.checkpoint.threshold if args.checkpoint else None)
+
+
+def read_index(args: argparse.Namespace) -> Unlabelled:
+    """The entries of an index; its checkpoint is read only if a calibration is asked for and the index has none."""
+    import torch
+
+    from proxy_anchor.checkpoint import Checkpoint
+    from proxy_anchor.index.store import IMAGES, Index
+
+    folder = Path(args.images)
+    if not (folder / IMAGES).is_file():
+        raise FileNotFoundError(
+            f"There is no index in {folder}: for a folder of images, give a network, --resume or --backbone-only"
+        )
+    index = Index.open(folder)
+    if not len(index.images):
+        raise FileNotFoundError(f"{folder} holds no complete index: run the `search.py index` command again")
+    calibration, path = index.calibration, index.made["checkpoint"]
+    is_complete = args.things or args.threshold is not None or (calibration and calibration.groups is not None)
+    if not (is_complete or index.spec.backbone_only or index.made["by_folder"]) and os.path.exists(path):
+        checkpoint = Checkpoint(path)
+        index.check({"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path})
+        calibration = checkpoint.threshold
+    vectors = torch.from_numpy(index.images.vectors.copy())
+    return Unlabelled([path for path, _ in index.images], vectors, index.spec, calibration)
+
+
+def threshold_for_groups(args: argparse.Namespace, calibration: Threshold | None) -> float:
+    """The threshold of the command line or of the calibration. Raises ValueError if there is none."""
+    if args.threshold is not None:
+        return args.threshold
+    if calibration is None or calibration.groups is None:
+        raise ValueError(
+            f"There is no threshold to sort {args.images} by: give --things N or --threshold T, or record one with "
+            "evaluate.py --calibrate or, if each folder of an index shows one thing, with `search.py index --calibrate`"
+        )
+    return calibration.groups
+
+
 def main(argv=None):
     args = parse(argv)
+    commands = {"index": update_index, "query": query, "group": group}
     with cli.errors_in_one_line("search.py"):
-        (update_index if args.command == "index" else query)(args)
+        commands[args.command](args)
 
 
 if __name__ == "__main__":

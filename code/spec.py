@@ -115,7 +115,8 @@ class Threshold:
     images of other things, the largest first, and the threshold for each. unknown, known: what it achieved, each as
     (share, low, high): unknown queries that match, and known ones whose nearest image is of their thing and matches;
     known is () where nothing was known. classes: how many chose it, and how many checked it. dataset, data: what it
-    was measured on, and the fingerprints of its splits.
+    was measured on, and the fingerprints of its splits. groups: how near two groups of images of one thing are at
+    least, see index/clustering.py; None where no class had several images.
     """
 
     distance: str
@@ -127,6 +128,7 @@ class Threshold:
     classes: tuple[int, ...]
     dataset: str
     data: dict
+    groups: float | None = None
 
     @classmethod
     def from_record(cls, record: Any) -> "Threshold":
@@ -179,4 +181,5 @@ class Threshold:
             and all(0 <= share <= 1 for share in (*self.unknown, *self.known))
             and isinstance(self.dataset, str)
             and isinstance(self.data, dict)
+            and (self.groups is None or (isinstance(self.groups, float) and math.isfinite(self.groups)))
         )

@@ -32,6 +32,13 @@ def concat_columns(networks: list[Embeddings]) -> Embeddings:
     return replace(networks[0], vectors=vectors)
 
 
+def concat_rows(queries: Embeddings, gallery: Embeddings | None) -> Embeddings:
+    """The vectors and labels of the queries and, if there is one, of the gallery."""
+    if gallery is None:
+        return queries
+    return Embeddings(torch.cat([queries.vectors, gallery.vectors]), torch.cat([queries.labels, gallery.labels]))
+
+
 def norms(x: torch.Tensor) -> torch.Tensor:
     """Lengths of the rows of (N, D) as (N, 1), with the published epsilon, which keeps them from 0.
 

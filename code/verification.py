@@ -19,7 +19,7 @@ from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.files import printable
 from proxy_anchor.pairs import Pairs, Scale
 from proxy_anchor.spec import MEASURES, Threshold
-from proxy_anchor.vectors import Embeddings, to_nearness
+from proxy_anchor.vectors import Embeddings, concat_rows, to_nearness
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 FEWEST = 10  # different-class pairs that a threshold must accept: with fewer, the rate is little more than chance
@@ -412,16 +412,19 @@ def calibrate(
     The first half of a shuffle of the classes with this seed chooses. Neither half is in the gallery of the other. Of
     several processes, one needs all embeddings. Raises ValueError as choose_threshold does.
     """
-    labels = queries.labels if gallery is None else torch.cat([queries.labels, gallery.labels])
-    classes = labels.unique().cpu().numpy()
-    halves = [torch.from_numpy(half) for half in np.array_split(np.random.default_rng(seed).permutation(classes), 2)]
     return choose_threshold(
         share,
         *(
             identify(queries.of_classes(half), None if gallery is None else gallery.of_classes(half), distance)
-            for half in halves
+            for half in halves(concat_rows(queries, gallery).labels, seed)
         ),
     )
+
+
+def halves(labels: torch.Tensor, seed: int = SEED) -> list[torch.Tensor]:
+    """The classes among the labels (N,) in two halves: that which chooses a threshold, and that which checks it."""
+    classes = labels.unique().cpu().numpy()
+    return [torch.from_numpy(half) for half in np.array_split(np.random.default_rng(seed).permutation(classes), 2)]
 
 
 def choose_threshold(share: float, chosen: Identification, checked: Identification | None = None) -> Threshold:
@@ -458,8 +461,14 @@ def describe(threshold: Threshold) -> str:
     known = f", {Estimate(*threshold.known).percent()} of known ones are answered rightly" if threshold.known else ""
     result = f"{Estimate(*threshold.unknown).percent()} of unknown queries match{known}\n"
     on = f"Chosen on half of the classes ({classes:,})" if checked else f"Chosen on {classes:,} things, each left out"
-    return (
+    lines = (
         f"{on}, so that at most {100 * threshold.share:g}% of unknown queries match: {threshold.text()}\n"
         + (f"Checked on the other half ({checked[0]:,}): " if checked else "There, ")
         + result
+    )
+    if threshold.groups is None:
+        return lines
+    return (
+        f"{lines}To sort images into things, chosen on the same classes: {MEASURES[threshold.distance]} "
+        f"{threshold.groups:.4f}\n"
     )

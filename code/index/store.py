@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from proxy_anchor.files import is_intact, lock_folder, numbered, replacing, seal
-from proxy_anchor.index import neighbours, rows
+from proxy_anchor.index import clustering, neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
 from proxy_anchor.spec import MEASURES, NetworkSpec, Threshold
@@ -274,7 +274,8 @@ class Index:
         gallery = Embeddings(torch.from_numpy(self.images.vectors.copy()), labels, groups=rows)  # none meets itself
         chosen = np.random.default_rng(0).permutation(len(rows))[:CALIBRATION_QUERIES]
         queries = Embeddings(gallery.vectors[chosen], labels[chosen], rows[chosen])
-        self.calibration = choose_threshold(share, identify(queries, gallery, self.distance))
+        threshold = choose_threshold(share, identify(queries, gallery, self.distance))
+        self.calibration = replace(threshold, groups=clustering.best_threshold(gallery, self.distance))
         return self.calibration
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:

@@ -103,11 +103,13 @@ def write(
     environment: dict,
     queries: TestSet,
     gallery: TestSet | None = None,
+    *,
+    sorted_into_things: str = "",
 ) -> Path:
     """Write the report on a search of the gallery or, without one, of the queries themselves; returns the page's path.
 
     name: of what was evaluated; rows: the metrics in each column of the table, in 0..1; threshold: the one recorded in
-    the checkpoint, if any.
+    the checkpoint, if any; sorted_into_things: lines on how well images are, see index/clustering.py.
     """
     targets = queries if gallery is None else gallery
     with new_folder(folder) as new:
@@ -138,7 +140,9 @@ def write(
             hardest=hardest_classes(classes, pictures),
             pairs=confused_pairs(confused, pictures),
             similarities=similarities.chart(pairs, threshold, identified.size),
-            rates=similarities.rates_table(pairs) + similarities.open_set(identified, threshold),
+            rates=similarities.rates_table(pairs)
+            + similarities.open_set(identified, threshold)
+            + "".join(f"<p>{html.escape(line)}</p>" for line in sorted_into_things.splitlines()),
             map=draw_map(new / "map.webp", queries),
             environment="".join(
                 f"<dt>{html.escape(name)}</dt><dd>{breakable(str(value))}</dd>" for name, value in environment.items()

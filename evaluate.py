@@ -62,8 +62,9 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--verify",
         action="store_true",
-        help="also print how well a threshold tells same-class from different-class pairs of images; takes three times "
-        "as long as the recalls (implied by --calibrate and --report)",
+        help="also print how well a threshold tells same-class from different-class pairs of images, and known from "
+        "unknown queries, and how well images are sorted into things; takes three times as long as the recalls "
+        "(implied by --calibrate and --report)",
     )
     group.add_argument(
         "--calibrate",
@@ -72,8 +73,8 @@ def options() -> argparse.ArgumentParser:
         const=SHARE,
         metavar="SHARE",
         help="choose the threshold that at most this share (0.05 if not given) of unknown queries reach, those whose "
-        "class is not in the gallery; it is chosen on half of the classes, checked on the other half, and recorded in "
-        "the checkpoint, for search.py",
+        "class is not in the gallery, and the one for `search.py group`; they are chosen on half of the classes, "
+        "checked on the other half, and recorded in the checkpoint, for search.py",
     )
     return parser
 

@@ -74,7 +74,7 @@ def index_options() -> argparse.ArgumentParser:
         const=SHARE,
         metavar="SHARE",
         help="if each folder shows one thing: leave each out in turn to choose the threshold that at most this share "
-        "(0.05 if not given) of unknown queries reach, and store it in the index",
+        "(0.05 if not given) of unknown queries reach, and store it in the index, with the one for `search.py group`",
     )
     group.add_argument(
         "--drop-missing",

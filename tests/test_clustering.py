@@ -63,7 +63,7 @@ def test_groups_are_those_of_brute_force(method, distance, kind):
     assert [labels.tolist() for labels in found] == [by_brute_force(x, distance, limit).tolist() for limit in limits]
     assert len({labels.max() for labels in found}) > 2
     for count in (1, 2, 7, 49, 50):
-        labels = clustering.things(vectors, distance, count=count)
+        labels = clustering.things(vectors, distance, None, count)
         assert labels.tolist() == by_brute_force(x, distance, count=count).tolist() and labels.max() == count - 1
 
 
@@ -77,13 +77,14 @@ def test_rounds_give_the_tree_of_scipy():
     assert squares_in_rounds == pytest.approx(squares, rel=1e-5) and len(squares) == 899
     for count in (300, 700, 845, 890):
         a, b = (
-            clustering.Merges(900, p, s).labels(count) for p, s in ((pairs, squares), (in_rounds, squares_in_rounds))
+            clustering.Merges(900, "cosine", p, s).after(count)
+            for p, s in ((pairs, squares), (in_rounds, squares_in_rounds))
         )
         assert (a == b).all()
         limit = (squares[count - 1] + squares[count]) / 2
         some = clustering.merge_mutual(x, limit)
         assert (some[1] <= limit).sum() == count
-        assert (clustering.Merges(900, *some).labels(count) == a).all()
+        assert (clustering.Merges(900, "cosine", *some).after(count) == a).all()
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
@@ -95,8 +96,8 @@ def test_planted_things_are_found_in_any_order(method, distance):
     assert clustering.things(torch.from_numpy(x), distance, limit).tolist() == planted.tolist()
     assert clustering.sizes(planted) == (10, 2)
     order = random.permutation(len(planted))
-    for settings in ({"threshold": limit}, {"count": 12}):
-        shuffled = clustering.things(torch.from_numpy(x[order]), distance, **settings)
+    for settings in ((limit,), (None, 12)):
+        shuffled = clustering.things(torch.from_numpy(x[order]), distance, *settings)
         assert (shuffled == planted[order])[planted[order] < 10].all()
         assert set(shuffled[planted[order] >= 10]) == {10, 11}
 
@@ -108,16 +109,16 @@ def test_equal_distances_and_equal_images_end(method):
     labels = clustering.things(x, "cosine", 0.999)
     assert adjusted_rand_score(labels, distinct) == 1 and labels.max() == distinct.max() == 15
     for count in (1, 3, 16, 100, 200):
-        assert len(np.unique(clustering.things(x, "cosine", count=count))) == count
+        assert len(np.unique(clustering.things(x, "cosine", None, count))) == count
     assert clustering.things(torch.ones(40, 3), "euclidean", 0.0).max() == 0
     assert clustering.things(torch.ones(40, 3), "euclidean", -1.0).max() == 39
 
 
 def test_few_images(method):
     assert clustering.things(torch.ones(1, 3), "cosine", 0.5).tolist() == [0]
-    assert clustering.things(torch.ones(1, 3), "cosine", count=1).tolist() == [0]
+    assert clustering.things(torch.ones(1, 3), "cosine", None, 1).tolist() == [0]
     with pytest.raises(ValueError, match="2 images cannot show 3 things"):
-        clustering.things(torch.eye(2), "cosine", count=3)
+        clustering.things(torch.eye(2), "cosine", None, 3)
     with pytest.raises(ValueError, match="1 of 2 embeddings are not finite"):
         clustering.things(torch.tensor([[1.0], [torch.nan]]), "cosine", 0.5)
 
@@ -139,12 +140,12 @@ def by_counting_pairs(a, b):
 
 def test_rand_index_after_each_merge():
     embeddings = random_embeddings(images=120, spread=0.8)
-    merges = clustering.Merges.from_vectors(embeddings.vectors)
+    merges = clustering.Merges.from_vectors(embeddings.vectors, "cosine")
     scores = clustering.rand_indices(merges, embeddings.labels.tolist())
-    expected = [adjusted_rand_score(embeddings.labels, merges.labels(count)) for count in range(120)]
+    expected = [adjusted_rand_score(embeddings.labels, merges.after(count)) for count in range(120)]
     assert scores == pytest.approx(expected, abs=1e-12) and scores.max() > 0.5
     for count in (0, 60, 100, 115):
-        assert by_counting_pairs(merges.labels(count), embeddings.labels.numpy()) == pytest.approx(scores[count])
+        assert by_counting_pairs(merges.after(count), embeddings.labels.numpy()) == pytest.approx(scores[count])
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
@@ -184,7 +185,7 @@ def test_measure_chooses_on_the_other_half():
     assert grouping.threshold == clustering.best_threshold(embeddings.of_classes(chosen), "cosine")
     rest = embeddings.of_classes(checked)
     assert (grouping.labels == rest.labels.numpy()).all() and not set(chosen.tolist()) & set(grouping.labels)
-    sorted_by = [clustering.things(rest.vectors, "cosine", **s) for s in ({"count": 15}, {"threshold": 0.4})]
+    sorted_by = [clustering.things(rest.vectors, "cosine", *s) for s in ((None, 15), (0.4,))]
     recorded = clustering.measure(embeddings, "cosine", 0.4)
     assert (recorded.given == sorted_by[0]).all() and (recorded.estimated == sorted_by[1]).all()
     text = clustering.describe(embeddings, "cosine", 0.4)

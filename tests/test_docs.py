@@ -133,7 +133,7 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
         contract = {"model": model, "embedding_size": 512, "image_size": 64, "l2_norm": 1}
         trees.save_checkpoint(tmp_path / f"{name}.pth", net.create(model, 512), contract)
     cub = ["--data-root", str(data_root), "--allow-partial", "--workers", "0"]
-    more = {"evaluate": cub, "index": ["--workers", "0"], "query": []}
+    more = {"evaluate": cub, "index": ["--workers", "0"], "query": [], "group": []}
     run = 0
     for page in ("evaluate-and-search.md", "use.md", "protocols.md"):
         shutil.rmtree("photos.index", ignore_errors=True)  # that of another page
@@ -148,7 +148,8 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
                     {"evaluate": evaluate, "search": search}[match[1]].main(flags)
                     run += 1
     out = capsys.readouterr().out
-    assert run == 10 and "recorded in" in out and (tmp_path / "neighbours.png").exists()
+    assert run == 11 and "recorded in" in out
+    assert all((tmp_path / name).exists() for name in ("neighbours.png", "groups.csv", "groups.html"))
 
 
 def test_commands_that_check_data_run(tmp_path, monkeypatch):

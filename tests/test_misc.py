@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,13 +10,14 @@ import sys
 from pathlib import Path
 
 import by_folder
+import grouping
 import neighbours_picture
 import numpy as np
 import pytest
 import thresholds
 import torch
 import trees
-from helpers import RECORD
+from helpers import RECORD, arguments
 
 import net
 import protocol
@@ -161,6 +163,22 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         thresholds.main([str(path), "--data-root", str(tmp_path)])
     assert capsys.readouterr().err.startswith("thresholds.py: error: ")
+
+
+def test_grouping(tmp_path, monkeypatch, capsys):
+    """All of misc/grouping.py, on a few photographs; each half is sorted in four ways."""
+    trees.folder(tmp_path / "photos", classes=[f"{c:02d}" for c in range(20)] + ["ant"])
+    trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
+    monkeypatch.setattr(grouping, "SPLITS", 2)
+    flags = arguments(tmp_path / "photos", dataset="folder", resume=tmp_path / "a.pth")
+    grouping.main(flags)
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    assert re.fullmatch(r"seed  1: threshold 0\.\d{4}, 5 classes", lines[1])
+    ways = ["number given", "threshold of the other half", "best threshold for this half", "threshold for queries, 5%"]
+    form = r"([^:]*): things ([\d.]+) \(.* to .*\), alone .*, ARI (-?[\d.]+) \(.*\), AMI .*\)"
+    rows = [re.fullmatch(form, line) for line in lines[2:]]
+    assert [row[1] for row in rows] == ways and float(rows[0][2]) <= 5
+    assert float(rows[2][3]) >= max(float(row[3]) for row in rows)
 
 
 def write_index(folder, paths, vectors, by_folder=False):

@@ -26,20 +26,29 @@ class Merges:
     """The merges of N images into groups, the nearest groups first.
 
     pairs (M, 2): an image of each of the two groups, of which the first stands for both from then on; squares (M,):
-    the mean squared distance of the two, ascending.
+    the mean squared distance of the two, ascending. distance: one of spec.DISTANCES.
     """
 
     images: int
+    distance: str
     pairs: np.ndarray
     squares: np.ndarray
 
     @classmethod
-    def from_vectors(cls, vectors: torch.Tensor, largest: float = np.inf) -> "Merges":
-        """The merges of the rows (N, D), at least those up to the largest mean squared distance."""
+    def from_vectors(cls, vectors: torch.Tensor, distance: str, threshold: float | None = None) -> "Merges":
+        """The merges of embeddings (N, D), at least those up to a threshold, see `things`."""
+        vectors = comparable(vectors, distance)
+        if distance == "euclidean":  # of any length: in float32, small distances between long vectors would be rounded
+            vectors = vectors.double()
         merge = merge_all if len(vectors) <= LIMIT else merge_mutual
-        return cls(len(vectors), *merge(vectors, largest))
+        largest = np.inf if threshold is None else to_square(threshold, distance)
+        return cls(len(vectors), distance, *merge(vectors, largest))
 
-    def labels(self, count: int) -> np.ndarray:
+    def up_to(self, threshold: float) -> np.ndarray:
+        """The things (N,) by a threshold, see `things`."""
+        return self.after(int((self.squares <= to_square(threshold, self.distance)).sum()))
+
+    def after(self, count: int) -> np.ndarray:
         """The group (N,) of each image after this many merges: 0 is the largest, and of equal ones the first."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
@@ -111,22 +120,17 @@ def merge_mutual(vectors: torch.Tensor, largest: float) -> tuple[np.ndarray, np.
     return torch.cat(pairs)[order].numpy(), values.numpy()
 
 
-def things(
-    vectors: torch.Tensor, distance: str, threshold: float | None = None, count: int | None = None
-) -> np.ndarray:
-    """The thing (N,) that each of the embeddings (N, D) shows, from 0 for the largest.
+def things(vectors: torch.Tensor, distance: str, threshold: float | None, count: int = 1) -> np.ndarray:
+    """The thing (N,) that each of the embeddings (N, D) shows, from 0 for the largest; of equal ones, the first is 0.
 
     threshold: the mean similarity from which two groups are one thing or, for Euclidean distances, the root of the mean
-    squared distance; or count: how many things there are. Raises ValueError for more things than images.
+    squared distance; None if count says how many things there are. Raises ValueError for more things than images.
     """
-    if count is not None and count > len(vectors):
+    if threshold is not None:
+        return Merges.from_vectors(vectors, distance, threshold).up_to(threshold)
+    if count > len(vectors):
         raise ValueError(f"{quantity(len(vectors), 'image')} cannot show {count:,} things: give a smaller number")
-    vectors = comparable(vectors, distance)
-    if distance == "euclidean":  # of any length: in float32, small distances between long vectors would be rounded
-        vectors = vectors.double()
-    largest = np.inf if threshold is None else to_square(threshold, distance)
-    merges = Merges.from_vectors(vectors, largest)
-    return merges.labels(int((merges.squares <= largest).sum()) if count is None else len(vectors) - count)
+    return Merges.from_vectors(vectors, distance).after(len(vectors) - count)
 
 
 def members(labels: np.ndarray, vectors: torch.Tensor, distance: str) -> list[np.ndarray]:
@@ -150,7 +154,7 @@ def best_threshold(embeddings: Embeddings, distance: str) -> float | None:
     class.
     """
     sample = embeddings.of_classes(sample_classes(embeddings.labels))
-    merges = Merges.from_vectors(comparable(sample.vectors.cpu(), distance))
+    merges = Merges.from_vectors(sample.vectors.cpu(), distance)
     scores = rand_indices(merges, sample.labels.tolist())
     if not np.isfinite(scores).all():
         return None
@@ -248,9 +252,10 @@ def measure(embeddings: Embeddings, distance: str, threshold: float | None = Non
     limit = best_threshold(chosen, distance) if threshold is None else threshold
     if limit is None:
         return None
-    labels, vectors = checked.labels.cpu().numpy(), checked.vectors.cpu()
-    given = things(vectors, distance, count=len(np.unique(labels)))
-    return Grouping(distance, labels, limit, threshold is not None, given, things(vectors, distance, limit))
+    merges = Merges.from_vectors(checked.vectors.cpu(), distance)
+    labels = checked.labels.cpu().numpy()
+    given = merges.after(len(labels) - len(np.unique(labels)))
+    return Grouping(distance, labels, limit, threshold is not None, given, merges.up_to(limit))
 
 
 def describe(embeddings: Embeddings, distance: str, threshold: float | None = None) -> str:

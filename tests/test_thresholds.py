@@ -125,6 +125,9 @@ DAMAGES = {
     "sizes that rise": lambda found: found | {"sizes": [5, 10, 25]},
     "interval of one": lambda found: found | {"unknown": [0.5]},
     "distance": lambda found: found | {"distance": "x"},
+    "groups": lambda found: found | {"groups": "0.5"},
+    "groups that are infinite": lambda found: found | {"groups": float("inf")},
+    "no groups": lambda found: {name: value for name, value in found.items() if name != "groups"},
 }
 
 

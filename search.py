@@ -158,11 +158,13 @@ def group_options() -> argparse.ArgumentParser:
 
 
 def ending(suffix: str):
-    """The type of a flag for a file whose name ends so: no photograph, and no file of an index."""
+    """The type of a flag for a file to write whose name ends so: no photograph's, and no file's of an index."""
 
     def parse(text: str) -> str:
         if not text.lower().endswith(suffix):
             raise argparse.ArgumentTypeError(f"expected a name that ends in {suffix}, found '{text}'")
+        if not Path(text).parent.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
         return text
 
     return parse
@@ -366,7 +368,7 @@ def paths_to_index(args: argparse.Namespace) -> list[str]:
 
     They lead through no linked folder, so that images that are reached in two ways are in the index once.
     """
-    if getattr(args, "split", None):
+    if args.split:
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
@@ -569,12 +571,12 @@ def folder_of(entry: str) -> str:
 
 
 class Unlabelled(NamedTuple):
-    """Images to sort into things: their paths, embeddings (N, D) and network, and the calibration for them, if any."""
+    """Images to sort into things: their paths, embeddings (N, D) and network, and the threshold, None with --things."""
 
     paths: list[str]
     vectors: torch.Tensor
     spec: NetworkSpec
-    calibration: Threshold | None
+    threshold: float | None
 
 
 def group(args: argparse.Namespace) -> None:
@@ -582,17 +584,15 @@ def group(args: argparse.Namespace) -> None:
     from proxy_anchor.index import clustering
     from proxy_anchor.report import sheets
 
-    images = embed_folder(args) if args.spec else read_index(args)
-    limit = None if args.things else threshold_for_groups(args, images.calibration)
-    distance = images.spec.distance
-    labels = clustering.things(images.vectors, distance, limit, args.things)
-    things = [[images.paths[row] for row in rows] for rows in clustering.members(labels, images.vectors, distance)]
+    paths, vectors, spec, limit = embed_folder(args) if args.spec else read_index(args)
+    labels = clustering.things(vectors, spec.distance, limit, args.things)
+    things = [[paths[row] for row in rows] for rows in clustering.members(labels, vectors, spec.distance)]
     count = f"{quantity(len(labels), 'image')}: {clustering.summary(labels)}"
-    print(count + ("" if limit is None else f", by {MEASURES[distance]} {limit:.4f}"))
+    print(count + ("" if limit is None else f", by {MEASURES[spec.distance]} {limit:.4f}"))
     sheets.write_table(Path(args.out), things)
     print(f"Saved {printable(args.out)}")
     if args.page:
-        upright = images.spec.orientation == "upright"
+        upright = spec.orientation == "upright"
         sheets.write(Path(args.page), count, things, lambda entry: read_entry(entry, upright), Path(args.out).name)
         print(f"Saved {printable(args.page)}")
 
@@ -604,14 +604,15 @@ def embed_folder(args: argparse.Namespace) -> Unlabelled:
 
     if (Path(args.images) / IMAGES).is_file():
         raise ValueError(f"{args.images} is an index, which needs no network: leave out --resume and --backbone-only")
+    limit = threshold_for_groups(args, args.checkpoint.threshold if args.checkpoint else None)
     network, _, _ = open_network(args)
     spec = replace(args.spec, orientation="upright")
-    images = dataset.unlabelled(paths_to_index(args), spec)
+    images = dataset.unlabelled(list(dict.fromkeys(map(canonical, images_at(args.images)))), spec)
     if args.skip_bad_images:
         dataset.leave_out_bad([images], args.workers)
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
     vectors = embed(embedder, images, args.batch_size, args.workers).cpu()
-    return Unlabelled(images.paths, vectors, spec, args.checkpoint.threshold if args.checkpoint else None)
+    return Unlabelled(images.paths, vectors, spec, limit)
 
 
 def read_index(args: argparse.Namespace) -> Unlabelled:
@@ -635,13 +636,14 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
         checkpoint = Checkpoint(path)
         index.check({"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path})
         calibration = checkpoint.threshold
+    limit = threshold_for_groups(args, calibration)
     vectors = torch.from_numpy(index.images.vectors.copy())
-    return Unlabelled([path for path, _ in index.images], vectors, index.spec, calibration)
+    return Unlabelled([path for path, _ in index.images], vectors, index.spec, limit)
 
 
-def threshold_for_groups(args: argparse.Namespace, calibration: Threshold | None) -> float:
-    """The threshold of the command line or of the calibration. Raises ValueError if there is none."""
-    if args.threshold is not None:
+def threshold_for_groups(args: argparse.Namespace, calibration: Threshold | None) -> float | None:
+    """The threshold of the command line or of the calibration; None with --things. Raises ValueError without any."""
+    if args.things or args.threshold is not None:
         return args.threshold
     if calibration is None or calibration.groups is None:
         raise ValueError(

@@ -87,7 +87,6 @@ def merge_mutual(vectors: torch.Tensor, largest: float) -> tuple[np.ndarray, np.
     means = vectors - vectors.mean(dim=0)  # small numbers: they are subtracted from each other
     squares, sizes = means.square().sum(dim=1), means.new_ones(len(means))
     nearest, distances = torch.zeros(len(means), dtype=torch.long), means.new_zeros(len(means))
-    merged = means.new_zeros(len(means))  # the square at which a group was merged last
     active = search = torch.arange(len(means))
     pairs, merges = [torch.empty(0, 2, dtype=torch.long)], [means.new_empty(0)]
     while len(active) > 1:
@@ -105,9 +104,8 @@ def merge_mutual(vectors: torch.Tensor, largest: float) -> tuple[np.ndarray, np.
         nearest[nearest[best]] = best  # where rounding has left no two that are each other's nearest
         first = active[(nearest[nearest[active]] == active) & (active < nearest[active])]
         second = nearest[first]
-        merged[first] = torch.stack([distances[first], merged[first], merged[second]]).amax(dim=0)
         pairs.append(torch.stack([first, second], dim=1))
-        merges.append(merged[first])
+        merges.append(distances[first])
         share = sizes[second] / (sizes[first] + sizes[second])
         means[first] = torch.lerp(means[first], means[second], share[:, None])
         squares[first] = torch.lerp(squares[first], squares[second], share)

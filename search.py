@@ -160,6 +160,11 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error("one of --images or --split is required")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
+            if args.calibrate:
+                parser.error(
+                    "argument --calibrate: the folders of a dataset are not its classes: use evaluate.py --calibrate, "
+                    "which records the threshold in the checkpoint"
+                )
     return args
 
 
@@ -354,13 +359,14 @@ def query(args: argparse.Namespace) -> None:
     from proxy_anchor.api import BATCH, Search
     from proxy_anchor.index import entries
 
+    paths = images_at(*args.images)
     search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
     index = search.index
     if index.spec.backbone_only:
         print(search.embedder.network.model.remark, end="", file=sys.stderr)
     if not index.records_orientation:
         print(AS_STORED, file=sys.stderr)
-    images = dataset.unlabelled(images_at(*args.images), index.spec)
+    images = dataset.unlabelled(paths, index.spec)
     check_save(args.save, images.paths, index)
     workers = dataset.WORKERS if len(images) > BATCH else 0
     bad = images.find_bad(workers)
@@ -395,6 +401,7 @@ def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, 
             "query": answer.query,
             "threshold": limit,
             "match": None if limit is None else bool(answer.matches),
+            "best": answer.nearest[0][1] if answer.nearest else None,
             "things": [
                 {"folder": thing.folder, measure: thing.best, "images": thing.images} for thing in answer.things
             ],
@@ -466,10 +473,12 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | 
             "There is no threshold for this index, so no query can be refused: give --threshold or, if each folder of "
             "the index shows one thing, run `search.py index` again with --calibrate"
         )
-    limit = calibration.at(len(index.images))
+    size, measured = len(index.images), calibration.sizes[0]
+    limit = calibration.at(size)
+    extrapolated = f" (extrapolated from {measured:,} {held})" if size > measured else ""
     return limit, (
-        f"Threshold for {len(index.images):,} {held}: {index.measure} {limit:.4f}, which {100 * calibration.share:g}% "
-        "of unknown queries should reach"
+        f"Threshold for {size:,} {held}: {index.measure} {limit:.4f}{extrapolated}, which at most "
+        f"{100 * calibration.share:g}% of unknown queries are expected to reach"
     )
 
 

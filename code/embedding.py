@@ -43,7 +43,7 @@ class Scaler(torch.amp.GradScaler):
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    network: a net.EmbeddingNet or net.PooledBackbone, or a net.Head, for which images are their features (B, C). amp:
+    network: of net/embedding_net.py; for a Head, images are their features (B, C). amp:
     "none", or "bf16" or "fp16" for the network's products, with a scaler for the gradients of fp16 (else an idle one).
     compile: with torch.compile. A network of an exported file runs as it is: ValueError for it with amp or compile.
     """

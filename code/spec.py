@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
-DISTANCES = ("cosine", "euclidean")
 MEASURES = {"cosine": "similarity", "euclidean": "distance"}
+DISTANCES = tuple(MEASURES)
 HEADS = ("linear", "orthogonal", "layernorm")  # see net/embedding_net.py
 ORIENTATIONS = ("stored", "upright")  # indexed by ImageDataset.upright
 WORDS = {
@@ -131,9 +131,13 @@ class Threshold:
     @classmethod
     def from_record(cls, record: Any) -> "Threshold":
         """The threshold in a record. Raises ValueError with the record if it is damaged."""
-        if isinstance(record, dict) and record.keys() == {field.name for field in fields(cls)}:
-            lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list | tuple)}
-            threshold = cls(**(record | lists))
+        lists = ("sizes", "values", "unknown", "known", "classes")
+        if (
+            isinstance(record, dict)
+            and record.keys() == {field.name for field in fields(cls)}
+            and all(isinstance(record[name], list | tuple) for name in lists)
+        ):
+            threshold = cls(**(record | {name: tuple(record[name]) for name in lists}))
             if threshold._is_valid():
                 return threshold
         raise ValueError(str(record)[:80])
@@ -147,12 +151,20 @@ class Threshold:
 
         It is measured at `sizes`. Between and above them, the gap to a perfect match, 1 - cosine or the distance, is
         a power of the size: the nearest of n points in a space of m dimensions is at a distance of about n**(-1/m).
-        Below the smallest of them it is that of the smallest, which accepts fewer queries.
+        Above, it is the power that fits all sizes best, by least squares of the logarithms. Below the smallest size it
+        is the threshold of the smallest, which accepts fewer queries.
         """
-        size, gaps = max(size, self.sizes[-1]), [self._gap(value) for value in self.values]
-        first = sum(size < known for known in self.sizes[1:-1])  # of the two sizes that it is between, or next to
-        (larger, smaller), (near, far) = self.sizes[first : first + 2], gaps[first : first + 2]
-        gap = near * (size / larger) ** (math.log(near / far) / math.log(larger / smaller))
+        logs = [math.log(known) for known in self.sizes]
+        gaps = [math.log(self._gap(value)) for value in self.values]
+        at = max(math.log(size), logs[-1]) if size else logs[-1]
+        if at > logs[0]:
+            middle, mean = sum(logs) / len(logs), sum(gaps) / len(gaps)
+            slope = sum((x - middle) * (y - mean) for x, y in zip(logs, gaps)) / sum((x - middle) ** 2 for x in logs)
+            gap = math.exp(gaps[0] + slope * (at - logs[0]))
+        else:
+            first = sum(at < known for known in logs[1:-1])  # of the two sizes that it is between
+            (larger, smaller), (near, far) = logs[first : first + 2], gaps[first : first + 2]
+            gap = math.exp(far + (near - far) * (at - smaller) / (larger - smaller))
         return 1 - gap if self.distance == "cosine" else gap
 
     def text(self) -> str:

@@ -39,6 +39,16 @@ def embed(argv: list[str]) -> tuple[Embeddings, list[str]]:
     return embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers)), images.paths
 
 
+def pair_thresholds(embeddings: Embeddings) -> None:
+    """The share of unknown queries that reach thresholds for pairs of images."""
+    identified = verification.identify(embeddings)
+    for far, (threshold, _) in verification.verify(embeddings).at_far.items():
+        share = identified.unknown(threshold.value).percent()
+        print(
+            f"Threshold for {far:.2%} false accepts of pairs: {threshold.value:.4f}, {share} of unknown queries match"
+        )
+
+
 def from_half(embeddings: Embeddings, seed: int) -> Threshold:
     """A threshold chosen on half of the classes and checked on the others, as evaluate.py --calibrate does."""
     return verification.calibrate(embeddings, SHARE, seed=seed)
@@ -109,6 +119,7 @@ def main(argv: list[str]) -> None:
         embeddings, paths = embed(argv)
         if len(group(paths)) == len(embeddings.labels.unique()):  # each class is in a folder of its own
             folders(embeddings, paths)
+        pair_thresholds(embeddings)
         calibrations(embeddings, "one half to the other", from_half)
         calibrations(embeddings, "a quarter to the rest", from_quarter)
 

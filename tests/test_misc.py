@@ -154,6 +154,8 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
         "R@1 of 24 folders among 24 folders",
         "Threshold of 24 folders ",
         "Threshold of 24 folders ",
+        "Threshold for 10.00% false accepts of pairs: ",
+        "Threshold for 1.00% false accepts of pairs: ",
         "seed  0  threshold ",
         "seed  1  threshold ",
         "Requested: 80.0% of unknown queries. From one half to the other, over 2 splits: mean ",
@@ -168,7 +170,7 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     write_index(tmp_path / "index", test_set.paths, vectors)
     thresholds.main([str(tmp_path / "index")])
     lines = capsys.readouterr().out.splitlines()
-    assert [line[: len(start)] for line, start in zip(lines, starts[5:8], strict=True)] == starts[5:8]
+    assert [line[: len(start)] for line, start in zip(lines, starts[7:10], strict=True)] == starts[7:10]
 
 
 def write_index(folder, paths, vectors, by_folder=False):

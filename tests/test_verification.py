@@ -357,7 +357,7 @@ def test_identification_is_that_of_a_loop(searched, distance, tile):
     found = identify(*sides(*SETS[searched]), distance=distance)
     assert found.own == pytest.approx([own for own, _ in rows], abs=1e-5)
     for others, (_, best) in zip(found.others, rows, strict=True):
-        expected = sorted(best.values(), reverse=True) + [-np.inf]  # of a class that the gallery lacks, all are others
+        expected = [*sorted(best.values(), reverse=True), -np.inf]  # one more where its class is missing
         assert others == pytest.approx(expected[: len(others)], abs=1e-5)
     limit = np.median(found.others[:, 0]) + 1e-3
     known = [own >= limit and own > max(best.values()) for own, best in rows if own > -np.inf]

@@ -401,6 +401,7 @@ def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, 
             "query": answer.query,
             "threshold": limit,
             "match": None if limit is None else bool(answer.matches),
+            "probability": answer.probability,
             "best": answer.nearest[0][1] if answer.nearest else None,
             "things": [
                 {"folder": thing.folder, measure: thing.best, "images": thing.images} for thing in answer.things
@@ -417,13 +418,19 @@ def unit(measure: str) -> str:
     return "distance " if measure == "distance" else ""
 
 
+def in_words(probability: float) -> str:
+    """A probability in percent, never 100%."""
+    return f"{probability:.0%}" if probability <= 0.99 else "over 99%"
+
+
 def print_table(answers: list[Answer], limit: float | None, measure: str) -> None:
     """Print each query with the thing that it shows and its matches, or "no match"."""
-    for query, nearest, matches, things in answers:
+    for query, nearest, matches, things, probability in answers:
         print(printable(query))
         for folder, best, images in things[:1]:
             near = "" if folder == matches[0][0] else f", {images} of the {len(nearest)} nearest images"
-            print(f"  {printable(os.path.basename(folder))}: {measure} {best:.4f}{near}")
+            sure = "" if probability is None else f"; {in_words(probability)} sure, if the index has the thing"
+            print(f"  {printable(os.path.basename(folder))}: {measure} {best:.4f}{near}{sure}")
         for rank, (path, value) in enumerate(matches, start=1):
             print(f"{rank:>4}  {unit(measure)}{value:.4f}  {printable(path)}")
         if limit is not None and not matches:
@@ -434,7 +441,7 @@ def print_table(answers: list[Answer], limit: float | None, measure: str) -> Non
 def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -> None:
     """Draw each query with its matches; an indexed query is left out of its own row."""
     rows = []
-    for query, _, matches, _ in answers:
+    for query, _, matches, *_ in answers:
         kind = "query" if matches or limit is None else "no match"
         others = [
             (path, f"{unit(index.measure)}{value:.3f}\n{folder_of(path)}")
@@ -462,6 +469,7 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
 def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | None, str]:
     """The threshold of the command line, or that of the index or its checkpoint with a line on it."""
     if args.threshold is not None:
+        search.calibration = None  # it is not read, and may be one of an earlier version
         return None if args.threshold == "none" else args.threshold, ""
     index = search.index
     asked, held = ("folders" if by_folder else "images" for by_folder in (args.by_folder, index.made["by_folder"]))

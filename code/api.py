@@ -135,13 +135,15 @@ class Answer(NamedTuple):
     """The entries of an index that are nearest to a query, (path, similarity or distance), and those that match.
 
     things: the folders of the matches, the best first, without those that were indexed as a whole; of an index of
-    folders, the matches.
+    folders, the matches. probability: that the query shows the nearest thing, if the index has what it shows; None
+    without a calibration.
     """
 
     query: str
     nearest: list[tuple[str, float]]
     matches: list[tuple[str, float]]
     things: list[Thing]
+    probability: float | None = None
 
 
 class Search:
@@ -215,7 +217,8 @@ class Search:
         answers = []
         for name, nearest in zip(names, self.index.search(embeddings, count)):
             matches = [near for near in nearest if self.is_match(near[1])]
-            answers.append(Answer(name, nearest, matches, self.things_of(matches)))
+            things = self.things_of(matches)
+            answers.append(Answer(name, nearest, matches, things, self.probability(nearest) if things else None))
         return answers
 
     def things_of(self, matches: list[tuple[str, float]]) -> list[Thing]:
@@ -226,6 +229,14 @@ class Search:
             if self.index.made["by_folder"] or thing not in self.index.folders:
                 values.setdefault(thing, []).append(value)
         return [Thing(folder, of_folder[0], len(of_folder)) for folder, of_folder in values.items()]
+
+    def probability(self, nearest: list[tuple[str, float]]) -> float | None:
+        """That a query shows the thing of its nearest entry; if all of several entries are of it, at least this."""
+        if not self.calibration or len(nearest) < 2:
+            return None
+        things, values = zip(*((self.index.thing_of(path), value) for path, value in nearest))
+        second = next((value for thing, value in zip(things, values) if thing != things[0]), values[-1])
+        return self.calibration.probability(abs(values[0] - second))
 
     def is_match(self, value: float) -> bool:
         """Whether a similarity or a distance is as near as the threshold, if there is one."""

@@ -114,8 +114,9 @@ class Threshold:
     share: how many of the unknown queries, whose thing is not in the gallery, may match. sizes, values: numbers of
     images of other things, the largest first, and the threshold for each. unknown, known: what it achieved, each as
     (share, low, high): unknown queries that match, and known ones whose nearest image is of their thing and matches;
-    known is () where nothing was known. classes: how many chose it, and how many checked it. dataset, data: what it
-    was measured on, and the fingerprints of its splits.
+    known is () where nothing was known. odds: (offset, slope) of the log odds that a known query's nearest thing is
+    right, over the gap to its second thing; () where nothing was known. classes: how many chose it, and how many
+    checked it. dataset, data: what it was measured on, and the fingerprints of its splits.
     """
 
     distance: str
@@ -124,6 +125,7 @@ class Threshold:
     values: tuple[float, ...]
     unknown: tuple[float, ...]
     known: tuple[float, ...]
+    odds: tuple[float, ...]
     classes: tuple[int, ...]
     dataset: str
     data: dict
@@ -131,7 +133,7 @@ class Threshold:
     @classmethod
     def from_record(cls, record: Any) -> "Threshold":
         """The threshold in a record. Raises ValueError with the record if it is damaged."""
-        lists = ("sizes", "values", "unknown", "known", "classes")
+        lists = ("sizes", "values", "unknown", "known", "odds", "classes")
         if (
             isinstance(record, dict)
             and record.keys() == {field.name for field in fields(cls)}
@@ -167,6 +169,13 @@ class Threshold:
             gap = math.exp(far + (near - far) * (at - smaller) / (larger - smaller))
         return 1 - gap if self.distance == "cosine" else gap
 
+    def probability(self, gap: float) -> float | None:
+        """That a known query shows its nearest thing, which is this much nearer than the second; None if unknown."""
+        if not self.odds:
+            return None
+        offset, slope = self.odds
+        return 1 / (1 + math.exp(min(-(offset + slope * gap), 700)))
+
     def text(self) -> str:
         """The threshold for each size."""
         best, *others = (f"{value:.4f} for {size:,}" for size, value in zip(self.sizes, self.values))
@@ -176,7 +185,7 @@ class Threshold:
         return max(1 - value if self.distance == "cosine" else value, SMALLEST_GAP)
 
     def _is_valid(self) -> bool:
-        numbers = *self.values, *self.unknown, *self.known
+        numbers = *self.values, *self.unknown, *self.known, *self.odds
         sizes_fall = all(larger > smaller > 0 for larger, smaller in zip(self.sizes, self.sizes[1:]))
         return (
             self.distance in DISTANCES
@@ -188,6 +197,7 @@ class Threshold:
             and all(isinstance(number, float) and math.isfinite(number) for number in numbers)
             and len(self.unknown) == 3
             and len(self.known) in (0, 3)
+            and len(self.odds) in (0, 2)
             and all(0 <= share <= 1 for share in (*self.unknown, *self.known))
             and isinstance(self.dataset, str)
             and isinstance(self.data, dict)

@@ -303,6 +303,12 @@ class Identification:
         known = self.own > -np.inf
         return self._share((self.own >= threshold) & (self.own > self.others[:, 0]), known)
 
+    def gaps(self) -> tuple[np.ndarray, np.ndarray]:
+        """(gap, right) of the known queries (M,): how much nearer the nearest class is than the second; if it is own."""
+        first, second = np.sort(np.column_stack([self.own, self.others[:, :2]]))[:, :-3:-1].T
+        known = self.own > -np.inf
+        return (first - second)[known], (self.own > self.others[:, 0])[known]
+
     def by_class(self, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(labels, false accepts, false rejects) of the classes (C,).
 
@@ -461,12 +467,31 @@ def choose_threshold(share: float, chosen: Identification, checked: Identificati
     distance, checked = chosen.distance, checked or chosen
     values = tuple(to_nearness(value, distance) for value in values)
     numbers = (chosen.classes + 1,) if checked is chosen else (chosen.classes + 1, checked.classes + 1)
-    threshold = Threshold(distance, share, sizes, values, (), (), numbers, "", {})
+    threshold = Threshold(distance, share, sizes, values, (), (), (), numbers, "", {})
     limit = to_nearness(threshold.at(checked.size), distance)
     known = checked.known(limit)
-    return replace(
-        threshold, unknown=tuple(checked.unknown(limit)), known=() if math.isnan(known.value) else tuple(known)
-    )
+    unknown = tuple(checked.unknown(limit))
+    if math.isnan(known.value):
+        return replace(threshold, unknown=unknown)
+    return replace(threshold, unknown=unknown, known=tuple(known), odds=log_odds(*chosen.gaps()))
+
+
+def log_odds(gaps: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """(offset, slope) of the log odds of being right over the gap, by logistic regression on gaps (M,), right (M,).
+
+    The targets are Platt's (1999), slightly inside 0 and 1, so that the odds are finite if all queries are right.
+    """
+    from scipy.optimize import minimize
+
+    scale = gaps.mean() or 1.0
+    target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
+
+    def loss(weights):
+        z = weights[0] + weights[1] * gaps / scale
+        return (np.logaddexp(0, z) - target * z).mean()
+
+    offset, slope = minimize(loss, np.zeros(2)).x
+    return float(offset), float(slope / scale)
 
 
 def describe(threshold: Threshold) -> str:

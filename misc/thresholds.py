@@ -9,7 +9,6 @@ thresholds are measured.
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from proxy_anchor import cli, retrieval, verification
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.entries import embeddings_of, group
 from proxy_anchor.index.store import Index
-from proxy_anchor.spec import SHARE, Threshold
+from proxy_anchor.spec import SHARE
 from proxy_anchor.vectors import Embeddings
 
 SPLITS = 20
@@ -49,26 +48,28 @@ def pair_thresholds(embeddings: Embeddings) -> None:
         )
 
 
-def from_half(embeddings: Embeddings, seed: int) -> Threshold:
-    """A threshold chosen on half of the classes and checked on the others, as evaluate.py --calibrate does."""
-    return verification.calibrate(embeddings, SHARE, seed=seed)
+def split(embeddings: Embeddings, seed: int, share: int) -> list[verification.Identification]:
+    """Of one in `share` of the classes, and of the others; neither is in the gallery of the other."""
+    order = np.random.default_rng(seed).permutation(embeddings.labels.unique().numpy())
+    parts = torch.from_numpy(order).tensor_split([-(-len(order) // share)])
+    return [verification.identify(embeddings.of_classes(part)) for part in parts]
 
 
-def from_quarter(embeddings: Embeddings, seed: int) -> Threshold:
-    """A threshold chosen on a quarter of the classes and checked on the others, three times as many."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(embeddings.labels.unique().numpy()))
-    parts = order.tensor_split([len(order) // 4])
-    return verification.choose_threshold(SHARE, *(verification.identify(embeddings.of_classes(part)) for part in parts))
+def calibrations(embeddings: Embeddings, name: str, share: int) -> None:
+    """Choose a threshold on some classes and check it on others, for several splits of the classes.
 
-
-def calibrations(embeddings: Embeddings, name: str, choose: Callable[[Embeddings, int], Threshold]) -> None:
-    """Choose a threshold on some classes and check it on others, for several splits of the classes."""
-    thresholds = []
+    And the probabilities: how often known queries are answered rightly, for each tenth of the probabilities.
+    """
+    thresholds, probabilities, right = [], [], []
     for seed in range(SPLITS):
-        thresholds.append(choose(embeddings, seed))
+        chosen, checked = split(embeddings, seed, share)
+        thresholds.append(threshold := verification.choose_threshold(SHARE, chosen, checked))
+        gaps, is_right = checked.gaps()
+        probabilities += [threshold.probability(gap) for gap in gaps]
+        right += is_right.tolist()
         print(
-            f"seed {seed:2}  threshold {thresholds[-1].values[0]:.4f}; unknown queries that match, from {name}: "
-            f"{verification.Estimate(*thresholds[-1].unknown).percent()}",
+            f"seed {seed:2}  threshold {threshold.values[0]:.4f}; unknown queries that match, from {name}: "
+            f"{verification.Estimate(*threshold.unknown).percent()}",
             flush=True,
         )
     shares, known = [t.unknown[0] for t in thresholds], [t.known[0] for t in thresholds]
@@ -78,6 +79,9 @@ def calibrations(embeddings: Embeddings, name: str, choose: Callable[[Embeddings
         f"from {min(shares):.2%} to {max(shares):.2%}, above 8% in {sum(share > 0.08 for share in shares)}; the 95% "
         f"interval contains it in {covered}; known queries answered rightly: mean {np.mean(known):.2%}"
     )
+    tenths = np.array_split(np.argsort(probabilities), 10)
+    for kind, values in (("probability", probabilities), ("right", right)):
+        print(f"{kind:<12}" + "".join(f"{np.take(values, tenth).mean():>7.1%}" for tenth in tenths))
 
 
 def folders(embeddings: Embeddings, paths: list[str]) -> None:
@@ -115,13 +119,13 @@ def folders(embeddings: Embeddings, paths: list[str]) -> None:
 def main(argv: list[str]) -> None:
     with cli.errors_in_one_line("thresholds.py"):
         if len(argv) == 1 and os.path.isdir(argv[0]):
-            return calibrations(Index.open(Path(argv[0])).embeddings(), "one half to the other", from_half)
+            return calibrations(Index.open(Path(argv[0])).embeddings(), "one half to the other", 2)
         embeddings, paths = embed(argv)
         if len(group(paths)) == len(embeddings.labels.unique()):  # each class is in a folder of its own
             folders(embeddings, paths)
         pair_thresholds(embeddings)
-        calibrations(embeddings, "one half to the other", from_half)
-        calibrations(embeddings, "a quarter to the rest", from_quarter)
+        calibrations(embeddings, "one half to the other", 2)
+        calibrations(embeddings, "a quarter to the rest", 4)
 
 
 if __name__ == "__main__":

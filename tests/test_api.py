@@ -3,13 +3,16 @@
 import copy
 import inspect
 import io
+import math
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,10 +182,29 @@ def test_recorded_threshold(made, paths, tmp_path, capsys):
     for asked in (lambda: embed.threshold, lambda: search.query(paths[0])):
         with pytest.raises(ValueError, match="has a threshold for pairs of images"):
             asked()
-    search.threshold = 0.5
+    search.calibration, search.threshold = None, 0.5
     assert search.query(paths[0], 18).nearest == nearest
     make_index(tmp_path, made / "images", tmp_path / "folders", "--by-folder")
     assert Search(tmp_path / "folders").threshold is None  # it is one for images
+
+
+def test_probability_is_that_of_the_gap_to_the_second_thing(made, paths, tmp_path):
+    pytest.importorskip("faiss")
+    (tmp_path / "a.pth").write_bytes((made / "a.pth").read_bytes())
+    recorded = threshold(0.0, odds=(-1.0, 20.0))
+    checkpoint.save_threshold(tmp_path / "a.pth", recorded, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
+    make_index(tmp_path, made / "images", tmp_path / "index")
+    search = Search(tmp_path / "index")
+    answer = search.query(paths[0], len(paths))
+    gap = answer.things[0].best - answer.things[1].best
+    assert answer.probability == pytest.approx(1 / (1 + math.exp(1 - 20 * gap)))
+    of_one_thing = [near for near in answer.nearest if os.path.dirname(near[0]) == answer.things[0].folder]
+    last = of_one_thing[0][1] - of_one_thing[-1][1]  # the second thing is no nearer than the last entry
+    assert search.probability(of_one_thing) == pytest.approx(1 / (1 + math.exp(1 - 20 * last)))
+    assert search.query(paths[0], 1).probability is None
+    search.threshold = 1.1
+    assert search.query(paths[0]).probability is None
+    assert replace(recorded, odds=()).probability(0.1) is None
 
 
 def test_pickled_search_finds_its_files_from_another_folder(made, paths, tmp_path, monkeypatch):

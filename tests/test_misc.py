@@ -159,9 +159,13 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
         "seed  0  threshold ",
         "seed  1  threshold ",
         "Requested: 80.0% of unknown queries. From one half to the other, over 2 splits: mean ",
+        "probability ",
+        "right ",
         "seed  0  threshold ",
         "seed  1  threshold ",
         "Requested: 80.0% of unknown queries. From a quarter to the rest, over 2 splits: mean ",
+        "probability ",
+        "right ",
     ]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
     fails(lambda: thresholds.main([*data, "--resume", str(path), str(path)]), capsys, "Expected one network")
@@ -170,7 +174,7 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     write_index(tmp_path / "index", test_set.paths, vectors)
     thresholds.main([str(tmp_path / "index")])
     lines = capsys.readouterr().out.splitlines()
-    assert [line[: len(start)] for line, start in zip(lines, starts[7:10], strict=True)] == starts[7:10]
+    assert [line[: len(start)] for line, start in zip(lines, starts[7:12], strict=True)] == starts[7:12]
 
 
 def write_index(folder, paths, vectors, by_folder=False):

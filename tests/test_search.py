@@ -506,6 +506,7 @@ def test_threshold_of_the_checkpoint_is_used_unless_another_is_given(weights, im
         "query": result["query"],
         "threshold": 1.1,
         "match": False,
+        "probability": None,
         "best": pytest.approx(1),
         "things": [],
         "neighbours": [],

@@ -63,8 +63,8 @@ def options() -> argparse.ArgumentParser:
         "--verify",
         action="store_true",
         help="also print how well a threshold tells same-class from different-class pairs of images, and known from "
-        "unknown queries, and how well images are sorted into things; takes three times as long as the recalls "
-        "(implied by --calibrate and --report)",
+        "unknown queries, and how well images are sorted into things; takes five times as long as the recalls (implied "
+        "by --calibrate and --report)",
     )
     group.add_argument(
         "--calibrate",

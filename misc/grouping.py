@@ -1,41 +1,36 @@
-"""Measure how well images are sorted into things, for docs/use.md: 20 times on a random half of the test classes.
+"""Measure how well images are sorted into things, for docs/use.md: 20 times on a random half of the classes.
 
-python misc/grouping.py --dataset glyphs --resume CHECKPOINT
+    python misc/grouping.py --dataset glyphs --resume RUN
+    python misc/grouping.py photos.index
 
-It takes the flags of evaluate.py. The threshold is chosen on the other half. For comparison: the threshold that is best
-for the measured half itself, and the one for queries, see evaluate.py --calibrate.
+On the test classes of a dataset, with the flags of evaluate.py, or on the folders of an index. The threshold is chosen
+on the other half. For comparison: the threshold that is best for the measured half itself, and the one for queries.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import dataset
+from thresholds import embed
+
 import evaluate
-from proxy_anchor import cli, hardware, verification
-from proxy_anchor.embedding import Embedder
+from proxy_anchor import cli, verification
 from proxy_anchor.index import clustering
+from proxy_anchor.index.store import Index
 from proxy_anchor.spec import SHARE
-from proxy_anchor.vectors import Embeddings, concat_rows, to_nearness
+from proxy_anchor.vectors import Embeddings, to_nearness
 
 SPLITS = 20
 
 
-def embed(args) -> Embeddings:
-    """The embeddings of all test images by the network of a command line."""
-    (network,), _, _ = evaluate.open_networks(args)
-    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
-    sets = [
-        embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))
-        for images in evaluate.open_test_sets(args)
-    ]
-    return concat_rows(*sets, *[None] * (2 - len(sets)))
-
-
 def measure(embeddings: Embeddings, distance: str, seed: int) -> dict[str, list[float]]:
-    """{how the images were sorted: [things of several images, images alone, ARI, AMI]} of one half."""
+    """{how the images were sorted: [things of several images, images alone, ARI, AMI]} of one half.
+
+    Raises ValueError where no class of the other half has two images.
+    """
     grouping = clustering.measure(embeddings, distance, seed=seed)
     if grouping is None:
         raise ValueError("half of the classes have no two images of a class: expected several images of each class")
@@ -51,19 +46,19 @@ def measure(embeddings: Embeddings, distance: str, seed: int) -> dict[str, list[
     return {name: [*clustering.sizes(found), *grouping.scores(found)] for name, found in results.items()}
 
 
-def main(argv=None):
-    args = evaluate.parse(argv)
+def main(argv: list[str]) -> None:
     with cli.errors_in_one_line("grouping.py"):
-        embeddings = embed(args)
-        rows = [measure(embeddings, args.spec.distance, seed) for seed in range(SPLITS)]
+        if len(argv) == 1 and os.path.isdir(argv[0]):
+            index = Index.open(Path(argv[0]))
+            embeddings, distance = index.embeddings(), index.distance
+        else:
+            (embeddings, _), distance = embed(argv), evaluate.parse(argv).spec.distance
+        rows = [measure(embeddings, distance, seed) for seed in range(SPLITS)]
         for name in rows[0]:
             columns = zip(("things", "alone", "ARI", "AMI"), zip(*(row[name] for row in rows)))
-            values = (
-                f"{column} {np.mean(numbers):.3g} ({min(numbers):.3g} to {max(numbers):.3g})"
-                for column, numbers in columns
-            )
+            values = (f"{kind} {np.mean(x):.3g} ({min(x):.3g} to {max(x):.3g})" for kind, x in columns)
             print(f"{name}: {', '.join(values)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

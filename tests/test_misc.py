@@ -17,8 +17,9 @@ import pytest
 import thresholds
 import torch
 import trees
-from helpers import RECORD, arguments
+from helpers import RECORD, arguments, fails
 
+import dataset
 import net
 import protocol
 import train
@@ -136,7 +137,7 @@ def test_gap_of_selection_on_the_test_set(commands_of, tmp_path):
 
 
 def test_thresholds(tmp_path, monkeypatch, capsys):
-    """All of misc/thresholds.py, on a few letters, as trained with a record and as published without one."""
+    """All of misc/thresholds.py, on a few letters."""
     letters(tmp_path, count=24, images=4)
     monkeypatch.setitem(glyphs.SIZES, "eval", (24, 96))
     monkeypatch.setattr(thresholds, "SPLITS", 2)
@@ -145,24 +146,37 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     trees.save_checkpoint(
         path, net.create("resnet18", 8, head="layernorm"), RESNET | {"head": "layernorm", "crop": 1.0}
     )
-    thresholds.main([str(path), "--data-root", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
+    data = ["--dataset", "glyphs", "--data-root", str(tmp_path), "--workers", "0"]
+    capsys.readouterr()
+    thresholds.main([*data, "--resume", str(path)])
+    _, *lines = capsys.readouterr().out.splitlines()
     starts = [
         "R@1 of 48 images among 48 images",
         "R@1 of 48 images among 24 folders",
         "R@1 of 24 folders among 24 folders",
         "Threshold of 24 folders ",
         "Threshold of 24 folders ",
+        "Threshold for 10.00% false accepts of pairs: ",
+        "Threshold for 1.00% false accepts of pairs: ",
         "seed  0  threshold ",
         "seed  1  threshold ",
         "Requested: 80.0% of unknown queries. From one half to the other, over 2 splits: mean ",
+        "probability ",
+        "right ",
+        "seed  0  threshold ",
+        "seed  1  threshold ",
         "Requested: 80.0% of unknown queries. From a quarter to the rest, over 2 splits: mean ",
+        "probability ",
+        "right ",
     ]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
-    torch.save({"model_state_dict": net.create("resnet18", 8).state_dict()}, path)
-    with pytest.raises(SystemExit):
-        thresholds.main([str(path), "--data-root", str(tmp_path)])
-    assert capsys.readouterr().err.startswith("thresholds.py: error: ")
+    fails(lambda: thresholds.main([*data, "--resume", str(path), str(path)]), capsys, "Expected one network")
+    test_set = dataset.load("glyphs", tmp_path, "eval")
+    vectors = [[math.cos(label), math.sin(label)] for label in test_set.labels]
+    write_index(tmp_path / "index", test_set.paths, vectors)
+    thresholds.main([str(tmp_path / "index")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, starts[7:12], strict=True)] == starts[7:12]
 
 
 def test_grouping(tmp_path, monkeypatch, capsys):
@@ -170,8 +184,7 @@ def test_grouping(tmp_path, monkeypatch, capsys):
     trees.folder(tmp_path / "photos", classes=[f"{c:02d}" for c in range(20)] + ["ant"])
     trees.save_checkpoint(tmp_path / "a.pth", net.create("tiny", 8), RECORD)
     monkeypatch.setattr(grouping, "SPLITS", 2)
-    flags = arguments(tmp_path / "photos", dataset="folder", resume=tmp_path / "a.pth")
-    grouping.main(flags)
+    grouping.main(arguments(tmp_path / "photos", dataset="folder", resume=tmp_path / "a.pth"))
     lines = capsys.readouterr().out.splitlines()[-6:]
     assert re.fullmatch(r"seed  1: threshold 0\.\d{4}, 5 classes", lines[1])
     ways = ["number given", "threshold of the other half", "best threshold for this half", "threshold for queries, 5%"]
@@ -179,6 +192,14 @@ def test_grouping(tmp_path, monkeypatch, capsys):
     rows = [re.fullmatch(form, line) for line in lines[2:]]
     assert [row[1] for row in rows] == ways and float(rows[0][2]) <= 5
     assert float(rows[2][3]) >= max(float(row[3]) for row in rows)
+    test_set = dataset.load("folder", tmp_path / "photos", "eval")
+    vectors = [[math.cos(label), math.sin(label)] for label in test_set.labels]
+    write_index(tmp_path / "index", test_set.paths, vectors)
+    grouping.main([str(tmp_path / "index")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith(", 11 classes") and [line.split(":")[0] for line in lines[2:]] == ways  # with their "more"
+    write_index(tmp_path / "alone", test_set.paths[::6], vectors[::6])
+    fails(lambda: grouping.main([str(tmp_path / "alone")]), capsys, "half of the classes have no two images")
 
 
 def write_index(folder, paths, vectors, by_folder=False):

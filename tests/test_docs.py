@@ -82,6 +82,12 @@ def test_there_are_no_other_commands():
             assert not re.match("(python|torchrun|bash) ", command) or command.startswith(known), f"{page}: {line}"
 
 
+def test_commands_on_glyphs_run_as_printed():
+    """.ci/run runs these lines after the quick start."""
+    lines = [line for page in PAGES for line in page.read_text().splitlines() if re.match("python .*glyphs", line)]
+    assert len(lines) > 5 and not any(re.search(r"\b(RUN|DIR|CHECKPOINT)\b", line) for line in lines)
+
+
 def test_every_dataset_is_prepared_on_the_page():
     found = {(command, name) for command, name, *_ in commands("python -m dataset")}
     assert {("prepare", name) for name in ("cub", "cars", "SOP", "Inshop")} < found and ("check", "folder") in found

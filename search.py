@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import dataset
 import net
-from dataset.files import BadFile, is_hidden, read_image
+from dataset.files import REMEDIES, BadFile, extensions, is_hidden, read_image, read_thumbnail
 from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.index.store import Index
 
+PORT = 7860  # of the page
 BLOCK = 2**14  # images that are embedded before they are written
 AS_STORED = (
     "This index was built from photos as stored, without EXIF rotation, and stays that way; build a new index to have "
@@ -44,6 +45,8 @@ EXAMPLES = """examples:
   with several photos of each thing, in one folder per thing:
     python search.py index --resume logs/logs_cub/RUN --images things --by-folder --out things.index
     python search.py query --index things.index --by-folder new
+  ask on a page, in a browser on this machine:
+    python search.py serve --index photos.index
 """
 
 
@@ -90,17 +93,7 @@ def query_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
-    group.add_argument(
-        "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
-    )
-    group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
-    group.add_argument("--neighbours", "-k", default=10, type=cli.integer(1), metavar="K", help="neighbours per image")
-    group.add_argument(
-        "--nprobe",
-        type=cli.integer(1),
-        metavar="N",
-        help="cells to search in an IVF index (default: 1); more cells find more neighbours and take longer",
-    )
+    opening_options(group)
     group.add_argument(
         "--threshold",
         type=threshold,
@@ -116,11 +109,37 @@ def query_options() -> argparse.ArgumentParser:
     return parser
 
 
+def serve_options() -> argparse.ArgumentParser:
+    """Command-line flags of `search.py serve`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("serve")
+    opening_options(group)
+    group.add_argument(
+        "--port", default=PORT, type=cli.integer(0, 65535), metavar="N", help="port of the page; 0 takes any free one"
+    )
+    return parser
+
+
+def opening_options(group) -> None:
+    """The flags that `query` and `serve` open an index with."""
+    group.add_argument(
+        "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
+    )
+    group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
+    group.add_argument("--neighbours", "-k", default=10, type=cli.integer(1), metavar="K", help="neighbours per image")
+    group.add_argument(
+        "--nprobe",
+        type=cli.integer(1),
+        metavar="N",
+        help="cells to search in an IVF index (default: 1); more cells find more neighbours and take longer",
+    )
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser: argparse.ArgumentParser = cli.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query|serve")
     form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
     make = commands.add_parser(
         "index",
@@ -143,6 +162,14 @@ def parse(argv=None) -> argparse.Namespace:
         usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]",
         parents=[query_options()],
         description="Print the images of an index that are most similar to each of yours.",
+        **form,
+    )
+    commands.add_parser(
+        "serve",
+        help="open a page to ask",
+        usage="search.py serve --index INDEX [--flag value ...]",
+        parents=[serve_options()],
+        description="Serve a page, for a browser on this machine alone: drop photographs and see what they show.",
         **form,
     )
     args = parser.parse_args(argv)
@@ -387,6 +414,21 @@ def query(args: argparse.Namespace) -> None:
         sys.exit(1)  # as for one image alone
 
 
+def serve(args: argparse.Namespace) -> None:
+    """Serve the page to ask, until it is interrupted."""
+    from proxy_anchor.api import Search
+    from proxy_anchor.index import page
+
+    page.gradio()  # first: the network takes longer
+    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
+    upright = search.index.is_upright
+    answers = page.Answers(
+        search, lambda entry, size: read_thumbnail(first_image(entry), size, upright), args.neighbours
+    )
+    name = printable(os.path.basename(os.path.abspath(args.index)))
+    page.serve(answers, name, sorted({*extensions(), *REMEDIES}), args.port)
+
+
 def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, measure: str) -> None:
     """Print the answers, and the reasons why images could not be read, as JSON."""
     errors = [{"query": path, "error": reason} for path, reason in bad.items()]
@@ -412,16 +454,11 @@ def unit(measure: str) -> str:
 
 def print_table(answers: list[Answer], limit: float | None, measure: str) -> None:
     """Print each query with the thing that it shows and its matches, or "no match"."""
-    for query, nearest, matches, things in answers:
-        print(printable(query))
-        for folder, best, images in things[:1]:
-            near = "" if folder == matches[0][0] else f", {images} of the {len(nearest)} nearest images"
-            print(f"  {printable(os.path.basename(folder))}: {measure} {best:.4f}{near}")
-        for rank, (path, value) in enumerate(matches, start=1):
+    for answer in answers:
+        print(printable(answer.query))
+        print(f"  {': '.join(filter(None, answer.verdict(measure, limit)))}")
+        for rank, (path, value) in enumerate(answer.matches, start=1):
             print(f"{rank:>4}  {unit(measure)}{value:.4f}  {printable(path)}")
-        if limit is not None and not matches:
-            reason = f": the best {measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
-            print(f"  no match{reason}")
 
 
 def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -> None:
@@ -475,7 +512,12 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:
     """An image or, of a folder, the first one in it."""
-    return read_image(next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry, upright)
+    return read_image(first_image(entry), upright)
+
+
+def first_image(entry: str) -> str:
+    """The path of an image or, of a folder, of the first one in it; its own if there is none."""
+    return next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry
 
 
 def folder_of(entry: str) -> str:
@@ -487,7 +529,7 @@ def folder_of(entry: str) -> str:
 def main(argv=None):
     args = parse(argv)
     with cli.errors_in_one_line("search.py"):
-        (update_index if args.command == "index" else query)(args)
+        {"index": update_index, "query": query, "serve": serve}[args.command](args)
 
 
 if __name__ == "__main__":

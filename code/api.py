@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from proxy_anchor import hardware
 from proxy_anchor.checkpoint import Checkpoint, in_run
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.files import printable
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import NetworkSpec, Threshold
 from proxy_anchor.vectors import comparable, to_nearness
@@ -132,6 +134,15 @@ class Answer(NamedTuple):
     matches: list[tuple[str, float]]
     things: list[Thing]
 
+    def verdict(self, measure: str, threshold: float | None) -> tuple[str, str]:
+        """The name of the best thing or "no match", and the numbers that say so; measure, threshold: see Search."""
+        if self.things:
+            folder, best, images = self.things[0]
+            near = "" if folder == self.matches[0][0] else f", {images} of the {len(self.nearest)} nearest images"
+            return printable(os.path.basename(folder)), f"{measure} {best:.4f}{near}"
+        best = f"the best {measure} is {self.nearest[0][1]:.4f}, the threshold {threshold:.4f}" if self.nearest else ""
+        return "no match", best
+
 
 class Search:
     """The search in an index of search.py, opened once; its answers are those of `search.py query`.
@@ -193,11 +204,16 @@ class Search:
 
     def answer(self, names: list[str], embeddings: torch.Tensor, count: int) -> list[Answer]:
         """The answer for each of the embeddings (N, D), of queries with these names."""
-        answers = []
-        for name, nearest in zip(names, self.index.search(embeddings, count)):
-            matches = [near for near in nearest if self.is_match(near[1])]
-            answers.append(Answer(name, nearest, matches, self.things_of(matches)))
-        return answers
+        return [
+            self.decide(name, nearest, self.threshold)
+            for name, nearest in zip(names, self.index.search(embeddings, count))
+        ]
+
+    def decide(self, name: str, nearest: list[tuple[str, float]], threshold: float | None) -> Answer:
+        """The answer for a query with these nearest entries; threshold: any number, or None if all are to match."""
+        limit = -math.inf if threshold is None else to_nearness(threshold, self.index.distance)
+        matches = [near for near in nearest if to_nearness(near[1], self.index.distance) >= limit]
+        return Answer(name, nearest, matches, self.things_of(matches))
 
     def things_of(self, matches: list[tuple[str, float]]) -> list[Thing]:
         """The folders of some matches, which begin with the best."""
@@ -205,12 +221,6 @@ class Search:
         for path, value in matches:
             values.setdefault(self.index.thing_of(path), []).append(value)
         return [Thing(folder, of_folder[0], len(of_folder)) for folder, of_folder in values.items()]
-
-    def is_match(self, value: float) -> bool:
-        """Whether a similarity or a distance is as near as the threshold, if there is one."""
-        if self.threshold is None:
-            return True
-        return to_nearness(value, self.index.distance) >= to_nearness(self.threshold, self.index.distance)
 
     def __reduce__(self):
         index, device, checkpoint, nprobe = self.arguments

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import dataset
 import net
-from dataset.files import REMEDIES, BadFile, extensions, is_hidden, read_image, read_thumbnail
+from dataset.files import REMEDIES, BadFile, is_hidden, read_image, read_thumbnail
 from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
@@ -426,7 +426,7 @@ def serve(args: argparse.Namespace) -> None:
         search, lambda entry, size: read_thumbnail(first_image(entry), size, upright), args.neighbours
     )
     name = printable(os.path.basename(os.path.abspath(args.index)))
-    page.serve(answers, name, sorted({*extensions(), *REMEDIES}), args.port)
+    page.serve(answers, name, [*REMEDIES], args.port)
 
 
 def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, measure: str) -> None:

@@ -140,8 +140,9 @@ class Answer(NamedTuple):
             folder, best, images = self.things[0]
             near = "" if folder == self.matches[0][0] else f", {images} of the {len(self.nearest)} nearest images"
             return printable(os.path.basename(folder)), f"{measure} {best:.4f}{near}"
-        best = f"the best {measure} is {self.nearest[0][1]:.4f}, the threshold {threshold:.4f}" if self.nearest else ""
-        return "no match", best
+        if not self.nearest:
+            return "no match", ""
+        return "no match", f"the best {measure} is {self.nearest[0][1]:.4f}, the threshold {threshold:.4f}"
 
 
 class Search:

@@ -36,6 +36,7 @@ SCRIPTS = {
         ("evaluate.py", []),
         ("search.py", ["index"]),
         ("search.py", ["query"]),
+        ("search.py", ["serve"]),
         ("protocol.py", []),
         ("export.py", []),
         ("-m dataset", ["check"]),

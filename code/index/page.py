@@ -69,11 +69,11 @@ def gradio():
 
 
 class Query(NamedTuple):
-    """A photograph that was asked for: its picture as a data URI, and the nearest entries or why it cannot be read."""
+    """A photograph that was asked for: its picture, a data URI, and the nearest entries, or why it cannot be read."""
 
     name: str
-    picture: str = ""
-    nearest: tuple[tuple[str, float], ...] = ()
+    picture: str
+    nearest: list[tuple[str, float]]
     error: str = ""
 
 
@@ -97,16 +97,17 @@ class Answers:
 
     def ask(self, paths: list[str] | None, slider: float) -> tuple[list[Query], str, None]:
         """The queries for uploaded files, which are deleted, and the answers; None empties the field of the files."""
-        queries = []
+        queries: list[Query] = []
         for path in paths or []:
             name = printable(os.path.basename(path))
             try:
                 if len(queries) >= MOST:
                     raise BadFile(f"{path} is one too many: drop {MOST} photographs at a time")
-                nearest = tuple(self.search.query(path, self.count).nearest)
+                nearest = self.search.query(path, self.count).nearest
                 queries.append(Query(name, self.draw(path), nearest))
             except (OSError, ValueError) as error:
-                queries.append(Query(name, error=printable(str(error).replace(path, os.path.basename(path)))))
+                reason = printable(str(error).replace(path, os.path.basename(path)))
+                queries.append(Query(name, "", [], reason))
         for path in paths or []:
             with suppress(FileNotFoundError):  # a file that was dropped twice
                 os.remove(path)
@@ -229,7 +230,7 @@ class Guard:
         """Whether a request is one that the page makes, and no other page does."""
         host = request.headers.get("host", "")
         is_here = (
-            host.rpartition(":")[0] in NAMES and request.headers.get("origin", f"http://{host}") == f"http://{host}"
+            host.partition(":")[0] in NAMES and request.headers.get("origin", f"http://{host}") == f"http://{host}"
         )
         return is_here and REQUESTED.fullmatch(request.scope["path"]) is not None
 
@@ -264,7 +265,7 @@ async def read(request) -> bytes:
 def application(answers: Answers, name: str, extensions: list[str], uploads: str) -> Guard:
     """The page as an ASGI application.
 
-    name: of the index; extensions: of the files that can be dropped; uploads: the folder for them.
+    name: of the index; extensions: of photographs that browsers do not take for images; uploads: the folder for files.
     """
     os.environ["GRADIO_TEMP_DIR"] = uploads
     gr = gradio()

@@ -150,7 +150,10 @@ class Answers:
         )
 
     def name_of(self, entry: str) -> str:
-        return printable(os.path.basename(self.search.index.thing_of(entry)))
+        """The name of an entry's thing, or its own if it is of none."""
+        index = self.search.index
+        thing = index.thing_of(entry)
+        return printable(os.path.basename(entry if thing in index.folders and self.kind == "images" else thing))
 
     def draw(self, path: str) -> str:
         """A thumbnail as a data URI, "" if the file is gone or damaged."""

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -83,7 +84,9 @@ def test_answers_are_those_of_query(folder, copies):
     expected = answers.search.query(folder / "images/cat/3.jpg")
     assert queries[0].nearest == expected.nearest and queries[0].nearest[0][1] == pytest.approx(1)
     near = len(expected.matches)
-    assert f"{expected.verdict('similarity', LIMIT)[1]}; the threshold is {LIMIT}" in text and "similarity 1.0000" in text
+    assert (
+        f"{expected.verdict('similarity', LIMIT)[1]}; the threshold is {LIMIT}" in text and "similarity 1.0000" in text
+    )
     refused = answers.search.query(folder / "unknown.png")
     assert f"the best similarity is {refused.nearest[0][1]:.4f}, the threshold {LIMIT}" in text
     assert "The image broken.jpg cannot be read: it is damaged" in text and str(files[2]) not in text
@@ -132,6 +135,14 @@ def test_index_without_a_threshold(folder, tmp_path):
     assert "--calibrate" in answers.remark() and answers.limit(answers.start) is None
 
 
+def test_images_of_no_folder_are_named_themselves(folder, copies, tmp_path):
+    shutil.copytree(folder / "images" / "cat", tmp_path / "photos", ignore=shutil.ignore_patterns("more"))
+    make_index(folder, tmp_path / "photos", tmp_path / "index")
+    answers = answers_of(tmp_path / "index")
+    _, text, _ = answers.ask(copies("images/cat/3.jpg"), 0)
+    assert headings(text) == ["3.jpg"] and "<figcaption>1.0000 3.jpg</figcaption>" in text
+
+
 def test_names_are_text_and_files_that_are_gone_are_named(folder, copies, tmp_path):
     shutil.copytree(folder / "images", tmp_path / "images")
     make_index(folder, tmp_path / "images", tmp_path / "index")
@@ -158,6 +169,13 @@ def test_batches_and_pixels_are_limited(folder, copies, tmp_path, monkeypatch):
 def test_gradio_is_named_where_it_is_missing(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     fails(lambda: search.main(["serve", "--index", str(folder / "photos.index")]), capsys, "pip install 'gradio>=")
+
+
+def test_port_that_is_taken(folder, capsys):
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        flags = ["--index", str(folder / "photos.index"), "--port", str(other.getsockname()[1])]
+        fails(lambda: search.main(["serve", *flags]), capsys, "(Address already in use): choose another --port")
 
 
 # What the page refuses

@@ -332,6 +332,7 @@ def serve(answers: Answers, name: str, extensions: list[str], port: int) -> None
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, port))
+            listener.listen()
         except OSError as error:
             raise OSError(f"Port {port} cannot be used ({error.strerror}): choose another --port") from error
         app = application(answers, name, extensions, uploads)

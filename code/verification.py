@@ -304,7 +304,7 @@ class Identification:
         return self._share((self.own >= threshold) & (self.own > self.others[:, 0]), known)
 
     def gaps(self) -> tuple[np.ndarray, np.ndarray]:
-        """(gap, right) of the known queries (M,): how much nearer the nearest class is than the second; if it is own."""
+        """(gap, right) of the known queries (M,): how much nearer the nearest class is than the second; whether own."""
         first, second = np.sort(np.column_stack([self.own, self.others[:, :2]]))[:, :-3:-1].T
         known = self.own > -np.inf
         return (first - second)[known], (self.own > self.others[:, 0])[known]

@@ -74,6 +74,7 @@ def test_there_are_no_other_commands():
         "python misc/by_folder.py",
         "python misc/head_gain.py",
         "python misc/things.py",
+        "python misc/thresholds.py",
         "python benchmarks/backbones.py",
     )
     for page in PAGES:

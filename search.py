@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dataset
 import net
-from dataset.files import BadFile, is_hidden, read_image
+from dataset.files import REMEDIES, BadFile, is_hidden, read_image, read_thumbnail
 from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for
     from proxy_anchor.index.store import Index
     from proxy_anchor.spec import Threshold
 
+PORT = 7860  # of the page
 BLOCK = 2**14  # images that are embedded before they are written
 AS_STORED = (
     "This index was built from photos as stored, without EXIF rotation, and stays that way; build a new index to have "
@@ -48,6 +49,8 @@ EXAMPLES = """examples:
   sort photos into things that nobody has labelled, of an index or of a folder:
     python search.py group photos.index --out groups.csv --page groups.html
     python search.py group photos --backbone-only --model resnet50 --things 20 --out groups.csv
+  ask on a page, in a browser on this machine:
+    python search.py serve --index photos.index
 """
 OF_DATASETS = ("--dataset", "--data-root", "--test-classes", "--allow-partial", "--cache")
 
@@ -95,17 +98,7 @@ def query_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("query")
     group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
-    group.add_argument(
-        "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
-    )
-    group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
-    group.add_argument("--neighbours", "-k", default=10, type=cli.integer(1), metavar="K", help="neighbours per image")
-    group.add_argument(
-        "--nprobe",
-        type=cli.integer(1),
-        metavar="N",
-        help="cells to search in an IVF index (default: 1); more cells find more neighbours and take longer",
-    )
+    opening_options(group)
     group.add_argument(
         "--threshold",
         type=threshold,
@@ -157,6 +150,17 @@ def group_options() -> argparse.ArgumentParser:
     return parser
 
 
+def serve_options() -> argparse.ArgumentParser:
+    """Command-line flags of `search.py serve`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("serve")
+    opening_options(group)
+    group.add_argument(
+        "--port", default=PORT, type=cli.integer(0, 65535), metavar="N", help="port of the page; 0 takes any free one"
+    )
+    return parser
+
+
 def ending(suffix: str):
     """The type of a flag for a file to write whose name ends so: no photograph's, and no file's of an index."""
 
@@ -170,11 +174,26 @@ def ending(suffix: str):
     return parse
 
 
+def opening_options(group) -> None:
+    """The flags that `query` and `serve` open an index with."""
+    group.add_argument(
+        "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
+    )
+    group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
+    group.add_argument("--neighbours", "-k", default=10, type=cli.integer(1), metavar="K", help="neighbours per image")
+    group.add_argument(
+        "--nprobe",
+        type=cli.integer(1),
+        metavar="N",
+        help="cells to search in an IVF index (default: 1); more cells find more neighbours and take longer",
+    )
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser: argparse.ArgumentParser = cli.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query|group")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query|serve|group")
     form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
     make = commands.add_parser(
         "index",
@@ -211,6 +230,14 @@ def parse(argv=None) -> argparse.Namespace:
             hardware.options(without=("--compile",), several=False),
         ],
         description="Sort images into things that nobody has labelled.",
+        **form,
+    )
+    commands.add_parser(
+        "serve",
+        help="open a page to ask",
+        usage="search.py serve --index INDEX [--flag value ...]",
+        parents=[serve_options()],
+        description="Serve a page, for a browser on this machine alone: drop photographs and see what they show.",
         **form,
     )
     args = parser.parse_args(argv)
@@ -479,6 +506,23 @@ def query(args: argparse.Namespace) -> None:
         sys.exit(1)  # as for one image alone
 
 
+def serve(args: argparse.Namespace) -> None:
+    """Serve the page to ask, until it is interrupted."""
+    from proxy_anchor.api import Search
+    from proxy_anchor.index import page
+
+    page.gradio()  # first: the network takes longer
+    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
+    if not search.index.records_orientation:
+        print(AS_STORED, file=sys.stderr)
+    upright = search.index.is_upright
+    answers = page.Answers(
+        search, lambda entry, size: read_thumbnail(first_image(entry), size, upright), args.neighbours
+    )
+    name = printable(os.path.basename(os.path.abspath(args.index)))
+    page.serve(answers, name, [*REMEDIES], args.port)
+
+
 def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, measure: str) -> None:
     """Print the answers, and the reasons why images could not be read, as JSON."""
     errors = [{"query": path, "error": reason} for path, reason in bad.items()]
@@ -504,24 +548,14 @@ def unit(measure: str) -> str:
     return "distance " if measure == "distance" else ""
 
 
-def in_words(probability: float) -> str:
-    """A probability in percent, never 100%."""
-    return f"{probability:.0%}" if probability <= 0.99 else "over 99%"
-
-
 def print_table(answers: list[Answer], limit: float | None, measure: str) -> None:
     """Print each query with the thing that it shows and its matches, or "no match"."""
-    for query, nearest, matches, things, probability in answers:
-        print(printable(query))
-        for folder, best, images in things[:1]:
-            near = "" if folder == matches[0][0] else f", {images} of the {len(nearest)} nearest images"
-            sure = "" if probability is None else f"; {in_words(probability)} sure, if the index has the thing"
-            print(f"  {printable(os.path.basename(folder))}: {measure} {best:.4f}{near}{sure}")
-        for rank, (path, value) in enumerate(matches, start=1):
+    for answer in answers:
+        print(printable(answer.query))
+        if answer.things or not answer.matches:
+            print(f"  {': '.join(filter(None, answer.verdict(measure, limit)))}")
+        for rank, (path, value) in enumerate(answer.matches, start=1):
             print(f"{rank:>4}  {unit(measure)}{value:.4f}  {printable(path)}")
-        if limit is not None and not matches:
-            reason = f": the best {measure} is {nearest[0][1]:.4f}, the threshold {limit:.4f}" if nearest else ""
-            print(f"  no match{reason}")
 
 
 def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -> None:
@@ -578,7 +612,12 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:
     """An image or, of a folder, the first one in it."""
-    return read_image(next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry, upright)
+    return read_image(first_image(entry), upright)
+
+
+def first_image(entry: str) -> str:
+    """The path of an image or, of a folder, of the first one in it; its own if there is none."""
+    return next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry
 
 
 def folder_of(entry: str) -> str:
@@ -672,7 +711,7 @@ def threshold_for_groups(args: argparse.Namespace, calibration: Threshold | None
 
 def main(argv=None):
     args = parse(argv)
-    commands = {"index": update_index, "query": query, "group": group}
+    commands = {"index": update_index, "query": query, "serve": serve, "group": group}
     with cli.errors_in_one_line("search.py"):
         commands[args.command](args)
 

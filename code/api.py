@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ from PIL import Image
 from proxy_anchor import hardware
 from proxy_anchor.checkpoint import Checkpoint, in_run, threshold_in
 from proxy_anchor.embedding import Embedder
+from proxy_anchor.files import printable
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import NetworkSpec, Threshold
 from proxy_anchor.vectors import comparable, to_nearness
@@ -145,6 +147,27 @@ class Answer(NamedTuple):
     things: list[Thing]
     probability: float | None = None
 
+    def verdict(self, measure: str, threshold: float | None) -> tuple[str, str]:
+        """The name of the best thing or "no match", and the numbers that say so; measure, threshold: see Search.
+
+        Of matches that are of no thing, the best is named.
+        """
+        if self.matches:
+            thing, best, images = self.things[0] if self.things else Thing(*self.matches[0], images=1)
+            near = "" if thing == self.matches[0][0] else f", {images} of the {len(self.nearest)} nearest images"
+            sure = (
+                "" if self.probability is None else f"; {in_words(self.probability)} sure, if the index has the thing"
+            )
+            return printable(os.path.basename(thing)), f"{measure} {best:.4f}{near}{sure}"
+        if not self.nearest:
+            return "no match", ""
+        return "no match", f"the best {measure} is {self.nearest[0][1]:.4f}, the threshold {threshold:.4f}"
+
+
+def in_words(probability: float) -> str:
+    """A probability in percent, never 100%."""
+    return f"{probability:.0%}" if probability <= 0.99 else "over 99%"
+
 
 class Search:
     """The search in an index of search.py, opened once; its answers are those of `search.py query`.
@@ -214,12 +237,17 @@ class Search:
 
     def answer(self, names: list[str], embeddings: torch.Tensor, count: int) -> list[Answer]:
         """The answer for each of the embeddings (N, D), of queries with these names."""
-        answers = []
-        for name, nearest in zip(names, self.index.search(embeddings, count)):
-            matches = [near for near in nearest if self.is_match(near[1])]
-            things = self.things_of(matches)
-            answers.append(Answer(name, nearest, matches, things, self.probability(nearest) if things else None))
-        return answers
+        return [
+            self.decide(name, nearest, self.threshold)
+            for name, nearest in zip(names, self.index.search(embeddings, count))
+        ]
+
+    def decide(self, name: str, nearest: list[tuple[str, float]], threshold: float | None) -> Answer:
+        """The answer for a query with these nearest entries; threshold: any number, or None if all are to match."""
+        limit = -math.inf if threshold is None else to_nearness(threshold, self.index.distance)
+        matches = [near for near in nearest if to_nearness(near[1], self.index.distance) >= limit]
+        things = self.things_of(matches)
+        return Answer(name, nearest, matches, things, self.probability(nearest) if things else None)
 
     def things_of(self, matches: list[tuple[str, float]]) -> list[Thing]:
         """The folders of some matches, which begin with the best."""
@@ -237,12 +265,6 @@ class Search:
         things, values = zip(*((self.index.thing_of(path), value) for path, value in nearest))
         second = next((value for thing, value in zip(things, values) if thing != things[0]), values[-1])
         return self.calibration.probability(abs(values[0] - second))
-
-    def is_match(self, value: float) -> bool:
-        """Whether a similarity or a distance is as near as the threshold, if there is one."""
-        if self.threshold is None:
-            return True
-        return to_nearness(value, self.index.distance) >= to_nearness(self.threshold, self.index.distance)
 
     def __reduce__(self):
         chosen = {name: value for name, value in vars(self).items() if name == "threshold"}

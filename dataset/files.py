@@ -177,6 +177,18 @@ def read_image(path: str, upright: bool = True) -> torch.Tensor:
     return _open(path, lambda image: to_tensor(image, upright))
 
 
+def read_thumbnail(path: str, size: int, upright: bool = True) -> Image.Image:
+    """A copy of an image, no larger than size x size pixels, RGB. Raises BadFile naming the path."""
+
+    def read(image):
+        image.draft(None, (size, size))  # decode no more of a JPEG than that needs
+        small = Image.fromarray(to_tensor(image, upright).permute(1, 2, 0).numpy())
+        small.thumbnail((size, size))
+        return small
+
+    return _open(path, read)
+
+
 def _open(path, read):
     try:
         with Image.open(path, formats=formats()) as image:

@@ -26,13 +26,15 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
             "| resnet18 | 4 | evaluation |",
         ),
         ("index_size.py --vectors 3000 --size 16 --queries 20 --index-factory IVF4,SQ8", "--nprobe 4"),
+        ("page_time.py misc --model resnet18 --images 20 --rounds 1", "median answer"),
         ("throughput.py --loaders --images 4 --seconds 0.05", "published style"),
         ("throughput.py --models resnet18 --batch-size 4 --steps 1 --images 12 --workers 1", "(c) from"),
     ],
 )
 def test_benchmark_runs(command, words):
     script, *flags = command.split()
-    done = subprocess.run([sys.executable, BENCHMARKS / script, *flags], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, BENCHMARKS / script, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCHMARKS.parent)
     assert done.returncode == 0, done.stderr
     assert words in done.stdout
 

@@ -22,6 +22,7 @@ import train
 import transfer
 from dataset import __main__ as data
 from proxy_anchor import losses
+from proxy_anchor.index import page as index_page
 
 README = REPOSITORY / "README.md"
 SCRIPTS = {
@@ -141,8 +142,10 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
         contract = {"model": model, "embedding_size": 512, "image_size": 64, "l2_norm": 1}
         trees.save_checkpoint(tmp_path / f"{name}.pth", net.create(model, 512), contract)
     cub = ["--data-root", str(data_root), "--allow-partial", "--workers", "0"]
-    more = {"evaluate": cub, "index": ["--workers", "0"], "query": [], "group": []}
-    run = 0
+    more = {"evaluate": cub, "index": ["--workers", "0"], "query": [], "serve": [], "group": []}
+    run, served = 0, []
+    monkeypatch.setattr(index_page, "gradio", lambda: None)  # tests/test_page.py opens the page
+    monkeypatch.setattr(index_page, "serve", lambda answers, *_: served.append(answers.remark()))
     for page in ("evaluate-and-search.md", "use.md", "protocols.md"):
         shutil.rmtree("photos.index", ignore_errors=True)  # that of another page
         for block in blocks(REPOSITORY / "docs" / page):
@@ -156,7 +159,7 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
                     {"evaluate": evaluate, "search": search}[match[1]].main(flags)
                     run += 1
     out = capsys.readouterr().out
-    assert run == 11 and "recorded in" in out
+    assert run == 12 and "recorded in" in out and len(served) == 1
     assert all((tmp_path / name).exists() for name in ("neighbours.png", "groups.csv", "groups.html"))
 
 

@@ -37,6 +37,7 @@ SCRIPTS = {
         ("search.py", ["index"]),
         ("search.py", ["query"]),
         ("search.py", ["group"]),
+        ("search.py", ["serve"]),
         ("protocol.py", []),
         ("export.py", []),
         ("-m dataset", ["check"]),

@@ -54,7 +54,7 @@ def test_wheel_holds_the_package_and_nothing_else(site):
         f"{prefix}{path.relative_to(folder)}"
         for prefix, folder in sources.items()
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".html", ".typed")
+        if path.suffix in (".py", ".html", ".css", ".typed")
     }
     assert found == expected | {"__init__.py"} and {"losses.py", "py.typed", "net/resnet.py"} <= found
     assert (installed / "__init__.py").read_bytes() == (REPOSITORY / "proxy_anchor.py").read_bytes()

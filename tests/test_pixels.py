@@ -28,7 +28,7 @@ import search
 import train
 from dataset import files, folder, transforms
 from dataset.__main__ import main as dataset_main
-from dataset.files import BadFile, image_size, read_image
+from dataset.files import BadFile, image_size, read_image, read_thumbnail
 from proxy_anchor import checkpoint, exported
 from proxy_anchor.index.store import Index
 from proxy_anchor.runs import run_folders
@@ -155,6 +155,18 @@ def test_photos_are_upright(orientation, name, tmp_path):
     assert image_size(str(tmp_path / name), upright=False) == as_stored.shape[1::-1]
     if name.split(".")[1] not in ("tiff", "tif", "HEIC"):  # which are turned when they are decoded
         assert np.abs(as_stored.astype(int) - stored).max() <= tolerance
+
+
+@pytest.mark.parametrize("name", kinds())
+@pytest.mark.parametrize("orientation", STORED)
+def test_thumbnails_are_upright(orientation, name, tmp_path):
+    large = picture().resize((1120, 800), Image.Resampling.NEAREST)
+    save_turned(tmp_path / name, orientation, large, **kinds()[name][0])
+    small = read_thumbnail(str(tmp_path / name), 56)
+    assert small.size == (56, 40) and small.mode == "RGB"
+    assert np.abs(np.asarray(small).astype(int) - np.asarray(picture())).mean() < 10
+    with pytest.raises(BadFile, match="b.jpg is missing"):
+        read_thumbnail(str(tmp_path / "b.jpg"), 56)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])

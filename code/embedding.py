@@ -56,7 +56,7 @@ class Embedder:
         to_device(network, device)
         if device.type == "cpu":
             keep_freed_memory()
-        self.network, self.device = network, device
+        self.network, self.device, self.settings = network, device, (amp, compile)
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = Scaler(device, enabled=amp == "fp16")
         if compile:

@@ -72,6 +72,7 @@ def test_there_are_no_other_commands():
         "python misc/backbones.py",
         "python misc/by_folder.py",
         "python misc/things.py",
+        "python misc/upgrades.py",
         "python benchmarks/backbones.py",
     )
     for page in PAGES:
@@ -187,7 +188,9 @@ def test_method_quotes_the_loss():
     assert blocks(REPOSITORY / "docs" / "method.md", "python") == [body]
 
 
-@pytest.mark.parametrize("folder", ["code", "code/runs", "code/report", "code/index", "net", "dataset"])
+@pytest.mark.parametrize(
+    "folder", ["code", "code/runs", "code/upgrades", "code/report", "code/index", "net", "dataset"]
+)
 def test_architecture_lists_every_module(folder):
     page = (REPOSITORY / "docs" / "architecture.md").read_text()
     (section,) = re.findall(rf"^##+ {folder}/\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL)

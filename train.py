@@ -73,7 +73,7 @@ def run_name(args: argparse.Namespace) -> str:
         model=args.model,
         loss=loss_registry.label(args.loss),
         embedding_size=args.embedding_size,
-        settings=loss_registry.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
+        settings=loss_registry.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args, args.proxy_lr),
         optimizer=args.optimizer,
         lr=args.lr,
         batch_size=args.batch_size,

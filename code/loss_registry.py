@@ -181,10 +181,10 @@ def label(name: str) -> str:
     return name.rpartition(":")[2]
 
 
-def settings_in_words(name: str, margin: float, alpha: float, arguments: str) -> str:
+def settings_in_words(name: str, margin: float, alpha: float, arguments: str, proxy_lr: float = PROXY_LR) -> str:
     """The loss's settings in the name of a run's folder; as published, every loss of LOSSES shows margin and alpha."""
     if name in LOSSES:
-        return f"alpha{alpha:g}_mrg{margin:g}"
+        return f"alpha{alpha:g}_mrg{margin:g}" + (f"_proxylr{proxy_lr:g}" if proxy_lr != PROXY_LR else "")
     return "_".join(re.sub(r"[^\w.,+-]", "-", text.replace("=", "", 1)) for text in arguments.split())
 
 

@@ -382,7 +382,15 @@ def test_transfer_has_no_upgrades(capsys):
 
 
 def test_folders_tell_runs_apart():
-    lines = ["", "--synthesis", "--synthesis 0.5", "--self-distill", "--threshold-margin", "--average-weights"]
+    lines = [
+        "",
+        "--proxy-lr 1000",
+        "--synthesis",
+        "--synthesis 0.5",
+        "--self-distill",
+        "--threshold-margin",
+        "--average-weights",
+    ]
     lines += ["--average-weights 0.9", "--synthesis --self-distill --threshold-margin --average-weights"]
     names = [train.run_name(train.parse(line.split())) for line in lines]
     assert len(set(names)) == len(lines) and names[-1].endswith(

@@ -320,6 +320,17 @@ def test_teacher_sees_batchnorm_as_the_student_does():
         assert torch.equal(teacher(images), embedder(images))
 
 
+def test_average_has_the_precision_of_the_network_and_is_compiled_as_it_is(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    embedder = Embedder(net.create("tiny", 8), CPU, "bf16", compile=True)
+    averaged = AveragedEmbedder(embedder, 0.9)
+    assert averaged.dtype == torch.bfloat16 and compiled == [embedder.network, averaged.network]
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    embedder.network.train()
+    assert torch.equal(averaged(images), embedder(images))
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file of backbone weights."""

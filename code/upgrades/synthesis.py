@@ -17,16 +17,20 @@ class SyntheticProxyAnchor(ShardedProxyAnchor):
 
     All vectors have unit length, before and after. j is the next image of another class in the batch. Images mixed from
     the same two classes are of the same synthetic class. ratio: synthetic images per image, 0 to 1. All of a step have
-    one lambda, which depends on the seed and the number of the step alone.
+    one lambda, which depends on the seed and the number of the step alone. A step forces a host sync.
     """
+
+    step: torch.Tensor
 
     def __init__(self, num_classes, embedding_size, margin, alpha, ratio: float, seed: int):
         super().__init__(num_classes, embedding_size, margin, alpha)
-        self.ratio, self.seed, self.step = ratio, seed, 0
+        self.ratio, self.seed = ratio, seed
+        self.register_buffer("step", torch.tensor(0))
 
     def local_terms(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        random = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, self.step]))
-        share, self.step = float(random.beta(CONCENTRATION, CONCENTRATION)), self.step + 1
+        random = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, int(self.step)]))
+        share = random.beta(CONCENTRATION, CONCENTRATION)
+        self.step += 1
         i, j = (pair[: round(self.ratio * len(x))] for pair in pairs(labels))  # (n,)
         if not len(i):
             return super().local_terms(x, labels)
@@ -48,12 +52,6 @@ class SyntheticProxyAnchor(ShardedProxyAnchor):
         found = self.proxies.new_zeros(len(rows), proxies.shape[1])
         found = found.index_copy(0, (rows >= 0).nonzero()[:, 0], proxies / norms(proxies))
         return collectives.all_reduce_gradient(collectives.all_reduce(found))
-
-    def get_extra_state(self):
-        return self.step
-
-    def set_extra_state(self, step):
-        self.step = step
 
 
 def pairs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

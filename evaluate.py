@@ -62,8 +62,8 @@ def options() -> argparse.ArgumentParser:
     group.add_argument(
         "--verify",
         action="store_true",
-        help="also print how well a threshold tells same-class from different-class pairs of images; takes three times "
-        "as long as the recalls (implied by --calibrate and --report)",
+        help="also print how well a threshold tells same-class from different-class pairs of images, and known from "
+        "unknown queries; takes five times as long as the recalls (implied by --calibrate and --report)",
     )
     group.add_argument(
         "--calibrate",

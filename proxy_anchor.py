@@ -31,9 +31,15 @@ if IN_CHECKOUT:
 
 
 def __getattr__(name: str):
-    """A public name, or net and dataset, which lie beside this file in a checkout; imported when first used."""
+    """A public name, or net and dataset, which lie beside this file in a checkout; imported when first used.
+
+    Raises ImportError if another module of their name comes first.
+    """
     if name in PUBLIC:
         return getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)
     if IN_CHECKOUT and name in ("net", "dataset"):
-        return import_module(name)
+        module = import_module(name)
+        if Path(str(module.__file__)).parent.resolve() != Path(__file__).resolve().with_name(name):
+            raise ImportError(f"{module.__file__} hides {name}/ of {__file__}: rename it, or install this package")
+        return module
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

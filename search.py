@@ -160,6 +160,11 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error("one of --images or --split is required")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
+            if args.calibrate:
+                parser.error(
+                    "argument --calibrate: the folders of a dataset are not its classes: use evaluate.py --calibrate, "
+                    "which records the threshold in the checkpoint"
+                )
     return args
 
 
@@ -354,13 +359,14 @@ def query(args: argparse.Namespace) -> None:
     from proxy_anchor.api import BATCH, Search
     from proxy_anchor.index import entries
 
+    paths = images_at(*args.images)
     search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
     index = search.index
     if index.spec.backbone_only:
         print(search.embedder.network.model.remark, end="", file=sys.stderr)
     if not index.records_orientation:
         print(AS_STORED, file=sys.stderr)
-    images = dataset.unlabelled(images_at(*args.images), index.spec)
+    images = dataset.unlabelled(paths, index.spec)
     check_save(args.save, images.paths, index)
     workers = dataset.WORKERS if len(images) > BATCH else 0
     bad = images.find_bad(workers)
@@ -395,6 +401,8 @@ def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, 
             "query": answer.query,
             "threshold": limit,
             "match": None if limit is None else bool(answer.matches),
+            "probability": answer.probability,
+            "best": answer.nearest[0][1] if answer.nearest else None,
             "things": [
                 {"folder": thing.folder, measure: thing.best, "images": thing.images} for thing in answer.things
             ],
@@ -410,13 +418,19 @@ def unit(measure: str) -> str:
     return "distance " if measure == "distance" else ""
 
 
+def in_words(probability: float) -> str:
+    """A probability in percent, never 100%."""
+    return f"{probability:.0%}" if probability <= 0.99 else "over 99%"
+
+
 def print_table(answers: list[Answer], limit: float | None, measure: str) -> None:
     """Print each query with the thing that it shows and its matches, or "no match"."""
-    for query, nearest, matches, things in answers:
+    for query, nearest, matches, things, probability in answers:
         print(printable(query))
         for folder, best, images in things[:1]:
             near = "" if folder == matches[0][0] else f", {images} of the {len(nearest)} nearest images"
-            print(f"  {printable(os.path.basename(folder))}: {measure} {best:.4f}{near}")
+            sure = "" if probability is None else f"; {in_words(probability)} sure, if the index has the thing"
+            print(f"  {printable(os.path.basename(folder))}: {measure} {best:.4f}{near}{sure}")
         for rank, (path, value) in enumerate(matches, start=1):
             print(f"{rank:>4}  {unit(measure)}{value:.4f}  {printable(path)}")
         if limit is not None and not matches:
@@ -427,7 +441,7 @@ def print_table(answers: list[Answer], limit: float | None, measure: str) -> Non
 def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -> None:
     """Draw each query with its matches; an indexed query is left out of its own row."""
     rows = []
-    for query, _, matches, _ in answers:
+    for query, _, matches, *_ in answers:
         kind = "query" if matches or limit is None else "no match"
         others = [
             (path, f"{unit(index.measure)}{value:.3f}\n{folder_of(path)}")
@@ -455,6 +469,7 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
 def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | None, str]:
     """The threshold of the command line, or that of the index or its checkpoint with a line on it."""
     if args.threshold is not None:
+        search.calibration = None  # it is not read, and may be one of an earlier version
         return None if args.threshold == "none" else args.threshold, ""
     index = search.index
     asked, held = ("folders" if by_folder else "images" for by_folder in (args.by_folder, index.made["by_folder"]))
@@ -466,10 +481,12 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | 
             "There is no threshold for this index, so no query can be refused: give --threshold or, if each folder of "
             "the index shows one thing, run `search.py index` again with --calibrate"
         )
-    limit = calibration.at(len(index.images))
+    size, measured = len(index.images), calibration.sizes[0]
+    limit = calibration.at(size)
+    extrapolated = f" (extrapolated from {measured:,} {held})" if size > measured else ""
     return limit, (
-        f"Threshold for {len(index.images):,} {held}: {index.measure} {limit:.4f}, which {100 * calibration.share:g}% "
-        "of unknown queries should reach"
+        f"Threshold for {size:,} {held}: {index.measure} {limit:.4f}{extrapolated}, which at most "
+        f"{100 * calibration.share:g}% of unknown queries are expected to reach"
     )
 
 

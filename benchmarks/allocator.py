@@ -2,7 +2,7 @@
 
 python benchmarks/allocator.py [--models tf_efficientnet_lite0 resnet50] [--batch-sizes 8 60 240] [--largest 60]
 
-Each row is measured in two fresh processes of one thread, one with embedding.keep_freed_memory, one without. CPU time
+Each row is measured in two fresh processes of one thread, one with hardware.keep_freed_memory, one without. CPU time
 includes the page faults and, unlike wall time, hardly depends on what else the machine does. Weights and images are
 random; a training step includes the network, 100 proxies and the optimizer. Only glibc, on Linux, makes a difference.
 """
@@ -17,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import net
-from proxy_anchor import embedding, loss_registry, training
+from proxy_anchor import hardware, loss_registry, training
+from proxy_anchor.embedding import Embedder
 
 MODELS = ("tf_efficientnet_lite0", "resnet18", "resnet50", "bn_inception")
 CLASSES, SIZE = 100, 512
@@ -27,10 +28,10 @@ WARM, STEPS = 2, 2  # the first steps bring the memory that the others use
 def measure(name: str, batch_size: int, image_size: int, keep: bool, train: bool) -> tuple[float, float]:
     """(images per second of CPU time, peak memory in GB) of training or evaluation."""
     torch.set_num_threads(1)
-    if not keep:
-        embedding.keep_freed_memory = lambda: None
+    if keep:
+        hardware.keep_freed_memory()
     network = net.create(name, SIZE, image_size=image_size)
-    embedder = embedding.Embedder(network, torch.device("cpu"))
+    embedder = Embedder(network, torch.device("cpu"))
     criterion = loss_registry.create("Proxy_Anchor", CLASSES, SIZE)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-4, 1e-4)
     training.set_trainable(network, epoch=1, warm=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from proxy_anchor import hardware
-from proxy_anchor.checkpoint import Checkpoint, in_run
+from proxy_anchor.checkpoint import Checkpoint, in_run, threshold_in
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import NetworkSpec, Threshold
@@ -33,26 +34,30 @@ BATCH = 32  # images that the network sees at a time
 class ImageEmbedder:
     """The network of a checkpoint as a function: images -> embeddings, see __call__. `load` opens one.
 
-    It can be pickled, and called by several threads. spec: which network, and how it sees images. threshold: that of
-    evaluate.py --calibrate, None without one. identity: the sha256 of the weights. transform: uint8 RGB (3, H, W) ->
-    what the network sees, uint8 (3, S, S). network, device: the torch module, and where it is.
+    It can be pickled, and called by several threads. spec: which network, and how it sees images. identity: the sha256
+    of the weights. transform: uint8 RGB (3, H, W) -> what the network sees, uint8 (3, S, S). network, device: the torch
+    module, and where it is. path, recorded: the checkpoint, and its record of a threshold.
     """
 
-    def __init__(
-        self, network: Any, spec: NetworkSpec, threshold: Threshold | None, identity: str, device: torch.device
-    ):
+    def __init__(self, network: Any, spec: NetworkSpec, identity: str, device: torch.device, path: str, recorded: Any):
         if device.type == "cuda":
             hardware.turn_off_tf32()
-        self.spec, self.threshold, self.identity = spec, threshold, identity
+        self.spec, self.identity = spec, identity
+        self.path, self.recorded = path, recorded
         self.network, self.device = network.eval(), device
         self.run = Embedder(network, device)
         self.transform = dataset.transform_of(spec)
 
+    @property
+    def threshold(self) -> Threshold | None:
+        """That of evaluate.py --calibrate, None without one. Raises ValueError if the record is damaged or of pairs."""
+        return threshold_in(self.recorded, self.path)
+
     def __call__(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
         """The embeddings of one image or of N, float32 (N, D), as search.py compares them: of unit length for cosine.
 
-        An image is a path, a PIL image, or uint8 pixels (H, W, 3) or (H, W). Raises ValueError naming an image that
-        cannot be read, TypeError for anything else.
+        An image is a path, a PIL image, or uint8 pixels (H, W, 3) or (H, W). Raises OSError or ValueError for an image
+        that cannot be read, which a path names, and TypeError for anything else.
         """
         return comparable(self.embed(as_list(images)), self.spec.distance).float().cpu().numpy()
 
@@ -74,12 +79,12 @@ class ImageEmbedder:
             return dataset.files.to_tensor(image, upright)
         if not isinstance(image, np.ndarray):
             raise TypeError(f"Expected a path, a PIL image or uint8 pixels (H, W, 3), found {type(image).__name__}")
-        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+        if image.dtype != np.uint8 or not image.size or image.shape[2:] not in ((), (3,)) or image.ndim == 1:
             raise ValueError(f"Expected uint8 pixels (H, W, 3) or (H, W), found {image.dtype} {image.shape}")
         return dataset.files.to_tensor(Image.fromarray(image))
 
     def __reduce__(self):
-        return ImageEmbedder, (self.network, self.spec, self.threshold, self.identity, self.device)
+        return ImageEmbedder, (self.network, self.spec, self.identity, self.device, self.path, self.recorded)
 
 
 def load(
@@ -110,7 +115,12 @@ def load(
     net.check(spec)
     with torch.random.fork_rng(devices=[]):  # a network begins with random weights
         network = checkpoint.open(spec, net.from_spec, "backbone and embedding_size")
-    return ImageEmbedder(network, spec, checkpoint.threshold, checkpoint.identity, torch.device(device))
+    return ImageEmbedder(network, spec, checkpoint.identity, torch.device(device), *recorded_in(checkpoint))
+
+
+def recorded_in(checkpoint: Checkpoint) -> tuple[str, Any]:
+    """(path, record of a threshold) of a checkpoint."""
+    return str(checkpoint.path), checkpoint.content.get("threshold", {})
 
 
 class Thing(NamedTuple):
@@ -124,13 +134,16 @@ class Thing(NamedTuple):
 class Answer(NamedTuple):
     """The entries of an index that are nearest to a query, (path, similarity or distance), and those that match.
 
-    things: the folders of the matches, the best first; of an index of folders, the matches.
+    things: the folders of the matches, the best first, without those that were indexed as a whole; of an index of
+    folders, the matches. probability: that the query shows the nearest thing, if the index has what it shows; None
+    without a calibration.
     """
 
     query: str
     nearest: list[tuple[str, float]]
     matches: list[tuple[str, float]]
     things: list[Thing]
+    probability: float | None = None
 
 
 class Search:
@@ -140,7 +153,8 @@ class Search:
     one, and for an index of folders. threshold: what an entry has to reach to match, by the calibration for the size of
     the index; None without one, and you may set another. measure: "similarity", or "distance" where the network
     compares by Euclidean distance. checkpoint: its path, if it has moved. nprobe: cells to search in an IVF index.
-    Raises OSError or ValueError if the index or its checkpoint is missing or damaged, or if one is not of the other.
+    Raises OSError or ValueError if the index or its checkpoint is missing or damaged, or if one is not of the other;
+    calibration raises as ImageEmbedder.threshold.
     """
 
     def __init__(
@@ -151,7 +165,8 @@ class Search:
         checkpoint: str | os.PathLike | None = None,
         nprobe: int | None = None,
     ):
-        self.arguments = index, device, checkpoint, nprobe
+        index, path = os.path.abspath(index), checkpoint and os.path.abspath(checkpoint)
+        self.opened = partial(Search, index, device, checkpoint=path, nprobe=nprobe)
         self.index = Index.open(Path(index))
         if not len(self.index.images):
             raise FileNotFoundError(f"{index} holds no complete index: run the `search.py index` command again")
@@ -162,7 +177,7 @@ class Search:
             net.check(spec)
         except ValueError as error:
             raise ValueError(f"The index in {index} is damaged, or of another version: {error}") from error
-        path = in_run(os.fspath(checkpoint)) if checkpoint else self.index.made["checkpoint"]
+        path = in_run(path) if path else self.index.made["checkpoint"]
         if not checkpoint and path not in net.NOT_FILES and not os.path.exists(path):
             raise FileNotFoundError(
                 f"The checkpoint {path} of {index} is gone: pass its new path with --resume or, to Search, as "
@@ -171,16 +186,22 @@ class Search:
         opened = None if spec.backbone_only else Checkpoint(path)
         network, identity = open_network(spec, path, opened)
         self.index.check({"weights": identity, "network": spec.to_record(), "checkpoint": path})
-        self.embedder = ImageEmbedder(
-            network, spec, opened.threshold if opened else None, identity, torch.device(device)
-        )
+        recorded = recorded_in(opened) if opened else (path, {})
+        self.embedder = ImageEmbedder(network, spec, identity, torch.device(device), *recorded)
         self.path, self.measure = path, self.index.measure
-        # Of an index of folders, it is one for queries that are folders too.
-        self.calibration = None if self.index.made["by_folder"] else self.index.calibration or self.embedder.threshold
-        self.threshold: float | None = self.calibration.at(len(self.index.images)) if self.calibration else None
+
+    @cached_property
+    def calibration(self) -> Threshold | None:
+        if self.index.made["by_folder"]:  # it is one for queries that are folders too
+            return None
+        return self.index.calibration or self.embedder.threshold
+
+    @cached_property
+    def threshold(self) -> float | None:
+        return self.calibration.at(len(self.index.images)) if self.calibration else None
 
     def query(self, image: ImageLike, count: int = 10) -> Answer:
-        """The `count` entries that are nearest to an image, the best first; see ImageEmbedder.__call__ for errors."""
+        """The `count` (>= 1) entries nearest to an image, the best first; see ImageEmbedder.__call__ for errors."""
         if len(images := as_list(image)) != 1:
             raise ValueError(f"Expected one image, found {len(images)}: query_all takes several")
         return self.query_all(images, count)[0]
@@ -196,15 +217,26 @@ class Search:
         answers = []
         for name, nearest in zip(names, self.index.search(embeddings, count)):
             matches = [near for near in nearest if self.is_match(near[1])]
-            answers.append(Answer(name, nearest, matches, self.things_of(matches)))
+            things = self.things_of(matches)
+            answers.append(Answer(name, nearest, matches, things, self.probability(nearest) if things else None))
         return answers
 
     def things_of(self, matches: list[tuple[str, float]]) -> list[Thing]:
         """The folders of some matches, which begin with the best."""
         values: dict[str, list[float]] = {}
         for path, value in matches:
-            values.setdefault(self.index.thing_of(path), []).append(value)
+            thing = self.index.thing_of(path)
+            if self.index.made["by_folder"] or thing not in self.index.folders:
+                values.setdefault(thing, []).append(value)
         return [Thing(folder, of_folder[0], len(of_folder)) for folder, of_folder in values.items()]
+
+    def probability(self, nearest: list[tuple[str, float]]) -> float | None:
+        """That a query shows the thing of its nearest entry; if all of several entries are of it, at least this."""
+        if not self.calibration or len(nearest) < 2:
+            return None
+        things, values = zip(*((self.index.thing_of(path), value) for path, value in nearest))
+        second = next((value for thing, value in zip(things, values) if thing != things[0]), values[-1])
+        return self.calibration.probability(abs(values[0] - second))
 
     def is_match(self, value: float) -> bool:
         """Whether a similarity or a distance is as near as the threshold, if there is one."""
@@ -213,14 +245,8 @@ class Search:
         return to_nearness(value, self.index.distance) >= to_nearness(self.threshold, self.index.distance)
 
     def __reduce__(self):
-        index, device, checkpoint, nprobe = self.arguments
-        return _reopen, (os.path.abspath(index), device, checkpoint, nprobe, self.threshold)
-
-
-def _reopen(index, device, checkpoint, nprobe, threshold):
-    search = Search(index, device, checkpoint=checkpoint, nprobe=nprobe)
-    search.threshold = threshold
-    return search
+        chosen = {name: value for name, value in vars(self).items() if name == "threshold"}
+        return self.opened, (), chosen
 
 
 def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[Any, str]:

@@ -51,22 +51,8 @@ class Checkpoint:
 
     @property
     def threshold(self) -> Threshold | None:
-        """The threshold that was chosen for it, None without one. Raises ValueError if it is damaged or of pairs."""
-        record = self.content.get("threshold", {})
-        if record == {}:
-            return None
-        if isinstance(record, dict) and "asked_far" in record:
-            raise ValueError(
-                f"{self.path} has a threshold for pairs of images, but a query is compared with a whole index. Choose "
-                f"one for queries: python evaluate.py --dataset {record.get('dataset')} --resume {self.path} "
-                "--calibrate (an exported file: its checkpoint, and export it again)"
-            )
-        try:
-            return Threshold.from_record(record)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.path} is damaged: its record of the threshold is {error}; evaluate.py --calibrate replaces it"
-            ) from error
+        """The threshold that was chosen for it, None without one. Raises as threshold_in."""
+        return threshold_in(self.content.get("threshold", {}), self.path)
 
     @cached_property
     def identity(self) -> str:
@@ -97,6 +83,24 @@ class Checkpoint:
         network = create(spec)
         self.load(network, flags)
         return network
+
+
+def threshold_in(record, path: str | Path) -> Threshold | None:
+    """The threshold that a checkpoint records, None for {}. Raises ValueError if it is damaged or one for pairs."""
+    if record == {}:
+        return None
+    if isinstance(record, dict) and "asked_far" in record:
+        raise ValueError(
+            f"{path} has a threshold for pairs of images, but a query is compared with a whole index. Choose one for "
+            f"queries: python evaluate.py --dataset {record.get('dataset')} --resume {path} --calibrate (an exported "
+            "file: its checkpoint, and export it again)"
+        )
+    try:
+        return Threshold.from_record(record)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: its record of the threshold is {error}; evaluate.py --calibrate replaces it"
+        ) from error
 
 
 def save_threshold(path: str | Path, threshold: Threshold, identity: str) -> None:

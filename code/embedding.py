@@ -5,8 +5,6 @@ embedding. So the embeddings are gathered, and every process computes the loss o
 the network only through the process's own images; the sum over the processes is the gradient of the whole batch.
 """
 
-import ctypes
-import sys
 import warnings
 
 import torch
@@ -14,10 +12,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from proxy_anchor import collectives
+from proxy_anchor.hardware import return_freed_memory
 from proxy_anchor.vectors import Embeddings
 
 CHANNELS_LAST_FROM = 96  # pixels: on a CPU, smaller images are faster in torch's own layout
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, as in malloc.h
 
 
 class Scaler(torch.amp.GradScaler):
@@ -45,7 +43,7 @@ class Scaler(torch.amp.GradScaler):
 class Embedder:
     """Maps images, uint8 RGB (B, 3, H, W) on the device, to embeddings (B, D) in float32 or better.
 
-    network: a net.EmbeddingNet or net.PooledBackbone, or a net.Head, for which images are their features (B, C). amp:
+    network: of net/embedding_net.py; for a Head, images are their features (B, C). amp:
     "none", or "bf16" or "fp16" for the network's products, with a scaler for the gradients of fp16 (else an idle one).
     compile: with torch.compile. A network of an exported file runs as it is: ValueError for it with amp or compile.
     """
@@ -54,8 +52,6 @@ class Embedder:
         if getattr(network, "is_exported", False) and (amp != "none" or compile):
             raise ValueError("An exported file runs in float32 on the CPU: --amp is for checkpoints")
         to_device(network, device)
-        if device.type == "cpu":
-            keep_freed_memory()
         self.network, self.device, self.settings = network, device, (amp, compile)
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = Scaler(device, enabled=amp == "fp16")
@@ -100,26 +96,6 @@ class Embedder:
         if groups is not None:
             groups = torch.as_tensor(groups)[list(loader.sampler)].to(self.device)
         return Embeddings(torch.cat(vectors), torch.cat(labels), groups)
-
-
-def keep_freed_memory() -> None:
-    """Let the process keep memory that is freed, for the tensors of the next step.
-
-    On Linux, glibc returns every large tensor to the kernel at once, and the next one costs a page fault per 4 KB: in
-    large batches on a CPU, up to half of the time. Other C libraries have no such setting and stay as they are.
-    """
-    _call_malloc("mallopt", M_TRIM_THRESHOLD, -1)
-    _call_malloc("mallopt", M_MMAP_MAX, 0)
-
-
-def return_freed_memory() -> None:
-    """Return to the kernel what keep_freed_memory has kept."""
-    _call_malloc("malloc_trim", 0)
-
-
-def _call_malloc(name: str, *arguments: int) -> None:
-    if sys.platform == "linux" and (function := getattr(ctypes.CDLL(None), name, None)):
-        function(*arguments)
 
 
 def to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:

@@ -281,10 +281,15 @@ def check_scalar(loss: nn.Module, _, value) -> None:
 
 
 def with_miner(loss: nn.Module, miner: nn.Module) -> nn.Module:
-    """A loss of pytorch-metric-learning over the pairs or triplets that one of its miners picks from the batch."""
+    """A loss of pytorch-metric-learning over what one of its miners, for pairs or triplets, picks from the batch."""
     loss.miner = miner
-    loss.register_forward_pre_hook(lambda loss, batch: (*batch, loss.miner(*batch)))
+    loss.register_forward_pre_hook(add_picks)
     return loss
+
+
+def add_picks(loss: Any, batch: tuple) -> tuple:
+    """The embeddings and labels of a batch, and what the loss's miner picks from it."""
+    return *batch, loss.miner(*batch)
 
 
 def create_baseline(name: str, num_classes: int, embedding_size: int) -> nn.Module:

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
-DISTANCES = ("cosine", "euclidean")
 MEASURES = {"cosine": "similarity", "euclidean": "distance"}
+DISTANCES = tuple(MEASURES)
 HEADS = ("linear", "orthogonal", "layernorm")  # see net/embedding_net.py
 ORIENTATIONS = ("stored", "upright")  # indexed by ImageDataset.upright
 WORDS = {
@@ -114,8 +114,9 @@ class Threshold:
     share: how many of the unknown queries, whose thing is not in the gallery, may match. sizes, values: numbers of
     images of other things, the largest first, and the threshold for each. unknown, known: what it achieved, each as
     (share, low, high): unknown queries that match, and known ones whose nearest image is of their thing and matches;
-    known is () where nothing was known. classes: how many chose it, and how many checked it. dataset, data: what it
-    was measured on, and the fingerprints of its splits.
+    known is () where nothing was known. odds: (offset, slope) of the log odds that a known query's nearest thing is
+    right, over the gap to its second thing; () where nothing was known. classes: how many chose it, and how many
+    checked it. dataset, data: what it was measured on, and the fingerprints of its splits.
     """
 
     distance: str
@@ -124,6 +125,7 @@ class Threshold:
     values: tuple[float, ...]
     unknown: tuple[float, ...]
     known: tuple[float, ...]
+    odds: tuple[float, ...]
     classes: tuple[int, ...]
     dataset: str
     data: dict
@@ -131,9 +133,13 @@ class Threshold:
     @classmethod
     def from_record(cls, record: Any) -> "Threshold":
         """The threshold in a record. Raises ValueError with the record if it is damaged."""
-        if isinstance(record, dict) and record.keys() == {field.name for field in fields(cls)}:
-            lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list | tuple)}
-            threshold = cls(**(record | lists))
+        lists = ("sizes", "values", "unknown", "known", "odds", "classes")
+        if (
+            isinstance(record, dict)
+            and record.keys() == {field.name for field in fields(cls)}
+            and all(isinstance(record[name], list | tuple) for name in lists)
+        ):
+            threshold = cls(**(record | {name: tuple(record[name]) for name in lists}))
             if threshold._is_valid():
                 return threshold
         raise ValueError(str(record)[:80])
@@ -147,13 +153,28 @@ class Threshold:
 
         It is measured at `sizes`. Between and above them, the gap to a perfect match, 1 - cosine or the distance, is
         a power of the size: the nearest of n points in a space of m dimensions is at a distance of about n**(-1/m).
-        Below the smallest of them it is that of the smallest, which accepts fewer queries.
+        Above, it is the power that fits all sizes best, by least squares of the logarithms. Below the smallest size it
+        is the threshold of the smallest, which accepts fewer queries.
         """
-        size, gaps = max(size, self.sizes[-1]), [self._gap(value) for value in self.values]
-        first = sum(size < known for known in self.sizes[1:-1])  # of the two sizes that it is between, or next to
-        (larger, smaller), (near, far) = self.sizes[first : first + 2], gaps[first : first + 2]
-        gap = near * (size / larger) ** (math.log(near / far) / math.log(larger / smaller))
+        logs = [math.log(known) for known in self.sizes]
+        gaps = [math.log(self._gap(value)) for value in self.values]
+        at = max(math.log(size), logs[-1]) if size else logs[-1]
+        if at > logs[0]:
+            middle, mean = sum(logs) / len(logs), sum(gaps) / len(gaps)
+            slope = sum((x - middle) * (y - mean) for x, y in zip(logs, gaps)) / sum((x - middle) ** 2 for x in logs)
+            gap = math.exp(gaps[0] + slope * (at - logs[0]))
+        else:
+            first = sum(at < known for known in logs[1:-1])  # of the two sizes that it is between
+            (larger, smaller), (near, far) = logs[first : first + 2], gaps[first : first + 2]
+            gap = math.exp(far + (near - far) * (at - smaller) / (larger - smaller))
         return 1 - gap if self.distance == "cosine" else gap
+
+    def probability(self, gap: float) -> float | None:
+        """That a known query shows its nearest thing, which is this much nearer than the second; None if unknown."""
+        if not self.odds:
+            return None
+        offset, slope = self.odds
+        return 1 / (1 + math.exp(min(-(offset + slope * gap), 700)))
 
     def text(self) -> str:
         """The threshold for each size."""
@@ -164,7 +185,7 @@ class Threshold:
         return max(1 - value if self.distance == "cosine" else value, SMALLEST_GAP)
 
     def _is_valid(self) -> bool:
-        numbers = *self.values, *self.unknown, *self.known
+        numbers = *self.values, *self.unknown, *self.known, *self.odds
         sizes_fall = all(larger > smaller > 0 for larger, smaller in zip(self.sizes, self.sizes[1:]))
         return (
             self.distance in DISTANCES
@@ -176,6 +197,7 @@ class Threshold:
             and all(isinstance(number, float) and math.isfinite(number) for number in numbers)
             and len(self.unknown) == 3
             and len(self.known) in (0, 3)
+            and len(self.odds) in (0, 2)
             and all(0 <= share <= 1 for share in (*self.unknown, *self.known))
             and isinstance(self.dataset, str)
             and isinstance(self.data, dict)

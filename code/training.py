@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # functions import it: --help does not wait for it
     from torch import nn
     from torch.optim.lr_scheduler import LRScheduler
 
-EmbeddingNet = Any  # a net.EmbeddingNet; this package does not import net
+EmbeddingNet = Any  # of net.embedding_net; this package does not import net
 CLIP_VALUE = 10  # of each gradient element, as published
 
 OPTIMIZERS: dict[

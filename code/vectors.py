@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 
@@ -88,6 +89,13 @@ def to_nearness(value, distance: str):
 def as_tensor(values, name: str) -> torch.Tensor:
     """Numbers in a tensor, a numpy array or a list as a tensor. Raises TypeError for anything else."""
     try:
+        if isinstance(values, np.ndarray):  # torch takes neither a foreign byte order nor backward strides
+            return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"]))
+        if isinstance(values, list | tuple) and len(values):
+            if isinstance(values[0], torch.Tensor):
+                return torch.stack(list(values))
+            if isinstance(values[0], np.ndarray | np.generic):
+                return as_tensor(np.stack(values), name)
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from proxy_anchor.collectives import ALONE, Processes
-from proxy_anchor.files import printable
+from proxy_anchor.files import printable, quantity
 from proxy_anchor.pairs import Pairs, Scale
 from proxy_anchor.spec import MEASURES, Threshold
 from proxy_anchor.vectors import Embeddings, to_nearness
@@ -29,12 +29,13 @@ FAR_STEPS, TAR_STEPS = 40, 24  # thresholds of the bootstrap's curves, evenly sp
 SEED = 0  # of the bootstrap, and of the halves of calibrate
 BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of accepted pairs
 FEWEST_MATCHES = 5  # of unknown queries, for a threshold: with fewer, their share is little more than chance
+RELIABLE = 30  # classes: with fewer, a threshold and its interval are little more than chance
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # of unknown queries that match
 OPIS_FARS, OPIS_STEPS = (0.1, 0.01), 101
 WORST = 10  # classes that are listed
 REPLACEMENTS = 8  # nearest classes that can be the nearest in a sample of the bootstrap
-NEAREST = 64  # other classes of each query that are kept: enough for galleries of a HALVINGS-th power of 2 of them
-HALVINGS = 4
+HALVINGS = 4  # of the gallery, for which thresholds are recorded
+NEAREST = 64  # other classes of each query that are kept: enough for a gallery of 1/2**HALVINGS of them
 
 
 class Estimate(NamedTuple):
@@ -191,9 +192,7 @@ def verify(
     edge_of_far = {far: int((curve.far <= far).argmax()) for far in fars if far not in result.too_rare}
     edge_of_threshold = {threshold: pairs.scale.edge_from(threshold) for threshold in thresholds}
     edges = edges_of_interest(curve, [*edge_of_far.values(), *edge_of_threshold.values()], other.sum())
-    drawn = np.random.default_rng(SEED).multinomial(
-        result.classes, np.full(result.classes, 1 / result.classes), replicates
-    )
+    drawn = draw(result.classes, replicates)
     resampled = Curve.from_counts(pairs.scale.edges[edges], *pairs.resampled(edges, drawn.T))
 
     result.auc = estimate(curve.auc(), resampled.auc())
@@ -215,7 +214,7 @@ def verify(
 def opis(pairs: Pairs, low: float, high: float) -> float:
     """The operating-point inconsistency score: how much the classes differ at the same thresholds, from low to high.
 
-    The variance over the classes, in the mean over OPIS_STEPS thresholds, of the harmonic mean of two shares of a
+    The variance over the classes, averaged over OPIS_STEPS thresholds, of the harmonic mean of two shares of a
     class: of its same-class pairs that are accepted, and of its different-class pairs that are not. Classes without
     pairs of both kinds are left out.
     """
@@ -236,9 +235,16 @@ def edges_of_interest(curve: Curve, required: list[int], pairs: int) -> np.ndarr
     return np.unique([0, len(far) - 1, *np.concatenate(steps).clip(0, len(far) - 1), *required])
 
 
-def draw(classes: int) -> np.ndarray:
-    """How often each class (C,) is in each sample of the bootstrap: (REPLICATES, C)."""
-    return np.random.default_rng(SEED).multinomial(classes, np.full(classes, 1 / classes), REPLICATES)
+def draw(classes: int, replicates: int = REPLICATES) -> np.ndarray:
+    """How often each class is in each of R samples of the bootstrap: (R, C)."""
+    return np.random.default_rng(SEED).multinomial(classes, np.full(classes, 1 / classes), replicates)
+
+
+def estimate_share(hits: int, total: int, replicates: np.ndarray, classes: int) -> Estimate:
+    """A share with its interval. If none or all are hits, all samples are alike: it is that of `classes` draws then."""
+    value, low, high = estimate(hits / total, replicates.clip(0, 1))
+    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / classes)  # the largest share of which so many draws may well show nothing
+    return Estimate(value, min(low, 1 - unseen) if hits == total else low, max(high, unseen) if not hits else high)
 
 
 def estimate(value, replicates: np.ndarray) -> Estimate:
@@ -260,8 +266,7 @@ class Identification:
 
     labels (Q,). own (Q,): the similarity of the nearest image of a query's own class, -inf without one. others (Q, K):
     of the nearest image of each of the nearest other classes, in descending order; near (Q, K): the labels of these.
-    classes: how many others there are.
-    size: how many images of other classes a query is compared with, in the mean. Larger similarities are nearer, see
+    classes: how many others there are. size: how many images they have, on average. Larger similarities are nearer, see
     vectors.to_nearness.
     """
 
@@ -282,7 +287,7 @@ class Identification:
         """
         queries, ranks = np.nonzero(self.others[:, :REPLACEMENTS] >= threshold)
         if not len(queries):
-            return Estimate(0.0, 0.0, 0.0)
+            return estimate_share(0, len(self.labels), np.zeros(1), len(np.unique(self.labels)))
         names, numbers = np.unique(np.concatenate([self.labels, self.near[queries, ranks]]), return_inverse=True)
         labels, near = numbers[: len(self.labels)], numbers[len(self.labels) :]
         drawn = draw(max(len(names), self.classes + 1)).T  # (C, R)
@@ -290,13 +295,19 @@ class Identification:
         match = np.logical_or.reduceat(drawn[near] > 0, first)  # (M, R): of the M queries that match
         total = np.bincount(labels, minlength=len(drawn)) @ drawn
         shares = (match * drawn[labels[queries[first]]]).sum(axis=0) / np.maximum(total, 1)
-        value = len(first) / len(self.labels)
-        return estimate(value, (value * shares / shares.mean()).clip(max=1))
+        scaled = len(first) / len(self.labels) * shares / shares.mean()
+        return estimate_share(len(first), len(self.labels), scaled, len(np.unique(self.labels)))
 
     def known(self, threshold: float) -> Estimate:
         """The share of known queries whose nearest image is of their class and matches; NaN without any."""
         known = self.own > -np.inf
         return self._share((self.own >= threshold) & (self.own > self.others[:, 0]), known)
+
+    def gaps(self) -> tuple[np.ndarray, np.ndarray]:
+        """(gap, right) of the known queries (M,): how much nearer the nearest class is than the second; whether own."""
+        first, second = np.sort(np.column_stack([self.own, self.others[:, :2]]))[:, :-3:-1].T
+        known = self.own > -np.inf
+        return (first - second)[known], (self.own > self.others[:, 0])[known]
 
     def by_class(self, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(labels, false accepts, false rejects) of the classes (C,).
@@ -320,9 +331,9 @@ class Identification:
     def text(self) -> str:
         """Unknown queries that match and known ones answered rightly, at several thresholds, for a terminal."""
         lines = (
-            f"{len(self.labels):,} queries, each among {self.size:,} images of other classes. Unknown: without its own "
-            f"class; known: with it\n{'unknown match':15}{'known right':26}{MEASURES[self.distance]} "
-            f"{BOUNDS[self.distance]}\n"
+            f"{len(self.labels):,} queries, each among {self.size:,} images of other classes. Unknown: its own class "
+            f"is left out; known: it is in the gallery\n{'unknown match':15}{'known right':26}"
+            f"{MEASURES[self.distance]} {BOUNDS[self.distance]}\n"
         )
         for share in SHARES:
             if share * len(self.labels) >= FEWEST_MATCHES:
@@ -340,9 +351,13 @@ class Identification:
         )
         for kind, shares in (("unknown match", accepts), ("known rejected", rejects)):
             low, middle, high = np.nanquantile(shares, (0.05, 0.5, 0.95))
-            order = np.argsort(-shares, kind="stable")[:WORST]
-            worst = ", ".join(f"{printable(str(names[labels[i]]))} {shares[i]:.0%}" for i in order if shares[i] > 0)
-            lines += f"{kind}: median {middle:.1%}, 5% to 95% of the classes: {low:.1%} to {high:.1%}; most: {worst}\n"
+            first = np.argsort(-shares, kind="stable")[:WORST]
+            worst = ", ".join(f"{printable(str(names[labels[i]]))} {shares[i]:.0%}" for i in first if shares[i] > 0)
+            last = shares[first[-1]]
+            if last > 0 and (others := (shares == last).sum() - (shares[first] == last).sum()):
+                worst += f", and {others} more with {last:.0%}"
+            most = f"most: {worst}" if worst else "none above 0%"
+            lines += f"{kind}: median {middle:.1%}, 5% to 95% of the classes: {low:.1%} to {high:.1%}; {most}\n"
         return lines
 
     def _share(self, hits: np.ndarray, among: np.ndarray) -> Estimate:
@@ -352,12 +367,13 @@ class Identification:
         names, numbers = np.unique(self.labels[among], return_inverse=True)
         counts = np.bincount(numbers, hits[among]), np.bincount(numbers)
         drawn = draw(len(names))
-        return estimate(counts[0].sum() / counts[1].sum(), (drawn @ counts[0]) / (drawn @ counts[1]))
+        shares = (drawn @ counts[0]) / (drawn @ counts[1])
+        return estimate_share(int(counts[0].sum()), int(counts[1].sum()), shares, len(names))
 
     def threshold(self, share: float, classes: int | None = None) -> float:
         """The lowest threshold at which at most this share of unknown queries match.
 
-        classes: in a gallery of this many of the other classes, in the mean over all choices of them: of C classes, k
+        classes: in a gallery of this many of the other classes, on average over all choices of them: of C classes, k
         of which have an image that reaches the threshold, c hold none of these in binom(C - k, c) of binom(C, c).
         """
         total, (count, kept) = self.classes, self.others.shape
@@ -387,9 +403,12 @@ def identify(
     tile of them.
     """
     pairs = Pairs.from_embeddings(queries, gallery, distance, processes)
-    targets = torch.cat(processes.all_gather(pairs.targets.labels))
-    counts = torch.bincount(torch.searchsorted(pairs.classes, targets), minlength=len(pairs.classes))
-    classes = int((counts > 0).sum()) - 1
+    asked, targets = (
+        torch.searchsorted(pairs.classes, torch.cat(processes.all_gather(side.labels)))
+        for side in (pairs.queries, pairs.targets)
+    )
+    counts = torch.bincount(targets, minlength=len(pairs.classes))
+    classes = int((counts > 0).sum()) - int((counts[asked] > 0).all())  # the most that a query has
     labels, own, others, near = [], [], [], []
     for row_labels, nearest in pairs.nearest_of_classes():
         column = torch.searchsorted(pairs.classes, row_labels)[:, None]
@@ -399,7 +418,7 @@ def identify(
         values, columns = nearest.topk(max(1, min(NEAREST, classes)))
         others.append(values)
         near.append(pairs.classes[columns])
-    size = len(targets) - counts[torch.searchsorted(pairs.classes, torch.cat(labels))].double().mean().item()
+    size = len(targets) - counts[asked].double().mean().item()
     columns = (torch.cat(x).cpu().numpy() for x in (labels, own, others, near))
     return Identification(distance, classes, round(size), *columns)
 
@@ -429,37 +448,62 @@ def choose_threshold(share: float, chosen: Identification, checked: Identificati
 
     Raises ValueError for too few classes or queries, and if no query reaches it with its own class.
     """
-    if chosen.classes < 2 or share * len(chosen.labels) < FEWEST_MATCHES:
+    queries = f"{len(chosen.labels):,} queries that show {quantity(chosen.classes + 1, 'thing')}"
+    if chosen.classes < 2:
+        raise ValueError(f"A threshold needs at least 3 things, found {queries}; it stays as it was")
+    if share * len(chosen.labels) < FEWEST_MATCHES:
+        smallest = math.ceil(1e4 * FEWEST_MATCHES / len(chosen.labels)) / 1e4
         raise ValueError(
-            f"{len(chosen.labels):,} queries of {chosen.classes + 1:,} classes are too few for a threshold at which "
-            f"{100 * share:g}% of unknown queries match: it needs 3 classes, and {FEWEST_MATCHES} queries that match"
+            f"{queries} allow --calibrate {smallest:g} or more, so that {FEWEST_MATCHES} of them match, found "
+            f"{share:g}; the threshold stays as it was"
         )
     sizes, values = chosen.thresholds(share)
     if -np.inf < chosen.own.max() < values[0]:
         raise ValueError(
             f"At a threshold that {100 * share:g}% of unknown queries reach, no known query matches: other classes are "
             "as near as its own, as when a network maps all images to one point. Train it further, or give "
-            "--calibrate a larger share"
+            "--calibrate a larger share; the threshold stays as it was"
         )
     distance, checked = chosen.distance, checked or chosen
     values = tuple(to_nearness(value, distance) for value in values)
     numbers = (chosen.classes + 1,) if checked is chosen else (chosen.classes + 1, checked.classes + 1)
-    threshold = Threshold(distance, share, sizes, values, (), (), numbers, "", {})
+    threshold = Threshold(distance, share, sizes, values, (), (), (), numbers, "", {})
     limit = to_nearness(threshold.at(checked.size), distance)
     known = checked.known(limit)
-    return replace(
-        threshold, unknown=tuple(checked.unknown(limit)), known=() if math.isnan(known.value) else tuple(known)
-    )
+    unknown = tuple(checked.unknown(limit))
+    if math.isnan(known.value):
+        return replace(threshold, unknown=unknown)
+    return replace(threshold, unknown=unknown, known=tuple(known), odds=log_odds(*chosen.gaps()))
+
+
+def log_odds(gaps: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """(offset, slope) of the log odds of being right over the gap, by logistic regression on gaps (M,), right (M,).
+
+    The targets are Platt's (1999), slightly inside 0 and 1, so that the odds are finite if all queries are right.
+    """
+    from scipy.optimize import minimize
+
+    scale = gaps.mean() or 1.0
+    target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
+
+    def loss(weights):
+        z = weights[0] + weights[1] * gaps / scale
+        return (np.logaddexp(0, z) - target * z).mean()
+
+    offset, slope = minimize(loss, np.zeros(2)).x
+    return float(offset), float(slope / scale)
 
 
 def describe(threshold: Threshold) -> str:
     """A threshold as lines for a terminal."""
     classes, *checked = threshold.classes
+    few = f"With fewer than {RELIABLE} things, do not rely on it.\n" if min(threshold.classes) < RELIABLE else ""
     known = f", {Estimate(*threshold.known).percent()} of known ones are answered rightly" if threshold.known else ""
     result = f"{Estimate(*threshold.unknown).percent()} of unknown queries match{known}\n"
     on = f"Chosen on half of the classes ({classes:,})" if checked else f"Chosen on {classes:,} things, each left out"
     return (
         f"{on}, so that at most {100 * threshold.share:g}% of unknown queries match: {threshold.text()}\n"
-        + (f"Checked on the other half ({checked[0]:,}): " if checked else "There, ")
+        + (f"Checked on the other half ({checked[0]:,}): " if checked else "On the same things: ")
         + result
+        + few
     )

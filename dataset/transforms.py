@@ -50,7 +50,8 @@ class Evaluation:
     crop: the share of the shorter side that is kept; 1 keeps all of a square image. crop_mode: "squash" makes the image
     square instead of cropping its longer side. interpolation: "bilinear" or "bicubic" by Pillow, exactly as for timm's
     networks; None resizes as for the published networks, to the sizes of the paper. Equals v2.Resize and v2.CenterCrop
-    of torchvision, whose import would take longer than the search in an index.
+    of torchvision, whose import would take longer than the search in an index. (Where a CPU lacks AVX2, torchvision
+    resizes in float32: there, some pixels differ by 1.)
     """
 
     def __init__(

@@ -1,9 +1,13 @@
-"""Measure the numbers on thresholds and folders in docs/use.md, on the test classes of glyphs.
+"""Measure the numbers on thresholds and folders in docs/use.md.
 
-python misc/thresholds.py CHECKPOINT
+    python misc/thresholds.py --dataset glyphs --resume RUN
+    python misc/thresholds.py photos.index
+
+On the test classes of a dataset, with the flags of evaluate.py, or on the folders of an index, of which only
+thresholds are measured.
 """
 
-import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -12,53 +16,72 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
-import net
+import evaluate
 from proxy_anchor import cli, retrieval, verification
-from proxy_anchor.checkpoint import Checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.entries import embeddings_of, group
+from proxy_anchor.index.store import Index
 from proxy_anchor.spec import SHARE
 from proxy_anchor.vectors import Embeddings
 
 SPLITS = 20
 
 
-def embed(path: str, root: str) -> tuple[Embeddings, list[str]]:
-    """The embeddings and the paths of the test images. Raises ValueError for a checkpoint without a record."""
-    checkpoint = Checkpoint(path)
-    if not (spec := checkpoint.spec):
-        raise ValueError(f"{path} has no record of its network: expected a checkpoint of train.py --dataset glyphs")
-    network = checkpoint.open(spec, net.from_spec)
-    (images,) = dataset.eval_sets("glyphs", root, spec.image_size, spec.geometry)
-    embedder = Embedder(network, torch.device("cpu"))
-    return embedder.embed(dataset.eval_loader(images, batch_size=150, workers=0)), images.paths
+def embed(argv: list[str]) -> tuple[Embeddings, list[str]]:
+    """The embeddings and the paths of the test images. Raises ValueError if they are queries and a gallery."""
+    args = evaluate.parse(argv)
+    network, *others = evaluate.open_networks(args)[0]
+    images, *gallery = evaluate.open_test_sets(args)
+    if others or gallery:
+        raise ValueError("Expected one network, and a dataset whose test images are queries and gallery")
+    embedder = Embedder(network, torch.device("cpu"), args.amp)
+    return embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers)), images.paths
 
 
-def calibrations(embeddings: Embeddings) -> None:
-    """Choose a threshold on some classes and check it on others, for several halves, and for quarters and the rest."""
-    classes = embeddings.labels.unique().numpy()
-    halves, quarters = [], []
-    for seed in range(SPLITS):
-        halves.append(verification.calibrate(embeddings, SHARE, seed=seed))
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(classes))
-        quarter, rest = (
-            verification.identify(embeddings.of_classes(part)) for part in order.tensor_split([len(order) // 4])
-        )
-        quarters.append(verification.choose_threshold(SHARE, quarter, rest))
+def pair_thresholds(embeddings: Embeddings) -> None:
+    """The share of unknown queries that reach thresholds for pairs of images."""
+    identified = verification.identify(embeddings)
+    for far, (threshold, _) in verification.verify(embeddings).at_far.items():
+        share = identified.unknown(threshold.value).percent()
         print(
-            f"seed {seed:2}  threshold {halves[-1].values[0]:.4f}; unknown queries that match, from one half to the "
-            f"other: {verification.Estimate(*halves[-1].unknown).percent()}, from a quarter to the rest: "
-            f"{verification.Estimate(*quarters[-1].unknown).percent()}",
+            f"Threshold for {far:.2%} false accepts of pairs: {threshold.value:.4f}, {share} of unknown queries match"
+        )
+
+
+def split(embeddings: Embeddings, seed: int, share: int) -> list[verification.Identification]:
+    """Of one in `share` of the classes, and of the others; neither is in the gallery of the other."""
+    order = np.random.default_rng(seed).permutation(embeddings.labels.unique().numpy())
+    parts = torch.from_numpy(order).tensor_split([-(-len(order) // share)])
+    return [verification.identify(embeddings.of_classes(part)) for part in parts]
+
+
+def calibrations(embeddings: Embeddings, name: str, share: int) -> None:
+    """Choose a threshold on some classes and check it on others, for several splits of the classes.
+
+    And the probabilities: how often known queries are answered rightly, for each tenth of the probabilities.
+    """
+    thresholds, probabilities, right = [], [], []
+    for seed in range(SPLITS):
+        chosen, checked = split(embeddings, seed, share)
+        thresholds.append(threshold := verification.choose_threshold(SHARE, chosen, checked))
+        gaps, is_right = checked.gaps()
+        probabilities += [threshold.probability(gap) for gap in gaps]
+        right += is_right.tolist()
+        print(
+            f"seed {seed:2}  threshold {threshold.values[0]:.4f}; unknown queries that match, from {name}: "
+            f"{verification.Estimate(*threshold.unknown).percent()}",
             flush=True,
         )
-    for name, thresholds in (("one half to the other", halves), ("a quarter to the rest", quarters)):
-        shares, known = [t.unknown[0] for t in thresholds], [t.known[0] for t in thresholds]
-        covered = sum(low <= SHARE <= high for _, low, high in (t.unknown for t in thresholds))
-        print(
-            f"Requested: {SHARE:.1%} of unknown queries. From {name}, over {SPLITS} splits: mean {np.mean(shares):.2%}"
-            f", from {min(shares):.2%} to {max(shares):.2%}; the 95% interval contains it in {covered}; "
-            f"known queries answered rightly: mean {np.mean(known):.2%}"
-        )
+    shares, known = [t.unknown[0] for t in thresholds], [t.known[0] for t in thresholds]
+    covered = sum(low <= SHARE <= high for _, low, high in (t.unknown for t in thresholds))
+    print(
+        f"Requested: {SHARE:.1%} of unknown queries. From {name}, over {SPLITS} splits: mean {np.mean(shares):.2%}, "
+        f"from {min(shares):.2%} to {max(shares):.2%}, above 8% in {sum(share > 0.08 for share in shares)}; the 95% "
+        f"interval contains it in {covered}; known queries answered rightly: mean {np.mean(known):.2%}"
+    )
+    tenths = np.array_split(np.argsort(probabilities), 10)
+    for kind, values in (("probability", probabilities), ("right", right)):
+        print(f"{kind:<12}" + "".join(f"{np.take(values, tenth).mean():>7.1%}" for tenth in tenths))
 
 
 def folders(embeddings: Embeddings, paths: list[str]) -> None:
@@ -93,16 +116,17 @@ def folders(embeddings: Embeddings, paths: list[str]) -> None:
         )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--data-root", default=str(dataset.DATA_ROOT), metavar="DIR")
-    args = parser.parse_args(argv)
+def main(argv: list[str]) -> None:
     with cli.errors_in_one_line("thresholds.py"):
-        embeddings, paths = embed(args.checkpoint, args.data_root)
-        folders(embeddings, paths)
-        calibrations(embeddings)
+        if len(argv) == 1 and os.path.isdir(argv[0]):
+            return calibrations(Index.open(Path(argv[0])).embeddings(), "one half to the other", 2)
+        embeddings, paths = embed(argv)
+        if len(group(paths)) == len(embeddings.labels.unique()):  # each class is in a folder of its own
+            folders(embeddings, paths)
+        pair_thresholds(embeddings)
+        calibrations(embeddings, "one half to the other", 2)
+        calibrations(embeddings, "a quarter to the rest", 4)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

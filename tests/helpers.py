@@ -63,7 +63,7 @@ RECORD = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
 def threshold(value, **changed) -> Threshold:
     """A calibrated threshold with this value for all sizes."""
     measured = Threshold(
-        "cosine", 0.05, (20, 10), (value, value), (0.02, 0.0, 0.1), (0.5, 0.4, 0.6), (2, 2), "folder", {}
+        "cosine", 0.05, (20, 10), (value, value), (0.02, 0.0, 0.1), (0.5, 0.4, 0.6), (0.0, 10.0), (2, 2), "folder", {}
     )
     return replace(measured, **changed)
 

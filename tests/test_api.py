@@ -2,10 +2,17 @@
 
 import copy
 import inspect
+import io
+import math
 import multiprocessing
+import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +113,14 @@ def test_orientation_of_the_checkpoint_is_obeyed(orientation, made, tmp_path):
     assert not np.array_equal(embed(np.asarray(image)), embed(np.asarray(upright)))
 
 
+def test_damaged_image_is_an_error(embed, paths):
+    """One that Pillow has opened, but cannot read."""
+    with open(paths[0], "rb") as file:
+        cut = io.BytesIO(file.read()[:-200])
+    with pytest.raises(OSError):
+        embed(Image.open(cut))
+
+
 def test_wrong_images_are_errors(embed, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     for image, error, words in (
@@ -113,6 +128,7 @@ def test_wrong_images_are_errors(embed, tmp_path):
         (str(tmp_path / "bad.jpg"), ValueError, "bad.jpg cannot be read"),
         (np.zeros((8, 8, 3)), ValueError, r"uint8 pixels \(H, W, 3\) or \(H, W\), found float64 \(8, 8, 3\)"),
         (np.zeros((8, 8, 4), np.uint8), ValueError, r"found uint8 \(8, 8, 4\)"),
+        (np.zeros((0, 8, 3), np.uint8), ValueError, r"found uint8 \(0, 8, 3\)"),
         (torch.zeros(3, 8, 8), TypeError, "found Tensor"),
         ([b"bytes"], TypeError, "found bytes"),
     ):
@@ -159,8 +175,47 @@ def test_recorded_threshold(made, paths, tmp_path, capsys):
     assert pickle.loads(pickle.dumps(search)).query(paths[0], 18).matches == nearest[:5]
     (result,) = query_index(tmp_path / "index", capsys, "-k", 18, "--threshold", search.threshold, paths[0])
     assert [(near["path"], near["similarity"]) for near in result["neighbours"]] == nearest[:5]
+    content = checkpoint.read(tmp_path / "a.pth") | {"threshold": {"asked_far": 0.01, "dataset": "cub"}}
+    torch.save(content, tmp_path / "a.pth")  # one of an earlier version: an error where it is asked for
+    embed, search = load(tmp_path / "a.pth"), Search(tmp_path / "index")
+    assert len(embed(paths)) == len(paths)
+    for asked in (lambda: embed.threshold, lambda: search.query(paths[0])):
+        with pytest.raises(ValueError, match="has a threshold for pairs of images"):
+            asked()
+    search.calibration, search.threshold = None, 0.5
+    assert search.query(paths[0], 18).nearest == nearest
     make_index(tmp_path, made / "images", tmp_path / "folders", "--by-folder")
     assert Search(tmp_path / "folders").threshold is None  # it is one for images
+
+
+def test_probability_is_that_of_the_gap_to_the_second_thing(made, paths, tmp_path):
+    pytest.importorskip("faiss")
+    (tmp_path / "a.pth").write_bytes((made / "a.pth").read_bytes())
+    recorded = threshold(0.0, odds=(-1.0, 20.0))
+    checkpoint.save_threshold(tmp_path / "a.pth", recorded, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
+    make_index(tmp_path, made / "images", tmp_path / "index")
+    search = Search(tmp_path / "index")
+    answer = search.query(paths[0], len(paths))
+    gap = answer.things[0].best - answer.things[1].best
+    assert answer.probability == pytest.approx(1 / (1 + math.exp(1 - 20 * gap)))
+    of_one_thing = [near for near in answer.nearest if os.path.dirname(near[0]) == answer.things[0].folder]
+    last = of_one_thing[0][1] - of_one_thing[-1][1]  # the second thing is no nearer than the last entry
+    assert search.probability(of_one_thing) == pytest.approx(1 / (1 + math.exp(1 - 20 * last)))
+    assert search.query(paths[0], 1).probability is None
+    search.threshold = 1.1
+    assert search.query(paths[0]).probability is None
+    assert replace(recorded, odds=()).probability(0.1) is None
+
+
+def test_pickled_search_finds_its_files_from_another_folder(made, paths, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    make_index(made, made / "images", tmp_path / "index")
+    shutil.copy(made / "a.pth", tmp_path / "moved.pth")
+    monkeypatch.chdir(tmp_path)
+    search = Search("index", checkpoint="moved.pth")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert pickle.loads(pickle.dumps(search)).query(paths[0]) == search.query(paths[0])
 
 
 def test_query_is_of_one_image(made, paths, tmp_path):
@@ -188,6 +243,13 @@ def test_published_checkpoints_need_their_network(made, paths, tmp_path):
         load(made / "a.pth", embedding_size=8)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.pth")
+
+
+def test_another_module_of_the_name_is_named(tmp_path):
+    (tmp_path / "dataset.py").touch()
+    code = f"import sys; sys.path += [{str(REPOSITORY)!r}]; from proxy_anchor import load"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert f"ImportError: {tmp_path / 'dataset.py'} hides dataset/ of {REPOSITORY}" in done.stderr
 
 
 class Module(torch.nn.Module):

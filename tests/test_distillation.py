@@ -5,11 +5,16 @@ import math
 import pytest
 import torch
 
+from proxy_anchor import distillation, loss_registry
 from proxy_anchor.distillation import PKT, RKD, RelaxedContrastive
 
 LOSSES = [RelaxedContrastive(), RelaxedContrastive(sigma=0.5, delta=1.5), RKD(), PKT()]
 NAMES = ["relaxed", "relaxed with other settings", "RKD", "PKT"]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
+
+
+def test_names_of_the_flag():
+    assert tuple(distillation.LOSSES) == loss_registry.TRANSFER_LOSSES
 
 
 def embeddings(n=7, d=3, teacher=5, seed=0):

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import statistics
 
+import head_gain
 import kills
 import poison
 import pytest
+import significance
 import torch
 import torch.nn.functional as F
 from helpers import arguments, fails, read_figures, read_metrics, run_folder, stop_at, torchrun
@@ -101,6 +104,24 @@ def test_checkpoint_is_the_whole_network_with_the_metrics_of_run_folder(cub_root
     backbone = torch.load(weights)
     state = torch.load(best)["model_state_dict"]
     assert all(torch.equal(state[f"model.{name}"], tensor) for name, tensor in backbone.items())
+
+
+def test_gain_of_heads_over_the_backbone_alone(cub_root, weights, logs, tmp_path, monkeypatch, capsys):
+    """Of the last epoch, as metrics.csv and backbone.json have it."""
+    monkeypatch.setattr(significance, "FEWEST", 2)
+    train.main(flags(cub_root, weights, tmp_path, seed=2))
+    runs = [run_folder(logs), run_folder(tmp_path)]
+    capsys.readouterr()
+    head_gain.main([*map(str, runs), "--workers", "0"])
+    for line, name in zip(capsys.readouterr().out.splitlines(), ("R@1", "MAP@R"), strict=True):
+        alone = 100 * run_folders.read_backbone(runs[0])[name]
+        last = [100 * float(read_metrics(run)[-1][name]) for run in runs]
+        mean, deviation = statistics.fmean(last), statistics.stdev(last)
+        assert line.startswith(f"{name}: backbone alone {alone:.2f}, 2 heads {mean:.2f} ± {deviation:.2f}, difference ")
+        assert float(line.split("difference ")[1].split()[0]) == pytest.approx(mean - alone, abs=0.0051)
+    train.main(flags(cub_root, weights, tmp_path, seed=3, lr=1e-3))
+    (other,) = tmp_path.glob("logs_cub/*seed3")
+    fails(lambda: head_gain.main([str(runs[0]), str(other)]), capsys, "in more than the seed: lr: 0.0001, now 0.001")
 
 
 def test_backbone_alone_is_measured_on_the_same_features(cub_root, weights, logs):

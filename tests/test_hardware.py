@@ -56,7 +56,7 @@ def test_freed_memory_serves_the_next_tensors():
     """In a fresh process: page faults of 40 large tensors, before and after, and what returns to the kernel."""
     code = """
 import resource, torch
-from proxy_anchor import embedding
+from proxy_anchor import hardware
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(40):
@@ -66,10 +66,10 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
 torch.ones(1)
 returned = faults()
-embedding.keep_freed_memory()
+hardware.keep_freed_memory()
 faults()
 print(returned, faults(), resident())
-embedding.return_freed_memory()
+hardware.return_freed_memory()
 print(resident())
 """
     root = Path(__file__).resolve().parent.parent

@@ -74,9 +74,12 @@ def test_examples_parse(name):
 SLOW = {"torch", "torchvision", "numpy", "scipy", "matplotlib", "wandb", "timm", "faiss", "onnxruntime", "tqdm"}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+COMMANDS = [*((name, "") for name in SCRIPTS), ("search.py", "index"), ("search.py", "query"), ("-m dataset", "check")]
+
+
+@pytest.mark.parametrize("name, command", COMMANDS)
 @pytest.mark.parametrize("argument, status", [("--help", 0), ("--unknown", 2)])
-def test_help_and_usage_errors_import_no_large_library(name, argument, status):
+def test_help_and_usage_errors_import_no_large_library(name, command, argument, status):
     """They answer at once: each of these libraries takes from a tenth of a second to two seconds."""
     program = """
 import runpy, sys
@@ -91,6 +94,7 @@ except SystemExit as end:
         if module
         else f"runpy.run_path({name!r}, run_name='__main__')"
     )
-    command = [sys.executable, "-c", program.format(run=run, slow=SLOW), argument]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    arguments = [argument, *[command] * bool(command)][::-1]
+    argv = [sys.executable, "-c", program.format(run=run, slow=SLOW), *arguments]
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == f"[] {status}", done.stderr

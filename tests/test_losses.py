@@ -324,6 +324,8 @@ def test_baselines_do_not_change_with_the_defaults_of_the_library(name, monkeypa
     """To the last bit as the defaults of 2.6 to 2.9 have it, with those defaults and with others."""
     expected = outcome(lambda: by_default(name))
     assert all(map(torch.equal, outcome(lambda: loss_registry.create(name, 6, 8)), expected))
+    copied = pickle.loads(pickle.dumps(loss_registry.create(name, 6, 8)))
+    assert outcome(lambda: copied)[0].isfinite()
     moved = {
         distances.BaseDistance: (False, 1, 3, False),  # normalize_embeddings, p, power, is_inverted
         library.MultiSimilarityLoss: (3, 40, 0.7),

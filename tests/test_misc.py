@@ -15,8 +15,9 @@ import pytest
 import thresholds
 import torch
 import trees
-from helpers import RECORD
+from helpers import RECORD, fails
 
+import dataset
 import net
 import protocol
 import train
@@ -134,7 +135,7 @@ def test_gap_of_selection_on_the_test_set(commands_of, tmp_path):
 
 
 def test_thresholds(tmp_path, monkeypatch, capsys):
-    """All of misc/thresholds.py, on a few letters, as trained with a record and as published without one."""
+    """All of misc/thresholds.py, on a few letters."""
     letters(tmp_path, count=24, images=4)
     monkeypatch.setitem(glyphs.SIZES, "eval", (24, 96))
     monkeypatch.setattr(thresholds, "SPLITS", 2)
@@ -143,24 +144,37 @@ def test_thresholds(tmp_path, monkeypatch, capsys):
     trees.save_checkpoint(
         path, net.create("resnet18", 8, head="layernorm"), RESNET | {"head": "layernorm", "crop": 1.0}
     )
-    thresholds.main([str(path), "--data-root", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
+    data = ["--dataset", "glyphs", "--data-root", str(tmp_path), "--workers", "0"]
+    capsys.readouterr()
+    thresholds.main([*data, "--resume", str(path)])
+    _, *lines = capsys.readouterr().out.splitlines()
     starts = [
         "R@1 of 48 images among 48 images",
         "R@1 of 48 images among 24 folders",
         "R@1 of 24 folders among 24 folders",
         "Threshold of 24 folders ",
         "Threshold of 24 folders ",
+        "Threshold for 10.00% false accepts of pairs: ",
+        "Threshold for 1.00% false accepts of pairs: ",
         "seed  0  threshold ",
         "seed  1  threshold ",
         "Requested: 80.0% of unknown queries. From one half to the other, over 2 splits: mean ",
+        "probability ",
+        "right ",
+        "seed  0  threshold ",
+        "seed  1  threshold ",
         "Requested: 80.0% of unknown queries. From a quarter to the rest, over 2 splits: mean ",
+        "probability ",
+        "right ",
     ]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
-    torch.save({"model_state_dict": net.create("resnet18", 8).state_dict()}, path)
-    with pytest.raises(SystemExit):
-        thresholds.main([str(path), "--data-root", str(tmp_path)])
-    assert capsys.readouterr().err.startswith("thresholds.py: error: ")
+    fails(lambda: thresholds.main([*data, "--resume", str(path), str(path)]), capsys, "Expected one network")
+    test_set = dataset.load("glyphs", tmp_path, "eval")
+    vectors = [[math.cos(label), math.sin(label)] for label in test_set.labels]
+    write_index(tmp_path / "index", test_set.paths, vectors)
+    thresholds.main([str(tmp_path / "index")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, starts[7:12], strict=True)] == starts[7:12]
 
 
 def write_index(folder, paths, vectors, by_folder=False):

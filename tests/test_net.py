@@ -13,6 +13,7 @@ import trees
 
 import net
 import net.pretrained
+import net.resnet
 from proxy_anchor import exported
 
 FACTS = Path(__file__).with_name("facts")
@@ -32,6 +33,10 @@ def known_weight(key, shape):
     else:
         values = random.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
     return torch.from_numpy(values.astype(np.float32))
+
+
+def test_built_in_resnets_are_those_that_are_described():
+    assert tuple(net.resnet.LAYERS) == net.RESNETS
 
 
 @pytest.mark.parametrize("name", KEYS)

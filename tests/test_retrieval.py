@@ -211,6 +211,9 @@ def test_numpy_arrays_and_lists_give_what_tensors_give(dtype):
         for found in (
             function(x[:20].numpy(), y[:20].numpy().astype(dtype), **arrays),
             function(np.asfortranarray(x[:20].numpy()), y[:20].tolist(), **arrays),
+            function(x[:20].numpy()[::-1].copy()[::-1], y[:20].numpy().astype(">i4"), **arrays),
+            function(list(x[:20]), list(y[:20]), **tensors),
+            function(list(x[:20].numpy()), list(y[:20].numpy().astype(dtype)), **arrays),
             function(x[:20].tolist(), y[:20].tolist(), **lists),
             function(x[:20], tuple(y[:20].tolist()), **tensors),
         ):

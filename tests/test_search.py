@@ -502,7 +502,15 @@ def test_threshold_of_the_checkpoint_is_used_unless_another_is_given(weights, im
     (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "--threshold", "none")
     assert result["threshold"] is result["match"] is None and len(result["neighbours"]) == 10
     (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "--threshold", "1.1")
-    assert result == {"query": result["query"], "threshold": 1.1, "match": False, "things": [], "neighbours": []}
+    assert result == {
+        "query": result["query"],
+        "threshold": 1.1,
+        "match": False,
+        "probability": None,
+        "best": pytest.approx(1),
+        "things": [],
+        "neighbours": [],
+    }
     query = ["query", "--index", str(tmp_path / "index"), str(images), "--threshold"]
     for text in ("high", "nan", "inf"):
         fails(lambda text=text: search.main([*query, text]), capsys, f"invalid threshold value: '{text}'", code=2)
@@ -523,7 +531,11 @@ def test_threshold_is_that_for_the_size_of_the_index(weights, images, tmp_path, 
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images / "ant" / "1.jpg")])
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["threshold"] == measured.at(18) == 0.8
-    assert "Threshold for 18 images: similarity 0.8000, which 5% of unknown queries should reach" in err
+    assert "Threshold for 18 images: similarity 0.8000, which at most 5% of unknown queries are expected" in err
+    calibrated(weights, tmp_path / "own", sizes=(9, 3), values=(0.7, 0.6))
+    capsys.readouterr()
+    search.main(["query", "--index", str(tmp_path / "index"), str(images / "ant" / "1.jpg")])
+    assert "(extrapolated from 9 images), which" in capsys.readouterr().err
 
 
 def test_old_threshold_of_pairs_is_refused_with_the_command(weights, images, tmp_path, capsys):
@@ -589,9 +601,25 @@ def test_index_calibrates_itself(distance, by_folder, weights, euclidean, tmp_pa
     assert Index.open(tmp_path / "index").calibration == index.calibration
 
 
+def test_images_directly_in_what_was_indexed_show_no_thing(weights, images, tmp_path, capsys):
+    make(weights, images / "ant" / "more", tmp_path / "index")
+    (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg")
+    assert result["things"] == [] and len(result["neighbours"]) == 1
+    (lines,) = asked(tmp_path / "index", capsys, *(images / "ant" / "more").iterdir()).values()
+    assert lines[0].startswith("   1  1.0000  ")
+
+
+def test_folders_of_a_dataset_are_not_its_things(weights, tmp_path, capsys):
+    command = ["index", "--resume", str(weights / "a.pth"), "--split", "eval", "--out", str(tmp_path / "index")]
+    fails(lambda: search.main([*command, "--calibrate"]), capsys, "use evaluate.py --calibrate", code=2)
+
+
 def test_index_without_things_is_not_calibrated(weights, images, tmp_path, capsys):
-    words = "18 queries of 6 classes are too few for a threshold at which 5% of unknown queries match"
-    fails(lambda: make(weights, images, tmp_path / "index", "--calibrate"), capsys, words)
+    words = "search.py: error: 18 queries that show 6 things allow --calibrate 0.2778 or more"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        make(weights, images, tmp_path / "index", "--calibrate")
+    assert words in capsys.readouterr().err
     assert len(Index.open(tmp_path / "index").images) == 18 and Index.open(tmp_path / "index").calibration is None
 
 

@@ -124,6 +124,8 @@ DAMAGES = {
     "one size": lambda found: found | {"sizes": [20], "values": [0.5]},
     "sizes that rise": lambda found: found | {"sizes": [5, 10, 25]},
     "interval of one": lambda found: found | {"unknown": [0.5]},
+    "number for a list": lambda found: found | {"values": 0.5},
+    "number for an interval": lambda found: found | {"unknown": 0.1},
     "distance": lambda found: found | {"distance": "x"},
 }
 
@@ -142,7 +144,7 @@ def test_damaged_record_is_one_line(calibrated, damage, tmp_path):
         (["--calibrate", "1"], "argument --calibrate: 1 is not between 0 and 1", 2),
         (["--calibrate", "nan"], "argument --calibrate: nan is not between 0 and 1", 2),
         (["--calibrate", "often"], "argument --calibrate: ", 2),
-        (["--calibrate", "0.0001"], "too few for a threshold at which 0.01% of unknown queries match", 1),
+        (["--calibrate", "0.0001"], "so that 5 of them match, found 0.0001; the threshold stays as it was", 1),
     ],
 )
 def test_what_is_refused_leaves_the_checkpoint(photos, tmp_path, capsys, more, words, code):

@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from proxy_anchor import pairs, tiles, verification
@@ -357,14 +358,15 @@ def test_identification_is_that_of_a_loop(searched, distance, tile):
     found = identify(*sides(*SETS[searched]), distance=distance)
     assert found.own == pytest.approx([own for own, _ in rows], abs=1e-5)
     for others, (_, best) in zip(found.others, rows, strict=True):
-        assert others == pytest.approx(sorted(best.values(), reverse=True)[: len(others)], abs=1e-5)
+        expected = [*sorted(best.values(), reverse=True), -np.inf]  # one more where its class is missing
+        assert others == pytest.approx(expected[: len(others)], abs=1e-5)
     limit = np.median(found.others[:, 0]) + 1e-3
     known = [own >= limit and own > max(best.values()) for own, best in rows if own > -np.inf]
     assert found.known(limit).value == pytest.approx(np.mean(known))
     assert found.unknown(limit).value == pytest.approx(np.mean([max(best.values()) >= limit for _, best in rows]))
     _, labels, *gallery = SETS[searched]
     targets = gallery[1] if gallery else labels
-    assert found.classes == len(targets.unique()) - 1
+    assert found.classes == max(len(set(targets.tolist()) - {label}) for label in labels.tolist())
     assert found.size == round(np.mean([(targets != label).sum() for label in labels]))
 
 
@@ -511,19 +513,49 @@ def test_calibration_checks_on_classes_that_did_not_choose(searched, distance):
     assert f"Checked on the other half (20): {100 * found.unknown[0]:.2f}% [" in text
 
 
+def test_odds_are_those_of_sklearn():
+    """A logistic regression on what share of Platt's targets is right, without a penalty; finite if all are right."""
+    random = np.random.default_rng(0)
+    gaps = random.exponential(0.1, 400)
+    right = random.random(400) < 1 / (1 + np.exp(1 - 15 * gaps))
+    high, low = (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2)
+    target = np.where(right, high, low)
+    model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000)
+    model.fit(np.tile(gaps, 2)[:, None], np.repeat([1, 0], 400), sample_weight=np.concatenate([target, 1 - target]))
+    assert verification.log_odds(gaps, right) == pytest.approx((model.intercept_[0], model.coef_[0, 0]), rel=1e-3)
+    offset, slope = verification.log_odds(gaps, np.ones(400, dtype=bool))
+    assert offset + slope * 0.1 == pytest.approx(math.log(401), rel=0.05)
+
+
+@pytest.mark.parametrize("searched", SETS)
+def test_gaps_are_those_of_a_loop(searched):
+    gaps, right = identify(*sides(*SETS[searched])).gaps()
+    expected = []
+    for own, best in nearest_by_loop(*SETS[searched]):
+        if own > -np.inf:
+            first, second = sorted([own, *best.values()])[:-3:-1]
+            expected.append((first - second, own == first))
+    assert gaps == pytest.approx([gap for gap, _ in expected], abs=1e-5)
+    assert right.tolist() == [own for _, own in expected]
+
+
 def test_calibration_needs_queries_enough():
-    with pytest.raises(ValueError, match="too few for a threshold at which 0.1% of unknown queries match: it needs 3"):
+    with pytest.raises(ValueError, match="54 queries that show 6 things allow --calibrate 0.0926 or more"):
         calibrate(*sides(*SETS["themselves"]), 0.001)
-    with pytest.raises(ValueError, match="of 2 classes are too few"):
+    with pytest.raises(ValueError, match="needs at least 3 things, found 50 queries that show 2 things"):
         calibrate(Embeddings(torch.randn(100, 2), torch.arange(100) % 4), 0.2)
 
 
 def test_threshold_by_size():
-    """At the sizes it is their value; between them, and beyond the largest, the gap is a power of the size."""
-    cosine = Threshold("cosine", 0.05, (400, 100, 50), (0.9, 0.8, 0.5), (0.1, 0.0, 0.2), (), (4,), "", {})
+    """At the sizes it is their value; between them the gap is a power of the size, and beyond the power of all."""
+    cosine = Threshold("cosine", 0.05, (400, 100, 50), (0.9, 0.8, 0.5), (0.1, 0.0, 0.2), (), (), (4,), "", {})
     assert [cosine.at(size) for size in (400, 100, 50, 3)] == pytest.approx([0.9, 0.8, 0.5, 0.5])
-    assert cosine.at(200) == pytest.approx(1 - math.sqrt(0.1 * 0.2)) and cosine.at(1600) == pytest.approx(0.95)
+    assert cosine.at(200) == pytest.approx(1 - math.sqrt(0.1 * 0.2))
+    power, _ = np.polyfit(np.log([400, 100, 50]), np.log([0.1, 0.2, 0.5]), 1)
+    assert cosine.at(1600) == pytest.approx(1 - 0.1 * 4**power)
     distance = replace(cosine, distance="euclidean", values=(1.0, 2.0, 3.0))
-    assert [distance.at(size) for size in (400, 200, 1600)] == pytest.approx([1, math.sqrt(2), 0.5])
+    assert [distance.at(size) for size in (400, 200)] == pytest.approx([1, math.sqrt(2)])
+    power, _ = np.polyfit(np.log([400, 100, 50]), np.log([1.0, 2.0, 3.0]), 1)
+    assert distance.at(1600) == pytest.approx(4**power)
     assert replace(cosine, values=(1.0, 1.0, 0.5)).at(10**9) == pytest.approx(1)
     assert Threshold.from_record(cosine.to_record()) == cosine

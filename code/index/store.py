@@ -263,17 +263,23 @@ class Index:
         """What an entry shows: the folder of an image, or a folder itself."""
         return entry if self.made["by_folder"] else os.path.dirname(entry)
 
+    def embeddings(self) -> Embeddings:
+        """The embeddings (N, D) of its entries, with the number of what each shows as its label."""
+        things = [self.thing_of(path) for path, _ in self.images]
+        number_of = {thing: number for number, thing in enumerate(dict.fromkeys(things))}
+        return Embeddings(
+            torch.from_numpy(self.images.vectors.copy()), torch.tensor([number_of[thing] for thing in things])
+        )
+
     def calibrate(self, share: float) -> Threshold:
         """Choose the threshold at which this share of unknown queries match, from its entries, each thing left out.
 
         Of many entries, CALIBRATION_QUERIES at random are queries. Raises ValueError as verification.choose_threshold.
         """
-        things = [self.thing_of(path) for path, _ in self.images]
-        number_of = {thing: number for number, thing in enumerate(dict.fromkeys(things))}
-        labels, rows = torch.tensor([number_of[thing] for thing in things]), torch.arange(len(things))
-        gallery = Embeddings(torch.from_numpy(self.images.vectors.copy()), labels, groups=rows)  # none meets itself
+        embeddings, rows = self.embeddings(), torch.arange(len(self.images))
+        gallery = replace(embeddings, groups=rows)  # none meets itself
         chosen = np.random.default_rng(0).permutation(len(rows))[:CALIBRATION_QUERIES]
-        queries = Embeddings(gallery.vectors[chosen], labels[chosen], rows[chosen])
+        queries = Embeddings(gallery.vectors[chosen], gallery.labels[chosen], rows[chosen])
         self.calibration = choose_threshold(share, identify(queries, gallery, self.distance))
         return self.calibration
 

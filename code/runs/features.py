@@ -16,7 +16,7 @@ from proxy_anchor.index.entries import stamp
 from proxy_anchor.runs import logbook
 from proxy_anchor.spec import NetworkSpec
 
-EmbeddingNet = Any  # a net.EmbeddingNet; this package does not import net
+EmbeddingNet = Any  # of net.embedding_net; this package does not import net
 LIBRARIES = ("torch", "torchvision", "pillow", "timm")  # that decode images and compute features
 BLOCK = 2**12  # images that are embedded before they are written
 

@@ -230,9 +230,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return print(logbook.untrained(evaluate(embedder)), end="")
 
     state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    state |= upgrades.state
     log = logbook.open_logbook(run_name(args), config, resume)
-    with Run(log, network, args.by, evaluated=upgrades.network, **state) as run:
+    with Run(log, network, args.by, evaluated=upgrades.network, **state, **upgrades.state) as run:
         upgrades.follow(optimizer)
         if args.pretrained != "none":
             pooled = PooledBackbone(network.model)

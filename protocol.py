@@ -19,6 +19,7 @@ from proxy_anchor import cli, figures
 from proxy_anchor.files import numbered, replacing
 from proxy_anchor.runs import child, logbook, run_folders, selection
 from proxy_anchor.runs.stopping import Interrupted
+from proxy_anchor.upgrades.flags import OFF
 
 EXAMPLES = """examples:
   as ProxyNCA++: the second half of the training classes chooses the epoch; flags after -- are those of train.py:
@@ -225,7 +226,8 @@ def settings_in(folder: Path) -> dict | None:
     if folder.is_dir() and not path.exists() and not all(file.name.startswith(".") for file in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a folder of protocol.py's results: choose another --out")
     try:
-        older = {"loss_args": "", "loss_sha256": None, "frozen": False}  # what older results do not record
+        # What older results do not record.
+        older = {"loss_args": "", "loss_sha256": None, "frozen": False, "proxy_lr": 100.0} | OFF
         return older | json.loads(path.read_text())["settings"] if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not one of protocol.py: {error}; choose another --out") from error

@@ -11,6 +11,7 @@ import dataset
 import net
 from proxy_anchor import cli, hardware, loss_registry, training
 from proxy_anchor.runs import logbook, run_folders
+from proxy_anchor.upgrades import flags as upgrade_flags
 
 if TYPE_CHECKING:  # functions import it: --help does not wait for it
     import torch
@@ -43,6 +44,7 @@ def parse(argv=None) -> argparse.Namespace:
             net.later_options(),
             loss_registry.later_options(),
             training.later_options(),
+            upgrade_flags.options(),
             dataset.validation.later_options(),
         ],
     )
@@ -52,6 +54,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.image_size = args.spec.image_size
     loss_registry.check_arguments(parser, args)
     training.check_arguments(parser, args)
+    upgrade_flags.check_arguments(parser, args)
     if args.IPC is not None and args.batch_size < args.IPC:
         parser.error(f"argument --IPC: {args.IPC} images per class do not fit into a batch of {args.batch_size}")
     if args.epochs == 0 and args.resume:
@@ -70,12 +73,12 @@ def run_name(args: argparse.Namespace) -> str:
         model=args.model,
         loss=loss_registry.label(args.loss),
         embedding_size=args.embedding_size,
-        settings=loss_registry.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args),
+        settings=loss_registry.settings_in_words(args.loss, args.mrg, args.alpha, args.loss_args, args.proxy_lr),
         optimizer=args.optimizer,
         lr=args.lr,
         batch_size=args.batch_size,
         seed=args.seed,
-        remark="_frozen" * args.frozen + args.remark,
+        remark="_frozen" * args.frozen + upgrade_flags.in_words(args) + args.remark,
         fold=args.fold,
     )
 
@@ -180,6 +183,8 @@ def create_criterion(args: argparse.Namespace, num_classes: int) -> torch.nn.Mod
         arguments=args.loss_args,
         share=args.sample_proxies,
         seed=args.seed,
+        proxy_lr=args.proxy_lr,
+        synthesis=args.synthesis,
     )
 
 
@@ -199,6 +204,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     from proxy_anchor import collectives, evaluation
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.runs.run import Run
+    from proxy_anchor.upgrades.chosen import Upgrades
 
     data = open_data(args, args.fold)  # zero-shot retrieval: training and test classes are disjoint
     config = configuration(args, data, device)
@@ -210,10 +216,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     criterion = create_criterion(args, data.num_classes).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
+    upgrades = Upgrades(embedder, args.threshold_margin, args.self_distill, args.average_weights)  # none as published
 
     def loss_of(images, labels):
         embeddings = collectives.gather_shards(embedder(images), data.batch_size)  # (B, D)
-        return criterion(embeddings, collectives.gather_shards(labels, data.batch_size))
+        labels = collectives.gather_shards(labels, data.batch_size)  # (B,)
+        return upgrades.added(criterion(embeddings, labels), images, embeddings, labels)
 
     def evaluate(embedder, stop=None):
         return evaluation.evaluate(embedder, data.test_loaders, data.ks, stop, prefix=data.prefix)
@@ -222,7 +230,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return print(logbook.untrained(evaluate(embedder)), end="")
 
     state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
-    with Run(logbook.open_logbook(run_name(args), config, resume), network, args.by, **state) as run:
+    log = logbook.open_logbook(run_name(args), config, resume)
+    with Run(log, network, args.by, evaluated=upgrades.network, **state, **upgrades.state) as run:
+        upgrades.follow(optimizer)
         if args.pretrained != "none":
             pooled = PooledBackbone(network.model)
             backbone = Embedder(Head(pooled) if args.frozen else pooled, device, args.amp)
@@ -242,7 +252,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             )
             print(embedder.scaler.remark(), end="")
             run.stop.check()
-            run.end_epoch(loss, evaluate(embedder, run.stop))
+            run.end_epoch(loss, evaluate(upgrades.evaluated(), run.stop))
     print(run.summary(dataset.chosen_flags(args)))
 
 

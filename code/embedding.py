@@ -52,7 +52,7 @@ class Embedder:
         if getattr(network, "is_exported", False) and (amp != "none" or compile):
             raise ValueError("An exported file runs in float32 on the CPU: --amp is for checkpoints")
         to_device(network, device)
-        self.network, self.device = network, device
+        self.network, self.device, self.settings = network, device, (amp, compile)
         self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = Scaler(device, enabled=amp == "fp16")
         if compile:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # functions import it: --help does not wait for it
 LOSSES = ("Proxy_Anchor", "Proxy_NCA", "MS", "Contrastive", "Triplet", "NPair")
 TRANSFER_LOSSES = ("Relaxed_Contra", "RKD", "PKT")  # see distillation.create
 PAIR_LOSSES = ("MS", "Contrastive", "Triplet", "NPair")  # without proxies
+PROXY_LR = 100.0  # as published
 SMALLEST_SHARE = 1e-15  # the draws have steps of 2**-53
 
 
@@ -93,6 +94,13 @@ def later_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("further settings")
     group.add_argument(
+        "--proxy-lr",
+        default=PROXY_LR,
+        type=cli.positive,
+        metavar="X",
+        help="the learning rate of Proxy-Anchor's proxies is X times --lr",
+    )
+    group.add_argument(
         "--sample-proxies",
         default=1.0,
         type=cli.share(SMALLEST_SHARE),
@@ -115,6 +123,11 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"argument --loss-args: {args.loss} takes none; they are for a loss of your own, FILE.py:CLASS")
     if args.sample_proxies < 1 and args.loss != "Proxy_Anchor":
         parser.error(f"argument --sample-proxies: only Proxy_Anchor can sample its proxies, not {label(args.loss)}")
+    if args.proxy_lr != PROXY_LR and args.loss != "Proxy_Anchor":
+        parser.error(
+            f"argument --proxy-lr: it is for Proxy_Anchor; {label(args.loss)} has its own, as a loss in a file by its "
+            "attribute proxy_lr"
+        )
     if args.loss in PAIR_LOSSES and (args.IPC or 1) < 2:
         parser.error(
             f"argument --loss: {args.loss} compares images of the same class, and a random batch has hardly any: "
@@ -168,10 +181,10 @@ def label(name: str) -> str:
     return name.rpartition(":")[2]
 
 
-def settings_in_words(name: str, margin: float, alpha: float, arguments: str) -> str:
+def settings_in_words(name: str, margin: float, alpha: float, arguments: str, proxy_lr: float = PROXY_LR) -> str:
     """The loss's settings in the name of a run's folder; as published, every loss of LOSSES shows margin and alpha."""
     if name in LOSSES:
-        return f"alpha{alpha:g}_mrg{margin:g}"
+        return f"alpha{alpha:g}_mrg{margin:g}" + (f"_proxylr{proxy_lr:g}" if proxy_lr != PROXY_LR else "")
     return "_".join(re.sub(r"[^\w.,+-]", "-", text.replace("=", "", 1)) for text in arguments.split())
 
 
@@ -184,31 +197,43 @@ def create(
     arguments: str = "",
     share: float = 1,
     seed: int = 0,
+    proxy_lr: float = PROXY_LR,
+    synthesis: float = 0,
 ) -> nn.Module:
     """A loss by its name in LOSSES or its FILE.py:CLASS: module (embeddings (B, D), labels (B,)) -> scalar.
 
-    margin, alpha, share and seed are Proxy-Anchor's: share is the share of the classes outside the batch that each step
-    samples, by this seed. With several processes its classes are sharded; every process computes the whole of any other
-    loss. arguments are those of a file's class. The baselines are pytorch-metric-learning's, with the settings of the
-    published comparison. A loss may have the attributes proxy_lr and clipped, see ProxyAnchor; without them its
-    parameters learn as fast as the network, and their gradients are not clipped. Raises ValueError for another name,
-    ImportError without that library.
+    All settings but `arguments` are Proxy-Anchor's. share: of the classes outside the batch that each step samples;
+    synthesis: how many synthetic images there are for each image; both drawn by this seed. With several processes its
+    classes are sharded; every process computes the whole of any other loss. arguments are those of a file's class. The
+    baselines are pytorch-metric-learning's, with the settings of the published comparison. A loss may have the
+    attributes proxy_lr and clipped, see ProxyAnchor; without them its parameters learn as fast as the network, and
+    their gradients are not clipped. Raises ValueError for another name, ImportError without that library.
     """
-    from proxy_anchor import collectives
-    from proxy_anchor.losses import ProxyAnchor
-    from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
-
-    if name == "Proxy_Anchor" and share < 1:
-        return SampledProxyAnchor(num_classes, embedding_size, margin, alpha, share, seed)
-    if name == "Proxy_Anchor" and collectives.world_size() > 1:
-        return ShardedProxyAnchor(num_classes, embedding_size, margin, alpha)
     if name == "Proxy_Anchor":
-        return ProxyAnchor(num_classes, embedding_size, margin, alpha)
+        criterion: Any = create_proxy_anchor((num_classes, embedding_size, margin, alpha), share, synthesis, seed)
+        criterion.proxy_lr = proxy_lr
+        return criterion
     if name in LOSSES:
         return create_baseline(name, num_classes, embedding_size)
     if ":" in name:
         return create_from_file(name, num_classes, embedding_size, keywords(arguments))
     raise ValueError(f"There is no loss '{name}'; there are {', '.join(LOSSES)}")
+
+
+def create_proxy_anchor(
+    settings: tuple[int, int, float, float], share: float, synthesis: float, seed: int
+) -> nn.Module:
+    """Proxy-Anchor, with all of its classes or a sample of them, or with synthetic ones; see create."""
+    from proxy_anchor import collectives
+    from proxy_anchor.losses import ProxyAnchor
+    from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
+    from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor
+
+    if synthesis:
+        return SyntheticProxyAnchor(*settings, synthesis, seed)
+    if share < 1:
+        return SampledProxyAnchor(*settings, share, seed)
+    return ShardedProxyAnchor(*settings) if collectives.world_size() > 1 else ProxyAnchor(*settings)
 
 
 def create_from_file(name: str, num_classes: int, embedding_size: int, arguments: dict[str, object]) -> nn.Module:

@@ -46,13 +46,14 @@ class ShardedProxyAnchor(nn.Module):
 
     def local_terms(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The part of the loss that comes from this process's classes; x (B, D) of unit length."""
-        return self.terms(self.proxies, x, labels, labels - self.classes.start, x.new_ones(len(self.proxies), 1))
+        rows, weights = labels - self.classes.start, x.new_ones(len(self.proxies), 1)
+        return self.terms(self.proxies, x, labels, rows, weights, self.num_classes)
 
-    def terms(self, proxies, x, labels, rows, weights) -> torch.Tensor:
+    def terms(self, proxies, x, labels, rows, weights, num_classes: int) -> torch.Tensor:
         """The terms of these proxies, see ProxyAnchorFunction."""
         if not len(proxies):  # more processes than classes
             return 0 * (x.sum() + proxies.sum())
-        settings = self.margin, self.alpha, rows, weights, self.num_classes
+        settings = self.margin, self.alpha, rows, weights, num_classes
         return ProxyAnchorFunction.apply(x, proxies.to(x.dtype), labels, *settings)
 
 
@@ -97,7 +98,7 @@ class SampledProxyAnchor(ShardedProxyAnchor):
         # Autograd remembers the shape of a parameter, which changes with the step.
         proxies = self.proxies.detach().requires_grad_()
         proxies.register_post_accumulate_grad_hook(self._take_gradient)
-        return self.terms(proxies, x, labels, rows, weights)
+        return self.terms(proxies, x, labels, rows, weights, self.num_classes)
 
     def draw(self, local: torch.Tensor) -> None:
         """Take the proxies of the next step: a sample, and the local ones of the batch. It forces a host sync.

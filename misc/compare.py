@@ -25,6 +25,7 @@ import significance
 
 from proxy_anchor import cli, distillation, figures, loss_registry, metrics
 from proxy_anchor.runs import logbook, run_folders
+from proxy_anchor.upgrades.flags import OFF
 
 NOT_COMPARED = ("seed", "by", *run_folders.NOT_CONFIG, *run_folders.MAY_CHANGE)
 BASELINES = {*loss_registry.LOSSES, *distillation.LOSSES} - {"Proxy_Anchor", "Relaxed_Contra"}  # in muted colours
@@ -130,9 +131,10 @@ def readable_loss(settings: dict[str, str]) -> str:
 
 
 def describe(settings: dict[str, str], shown: list[str]) -> list[str]:
-    """The settings of these names, in words; those with the value None or "" are left out."""
+    """The settings of these names, in words; those with the value None or "" and upgrades that are off are left out."""
     recorded = [(name, json.loads(settings[name])) for name in shown if name in settings]
-    words = [SETTINGS.get(name, name + " {}").format(value) for name, value in recorded if value not in (None, "")]
+    off = [name for name, value in recorded if value in (None, "") or (name in OFF and not value)]
+    words = [SETTINGS.get(name, name + " {}").format(value) for name, value in recorded if name not in off]
     return words + [f"{name} not recorded" for name in shown if name not in settings]
 
 

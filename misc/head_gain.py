@@ -33,6 +33,8 @@ def configuration(folder: Path) -> dict:
     config = run_folders.read_config(folder)
     if not config.get("frozen") or config.get("fold"):
         raise ValueError(f"{folder} is no run of train.py --frozen on all training classes")
+    if config.get("average_weights"):
+        raise ValueError(f"{folder} has results of averaged weights (--average-weights); this compares the last ones")
     return config
 
 

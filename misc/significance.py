@@ -1,4 +1,4 @@
-"""A paired bootstrap over the test classes for the difference in R@1 between two groups of runs."""
+"""The difference between two groups of runs: a paired bootstrap over the test classes, and an interval over seeds."""
 
 import csv
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from proxy_anchor.runs import run_folders
 
@@ -17,7 +18,7 @@ COLUMNS = ["epoch", "class", "queries", "hits"]
 
 
 class Difference(NamedTuple):
-    """The difference of the mean R@1 of two groups of runs, in -1..1, with the ends of its interval."""
+    """The difference of the means of two groups of runs, with the ends of its interval."""
 
     mean: float
     low: float
@@ -43,6 +44,18 @@ def bootstrap(queries: np.ndarray, hits: np.ndarray, other_hits: np.ndarray) -> 
         differences.append(gains[sample].sum(axis=1) / queries[sample].sum(axis=1))
     low, high = np.quantile(np.concatenate(differences), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Difference(float(gains.sum() / queries.sum()), float(low), float(high))
+
+
+def over_seeds(differences: list[float]) -> Difference:
+    """The mean of the differences of pairs of runs, one pair per seed, with Student's t interval of the mean.
+
+    NaN at both ends for a single pair.
+    """
+    values = np.asarray(differences)
+    reach = np.nan
+    if len(values) > 1:
+        reach = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Difference(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach))
 
 
 def difference(runs: list[tuple], other_runs: list[tuple]) -> Difference:

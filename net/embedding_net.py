@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,9 +113,14 @@ class Head(nn.Module):
     def __init__(self, network: EmbeddingNet | PooledBackbone):
         super().__init__()
         self.embedding = getattr(network.model, "embedding", None)  # its parameters
-        self.embed = network.embed
+        self.embed: Any = network.embed  # a method
         self.embedding_size = network.embedding_size
         self.normalize = nn.Identity()  # images were normalized before the backbone
+
+    @property
+    def network(self) -> EmbeddingNet | PooledBackbone:
+        """The network whose head it is, or a copy of it in a copy."""
+        return self.embed.__self__
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.embed(features)

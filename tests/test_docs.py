@@ -75,6 +75,7 @@ def test_there_are_no_other_commands():
         "python misc/head_gain.py",
         "python misc/things.py",
         "python misc/thresholds.py",
+        "python misc/upgrades.py",
         "python benchmarks/backbones.py",
     )
     for page in PAGES:
@@ -199,7 +200,9 @@ def test_method_quotes_the_loss():
     assert blocks(REPOSITORY / "docs" / "method.md", "python") == [body]
 
 
-@pytest.mark.parametrize("folder", ["code", "code/runs", "code/report", "code/index", "net", "dataset"])
+@pytest.mark.parametrize(
+    "folder", ["code", "code/runs", "code/upgrades", "code/report", "code/index", "net", "dataset"]
+)
 def test_architecture_lists_every_module(folder):
     page = (REPOSITORY / "docs" / "architecture.md").read_text()
     (section,) = re.findall(rf"^##+ {folder}/\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL)

@@ -122,6 +122,9 @@ def test_gain_of_heads_over_the_backbone_alone(cub_root, weights, logs, tmp_path
     train.main(flags(cub_root, weights, tmp_path, seed=3, lr=1e-3))
     (other,) = tmp_path.glob("logs_cub/*seed3")
     fails(lambda: head_gain.main([str(runs[0]), str(other)]), capsys, "in more than the seed: lr: 0.0001, now 0.001")
+    train.main(flags(cub_root, weights, tmp_path, seed=4, epochs=1, **{"average-weights": 0.9}))
+    (other,) = tmp_path.glob("logs_cub/*seed4")
+    fails(lambda: head_gain.main([str(other)]), capsys, "has results of averaged weights (--average-weights)")
 
 
 def test_backbone_alone_is_measured_on_the_same_features(cub_root, weights, logs):

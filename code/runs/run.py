@@ -22,12 +22,14 @@ class Run:
     """A context that continues a stopped run where it stopped, and saves everything when a signal stops it.
 
     parts: what last.pth holds besides the network, each with a state_dict; among them the "optimizer" and the
-    "scheduler", which is stepped at the end of an epoch. by: the metric that tells which epoch is the best. Raises
-    ValueError on entering where last.pth does not fit.
+    "scheduler", which is stepped at the end of an epoch. by: the metric that tells which epoch is the best. evaluated:
+    the network that the results are of, and that is saved after the best epoch, if it is not the one that trains.
+    Raises ValueError on entering where last.pth does not fit.
     """
 
-    def __init__(self, log: Logbook, network: torch.nn.Module, by: str = "R@1", **parts):
+    def __init__(self, log: Logbook, network: torch.nn.Module, by: str = "R@1", *, evaluated=None, **parts):
         self.log, self.network, self.by, self.parts = log, network, by, parts
+        self.evaluated = evaluated or network
         self.stop = Stop()
         self.remark = ""  # on the last evaluation
         self.start = time.perf_counter()
@@ -44,7 +46,7 @@ class Run:
                 self.parts["optimizer"].step()
                 self.log.resume(self.progress)
                 if self.rows and not self.losses and self.best is self.rows[-1]:  # maybe killed before it was saved
-                    self.log.save_best(self.best, self.network)
+                    self.log.save_best(self.best, self.evaluated)
             self.contexts = contexts.pop_all()
         return self
 
@@ -112,11 +114,11 @@ class Run:
         self.log.log_epoch(self.rows)
         if self.best is self.rows[-1]:
             self.log.save_classes(epoch, result.by_class())
-            self.progress["best"] = digest(self.network.state_dict())  # by which its checkpoint is known
+            self.progress["best"] = digest(self.evaluated.state_dict())  # by which its checkpoint is known
         # In this order: from last.pth the best can be saved again, should the run be killed in between.
         self.log.save_last(self.network, self.parts, self.progress)
         if self.best is self.rows[-1]:
-            self.log.save_best(self.best, self.network)
+            self.log.save_best(self.best, self.evaluated)
 
     def summary(self, data_flags: list[str]) -> str:
         """A table of the backbone alone, the best epoch and the last one, and the next command.

@@ -11,6 +11,7 @@ from pathlib import Path
 from proxy_anchor import cli, metrics
 from proxy_anchor.files import Locked, lock_folder, numbered, printable
 from proxy_anchor.spec import CROP
+from proxy_anchor.upgrades.flags import OFF
 
 CONFIG, METRICS, CLASSES = "config.json", "metrics.csv", "classes.csv"
 BACKBONE = "backbone.json"  # what the backbone alone achieves
@@ -42,10 +43,11 @@ LEGACY_DEFAULTS = {
     "head": "linear",
     "lr_schedule": "step",
     "sample_proxies": 1.0,
+    "proxy_lr": 100.0,
     "loss_args": "",
     "loss_sha256": None,
     "orientation": "stored",
-}
+} | OFF
 LEGACY_TRANSFER_DEFAULTS = {"head": "orthogonal", "lr_schedule": "cosine"}
 ADVICE = "give this run another --remark"  # where another process writes the run
 

@@ -1,0 +1,1 @@
+"""What was published since to improve Proxy-Anchor, each off by default: see docs/upgrades.md."""

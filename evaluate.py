@@ -15,14 +15,15 @@ import net
 from proxy_anchor import cli, hardware, metrics
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook
-from proxy_anchor.spec import SHARE, NetworkSpec, Threshold
+from proxy_anchor.spec import SHARE, Calibration, NetworkSpec
 
 if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
     import torch
 
-    from proxy_anchor import evaluation, verification
+    from proxy_anchor import evaluation
     from proxy_anchor.checkpoint import Checkpoint
     from proxy_anchor.collectives import Processes
+    from proxy_anchor.thresholds import identification, verification
     from proxy_anchor.vectors import Embeddings
 
 EXAMPLES = """examples:
@@ -215,10 +216,11 @@ def measure(args: argparse.Namespace, networks: list[tuple[Embeddings, Embedding
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
     """The metrics of each checkpoint and, if there are several, of their mean and of all together, by row."""
-    from proxy_anchor import collectives, evaluation, verification
+    from proxy_anchor import collectives, evaluation
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.index import clustering
     from proxy_anchor.report import page
+    from proxy_anchor.thresholds import identification, verification
     from proxy_anchor.vectors import to_nearness
 
     print(hardware.describe(device))
@@ -229,7 +231,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     share = processes.rank, processes.size
     loaders = [dataset.eval_loader(images, args.batch_size, args.workers, share) for images in test_sets]
     is_recorded = args.verify and len(args.resume) == 1 and not args.calibrate
-    threshold = args.checkpoints[0].threshold if is_recorded else None  # before the work is done
+    calibration = args.checkpoints[0].calibration if is_recorded else None  # before the work is done
     if args.report and collectives.rank() == 0:
         page.open_folder(Path(args.report))
 
@@ -241,8 +243,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     print(metrics.table(table) + "\n" + measured.result.remark() + dataset.remark(test_sets), end="")
     if args.verify:
         sides = measured.queries, measured.gallery, measured.distance
-        identified = verification.identify(*sides, processes=processes)
-        limits = [to_nearness(threshold.at(identified.size), measured.distance)] if threshold else []
+        identified = identification.identify(*sides, processes=processes)
+        limits = [to_nearness(calibration.at(identified.size), measured.distance)] if calibration else []
         pairs = verification.verify(*sides, thresholds=limits, processes=processes)
         print(pairs.text(), end="")
         if pairs.auc:
@@ -255,42 +257,42 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     if args.verify:
         measured = measured.all_gather(processes)
     if args.calibrate and collectives.rank() == 0:
-        threshold = calibrate(args, measured, test_sets)
-    if threshold and pairs.auc:
-        limit = to_nearness(threshold.at(identified.size), measured.distance)
+        calibration = calibrate(args, measured, test_sets)
+    if calibration and pairs.auc:
+        limit = to_nearness(calibration.at(identified.size), measured.distance)
         print(identified.spread(limit, test_sets[0].classes), end="")
     things = ""
     if args.verify and pairs.auc and collectives.rank() == 0:
-        things = clustering.describe(measured.images, measured.distance, threshold.groups if threshold else None)
+        things = clustering.describe(measured.images, measured.distance, calibration.groups if calibration else None)
         print(things, end="")
     if args.report and collectives.rank() == 0:
         environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}
-        write_report(args, measured, (pairs, identified, things), threshold, table, test_sets, environment)
+        write_report(args, measured, (pairs, identified, things), calibration, table, test_sets, environment)
     return measured.rows
 
 
-def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[dataset.ImageDataset]) -> Threshold:
+def calibrate(args: argparse.Namespace, measured: Measurement, test_sets: list[dataset.ImageDataset]) -> Calibration:
     """Choose and check a threshold, and record it in the checkpoint."""
-    from proxy_anchor import verification
-    from proxy_anchor.checkpoint import save_threshold
+    from proxy_anchor.checkpoint import save_calibration
     from proxy_anchor.index import clustering
+    from proxy_anchor.thresholds import identification
 
-    threshold = verification.calibrate(measured.queries, args.calibrate, measured.gallery, measured.distance)
+    calibration = identification.calibrate(measured.queries, args.calibrate, measured.gallery, measured.distance)
     splits = dict(zip(dataset.eval_splits(args.dataset, args.data_root), test_sets))
     data = dataset.record(splits, args.data_root)["data"]
-    chosen, _ = verification.halves(measured.images.labels)
+    chosen, _ = identification.halves(measured.images.labels)
     groups = clustering.best_threshold(measured.images.of_classes(chosen), measured.distance)
-    threshold = replace(threshold, dataset=args.dataset, data=data, groups=groups)
-    save_threshold(args.resume[0], threshold, args.checkpoints[0].identity)
-    print(f"{verification.describe(threshold)}The threshold is recorded in {printable(args.resume[0])}")
-    return threshold
+    calibration = replace(calibration, dataset=args.dataset, data=data, groups=groups)
+    save_calibration(args.resume[0], calibration, args.checkpoints[0].identity)
+    print(f"{identification.describe(calibration)}The threshold is recorded in {printable(args.resume[0])}")
+    return calibration
 
 
 def write_report(
     args: argparse.Namespace,
     measured: Measurement,
-    verified: tuple[verification.Verification, verification.Identification, str],
-    threshold: Threshold | None,
+    verified: tuple[verification.Verification, identification.Identification, str],
+    calibration: Calibration | None,
     rows: dict[str, dict[str, float]],
     test_sets: list[dataset.ImageDataset],
     environment: dict[str, str],
@@ -309,7 +311,7 @@ def write_report(
         measured.result,
         pairs,
         identified,
-        threshold,
+        calibration,
         {"command": args.command} | environment | {"versions": versions},
         *(page.TestSet(side, images, measured.distance) for side, images in zip(embeddings, test_sets)),
         sorted_into_things=things,

@@ -152,8 +152,8 @@ def describe(args: argparse.Namespace, backbone: Backbone) -> dict:
         "source": args.checkpoint.identity,
         "versions": logbook.versions(),
     }
-    threshold = args.checkpoint.threshold
-    return record | ({"threshold": threshold.to_record()} if threshold else {})
+    calibration = args.checkpoint.calibration
+    return record | ({"threshold": calibration.to_record()} if calibration else {})
 
 
 def images_to_check(args: argparse.Namespace, test_sets: list[dataset.ImageDataset]) -> torch.Tensor:

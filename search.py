@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections import Counter
@@ -20,7 +19,8 @@ from dataset.folder import images as images_in
 from dataset.folder import images_at
 from proxy_anchor import cli, figures, hardware
 from proxy_anchor.files import printable, quantity
-from proxy_anchor.spec import MEASURES, ORIENTATIONS, SHARE, NetworkSpec
+from proxy_anchor.index import flags
+from proxy_anchor.spec import MEASURES, ORIENTATIONS, NetworkSpec
 
 if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
     import torch
@@ -28,9 +28,8 @@ if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for
     from proxy_anchor.api import Answer, Search
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.index.store import Index
-    from proxy_anchor.spec import Threshold
+    from proxy_anchor.spec import Calibration
 
-PORT = 7860  # of the page
 BLOCK = 2**14  # images that are embedded before they are written
 AS_STORED = (
     "This index was built from photos as stored, without EXIF rotation, and stays that way; build a new index to have "
@@ -55,140 +54,6 @@ EXAMPLES = """examples:
 OF_DATASETS = ("--dataset", "--data-root", "--test-classes", "--allow-partial", "--cache")
 
 
-def index_options() -> argparse.ArgumentParser:
-    """Command-line flags of `search.py index`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("index")
-    group.add_argument(
-        "--resume", metavar="PATH", help="checkpoint to embed with, the folder of its run, or its .onnx or .safetensors"
-    )
-    group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
-    group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
-    group.add_argument(
-        "--by-folder",
-        action="store_true",
-        help="one entry per folder: the mean of the embeddings of the images directly in it",
-    )
-    group.add_argument("--out", required=True, type=cli.path, metavar="INDEX", help="folder to write the index to")
-    group.add_argument(
-        "--calibrate",
-        nargs="?",
-        type=cli.number(lambda value: 0 < value < 1, "not between 0 and 1"),
-        const=SHARE,
-        metavar="SHARE",
-        help="if each folder shows one thing: leave each out in turn to choose the threshold that at most this share "
-        "(0.05 if not given) of unknown queries reach, and store it in the index, with the one for `search.py group`",
-    )
-    group.add_argument(
-        "--drop-missing",
-        action="store_true",
-        help="also drop images whose whole folder is gone or empty; without it they stay, as the disk of that folder "
-        "may not be mounted",
-    )
-    group.add_argument(
-        "--index-factory",
-        metavar="STRING",
-        help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",
-    )
-    return parser
-
-
-def query_options() -> argparse.ArgumentParser:
-    """Command-line flags of `search.py query`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("query")
-    group.add_argument("images", nargs="+", metavar="IMAGE", help="image, or folder of images")
-    opening_options(group)
-    group.add_argument(
-        "--threshold",
-        type=threshold,
-        metavar="T",
-        help="list only neighbours with at least this similarity (at most this distance), or say 'no match'; 'none' "
-        "lists all (default: that of `search.py index --calibrate` or, for images, of evaluate.py --calibrate)",
-    )
-    group.add_argument("--by-folder", action="store_true", help="one query per folder: the mean of its images")
-    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    group.add_argument(
-        "--save", type=cli.path, metavar="FILE", help="draw the images and their neighbours, e.g. neighbours.png"
-    )
-    return parser
-
-
-def group_options() -> argparse.ArgumentParser:
-    """Command-line flags of `search.py group`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("group")
-    group.add_argument(
-        "images", type=cli.path, metavar="INDEX|DIR", help="an index or, with a network, a folder of images"
-    )
-    group.add_argument(
-        "--resume",
-        metavar="PATH",
-        help="for a folder: checkpoint to embed with, the folder of its run, or its .onnx or .safetensors",
-    )
-    group.add_argument(
-        "--out",
-        required=True,
-        type=ending(".csv"),
-        metavar="CSV",
-        help="file to write the path of each image and the number of its thing to, e.g. groups.csv; 1 is the largest",
-    )
-    group.add_argument(
-        "--page", type=ending(".html"), metavar="HTML", help="also write a page of contact sheets, e.g. groups.html"
-    )
-    either = group.add_mutually_exclusive_group()
-    either.add_argument(
-        "--things", type=cli.integer(1), metavar="N", help="sort into this many things, without a threshold"
-    )
-    either.add_argument(
-        "--threshold",
-        type=cli.finite,
-        metavar="T",
-        help="groups of images are one thing from this mean similarity on (up to this root-mean-square distance; "
-        "default: that of `search.py index --calibrate` or of evaluate.py --calibrate)",
-    )
-    return parser
-
-
-def serve_options() -> argparse.ArgumentParser:
-    """Command-line flags of `search.py serve`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("serve")
-    opening_options(group)
-    group.add_argument(
-        "--port", default=PORT, type=cli.integer(0, 65535), metavar="N", help="port of the page; 0 takes any free one"
-    )
-    return parser
-
-
-def ending(suffix: str):
-    """The type of a flag for a file to write whose name ends so: no photograph's, and no file's of an index."""
-
-    def parse(text: str) -> str:
-        if not text.lower().endswith(suffix):
-            raise argparse.ArgumentTypeError(f"expected a name that ends in {suffix}, found '{text}'")
-        if not Path(text).parent.is_dir():
-            raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
-        return text
-
-    return parse
-
-
-def opening_options(group) -> None:
-    """The flags that `query` and `serve` open an index with."""
-    group.add_argument(
-        "--index", required=True, type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote"
-    )
-    group.add_argument("--resume", metavar="PATH", help="the checkpoint or weights of the index, if they have moved")
-    group.add_argument("--neighbours", "-k", default=10, type=cli.integer(1), metavar="K", help="neighbours per image")
-    group.add_argument(
-        "--nprobe",
-        type=cli.integer(1),
-        metavar="N",
-        help="cells to search in an IVF index (default: 1); more cells find more neighbours and take longer",
-    )
-
-
 def parse(argv=None) -> argparse.Namespace:
     parser: argparse.ArgumentParser = cli.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
@@ -201,7 +66,7 @@ def parse(argv=None) -> argparse.Namespace:
         usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
         "[--flag value ...]",
         parents=[
-            index_options(),
+            flags.index_options(),
             dataset.options(training=False, without=("--cache",)),
             net.options(training=False),
             hardware.options(without=("--compile",), several=False),
@@ -214,7 +79,7 @@ def parse(argv=None) -> argparse.Namespace:
         "query",
         help="find the neighbours of images",
         usage="search.py query --index INDEX [--flag value ...] IMAGE [IMAGE ...]",
-        parents=[query_options()],
+        parents=[flags.query_options()],
         description="Print the images of an index that are most similar to each of yours.",
         **form,
     )
@@ -224,7 +89,7 @@ def parse(argv=None) -> argparse.Namespace:
         usage="search.py group INDEX --out CSV [--flag value ...]\n"
         "       search.py group DIR (--resume PATH | --backbone-only) --out CSV [--flag value ...]",
         parents=[
-            group_options(),
+            flags.group_options(),
             dataset.options(training=False, without=OF_DATASETS),
             network := net.options(training=False),
             hardware.options(without=("--compile",), several=False),
@@ -236,7 +101,7 @@ def parse(argv=None) -> argparse.Namespace:
         "serve",
         help="open a page to ask",
         usage="search.py serve --index INDEX [--flag value ...]",
-        parents=[serve_options()],
+        parents=[flags.serve_options()],
         description="Serve a page, for a browser on this machine alone: drop photographs and see what they show.",
         **form,
     )
@@ -274,18 +139,11 @@ def read_network(
     args.spec = net.spec_of(parser, args, checkpoint.spec if checkpoint else None, crop)
 
 
-def threshold(text: str) -> float | str:
-    """The value of --threshold. Raises ValueError unless it is a finite number or 'none'."""
-    if text == "none" or math.isfinite(float(text)):
-        return text if text == "none" else float(text)
-    raise ValueError
-
-
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
     from proxy_anchor.index import entries
     from proxy_anchor.index.store import EXACT, IMAGES, Index, lock
-    from proxy_anchor.verification import describe
+    from proxy_anchor.thresholds.identification import describe
 
     network, path, identity = open_network(args)
     upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
@@ -605,7 +463,7 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | 
     limit = calibration.at(size)
     extrapolated = f" (extrapolated from {measured:,} {held})" if size > measured else ""
     return limit, (
-        f"Threshold for {size:,} {held}: {index.measure} {limit:.4f}{extrapolated}, which at most "
+        f"Calibration for {size:,} {held}: {index.measure} {limit:.4f}{extrapolated}, which at most "
         f"{100 * calibration.share:g}% of unknown queries are expected to reach"
     )
 
@@ -660,7 +518,7 @@ def embed_folder(args: argparse.Namespace) -> Unlabelled:
 
     if (Path(args.images) / IMAGES).is_file():
         raise ValueError(f"{args.images} is an index, which needs no network: leave out --resume and --backbone-only")
-    limit = threshold_for_groups(args, args.checkpoint.threshold if args.checkpoint else None)
+    limit = threshold_for_groups(args, args.checkpoint.calibration if args.checkpoint else None)
     network, _, _ = open_network(args)
     spec = replace(args.spec, orientation="upright")
     images = dataset.unlabelled(list(dict.fromkeys(map(canonical, images_at(args.images)))), spec)
@@ -691,13 +549,13 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
     if not (is_complete or index.spec.backbone_only or index.made["by_folder"]) and os.path.exists(path):
         checkpoint = Checkpoint(path)
         index.check({"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path})
-        calibration = checkpoint.threshold
+        calibration = checkpoint.calibration
     limit = threshold_for_groups(args, calibration)
     vectors = torch.from_numpy(index.images.vectors.copy())
     return Unlabelled([path for path, _ in index.images], vectors, index.spec, limit)
 
 
-def threshold_for_groups(args: argparse.Namespace, calibration: Threshold | None) -> float | None:
+def threshold_for_groups(args: argparse.Namespace, calibration: Calibration | None) -> float | None:
     """The threshold of the command line or of the calibration; None with --things. Raises ValueError without any."""
     if args.things or args.threshold is not None:
         return args.threshold

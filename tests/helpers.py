@@ -25,7 +25,7 @@ import train
 from net.backbone import Backbone
 from proxy_anchor import cli
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.spec import Threshold
+from proxy_anchor.spec import Calibration
 
 # A network
 
@@ -60,9 +60,9 @@ net.BACKBONES["tiny"] = Tiny
 RECORD = {"model": "tiny", "embedding_size": 8, "image_size": 32, "l2_norm": 1}
 
 
-def threshold(value, **changed) -> Threshold:
+def threshold(value, **changed) -> Calibration:
     """A calibrated threshold with this value for all sizes."""
-    measured = Threshold(
+    measured = Calibration(
         "cosine", 0.05, (20, 10), (value, value), (0.02, 0.0, 0.1), (0.5, 0.4, 0.6), (0.0, 10.0), (2, 2), "folder", {}
     )
     return replace(measured, **changed)

@@ -147,7 +147,7 @@ def test_pickled_spawned_and_in_threads(name, made, paths):
     vectors = embed(paths)
     copied = pickle.loads(pickle.dumps(embed))
     assert np.array_equal(copied(paths), vectors)
-    assert (copied.spec, copied.identity, copied.threshold) == (embed.spec, embed.identity, None)
+    assert (copied.spec, copied.identity, copied.calibration) == (embed.spec, embed.identity, None)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(child, (embed, paths, vectors)) == embed(paths[0]).tolist()
     with ThreadPoolExecutor(4) as threads:
@@ -164,8 +164,8 @@ def test_random_state_stays(made, paths, tmp_path):
 def test_recorded_threshold(made, paths, tmp_path, capsys):
     pytest.importorskip("faiss")
     (tmp_path / "a.pth").write_bytes((made / "a.pth").read_bytes())
-    checkpoint.save_threshold(tmp_path / "a.pth", THRESHOLD, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
-    assert load(tmp_path / "a.pth").threshold == THRESHOLD
+    checkpoint.save_calibration(tmp_path / "a.pth", THRESHOLD, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
+    assert load(tmp_path / "a.pth").calibration == THRESHOLD
     make_index(tmp_path, made / "images", tmp_path / "index")
     search = Search(tmp_path / "index")
     assert search.threshold == 0.5
@@ -179,7 +179,7 @@ def test_recorded_threshold(made, paths, tmp_path, capsys):
     torch.save(content, tmp_path / "a.pth")  # one of an earlier version: an error where it is asked for
     embed, search = load(tmp_path / "a.pth"), Search(tmp_path / "index")
     assert len(embed(paths)) == len(paths)
-    for asked in (lambda: embed.threshold, lambda: search.query(paths[0])):
+    for asked in (lambda: embed.calibration, lambda: search.query(paths[0])):
         with pytest.raises(ValueError, match="has a threshold for pairs of images"):
             asked()
     search.calibration, search.threshold = None, 0.5
@@ -192,7 +192,7 @@ def test_probability_is_that_of_the_gap_to_the_second_thing(made, paths, tmp_pat
     pytest.importorskip("faiss")
     (tmp_path / "a.pth").write_bytes((made / "a.pth").read_bytes())
     recorded = threshold(0.0, odds=(-1.0, 20.0))
-    checkpoint.save_threshold(tmp_path / "a.pth", recorded, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
+    checkpoint.save_calibration(tmp_path / "a.pth", recorded, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
     make_index(tmp_path, made / "images", tmp_path / "index")
     search = Search(tmp_path / "index")
     answer = search.query(paths[0], len(paths))

@@ -20,8 +20,8 @@ from proxy_anchor import checkpoint
 from proxy_anchor.index import clustering
 from proxy_anchor.index.store import Index
 from proxy_anchor.report import sheets
+from proxy_anchor.thresholds.identification import halves
 from proxy_anchor.vectors import Embeddings, comparable
-from proxy_anchor.verification import halves
 
 
 @pytest.fixture(params=["scipy", "rounds"])
@@ -289,7 +289,7 @@ def test_calibrations_of_the_index_and_of_its_checkpoint(weights, images, tmp_pa
     assert not table.exists()
 
     identity = checkpoint.Checkpoint(tmp_path / "w" / "a.pth").identity
-    checkpoint.save_threshold(tmp_path / "w" / "a.pth", threshold(0.5, groups=0.987), identity)
+    checkpoint.save_calibration(tmp_path / "w" / "a.pth", threshold(0.5, groups=0.987), identity)
     group(index, "--out", table)
     assert "by similarity 0.9870" in capsys.readouterr().out
     group(images, "--resume", tmp_path / "w" / "a.pth", "--workers", 0, "--out", tmp_path / "b.csv")
@@ -448,7 +448,7 @@ def test_evaluation_measures_and_records(distance, photos, tmp_path, capsys):
     evaluate.main([*flags, "--verify"])
     chosen = re.search(r"at (?:least|most) ([\d.]+), chosen on the other half.*: (ARI .*)", capsys.readouterr().out)
     evaluate.main([*flags, "--calibrate", "0.3"])
-    recorded = checkpoint.Checkpoint(tmp_path / "a.pth").threshold.groups
+    recorded = checkpoint.Checkpoint(tmp_path / "a.pth").calibration.groups
     evaluate.main([*flags, "--report", str(tmp_path / "report")])
     lines = re.findall(r"with .* at (?:least|most) ([\d.]+), as recorded: (ARI .*)", capsys.readouterr().out)
     assert lines == [(chosen[1], chosen[2])] * 2 and float(chosen[1]) == pytest.approx(recorded, abs=1e-4)

@@ -22,11 +22,12 @@ import net
 import train as script
 import transfer
 from dataset.loading import BalancedBatches, RandomBatches
-from proxy_anchor import checkpoint, collectives, evaluation, hardware, loss_registry, losses, training, verification
+from proxy_anchor import checkpoint, collectives, evaluation, hardware, loss_registry, losses, training
 from proxy_anchor.embedding import Embedder, Replica
 from proxy_anchor.retrieval import best_positive_rank, map_at_r
 from proxy_anchor.runs.run import Run
 from proxy_anchor.runs.stopping import Interrupted, Stop
+from proxy_anchor.thresholds import identification, verification
 
 CLASSES, IMAGES, BATCH = 6, 48, 8  # 3 processes do not divide the batch
 
@@ -125,7 +126,7 @@ def figures(total, gallery_total):
     processes, sides = collectives.world(), [side for side in (queries, gallery) if side is not None]
     tensors = [tensor for side in sides for tensor in (side.vectors, side.labels)]
     together = [evaluate.all_gather(side, processes) for side in sides]
-    found = verification.identify(queries, gallery, processes=processes)
+    found = identification.identify(queries, gallery, processes=processes)
     return {
         "own": torch.from_numpy(found.own).sort().values,
         "others": torch.from_numpy(found.others).sort(dim=0).values,

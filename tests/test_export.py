@@ -221,9 +221,9 @@ def test_record(made, tmp_path, capsys):
     """What the file is of, and how it is used; a threshold too, which search.py then takes."""
     threshold = helpers.threshold(0.75)
     (tmp_path / "a.pth").write_bytes((made / "a.pth").read_bytes())
-    checkpoint.save_threshold(tmp_path / "a.pth", threshold, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
+    checkpoint.save_calibration(tmp_path / "a.pth", threshold, checkpoint.Checkpoint(tmp_path / "a.pth").identity)
     run(tmp_path, tmp_path / "a.safetensors", "--check", made / "images", data=False)
-    assert checkpoint.Checkpoint(tmp_path / "a.safetensors").threshold == threshold
+    assert checkpoint.Checkpoint(tmp_path / "a.safetensors").calibration == threshold
     assert (
         "by the size of the gallery: similarity 0.7500 for 20 images (0.7500 for 10)."
         in (tmp_path / "a-card.md").read_text()

@@ -177,7 +177,7 @@ def test_calibration_of_weights_that_were_replaced_is_not_recorded(photos, repla
     with pytest.raises(SystemExit, match="1"):
         evaluate.main([*arguments(photos, dataset="folder", resume=path), "--calibrate", "0.3"])
     assert "a.pth was replaced while it was measured, so its threshold is not recorded" in capsys.readouterr().err
-    assert checkpoint.Checkpoint(path).threshold is None
+    assert checkpoint.Checkpoint(path).calibration is None
 
 
 def test_report_names_the_weights_that_it_measured(photos, replaced, tmp_path):

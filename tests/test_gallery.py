@@ -9,8 +9,8 @@ from helpers import in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxy_anchor import collectives, retrieval, tiles
-from proxy_anchor.pairs import Pairs
 from proxy_anchor.spec import DISTANCES
+from proxy_anchor.thresholds.pairs import Pairs
 from proxy_anchor.vectors import Embeddings
 
 # Where the parts of each number of processes end: unequal ones, an empty one, one without any positive.

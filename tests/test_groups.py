@@ -15,9 +15,10 @@ import net
 import train
 from dataset.__main__ import main as dataset_main
 from dataset.images import fingerprint
-from proxy_anchor import collectives, evaluation, retrieval, tiles, verification
+from proxy_anchor import collectives, evaluation, retrieval, tiles
 from proxy_anchor.report import confusion, page
 from proxy_anchor.retrieval import best_positive_rank, from_arrays, map_at_r, recall_at_k, search
+from proxy_anchor.thresholds import verification
 from proxy_anchor.vectors import Embeddings
 
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     """With an index of images, one of folders, and photographs to ask for."""
     folder = tmp_path_factory.mktemp("page")
     trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
-    checkpoint.save_threshold(folder / "a.pth", threshold(LIMIT), checkpoint.Checkpoint(folder / "a.pth").identity)
+    checkpoint.save_calibration(folder / "a.pth", threshold(LIMIT), checkpoint.Checkpoint(folder / "a.pth").identity)
     trees.folder(folder / "images", classes=("ant", "<b>ee", "cat"))
     make_index(folder, folder / "images", folder / "photos.index")
     make_index(folder, folder / "images", folder / "things.index", "--by-folder")

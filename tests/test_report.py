@@ -17,11 +17,11 @@ from sklearn.metrics import roc_auc_score
 
 import evaluate
 import net
-from proxy_anchor import verification
 from proxy_anchor.evaluation import measure
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report import page as report_page
 from proxy_anchor.retrieval import best_positive_rank
+from proxy_anchor.thresholds import identification, verification
 from proxy_anchor.vectors import Embeddings
 
 
@@ -47,7 +47,7 @@ def write(folder, queries, gallery=None, name="a network", threshold=None, **row
         {"ours": result.metrics, **rows},
         result,
         pairs,
-        verification.identify(*embeddings, queries.distance),
+        identification.identify(*embeddings, queries.distance),
         threshold,
         {"device": "a <CPU>"},
         queries,

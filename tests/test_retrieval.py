@@ -9,8 +9,8 @@ import net
 from proxy_anchor import evaluation, metrics, retrieval, tiles
 from proxy_anchor.retrieval import best_positive_rank, map_at_r, recall_at_k, search
 from proxy_anchor.spec import DISTANCES
+from proxy_anchor.thresholds.verification import verify
 from proxy_anchor.vectors import Embeddings, concat_columns
-from proxy_anchor.verification import verify
 
 
 def sides(*tensors):

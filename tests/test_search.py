@@ -486,7 +486,7 @@ def test_unknown_images_have_no_match(distance, weights, euclidean, images, tmp_
 def calibrated(weights, folder, **changed):
     """A checkpoint with a threshold."""
     path = shutil.copy(weights / "a.pth", folder / "a.pth")
-    checkpoint.save_threshold(path, threshold(0.999, **changed), checkpoint.Checkpoint(path).identity)
+    checkpoint.save_calibration(path, threshold(0.999, **changed), checkpoint.Checkpoint(path).identity)
     return folder
 
 
@@ -531,7 +531,7 @@ def test_threshold_is_that_for_the_size_of_the_index(weights, images, tmp_path, 
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images / "ant" / "1.jpg")])
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["threshold"] == measured.at(18) == 0.8
-    assert "Threshold for 18 images: similarity 0.8000, which at most 5% of unknown queries are expected" in err
+    assert "Calibration for 18 images: similarity 0.8000, which at most 5% of unknown queries are expected" in err
     calibrated(weights, tmp_path / "own", sizes=(9, 3), values=(0.7, 0.6))
     capsys.readouterr()
     search.main(["query", "--index", str(tmp_path / "index"), str(images / "ant" / "1.jpg")])

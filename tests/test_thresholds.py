@@ -42,7 +42,7 @@ def calibrated(request, photos, tmp_path_factory):
 
 def test_checkpoint_gets_the_threshold_and_stays_the_same_network(calibrated, photos):
     distance, path, identity, content = calibrated
-    found = checkpoint.Checkpoint(path).threshold
+    found = checkpoint.Checkpoint(path).calibration
     assert found.distance == distance and found.share == 0.3 and found.dataset == "folder"
     assert found.classes == (6, 5) and list(found.data) == ["eval"] and len(found.data["eval"]) == 16
     assert found.sizes == (25, 10, 5) and 0 <= found.unknown[0] <= 1
@@ -60,7 +60,7 @@ def test_both_halves_are_printed_and_another_threshold_replaces_the_first(calibr
     copy.write_bytes(path.read_bytes())
     (tmp_path / "link.pth").symlink_to("b.pth")
     evaluate.main(flags(photos, tmp_path / "link.pth", "--calibrate", 0.5))
-    found, first = checkpoint.Checkpoint(copy).threshold, checkpoint.Checkpoint(path).threshold
+    found, first = checkpoint.Checkpoint(copy).calibration, checkpoint.Checkpoint(path).calibration
     assert (tmp_path / "link.pth").is_symlink() and found.share == 0.5
     assert to_nearness(found.values[0], distance) < to_nearness(first.values[0], distance)
     out = capsys.readouterr().out
@@ -85,9 +85,9 @@ def test_published_checkpoint_gets_a_threshold_too(photos, tmp_path):
     state = {f"module.{key}": value for key, value in net.create("tiny", 8).state_dict().items()}
     torch.save({"model_state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     identity = checkpoint.Checkpoint(tmp_path / "old.pth").identity
-    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold is None
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").calibration is None
     evaluate.main(flags(photos, tmp_path / "old.pth", "--calibrate", 0.3))
-    assert checkpoint.Checkpoint(tmp_path / "old.pth").threshold.distance == "cosine"
+    assert checkpoint.Checkpoint(tmp_path / "old.pth").calibration.distance == "cosine"
     assert checkpoint.Checkpoint(tmp_path / "old.pth").identity == identity
     assert checkpoint.Checkpoint(tmp_path / "old.pth").spec is None
     assert checkpoint.read(tmp_path / "old.pth")["model_state_dict"].keys() == state.keys()
@@ -138,7 +138,7 @@ def test_damaged_record_is_one_line(calibrated, damage, tmp_path):
     content = checkpoint.read(calibrated[1])
     torch.save(content | {"threshold": DAMAGES[damage](content["threshold"])}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth is damaged: its record of the threshold is .*--calibrate replaces"):
-        _ = checkpoint.Checkpoint(tmp_path / "a.pth").threshold
+        _ = checkpoint.Checkpoint(tmp_path / "a.pth").calibration
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from scipy import stats
 
 import net
 import train
-from proxy_anchor import checkpoint, verification
+from proxy_anchor import checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import child, run_folders
+from proxy_anchor.thresholds import verification
 
 
 def test_interval_over_seeds_is_students():

@@ -12,11 +12,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from proxy_anchor import pairs, tiles, verification
-from proxy_anchor.pairs import Pairs, Scale
-from proxy_anchor.spec import DISTANCES, Threshold
+from proxy_anchor import tiles
+from proxy_anchor.spec import DISTANCES, Calibration
+from proxy_anchor.thresholds import identification, pairs
+from proxy_anchor.thresholds.identification import calibrate, choose_threshold, describe, identify
+from proxy_anchor.thresholds.pairs import Pairs, Scale
+from proxy_anchor.thresholds.verification import Curve, verify
 from proxy_anchor.vectors import Embeddings, to_nearness
-from proxy_anchor.verification import Curve, calibrate, choose_threshold, describe, identify, verify
 
 
 def sides(*tensors):
@@ -382,7 +384,7 @@ def test_images_of_a_group_are_not_compared():
 def test_only_the_nearest_classes_are_kept(monkeypatch):
     x, y = random_set(200, 30, 3)
     full = identify(Embeddings(x, y))
-    monkeypatch.setattr(verification, "NEAREST", 7)
+    monkeypatch.setattr(identification, "NEAREST", 7)
     assert (identify(Embeddings(x, y)).others == full.others[:, :7]).all()
 
 
@@ -522,8 +524,8 @@ def test_odds_are_those_of_sklearn():
     target = np.where(right, high, low)
     model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000)
     model.fit(np.tile(gaps, 2)[:, None], np.repeat([1, 0], 400), sample_weight=np.concatenate([target, 1 - target]))
-    assert verification.log_odds(gaps, right) == pytest.approx((model.intercept_[0], model.coef_[0, 0]), rel=1e-3)
-    offset, slope = verification.log_odds(gaps, np.ones(400, dtype=bool))
+    assert identification.log_odds(gaps, right) == pytest.approx((model.intercept_[0], model.coef_[0, 0]), rel=1e-3)
+    offset, slope = identification.log_odds(gaps, np.ones(400, dtype=bool))
     assert offset + slope * 0.1 == pytest.approx(math.log(401), rel=0.05)
 
 
@@ -548,7 +550,7 @@ def test_calibration_needs_queries_enough():
 
 def test_threshold_by_size():
     """At the sizes it is their value; between them the gap is a power of the size, and beyond the power of all."""
-    cosine = Threshold("cosine", 0.05, (400, 100, 50), (0.9, 0.8, 0.5), (0.1, 0.0, 0.2), (), (), (4,), "", {})
+    cosine = Calibration("cosine", 0.05, (400, 100, 50), (0.9, 0.8, 0.5), (0.1, 0.0, 0.2), (), (), (4,), "", {})
     assert [cosine.at(size) for size in (400, 100, 50, 3)] == pytest.approx([0.9, 0.8, 0.5, 0.5])
     assert cosine.at(200) == pytest.approx(1 - math.sqrt(0.1 * 0.2))
     power, _ = np.polyfit(np.log([400, 100, 50]), np.log([0.1, 0.2, 0.5]), 1)
@@ -558,4 +560,4 @@ def test_threshold_by_size():
     power, _ = np.polyfit(np.log([400, 100, 50]), np.log([1.0, 2.0, 3.0]), 1)
     assert distance.at(1600) == pytest.approx(4**power)
     assert replace(cosine, values=(1.0, 1.0, 0.5)).at(10**9) == pytest.approx(1)
-    assert Threshold.from_record(cosine.to_record()) == cosine
+    assert Calibration.from_record(cosine.to_record()) == cosine

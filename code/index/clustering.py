@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from proxy_anchor.files import quantity
-from proxy_anchor.spec import MEASURES
+from proxy_anchor.spec import BOUNDS, MEASURES
+from proxy_anchor.thresholds.identification import halves
+from proxy_anchor.thresholds.intervals import SEED
 from proxy_anchor.vectors import Embeddings, comparable
-from proxy_anchor.verification import BOUNDS, SEED, halves
 
 LIMIT = 10_000  # images up to which scipy merges them: it holds the distances of all pairs, twice 0.4 GB for this many
 TILE = 2**25  # distances in memory at a time, of more images
@@ -243,7 +244,7 @@ class Grouping:
 def measure(embeddings: Embeddings, distance: str, threshold: float | None = None, seed: int = SEED) -> Grouping | None:
     """Sort half of the classes into things by a recorded threshold or, without one, the best of the other half.
 
-    The halves are those of verification.calibrate, so a threshold that was recorded on these images was chosen on the
+    The halves are those of identification.calibrate, so a threshold that was recorded on these images was chosen on the
     other half. None if no threshold can be chosen.
     """
     chosen, checked = (embeddings.of_classes(half) for half in halves(embeddings.labels, seed))

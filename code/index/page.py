@@ -170,8 +170,8 @@ class Answers:
         index, calibration = self.search.index, self.search.calibration
         if calibration:
             return (
-                f"Calibrated for {len(index.images):,} images: {100 * calibration.share:g}% of photographs of unknown "
-                "things should reach it."
+                f"Calibrated for {len(index.images):,} images: at most {100 * calibration.share:g}% of photographs of "
+                "unknown things are expected to reach it."
             )
         if self.kind == "folders":
             return "There is no calibrated threshold for single photographs among folders: everything matches."
@@ -294,7 +294,7 @@ def application(answers: Answers, name: str, extensions: list[str], uploads: str
             max(answers.loosest, answers.strictest),
             value=answers.start,
             step=0.0001,
-            label=f"Threshold: {'largest' if measure == 'distance' else 'smallest'} {measure} that counts as a match",
+            label=f"Calibration: {'largest' if measure == 'distance' else 'smallest'} {measure} that counts as a match",
             info=answers.remark(),
             elem_id="threshold",
         )

@@ -22,9 +22,9 @@ from proxy_anchor.files import is_intact, lock_folder, numbered, replacing, seal
 from proxy_anchor.index import clustering, neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
-from proxy_anchor.spec import MEASURES, NetworkSpec, Threshold
+from proxy_anchor.spec import MEASURES, Calibration, NetworkSpec
+from proxy_anchor.thresholds.identification import choose_threshold, identify
 from proxy_anchor.vectors import Embeddings, comparable
-from proxy_anchor.verification import choose_threshold, identify
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
@@ -61,7 +61,7 @@ class Index:
         self.spec = NetworkSpec.from_record(made["network"] | orientation)
         self.folders: list[str] = list(folders)
         self.files: dict[str, dict] = files or {}
-        self.calibration = Threshold.from_record(threshold) if threshold else None
+        self.calibration = Calibration.from_record(threshold) if threshold else None
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
@@ -184,7 +184,7 @@ class Index:
         if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
         self._delete_others()  # leftovers of a run that was interrupted here
-        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders, threshold=self.threshold)
+        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders, threshold=self._recorded)
         try:
             rows.write(*index._files(), self._blocks_to_keep())
             if self.factory != EXACT:
@@ -242,7 +242,8 @@ class Index:
     def describe(self) -> None:
         """Write images.json, which makes the present files those of the index."""
         self.files = {file.name: seal(file) for file in (*self._files(), *self._faiss_files())}
-        content = {name: getattr(self, name) for name in LAYOUT | SINCE if name != "sha256"}
+        content = {name: getattr(self, name) for name in LAYOUT | SINCE if name not in ("threshold", "sha256")}
+        content["threshold"] = self._recorded
         content["sha256"] = _digest(content)
         with replacing(self.folder / IMAGES) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -271,17 +272,17 @@ class Index:
             torch.from_numpy(self.images.vectors.copy()), torch.tensor([number_of[thing] for thing in things])
         )
 
-    def calibrate(self, share: float) -> Threshold:
+    def calibrate(self, share: float) -> Calibration:
         """Choose the threshold at which this share of unknown queries match, from its entries, each thing left out.
 
-        Of many entries, CALIBRATION_QUERIES at random are queries. Raises ValueError as verification.choose_threshold.
+        Of many entries, CALIBRATION_QUERIES at random are queries. Raises ValueError as choose_threshold.
         """
         embeddings, rows = self.embeddings(), torch.arange(len(self.images))
         gallery = replace(embeddings, groups=rows)  # none meets itself
         chosen = np.random.default_rng(0).permutation(len(rows))[:CALIBRATION_QUERIES]
         queries = Embeddings(gallery.vectors[chosen], gallery.labels[chosen], rows[chosen])
-        threshold = choose_threshold(share, identify(queries, gallery, self.distance))
-        self.calibration = replace(threshold, groups=clustering.best_threshold(gallery, self.distance))
+        calibration = choose_threshold(share, identify(queries, gallery, self.distance))
+        self.calibration = replace(calibration, groups=clustering.best_threshold(gallery, self.distance))
         return self.calibration
 
     def search(self, embeddings: torch.Tensor, count: int) -> list[list[tuple[str, float]]]:
@@ -306,7 +307,7 @@ class Index:
             yield indices[order], measured[order]
 
     @property
-    def threshold(self) -> dict:
+    def _recorded(self) -> dict:
         """The record of its calibration, {} without one."""
         return self.calibration.to_record() if self.calibration else {}
 

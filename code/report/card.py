@@ -4,7 +4,7 @@ from pathlib import Path
 
 from proxy_anchor.files import printable, sha256
 from proxy_anchor.runs import run_folders
-from proxy_anchor.spec import Threshold
+from proxy_anchor.spec import Calibration
 
 SETTINGS = ("dataset", "model", "pretrained", "loss", "epochs", "batch_size", "optimizer", "lr", "seed")
 MARK = "whose weights have the sha256"  # cards are recognized by it
@@ -49,7 +49,7 @@ def text(file: Path, record: dict, measured: str, license: str, checkpoint: str)
     values = f"{pixels['channels']} from 0 to {pixels['largest']}, mean {pixels['mean']}, std {pixels['std']}"
     inside = "The file does this" if file.suffix != ".safetensors" else "The network of torch.hub, below, does this"
     turned = TURNED[network.get("orientation", "stored")]
-    threshold = Threshold.from_record(record["threshold"]).text() if "threshold" in record else "none"
+    threshold = Calibration.from_record(record["threshold"]).text() if "threshold" in record else "none"
     config, results = training(Path(checkpoint))
     if config.get("pretrained") == "none":
         license = "none were used"

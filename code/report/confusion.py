@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from proxy_anchor.thresholds.intervals import REPLICATES, SEED, Estimate, estimate
 from proxy_anchor.tiles import Points, origin_of
 from proxy_anchor.vectors import Embeddings
-from proxy_anchor.verification import REPLICATES, SEED, Estimate, estimate
 
 BLOCK = 1024  # queries at a time
 

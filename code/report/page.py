@@ -26,9 +26,11 @@ from proxy_anchor.evaluation import Result
 from proxy_anchor.files import csv_cell, printable, replacing
 from proxy_anchor.report import confusion, layout, similarities
 from proxy_anchor.report.confusion import ClassResult
-from proxy_anchor.spec import Threshold
+from proxy_anchor.spec import Calibration
+from proxy_anchor.thresholds.identification import Identification
+from proxy_anchor.thresholds.intervals import LEVEL
+from proxy_anchor.thresholds.verification import Verification
 from proxy_anchor.vectors import Embeddings, comparable, similarity, to_nearness
-from proxy_anchor.verification import LEVEL, Identification, Verification
 
 QUERIES = 6  # of each kind
 NEIGHBOURS = 8  # of each query
@@ -99,7 +101,7 @@ def write(
     result: Result,
     pairs: Verification,
     identified: Identification,
-    threshold: Threshold | None,
+    calibration: Calibration | None,
     environment: dict,
     queries: TestSet,
     gallery: TestSet | None = None,
@@ -108,8 +110,8 @@ def write(
 ) -> Path:
     """Write the report on a search of the gallery or, without one, of the queries themselves; returns the page's path.
 
-    name: of what was evaluated; rows: the metrics in each column of the table, in 0..1; threshold: the one recorded in
-    the checkpoint, if any; sorted_into_things: lines on how well images are, see index/clustering.py.
+    name: of what was evaluated; rows: the metrics in each column of the table, in 0..1; calibration: that of the
+    checkpoint, if any; sorted_into_things: lines on how well images are, see index/clustering.py.
     """
     targets = queries if gallery is None else gallery
     with new_folder(folder) as new:
@@ -139,9 +141,9 @@ def write(
             count=f"{len(classes):,}",
             hardest=hardest_classes(classes, pictures),
             pairs=confused_pairs(confused, pictures),
-            similarities=similarities.chart(pairs, threshold, identified.size),
+            similarities=similarities.chart(pairs, calibration, identified.size),
             rates=similarities.rates_table(pairs)
-            + similarities.open_set(identified, threshold)
+            + similarities.open_set(identified, calibration)
             + "".join(f"<p>{html.escape(line)}</p>" for line in sorted_into_things.splitlines()),
             map=draw_map(new / "map.webp", queries),
             environment="".join(

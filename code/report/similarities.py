@@ -6,9 +6,11 @@ import math
 import numpy as np
 
 from proxy_anchor.files import printable
-from proxy_anchor.spec import MEASURES, Threshold
+from proxy_anchor.spec import BOUNDS, MEASURES, Calibration
+from proxy_anchor.thresholds.identification import Identification
+from proxy_anchor.thresholds.intervals import Estimate
+from proxy_anchor.thresholds.verification import Verification
 from proxy_anchor.vectors import to_nearness
-from proxy_anchor.verification import BOUNDS, Estimate, Identification, Verification
 
 BINS = 80  # of the drawing
 CURVE = np.linspace(0, 0.5, 51)  # shares of unknown queries that match
@@ -33,10 +35,10 @@ WORDS = {
 }
 
 
-def chart(pairs: Verification, threshold: Threshold | None, size: int) -> str:
+def chart(pairs: Verification, calibration: Calibration | None, size: int) -> str:
     """HTML with a chart of the similarities' distributions and the thresholds, and a text on them.
 
-    threshold: the one recorded in the checkpoint, if any; size: of the gallery.
+    calibration: the one recorded in the checkpoint, if any; size: of the gallery.
     """
     distance, words = pairs.distance, WORDS[pairs.distance]
     counts = {kind: counts for kind, counts in (("wrong", pairs.other), ("right", pairs.same)) if counts.any()}
@@ -75,13 +77,13 @@ def chart(pairs: Verification, threshold: Threshold | None, size: int) -> str:
             f"same-class pairs are {words['farther']}, and as many of the different-class pairs "
             f"{words['not_farther']}.</p>"
         )
-    if threshold:
-        value, requested = threshold.at(size), f"{100 * threshold.share:g}%"
+    if calibration:
+        value, requested = calibration.at(size), f"{100 * calibration.share:g}%"
         lines["recorded"] = (f"threshold of the checkpoint {value:.2f}, for {requested} unknown matches", value)
         text += (
             f"<p>For {size:,} images, the checkpoint has the threshold {value:.3f}, chosen so that at most {requested} "
-            f"of unknown queries match, on half of the test classes of {html.escape(printable(threshold.dataset))}; on "
-            f"the other half, {Estimate(*threshold.unknown).percent()} did.</p>"
+            f"of unknown queries match, on half of the test classes of {html.escape(printable(calibration.dataset))}; "
+            f"on the other half, {Estimate(*calibration.unknown).percent()} did.</p>"
         )
     for kind, (label, value) in lines.items():
         at = BINS * (1 + (min(to_nearness(value, distance), high) - high) / span)
@@ -110,7 +112,7 @@ def rates_table(pairs: Verification) -> str:
     return f'<table class="rates">{head}{body}</table><p>{html.escape(pairs.remark())}</p>'
 
 
-def open_set(found: Identification, threshold: Threshold | None) -> str:
+def open_set(found: Identification, calibration: Calibration | None) -> str:
     """HTML with the curve of known queries that are answered rightly over unknown ones that match; "" without any."""
     if found.classes < 1 or not (found.own > -np.inf).any():
         return ""
@@ -118,8 +120,8 @@ def open_set(found: Identification, threshold: Threshold | None) -> str:
     line = "M" + "L".join(f"{x} {100 - 100 * share:.1f}" for x, share in enumerate(known))
     paths = f'<path class="right" style="fill:none" d="{line}"/>'
     text = ""
-    if threshold:
-        limit = to_nearness(threshold.at(found.size), found.distance)
+    if calibration:
+        limit = to_nearness(calibration.at(found.size), found.distance)
         unknown, right = found.unknown(limit), found.known(limit)
         at = min(width * unknown.value / CURVE[-1], width)
         paths += f'<path class="recorded" d="M{at:.2f} 100V0"/>'

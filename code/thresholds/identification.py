@@ -1,263 +1,30 @@
-"""What a similarity threshold decides about pairs of images, and about queries; with bootstrap intervals.
+"""Open-set identification: what a similarity threshold decides about queries, and its calibration.
 
-Verification: a pair is accepted if its similarity reaches the threshold. The true-accept rate (TAR) is the share of
-same-class pairs that are accepted, the false-accept rate (FAR) the share of different-class pairs.
-
-Identification, open-set: a query matches if its nearest image reaches the threshold. It is unknown if its class is left
-out of the gallery, and should not match; if its class is there, it is known, and its nearest image should be of it.
+A query matches if its nearest image reaches the threshold. It is unknown if its class is left out of the gallery, and
+should not match; if its class is there, it is known, and its nearest image should be of it.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from proxy_anchor.collectives import ALONE, Processes
 from proxy_anchor.files import printable, quantity
-from proxy_anchor.pairs import Pairs, Scale
-from proxy_anchor.spec import MEASURES, Threshold
+from proxy_anchor.spec import BOUNDS, MEASURES, Calibration
+from proxy_anchor.thresholds.intervals import SEED, Estimate, draw, estimate_share
+from proxy_anchor.thresholds.pairs import Pairs
 from proxy_anchor.vectors import Embeddings, concat_rows, to_nearness
 
-FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-FEWEST = 10  # different-class pairs that a threshold must accept: with fewer, the rate is little more than chance
-REPLICATES = 500  # of the bootstrap
-LEVEL = 0.95  # of the intervals
-FAR_STEPS, TAR_STEPS = 40, 24  # thresholds of the bootstrap's curves, evenly spaced in each rate
-SEED = 0  # of the bootstrap, and of the halves of calibrate
-BOUNDS = {"cosine": "at least", "euclidean": "at most"}  # of accepted pairs
 FEWEST_MATCHES = 5  # of unknown queries, for a threshold: with fewer, their share is little more than chance
 RELIABLE = 30  # classes: with fewer, a threshold and its interval are little more than chance
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # of unknown queries that match
-OPIS_FARS, OPIS_STEPS = (0.1, 0.01), 101
 WORST = 10  # classes that are listed
 REPLACEMENTS = 8  # nearest classes that can be the nearest in a sample of the bootstrap
 HALVINGS = 4  # of the gallery, for which thresholds are recorded
 NEAREST = 64  # other classes of each query that are kept: enough for a gallery of 1/2**HALVINGS of them
-
-
-class Estimate(NamedTuple):
-    """A value and the ends of its interval, which are NaN if there are too few classes for one."""
-
-    value: float
-    low: float
-    high: float
-
-    def text(self, form: str = "{:.4f}", unit: str = "", factor: float = 1) -> str:
-        value, *ends = (form.format(factor * number) for number in self)
-        return value + unit + ("" if np.isnan(self.low) else f" [{', '.join(ends)}]")
-
-    def percent(self) -> str:
-        return self.text("{:.2f}", "%", 100)
-
-    def measured(self, distance: str) -> "Estimate":
-        """A similarity (larger is nearer) as a cosine or a distance, see vectors.to_nearness."""
-        value, *ends = (to_nearness(number, distance) for number in self)
-        return Estimate(value, *sorted(ends))
-
-
-@dataclass
-class Verification:
-    """What thresholds achieve on the pairs of some classes, with intervals from a bootstrap over these classes.
-
-    same, other: the numbers of same-class and different-class pairs in each bin of the scale.
-    auc: the area under the ROC curve. equal_error: (threshold, rate) where FAR = 1 - TAR.
-    at_far: {FAR: (threshold, TAR)}; the threshold is the lowest edge of the scale that accepts no more than this share
-    of the different-class pairs. too_rare: the FARs for which there are too few of these pairs.
-    at_threshold: {threshold: (FAR, TAR)}. opis: see opis. All thresholds are similarities: larger is nearer, see
-    vectors.to_nearness. Without pairs of both kinds there are no estimates.
-    """
-
-    distance: str
-    classes: int
-    scale: Scale
-    same: np.ndarray
-    other: np.ndarray
-    auc: Estimate | None = None
-    equal_error: tuple[Estimate, Estimate] | None = None
-    at_far: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
-    too_rare: list[float] = field(default_factory=list)
-    at_threshold: dict[float, tuple[Estimate, Estimate]] = field(default_factory=dict)
-    opis: float = np.nan
-
-    def table(self) -> list[tuple[str, str, str]]:
-        """(FAR, TAR, threshold) for each rate with enough pairs, with intervals."""
-        return [
-            (f"{100 * far:g}%", tar.percent(), threshold.measured(self.distance).text())
-            for far, (threshold, tar) in self.at_far.items()
-        ]
-
-    def remark(self) -> str:
-        """A line on the pairs, and one on the rates for which there are too few."""
-        same, other = (f"{counts.sum():,}" for counts in (self.same, self.other))
-        if self.auc is None:
-            return f"{same} same-class and {other} different-class pairs; thresholds need both kinds.\n"
-        lines = (
-            f"{same} same-class and {other} different-class pairs; brackets: {100 * LEVEL:g}% bootstrap intervals over "
-            f"{self.classes:,} classes\n"
-        )
-        if self.too_rare:
-            rates = ", ".join(f"{100 * far:g}%" for far in self.too_rare)
-            lines += f"There are too few different-class pairs for thresholds with {rates} false accepts.\n"
-        return lines
-
-    def text(self) -> str:
-        """All results as lines for a terminal."""
-        if self.auc is None or self.equal_error is None:
-            return self.remark()
-        threshold, rate = self.equal_error
-        kind = MEASURES[self.distance]
-        return (
-            f"{self.remark()}ROC AUC {self.auc.percent()}, "
-            f"equal errors {rate.percent()} at {kind} {threshold.measured(self.distance).text()}\n"
-            f"{'false accepts':15}{'true accepts':26}{kind} {BOUNDS[self.distance]}\n"
-            + "".join(f"{far:>13}  {tar:26}{threshold}\n" for far, tar, threshold in self.table())
-            + "".join(
-                f"At the recorded threshold {to_nearness(limit, self.distance):.4f}: {far.percent()} false accepts, "
-                f"{tar.percent()} true accepts\n"
-                for limit, (far, tar) in self.at_threshold.items()
-            )
-            + f"OPIS {self.opis:.2e} (how much the classes differ at the thresholds for 1% to 10% false accepts)\n"
-        )
-
-
-@dataclass
-class Curve:
-    """FAR and TAR (K, R) of R sets of pairs at ascending thresholds (K,), from all pairs accepted to none."""
-
-    thresholds: np.ndarray
-    far: np.ndarray
-    tar: np.ndarray
-
-    @classmethod
-    def from_counts(cls, thresholds: np.ndarray, same: np.ndarray, other: np.ndarray) -> "Curve":
-        """From the numbers (K - 1, R) of same-class and different-class pairs between the thresholds."""
-        accepted = [np.pad(counts[::-1].cumsum(axis=0)[::-1], ((0, 1), (0, 0))) for counts in (other, same)]
-        with np.errstate(invalid="ignore"):  # NaN for sets without pairs of a kind
-            return cls(thresholds, *(counts / counts[0] for counts in accepted))
-
-    def auc(self) -> np.ndarray:
-        """How often a same-class pair is nearer than a different-class pair, where ties count half: the ROC's area."""
-        return ((self.tar[1:] + self.tar[:-1]) * (self.far[:-1] - self.far[1:])).sum(axis=0) / 2
-
-    def equal_errors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(threshold, rate) where FAR = 1 - TAR, interpolated between the thresholds."""
-        threshold, rate, _ = self._where(self.far + self.tar - 1, 0)
-        return threshold, rate
-
-    def at_far(self, far: float) -> tuple[np.ndarray, np.ndarray]:
-        """(threshold, TAR) where FAR falls to this value, interpolated between the thresholds."""
-        threshold, _, tar = self._where(self.far, far)
-        return threshold, tar
-
-    def _where(self, falling, level):
-        after = (falling <= level).argmax(axis=0)[None]
-        before = np.maximum(after - 1, 0)
-        high, low = (np.take_along_axis(falling, at, axis=0) for at in (before, after))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = (high - level) / (high - low)
-        columns = self.thresholds[:, None].repeat(falling.shape[1], axis=1), self.far, self.tar
-        ends = [[np.take_along_axis(column, at, axis=0) for at in (before, after)] for column in columns]
-        return [(start + share * (end - start))[0] for start, end in ends]
-
-
-@torch.no_grad()
-def verify(
-    queries: Embeddings,
-    gallery: Embeddings | None = None,
-    distance: str = "cosine",
-    *,
-    fars: Sequence[float] = FARS,
-    thresholds: Sequence[float] = (),
-    replicates: int = REPLICATES,
-    processes: Processes = ALONE,
-) -> Verification:
-    """Tell same-class from different-class pairs by their similarity, at these false-accept rates and thresholds.
-
-    The pairs are each query with each image of the gallery or, without one, all pairs of two queries; two images of one
-    group are not a pair. Errors and the processes as for retrieval.best_positive_rank. The rates are exact at
-    the edges of the scale, to which the thresholds are rounded up. For the intervals, classes are drawn with
-    replacement, because pairs that share a class vary together. Memory grows with the images and classes, not with the
-    pairs, which the processes divide.
-    """
-    pairs = Pairs.from_embeddings(queries, gallery, distance, processes)
-    same, other = pairs.histograms()
-    result = Verification(distance, len(pairs.classes), pairs.scale, same, other)
-    if not (same.any() and other.any()):
-        return result
-    curve = Curve.from_counts(pairs.scale.edges, same[:, None], other[:, None])
-    result.too_rare = [far for far in fars if far * other.sum() < FEWEST]
-    edge_of_far = {far: int((curve.far <= far).argmax()) for far in fars if far not in result.too_rare}
-    edge_of_threshold = {threshold: pairs.scale.edge_from(threshold) for threshold in thresholds}
-    edges = edges_of_interest(curve, [*edge_of_far.values(), *edge_of_threshold.values()], other.sum())
-    drawn = draw(result.classes, replicates)
-    resampled = Curve.from_counts(pairs.scale.edges[edges], *pairs.resampled(edges, drawn.T))
-
-    result.auc = estimate(curve.auc(), resampled.auc())
-    (threshold, rate), (thresholds_drawn, rates_drawn) = curve.equal_errors(), resampled.equal_errors()
-    result.equal_error = estimate(threshold, thresholds_drawn), estimate(rate, rates_drawn)
-    for far, edge in edge_of_far.items():
-        thresholds_drawn, rates_drawn = resampled.at_far(far)
-        result.at_far[far] = estimate(curve.thresholds[edge], thresholds_drawn), estimate(curve.tar[edge], rates_drawn)
-    for limit, edge in edge_of_threshold.items():
-        row = np.searchsorted(edges, edge)
-        result.at_threshold[limit] = (
-            estimate(curve.far[edge], resampled.far[row]),
-            estimate(curve.tar[edge], resampled.tar[row]),
-        )
-    result.opis = opis(pairs, *(float(curve.at_far(far)[0][0]) for far in OPIS_FARS))
-    return result
-
-
-def opis(pairs: Pairs, low: float, high: float) -> float:
-    """The operating-point inconsistency score: how much the classes differ at the same thresholds, from low to high.
-
-    The variance over the classes, averaged over OPIS_STEPS thresholds, of the harmonic mean of two shares of a
-    class: of its same-class pairs that are accepted, and of its different-class pairs that are not. Classes without
-    pairs of both kinds are left out.
-    """
-    edges = [pairs.scale.edge_from(threshold) for threshold in np.linspace(low, high, OPIS_STEPS)]
-    same, other = pairs.by_class(np.array([0, *edges, len(pairs.scale)]))
-    both = same.any(axis=1) & other.any(axis=1)
-    accepted = same[both, ::-1].cumsum(axis=1)[:, ::-1][:, 1:] / same[both].sum(axis=1, keepdims=True)
-    rejected = other[both].cumsum(axis=1)[:, :-1] / other[both].sum(axis=1, keepdims=True)
-    utility = 2 * accepted * rejected / np.maximum(accepted + rejected, 1e-12)
-    return float(utility.var(axis=0).mean())
-
-
-def edges_of_interest(curve: Curve, required: list[int], pairs: int) -> np.ndarray:
-    """The numbers of the edges between which the bootstrap counts: the required ones, and enough to draw a curve."""
-    far, tar = curve.far[:, 0], curve.tar[:, 0]
-    levels = np.geomspace(1 / pairs, 1, FAR_STEPS), np.linspace(0, 1, TAR_STEPS)
-    steps = [len(rate) - np.searchsorted(rate[::-1], level, side="right") for rate, level in zip((far, tar), levels)]
-    return np.unique([0, len(far) - 1, *np.concatenate(steps).clip(0, len(far) - 1), *required])
-
-
-def draw(classes: int, replicates: int = REPLICATES) -> np.ndarray:
-    """How often each class is in each of R samples of the bootstrap: (R, C)."""
-    return np.random.default_rng(SEED).multinomial(classes, np.full(classes, 1 / classes), replicates)
-
-
-def estimate_share(hits: int, total: int, replicates: np.ndarray, classes: int) -> Estimate:
-    """A share with its interval. If none or all are hits, all samples are alike: it is that of `classes` draws then."""
-    value, low, high = estimate(hits / total, replicates.clip(0, 1))
-    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / classes)  # the largest share of which so many draws may well show nothing
-    return Estimate(value, min(low, 1 - unseen) if hits == total else low, max(high, unseen) if not hits else high)
-
-
-def estimate(value, replicates: np.ndarray) -> Estimate:
-    """The value with the interval between the quantiles of the replicates, extended to the value itself.
-
-    The replicates are interpolated between a few thresholds, and a sample of few classes lacks some of them, so the
-    value may lie outside of the quantiles. A wider interval contains the true value no less often.
-    """
-    value, known = float(np.squeeze(value)), replicates[~np.isnan(replicates)]
-    if not len(known):
-        return Estimate(value, np.nan, np.nan)
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(min(low, value)), float(max(high, value)))
 
 
 @dataclass
@@ -425,7 +192,7 @@ def identify(
 
 def calibrate(
     queries: Embeddings, share: float, gallery: Embeddings | None = None, distance: str = "cosine", seed: int = SEED
-) -> Threshold:
+) -> Calibration:
     """Choose the threshold at which this share of unknown queries match on half of the classes; check it on the others.
 
     The first half of a shuffle of the classes with this seed chooses. Neither half is in the gallery of the other. Of
@@ -446,7 +213,7 @@ def halves(labels: torch.Tensor, seed: int = SEED) -> list[torch.Tensor]:
     return [torch.from_numpy(half) for half in np.array_split(np.random.default_rng(seed).permutation(classes), 2)]
 
 
-def choose_threshold(share: float, chosen: Identification, checked: Identification | None = None) -> Threshold:
+def choose_threshold(share: float, chosen: Identification, checked: Identification | None = None) -> Calibration:
     """The threshold at which this share of unknown queries match, and what it achieves, on other classes if given.
 
     Raises ValueError for too few classes or queries, and if no query reaches it with its own class.
@@ -470,13 +237,13 @@ def choose_threshold(share: float, chosen: Identification, checked: Identificati
     distance, checked = chosen.distance, checked or chosen
     values = tuple(to_nearness(value, distance) for value in values)
     numbers = (chosen.classes + 1,) if checked is chosen else (chosen.classes + 1, checked.classes + 1)
-    threshold = Threshold(distance, share, sizes, values, (), (), (), numbers, "", {})
-    limit = to_nearness(threshold.at(checked.size), distance)
+    calibration = Calibration(distance, share, sizes, values, (), (), (), numbers, "", {})
+    limit = to_nearness(calibration.at(checked.size), distance)
     known = checked.known(limit)
     unknown = tuple(checked.unknown(limit))
     if math.isnan(known.value):
-        return replace(threshold, unknown=unknown)
-    return replace(threshold, unknown=unknown, known=tuple(known), odds=log_odds(*chosen.gaps()))
+        return replace(calibration, unknown=unknown)
+    return replace(calibration, unknown=unknown, known=tuple(known), odds=log_odds(*chosen.gaps()))
 
 
 def log_odds(gaps: np.ndarray, right: np.ndarray) -> tuple[float, float]:
@@ -497,22 +264,24 @@ def log_odds(gaps: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     return float(offset), float(slope / scale)
 
 
-def describe(threshold: Threshold) -> str:
+def describe(calibration: Calibration) -> str:
     """A threshold as lines for a terminal."""
-    classes, *checked = threshold.classes
-    few = f"With fewer than {RELIABLE} things, do not rely on it.\n" if min(threshold.classes) < RELIABLE else ""
-    known = f", {Estimate(*threshold.known).percent()} of known ones are answered rightly" if threshold.known else ""
-    result = f"{Estimate(*threshold.unknown).percent()} of unknown queries match{known}\n"
+    classes, *checked = calibration.classes
+    few = f"With fewer than {RELIABLE} things, do not rely on it.\n" if min(calibration.classes) < RELIABLE else ""
+    known = (
+        f", {Estimate(*calibration.known).percent()} of known ones are answered rightly" if calibration.known else ""
+    )
+    result = f"{Estimate(*calibration.unknown).percent()} of unknown queries match{known}\n"
     on = f"Chosen on half of the classes ({classes:,})" if checked else f"Chosen on {classes:,} things, each left out"
     lines = (
-        f"{on}, so that at most {100 * threshold.share:g}% of unknown queries match: {threshold.text()}\n"
+        f"{on}, so that at most {100 * calibration.share:g}% of unknown queries match: {calibration.text()}\n"
         + (f"Checked on the other half ({checked[0]:,}): " if checked else "On the same things: ")
         + result
         + few
     )
-    if threshold.groups is None:
+    if calibration.groups is None:
         return lines
     return (
-        f"{lines}To sort images into things, chosen on the same classes: {MEASURES[threshold.distance]} "
-        f"{threshold.groups:.4f}\n"
+        f"{lines}To sort images into things, chosen on the same classes: {MEASURES[calibration.distance]} "
+        f"{calibration.groups:.4f}\n"
     )

@@ -1,0 +1,1 @@
+"""What a similarity threshold decides about pairs of images, and about queries."""

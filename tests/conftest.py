@@ -8,6 +8,8 @@ import torch
 import torchvision  # noqa: F401 - it cannot be imported while torch.cuda is changed
 import trees
 
+from proxy_anchor import tiles
+
 
 @pytest.fixture(autouse=True)
 def no_credentials(request, monkeypatch, tmp_path_factory):
@@ -34,3 +36,9 @@ def no_checkpoint_needed(monkeypatch):
 def cub_root(tmp_path_factory):
     """A data root with a small CUB: 4 training and 3 test classes of 6 images each."""
     return trees.cub(tmp_path_factory.mktemp("cub"))
+
+
+@pytest.fixture(params=[960, 33])
+def tile(request, monkeypatch):
+    """Of the product: all at once, and many of them, whose edges cut classes in two."""
+    monkeypatch.setitem(tiles.TILE, "cpu", request.param)

@@ -20,6 +20,7 @@ from proxy_anchor import checkpoint
 from proxy_anchor.index import clustering
 from proxy_anchor.index.store import Index
 from proxy_anchor.report import sheets
+from proxy_anchor.thresholds import grouping
 from proxy_anchor.thresholds.identification import halves
 from proxy_anchor.vectors import Embeddings, comparable
 
@@ -189,14 +190,14 @@ def test_of_many_images_whole_classes_choose(monkeypatch):
 def test_measure_chooses_on_the_other_half():
     embeddings = random_embeddings()
     chosen, checked = halves(embeddings.labels)
-    grouping = clustering.measure(embeddings, "cosine")
-    assert grouping.threshold == clustering.best_threshold(embeddings.of_classes(chosen), "cosine")
+    best = grouping.measure(embeddings, "cosine")
+    assert best.threshold == clustering.best_threshold(embeddings.of_classes(chosen), "cosine")
     rest = embeddings.of_classes(checked)
-    assert (grouping.labels == rest.labels.numpy()).all() and not set(chosen.tolist()) & set(grouping.labels)
+    assert (best.labels == rest.labels.numpy()).all() and not set(chosen.tolist()) & set(best.labels)
     sorted_by = [clustering.things(rest.vectors, "cosine", *s) for s in ((None, 15), (0.4,))]
-    recorded = clustering.measure(embeddings, "cosine", 0.4)
+    recorded = grouping.measure(embeddings, "cosine", 0.4)
     assert (recorded.given == sorted_by[0]).all() and (recorded.estimated == sorted_by[1]).all()
-    text = clustering.describe(embeddings, "cosine", 0.4)
+    text = grouping.describe(embeddings, "cosine", 0.4)
     scores = [f"ARI {f(rest.labels, y):.3f}" for y in sorted_by for f in (adjusted_rand_score,)]
     scores += [f"AMI {f(rest.labels, y):.3f}" for y in sorted_by for f in (adjusted_mutual_info_score,)]
     assert all(score in text for score in scores) and "15 classes" in text and "0.4000, as recorded" in text
@@ -206,13 +207,14 @@ def test_measure_chooses_on_the_other_half():
 
 def test_what_is_not_measured_is_said(monkeypatch):
     embeddings = random_embeddings()
-    monkeypatch.setattr(clustering, "find_spec", lambda name: None if name == "sklearn" else 1 / 0)
-    assert "pip install scikit-learn" in clustering.describe(embeddings, "cosine")
+    monkeypatch.setattr(grouping, "find_spec", lambda name: None if name == "sklearn" else 1 / 0)
+    assert "pip install scikit-learn" in grouping.describe(embeddings, "cosine")
     monkeypatch.setattr(clustering, "LIMIT", 200)
-    assert "more than 200" in clustering.describe(embeddings, "cosine")
+    assert "more than 200" in grouping.describe(embeddings, "cosine")
     monkeypatch.undo()
     alone = Embeddings(torch.randn(9, 4), torch.arange(9))
-    assert clustering.describe(alone, "cosine").startswith("Not sorted into things: half of the classes have no two")
+    assert grouping.measure(alone, "cosine") == "half of the classes have no two images of a class"
+    assert grouping.describe(alone, "cosine").startswith("Not sorted into things: half of the classes have no two")
 
 
 # search.py group

@@ -198,7 +198,7 @@ def sizes(labels: np.ndarray) -> tuple[int, int]:
     return int((counts > 1).sum()), int((counts == 1).sum())
 
 
-def summary(labels: np.ndarray) -> str:
-    """How many things there are among the things (N,) of images, in words."""
+def summary(labels: np.ndarray, noun: str = "image") -> str:
+    """How many things there are among the things (N,) of images, or of what else the noun says, in words."""
     found, alone = sizes(labels)
-    return f"{quantity(found, 'thing')} of two or more images, {quantity(alone, 'image')} alone"
+    return f"{quantity(found, 'thing')} of two or more {noun}s, {quantity(alone, noun)} alone"

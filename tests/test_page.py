@@ -168,16 +168,17 @@ def test_batches_and_pixels_are_limited(folder, copies, tmp_path, monkeypatch):
     assert "it has more than the allowed 1,000 pixels; make it smaller" in text
 
 
-def test_remark_on_an_untrained_backbone_is_that_of_query(folder, tmp_path, monkeypatch, capsys):
-    flags = ["--backbone-only", "--model", "tiny", "--pretrained", "none", "--image-size", "32", "--workers", "0"]
-    search.main(["index", *flags, "--images", str(folder / "images"), "--out", str(tmp_path / "index")])
+def test_remark_on_the_weights_of_a_backbone_is_that_of_query(folder, tmp_path, monkeypatch, capsys):
+    flags = ["--backbone-only", "--model", "tiny", "--pretrained", str(folder / "a.pth"), "--image-size", "32"]
+    more = ["--images", str(folder / "images"), "--out", str(tmp_path / "index"), "--workers", "0"]
+    search.main(["index", *flags, *more])
     capsys.readouterr()
     search.main(["query", "--index", str(tmp_path / "index"), str(folder / "unknown.png"), "--threshold", "none"])
     remark = capsys.readouterr().err
     monkeypatch.setattr(page, "gradio", lambda: None)
     monkeypatch.setattr(page, "serve", lambda *_: None)
     search.main(["serve", "--index", str(tmp_path / "index")])
-    assert capsys.readouterr().err == remark and "untrained" in remark
+    assert capsys.readouterr().err == remark and "left out: embedding (2)" in remark
 
 
 def test_gradio_is_named_where_it_is_missing(folder, monkeypatch, capsys):
@@ -302,7 +303,7 @@ def test_uploads_are_deleted(client, tmp_path):
     asked, twice, new, old = [upload(client, content).json()[0] for content in (b"1", b"1", b"2", b"3")]
     (uploads / "interrupted").write_text("")
     for path in (uploads / "interrupted", os.path.dirname(old)):
-        os.utime(path, 2 * [time.time() - page.WAITING - 1])
+        os.utime(path, 2 * (time.time() - page.WAITING - 1,))
     page.delete_uploads([asked, twice], str(uploads))
     assert [str(path) for path in uploads.rglob("*")] == [os.path.dirname(new), new]
     page.delete_uploads([new], str(uploads))

@@ -30,7 +30,7 @@ import net
 import protocol
 import train
 from net.embedding_net import Head
-from proxy_anchor import checkpoint, cli, evaluation, metrics, training
+from proxy_anchor import cli, evaluation, metrics, training, weights
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import replacing
 from proxy_anchor.runs import logbook, run_folders
@@ -124,8 +124,9 @@ def embed(folder: Path) -> tuple:
     args, device = train.parse(["--resume", str(folder)]), torch.device("cpu")
     data = train.open_data(args)
     network = net.from_spec(args.spec)
-    content = checkpoint.read(folder / run_folders.LAST)
-    checkpoint.load(folder / run_folders.LAST, network)
+    last = folder / run_folders.LAST
+    content = weights.read(last)
+    weights.load(last, content, network)
     if args.frozen:
         train.use_features(args, data, network, device, folder)
     trained = Head(network) if args.frozen else network
@@ -170,9 +171,11 @@ def measure_time(args: argparse.Namespace) -> None:
     for _ in range(args.rounds):
         for arm, flags in arms().items():
             with tempfile.TemporaryDirectory() as folder:
-                for features in (args.runs / args.set).glob("features_*"):
-                    Path(folder, features.name).symlink_to(features.resolve())
                 line = [*job(args, args.set, 1, flags, arm).argv, "--LOG_DIR", folder, "--epochs", "1", "--warm", "0"]
+                if (parsed := train.parse(line)).frozen:  # images are embedded once, by the first of all runs
+                    features = args.runs / args.set / f"features_{parsed.dataset}"
+                    features.mkdir(parents=True, exist_ok=True)
+                    Path(folder, features.name).symlink_to(features)
                 with (
                     mock.patch.object(training, "train_one_epoch", timed),
                     mock.patch.object(evaluation, "evaluate", lambda *_, **__: nothing),

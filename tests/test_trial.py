@@ -11,7 +11,6 @@ from scipy import stats
 
 import net
 import train
-from proxy_anchor import checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import child, run_folders
 from proxy_anchor.thresholds import verification
@@ -103,8 +102,8 @@ def test_trial_is_run_once_and_measured_after_the_last_epoch(tiny, name, capsys)
 def opis_of(folder, frozen):
     """Of the average in last.pth, put into a network by hand, and all test images."""
     args = train.parse(["--resume", str(folder)])
-    network, content = net.from_spec(args.spec), checkpoint.read(folder / "last.pth")
-    checkpoint.load(folder / "last.pth", network)
+    network, content = net.from_spec(args.spec), torch.load(folder / "last.pth")
+    network.load_state_dict(content["model_state_dict"])
     average = {name.removeprefix("module."): x for name, x in content["average"].items()}
     part = network.model if frozen else network
     part.load_state_dict({name: average.get(name, x) for name, x in part.state_dict().items()})

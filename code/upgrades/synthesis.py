@@ -16,8 +16,8 @@ class SyntheticProxyAnchor(ShardedProxyAnchor):
         x' = lambda x_i + (1 - lambda) x_j,  p' = lambda p_{y_i} + (1 - lambda) p_{y_j},  lambda ~ Beta(0.4, 0.4)
 
     All vectors have unit length, before and after. j is the next image of another class in the batch. Images mixed from
-    the same two classes are of the same synthetic class. ratio: synthetic images per image, 0 to 1. All of a step have
-    one lambda, which depends on the seed and the number of the step alone. A step forces a host sync.
+    the same two classes are of the same synthetic class. ratio: synthetic images per image, 0 to 1. A step has one
+    lambda, which depends on the seed and the number of the step alone. A step forces a host sync.
     """
 
     step: torch.Tensor

@@ -57,9 +57,9 @@ class SyntheticProxyAnchor(ShardedProxyAnchor):
 def pairs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(i, j): each image of a batch, and the next one of another class, from the last on to the first again."""
     i = torch.arange(len(labels), device=labels.device)
-    steps = torch.where(labels == labels[:, None], len(i), (i - i[:, None]) % len(i))  # (B, B), from each to each
-    j = steps.argmin(dim=1)
-    others = labels[i] != labels[j]  # none in a batch of one class
+    # (B, B): the steps from each image to each other one, and more than any of these where the class is the same
+    j = torch.where(labels == labels[:, None], len(i), (i - i[:, None]) % len(i)).argmin(dim=1)
+    others = labels != labels[j]  # none in a batch of one class
     return i[others], j[others]
 
 

@@ -130,7 +130,7 @@ def test_commands_for_a_trained_network_run(tmp_path, monkeypatch, capsys):
     for library in ("faiss", "sklearn"):
         pytest.importorskip(library)
     data_root = trees.cub(tmp_path / "data", (1, 2, *range(101, 113)), 4)
-    trees.folder(tmp_path / "photos", images=2)
+    trees.folder(tmp_path / "photos", images=4)
     trees.folder(tmp_path / "things", images=2)
     for name in ("new.jpg", "new/1.jpg", "new/2.jpg"):
         trees.write_image(tmp_path / name, 1)

@@ -22,7 +22,8 @@ FROM_DISK = ["--no-build-isolation", "--no-deps", "--no-index"]  # flags of pip
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of what the package is built from."""
-    pytest.importorskip("setuptools")
+    for name in ("pip", "setuptools"):  # uv installs no pip
+        pytest.importorskip(name)
     folder = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "proxy_anchor.py", "LICENSE", "README.md"):
         shutil.copy(REPOSITORY / name, folder)

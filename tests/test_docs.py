@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
+import notebook
 import pytest
 import torch
 import trees
@@ -92,6 +93,18 @@ def test_commands_on_glyphs_run_as_printed():
     """.ci/run runs these lines after the quick start."""
     lines = [line for page in PAGES for line in page.read_text().splitlines() if re.match("python .*glyphs", line)]
     assert len(lines) > 5 and not any(re.search(r"\b(RUN|DIR|CHECKPOINT)\b", line) for line in lines)
+
+
+@pytest.mark.usefixtures("no_checkpoint_needed")
+def test_notebook_is_small_and_its_commands_parse():
+    """.ci/run runs its cells."""
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in notebook.cells())
+    assert notebook.NOTEBOOK.stat().st_size < 5000
+    sources = ["".join(cell["source"]) for cell in notebook.cells()]
+    found = [match.groups() for source in sources if (match := re.match(r"!python \.\./(\w+)\.py (.*)", source))]
+    assert [name for name, _ in found] == ["train", "search"]
+    for name, flags in found:
+        SCRIPTS[f"python {name}.py"].parse(shlex.split(flags))
 
 
 def test_every_dataset_is_prepared_on_the_page():

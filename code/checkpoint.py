@@ -36,12 +36,17 @@ class Checkpoint:
 
     So its weights, spec and calibration belong together even if the file is replaced meanwhile. path: for messages.
     spec: None for a published checkpoint, which does not record it. Raises FileNotFoundError, ValueError for a file
-    that is damaged or not a checkpoint, and as exported.read.
+    that is damaged or not a checkpoint, or is the last.pth of a run with averaged weights, and as exported.read.
     """
 
     def __init__(self, path: str | Path):
         self.path = path
         self.content = read(path)
+        if "average" in self.content:
+            raise ValueError(
+                f"{path} holds two networks, the one that trains and its average (--average-weights), whose results "
+                "the run shows: give the *_best.pth in its folder, which is the average"
+            )
         self.spec: NetworkSpec | None = None
         if (record := self.content.get("network", {})) != {}:
             try:

@@ -15,7 +15,7 @@ import dataset
 import evaluate
 import net
 import train
-from proxy_anchor import cli, figures
+from proxy_anchor import cli, figures, hardware
 from proxy_anchor.files import numbered, replacing
 from proxy_anchor.runs import child, logbook, run_folders, selection
 from proxy_anchor.runs.stopping import Interrupted
@@ -109,6 +109,11 @@ def parse(argv=None) -> argparse.Namespace:
         )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("start protocol.py without torchrun, and give --gpu-id -1 after -- for all GPUs")
+    if (tasks := hardware.srun_tasks()) > 1:
+        parser.error(
+            f"srun started {tasks} tasks that would each do the same work: start one, and give --gpu-id -1 after -- "
+            "for all GPUs of its machine"
+        )
     return args
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from proxy_anchor.retrieval import map_at_r as map_at_r
     from proxy_anchor.retrieval import recall_at_k as recall_at_k
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 PUBLIC = {  # name: its module
     "ProxyAnchor": "losses",
     "recall_at_k": "retrieval",

@@ -2,6 +2,7 @@
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 
 class BuildPackage(build_py):
@@ -12,4 +13,12 @@ class BuildPackage(build_py):
         return [*modules, (package, "__init__", "proxy_anchor.py")] if package == "proxy_anchor" else modules
 
 
-setup(cmdclass={"build_py": BuildPackage})
+class BuildLinks(editable_wheel):
+    """`pip install -e .` links every file of the package: a link to the folder code/ would lack the __init__.py."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.mode = "strict"
+
+
+setup(cmdclass={"build_py": BuildPackage, "editable_wheel": BuildLinks})

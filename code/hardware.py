@@ -108,14 +108,16 @@ def describe(device: torch.device) -> str:
 def processes(gpu_id: int):
     """Join the processes that torchrun started, if any, and yield this process's device. Only rank 0 prints.
 
-    Raises ValueError if srun started several tasks, which would not know of each other.
+    Raises ValueError if srun started several tasks that do not know of each other: without torchrun, or each with its
+    own, as --gpu-id -1 starts it.
     """
+    if (tasks := srun_tasks()) > 1 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # the number of torchruns
+        raise ValueError(
+            f"srun started {tasks} tasks that would each do the same work: start one task per machine, and let "
+            "torchrun start a process per GPU and join the machines: srun --ntasks-per-node=1 torchrun "
+            "--nnodes=MACHINES --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=FIRST_MACHINE:29500 SCRIPT ..."
+        )
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        if (tasks := srun_tasks()) > 1:
-            raise ValueError(
-                f"srun started {tasks} tasks that would each do the same work: start one task per machine, and let "
-                "torchrun start a process per GPU: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT ..."
-            )
         yield select(gpu_id)
         return
     import torch

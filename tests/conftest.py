@@ -21,8 +21,9 @@ def no_credentials(request, monkeypatch, tmp_path_factory):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU's sums differ from run to run
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
     torch.manual_seed(0)
 
 

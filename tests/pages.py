@@ -1,11 +1,12 @@
-"""README.md and the pages of docs/, and the commands in them."""
+"""README.md, the other pages beside it and in docs/, and the commands in them."""
 
 import re
 import shlex
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TOP = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*TOP, *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str = "") -> list[str]:

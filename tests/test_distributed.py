@@ -405,6 +405,8 @@ def test_all_gpus_start_torchrun(monkeypatch):
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # sbatch, whose script is one process
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc in a step; srun -n 1
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": "x"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "a", "GROUP_WORLD_SIZE": "1"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "a", "GROUP_WORLD_SIZE": "4"}, False),
         ({}, False),
     ],
     ids=str,
@@ -412,11 +414,20 @@ def test_all_gpus_start_torchrun(monkeypatch):
 def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(environment, refused, monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    words = "srun started 4 tasks .*: srun --ntasks-per-node=1 torchrun --nproc-per-node=GPUS SCRIPT"
+    one_process = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in (one_process | environment).items():
+        monkeypatch.setenv(name, str(value))
+    words = "srun started 4 tasks .*: srun --ntasks-per-node=1 torchrun --nnodes=MACHINES"
     with pytest.raises(ValueError, match=words) if refused else nullcontext(), hardware.processes(0):
         pass
+
+
+@pytest.mark.slow
+def test_torchruns_that_know_nothing_of_each_other_are_refused(monkeypatch, tmp_path):
+    """Two machines whose tasks forgot to join: torchrun says how many joined."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    done = torchrun(1, "train.py", "--dataset", "cub", "--data-root", tmp_path, cwd=tmp_path)
+    assert done.returncode != 0 and "train.py: error: srun started 2 tasks" in done.stderr
 
 
 def test_all_gpus_are_the_first_one_where_a_script_uses_one(monkeypatch):

@@ -1,12 +1,17 @@
 """README.md and docs/ say what the code is: commands, modules, quotations, links."""
 
 import inspect
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
+import notebook
 import pytest
 import torch
 import trees
@@ -88,6 +93,18 @@ def test_commands_on_glyphs_run_as_printed():
     """.ci/run runs these lines after the quick start."""
     lines = [line for page in PAGES for line in page.read_text().splitlines() if re.match("python .*glyphs", line)]
     assert len(lines) > 5 and not any(re.search(r"\b(RUN|DIR|CHECKPOINT)\b", line) for line in lines)
+
+
+@pytest.mark.usefixtures("no_checkpoint_needed")
+def test_notebook_is_small_and_its_commands_parse():
+    """.ci/run runs its cells."""
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in notebook.cells())
+    assert notebook.NOTEBOOK.stat().st_size < 5000
+    sources = ["".join(cell["source"]) for cell in notebook.cells()]
+    found = [match.groups() for source in sources if (match := re.match(r"!python \.\./(\w+)\.py (.*)", source))]
+    assert [name for name, _ in found] == ["train", "search"]
+    for name, flags in found:
+        SCRIPTS[f"python {name}.py"].parse(shlex.split(flags))
 
 
 def test_every_dataset_is_prepared_on_the_page():
@@ -187,6 +204,44 @@ def test_python_of_the_readme_runs():
     assert names["loss"].item() > 0 and network.weight.grad.abs().sum() > 0
 
 
+def test_python_for_trackio_runs(tmp_path, monkeypatch):
+    """With a module that records what it is given."""
+    program, _ = blocks(REPOSITORY / "docs" / "training.md", "python")
+    run = tmp_path / "logs" / "logs_cub" / "run"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("epoch,loss,R@1\n0,3.5,0.25\n1,2.5,0.5\n")
+    trackio, logged = MagicMock(), [{"epoch": 0, "loss": 3.5, "R@1": 0.25}, {"epoch": 1, "loss": 2.5, "R@1": 0.5}]
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert trackio.mock_calls == [
+        call.init(project="cub", name="run"),
+        *(call.init().log(row, step=row["epoch"]) for row in logged),
+        call.init().finish(),
+    ]
+
+
+def test_script_for_slurm_gives_each_machine_a_torchrun(tmp_path):
+    """With commands in the place of SLURM's that record what they are given."""
+    (script,) = blocks(REPOSITORY / "docs" / "training.md", "bash")
+    commands = {"scontrol": "printf 'first\\nsecond\\n'", "srun": "printf '%s\\n' \"$@\""}
+    for name, command in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_NODELIST": "machines", "CPUS_PER_TASK": "64", "NNODES": "2", "JOB_ID": "7"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | {f"SLURM_{name}": slurm[name] for name in slurm}
+    done = subprocess.run(["bash", "-eu"], input=script, env=environment, capture_output=True, text=True, check=True)
+    arguments = done.stdout.split()
+    end = arguments.index("train.py")
+    assert arguments[:2] == ["--cpus-per-task=64", "torchrun"]
+    assert {"--nnodes=2", "--rdzv-id=7", "--rdzv-endpoint=first:29500"} < set(arguments[:end])
+    assert train.parse(arguments[end + 1 :]).resume == "auto"
+    directives = re.findall(r"--[\w-]+", "".join(re.findall("^#SBATCH(.*)", script, re.MULTILINE)))
+    assert {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal"} < set(
+        directives
+    )
+
+
 def test_python_of_the_page_on_transfer_runs():
     (program,) = blocks(REPOSITORY / "docs" / "transfer.md", "python")
     names = {"student": torch.nn.Linear(4, 3), "teacher": torch.nn.Linear(4, 5), "images": torch.randn(6, 4)}
@@ -228,7 +283,7 @@ def test_links_lead_somewhere(page):
 def test_loss_of_the_page_on_training_is_compared(tmp_path, monkeypatch, capsys):
     """The page's loss trains, resumes where its file was moved, and is another experiment once its file has changed."""
     page = REPOSITORY / "docs" / "training.md"
-    (source,) = blocks(page, "python")
+    _, source = blocks(page, "python")
     (loop,) = [block for block in blocks(page) if block.startswith("for seed")]
     (line,) = [line for line in loop.splitlines() if "--loss-args" in line]
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,18 +17,30 @@ import net
 import proxy_anchor
 from proxy_anchor import load
 
+FROM_DISK = ["--no-build-isolation", "--no-deps", "--no-index"]  # flags of pip
+
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built without a network."""
-    pytest.importorskip("setuptools")
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+def source(tmp_path_factory):
+    """A copy of what the package is built from."""
+    if not (find_spec("pip") and find_spec("setuptools")):  # uv installs no pip
+        pytest.skip("pip or setuptools is missing")
+    folder = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "proxy_anchor.py", "LICENSE", "README.md"):
-        shutil.copy(REPOSITORY / name, source)
+        shutil.copy(REPOSITORY / name, folder)
     for name in ("code", "dataset", "net"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", built]
-    run([sys.executable, "-m", "pip", "wheel", *flags, "."], source)
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """The wheel that `pip install git+file://...` installs, built without a network."""
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
+    for command in (["init"], ["add", "."], ["commit", "-m", "All"]):
+        run([*git, *command], source)
+    built = tmp_path_factory.mktemp("built")
+    run([sys.executable, "-m", "pip", "wheel", *FROM_DISK, "--wheel-dir", built, f"git+file://{source}"], built)
     (file,) = built.glob("*.whl")
     return file
 
@@ -37,6 +51,12 @@ def site(wheel):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(wheel.parent / "site")
     return wheel.parent / "site"
+
+
+@pytest.fixture(scope="module")
+def project():
+    """The content of pyproject.toml."""
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
 
 def run(command, folder):
@@ -60,8 +80,45 @@ def test_wheel_holds_the_package_and_nothing_else(site):
     assert (installed / "__init__.py").read_bytes() == (REPOSITORY / "proxy_anchor.py").read_bytes()
 
 
-def test_version_is_that_of_the_package():
-    assert f'\nversion = "{proxy_anchor.__version__}"\n' in (REPOSITORY / "pyproject.toml").read_text()
+def test_version_is_that_of_the_package(project, wheel):
+    version = proxy_anchor.__version__
+    assert project["project"]["version"] == version and wheel.name.startswith(f"proxy_anchor-{version}-")
+    newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == version
+
+
+def test_requirements_for_pip_are_those_for_uv(project):
+    def required(name):
+        lines = [line.partition("#")[0].strip() for line in (REPOSITORY / name).read_text().splitlines()]
+        return [line for line in lines if line]
+
+    groups = project["dependency-groups"]
+    assert required("requirements.txt") == groups["scripts"]
+    assert groups["dev"][0] == {"include-group": "scripts"}
+    assert required("requirements-dev.txt") == ["-r requirements.txt", *groups["dev"][1:]]
+
+
+def test_lock_is_that_of_the_requirements_and_names_the_public_index_alone(project):
+    text = (REPOSITORY / "uv.lock").read_text()
+    assert set(re.findall(r"\w+://[^/\"]+", text)) == {"https://pypi.org", "https://files.pythonhosted.org"}
+    lock = tomllib.loads(text)
+    (own,) = [package["metadata"] for package in lock["package"] if package["name"] == "proxy-anchor"]
+    extras = project["project"]["optional-dependencies"]
+    expected = {(None, requirement) for requirement in project["project"]["dependencies"]}
+    expected |= {(extra, requirement) for extra in extras for requirement in extras[extra]}
+
+    def required(package):
+        return package["name"] + package.get("specifier", "")
+
+    assert expected == {
+        (re.search(r"'(.*)'", package["marker"])[1] if "marker" in package else None, required(package))
+        for package in own["requires-dist"]
+    }
+    groups = project["dependency-groups"]
+    for name, more in (("scripts", []), ("dev", groups["scripts"])):
+        expected = {requirement for requirement in [*groups[name], *more] if isinstance(requirement, str)}
+        assert {required(package) for package in own["requires-dev"][name]} == expected
+    assert lock["requires-python"] == project["project"]["requires-python"]
 
 
 def test_public_names():
@@ -93,13 +150,8 @@ def test_installed_package_gives_the_embeddings_of_the_checkout(wheel, tmp_path)
     trees.write_image(tmp_path / "1.jpg", 1)
     for name in ("net", "dataset"):
         (tmp_path / f"{name}.py").write_text("mine = True\n")
-    run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", "env"], tmp_path)
-    python = tmp_path / "env" / "bin" / "python"
-    base = run([sys.executable, "-c", "import torch, pip; print(torch.__path__[0])"], tmp_path).strip()
-    packages = str(base.rpartition("/")[0])  # the tests may run in a virtual environment of their own
-    (path,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    (path / "tests.pth").write_text(f"{packages}\n")
-    run([python, "-m", "pip", "install", "--no-deps", "--no-index", wheel], tmp_path)
+    python = environment(tmp_path)
+    run([python, "-m", "pip", "install", *FROM_DISK, wheel], tmp_path)
     program = """
 import numpy, pickle, sys
 import net, dataset, proxy_anchor
@@ -111,6 +163,24 @@ numpy.save("found.npy", embed(["1.jpg"]))
 """
     run([python, "-c", program], tmp_path)
     assert np.array_equal(np.load(tmp_path / "found.npy"), load(tmp_path / "a.pth")([tmp_path / "1.jpg"]))
+
+
+def test_editable_package_has_the_public_names(source, tmp_path):
+    """Outside the checkout, where proxy_anchor.py is not found by its folder."""
+    python = environment(tmp_path)
+    run([python, "-m", "pip", "install", *FROM_DISK, "-e", source], tmp_path)
+    program = "from proxy_anchor import ProxyAnchor, load; from proxy_anchor.net import create; create('resnet18', 8)"
+    run([python, "-c", program], tmp_path)
+
+
+def environment(folder):
+    """The Python of a new virtual environment in a folder, which has the packages of this one."""
+    run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", "env"], folder)
+    base = run([sys.executable, "-c", "import torch, pip; print(torch.__path__[0])"], folder).strip()
+    packages = str(base.rpartition("/")[0])  # the tests may run in a virtual environment of their own
+    (path,) = (folder / "env" / "lib").glob("python*/site-packages")
+    (path / "tests.pth").write_text(f"{packages}\n")
+    return folder / "env" / "bin" / "python"
 
 
 @pytest.mark.slow

@@ -317,6 +317,13 @@ def test_usage_errors(argv, words, capsys):
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_several_tasks_of_srun_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(SystemExit) as end:
+        protocol.parse([])
+    assert end.value.code == 2 and "srun started 4 tasks" in capsys.readouterr().err
+
+
 def test_folds_of_a_table_and_of_others():
     for folds, expected in {"val": ["val"], "2": ["2/2"], "4": ["1/4", "2/4", "3/4", "4/4"]}.items():
         args = protocol.parse(["--folds", folds, "--", "--dataset", "cub"])

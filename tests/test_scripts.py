@@ -313,8 +313,10 @@ def test_wandb_credentials_are_found_without_wandb(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_bytes(b"machine api.wandb.ai login caf\xe9 password key\n")
     assert not has_credentials()
     monkeypatch.delenv("NETRC")
-    monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert has_credentials()
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "key")
+            assert has_credentials()
 
 
 class Told(Exception):
@@ -339,8 +341,6 @@ def test_variables_of_wandb_come_first(variable, setting, monkeypatch, tmp_path)
 
     monkeypatch.setattr(wandb, "init", init)
     ours = {"project", "notes", "dir", "id", "resume"}
-    for name in ("WANDB_PROJECT", "WANDB_NOTES", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.delenv(name, raising=False)
     for expected in (ours, ours - {setting}):
         with pytest.raises(Told) as told:
             logbook.start_wandb("offline", tmp_path, "project", "name", {}, run_id="id")
@@ -348,9 +348,35 @@ def test_variables_of_wandb_come_first(variable, setting, monkeypatch, tmp_path)
         monkeypatch.setenv(variable, "mine")
 
 
+@pytest.mark.parametrize("flag, variable, mode", [(None, "offline", "offline"), ("offline", "disabled", "offline")])
+def test_mode_of_wandb_is_the_flag_or_the_variable(flag, variable, mode, monkeypatch, tmp_path):
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: settings)
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert logbook.start_wandb(flag, tmp_path, "project", "name", {})["mode"] == mode
+
+
+def test_variables_reach_a_run_of_wandb(monkeypatch, tmp_path):
+    """Of the real one, which reads more than this code knows."""
+    import wandb
+
+    wandb.teardown()  # what it has read for another test
+    names = {"PROJECT": "project", "ENTITY": "entity", "NAME": "run_name", "NOTES": "run_notes", "RUN_ID": "run_id"}
+    names |= {"RUN_GROUP": "run_group", "JOB_TYPE": "run_job_type"}
+    for name in names:
+        monkeypatch.setenv(f"WANDB_{name}", f"my-{name}")
+    for name, value in {"MODE": "offline", "TAGS": "a,b", "DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run = logbook.start_wandb(None, tmp_path / "logs", "project", "name", {})
+    found = {name: getattr(run.settings, setting) for name, setting in names.items()}
+    run.finish()
+    assert found == {name: f"my-{name}" for name in names} and run.settings.run_tags == ("a", "b")
+    wandb.teardown()
+    assert list(tmp_path.glob("wandb/offline-run-*-my-RUN_ID")) and not list(tmp_path.glob("logs/*"))
+
+
 def test_who_never_asked_for_wandb_reads_no_word_of_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     assert logbook.start_wandb(None, tmp_path, "project", "name", {}) is None
     assert capsys.readouterr() == ("", "")

@@ -28,7 +28,7 @@ BACKBONE = "backbone alone"  # as people read it
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
 LOG_DIR = Path(__file__).resolve().parents[2] / "logs"
 LONGEST_REASON = 200  # characters of an error of wandb
-WANDB_VARIABLES = {  # by which the user overrides the settings of a wandb run
+WANDB_VARIABLES = {  # of the user, which come before these settings of ours; wandb itself reads those of all others
     "project": "WANDB_PROJECT",
     "notes": "WANDB_NOTES",
     "dir": "WANDB_DIR",
@@ -260,8 +260,8 @@ def untrained(result: Result) -> str:
 
 
 def has_credentials() -> bool:
-    """Whether wandb would find an API key, in the environment or in the netrc file, without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Whether wandb would find an API key or a token, in the environment or the netrc file, without asking for one."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
         host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

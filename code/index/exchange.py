@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,8 @@ class Parts:
             raise FileNotFoundError(f"There is no .parquet file in {path}")
         made: dict = {}
         folders: set[str] = set()
-        calibrations, rows, groups = [], [], []
+        calibrations, rows = [], []
+        groups: list[Callable[[], np.ndarray]] = []
         errors: dict[str, str] = {}
         for file in files:
             part = _Part(file)
@@ -155,14 +157,11 @@ class Parts:
                         rows.append((name, stamp, len(groups), row))
                     else:
                         errors[name] = error
-                groups.append(lambda part=part, number=number: part.vectors(number))
+                groups.append(partial(part.vectors, number))
         if len(files) > 1:
             separator = "/" * made["by_folder"]  # folders in the order of their images
             rows.sort(key=lambda row: row[0] + separator)
-        if len({name for name, *_ in rows}) < len(rows):
-            seen: set[str] = set()
-            twice = next(name for name, *_ in rows if name in seen or seen.add(name))
-            raise ValueError(f"{printable(twice)} is in {path} twice: expected each path once")
+        check_unique([name for name, *_ in rows], path)
         return cls(made, folders, calibrations, rows, groups, errors)
 
     @classmethod
@@ -183,15 +182,14 @@ class Parts:
                 f"{file} holds {found}, expected float32 {expected}: a vector of the network for each of "
                 f"{quantity(len(paths), 'path')}"
             )
-        if len(set(paths)) < len(paths):
-            raise ValueError(f"A path is listed twice: expected each of {quantity(len(paths), 'path')} once")
+        check_unique(paths, file)
         rows = [(path, entries.stamp([path]) if os.path.isfile(path) else "", 0, row) for row, path in enumerate(paths)]
         folders = {os.path.commonpath([os.path.dirname(path) for path in paths])} if paths else set()
         return cls(made, folders, [{}], rows, [lambda: vectors], {})
 
     def add_to(self, index: Index) -> int:
         """Add the entries that have a stamp to an index, block by block, and save each; returns their number."""
-        new = [(number, *row) for number, row in enumerate(self.stamps.items()) if row[1] is not None]
+        new = [(number, path, stamp) for number, (path, stamp) in enumerate(self.stamps.items()) if stamp is not None]
         for start in range(0, len(new), BLOCK):
             block = new[start : start + BLOCK]
             vectors = self._vectors([number for number, *_ in block], [path for _, path, _ in block])
@@ -284,6 +282,13 @@ def check_same(made: dict, other: dict, name: str, name_of_other: str) -> None:
             f"{name} and {name_of_other} were embedded by different networks, or are of different entries "
             f"({printable(difference)}): their vectors cannot be in one index"
         )
+
+
+def check_unique(paths: list[str], source: Path) -> None:
+    """Raise ValueError if a path is listed twice."""
+    if len(set(paths)) < len(paths):
+        ((twice, count),) = Counter(paths).most_common(1)
+        raise ValueError(f"{source} has {count} vectors of {printable(twice)}: expected each path once")
 
 
 def check_vectors(vectors: np.ndarray, paths: list[str], distance: str) -> None:

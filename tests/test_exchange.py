@@ -4,18 +4,20 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 import trees
-from helpers import RECORD, described, fails, make_index, mutations, query_index, result_or_error
+from helpers import RECORD, described, fails, make_index, mutations, query_index, result_or_error, threshold
 from pages import REPOSITORY, blocks, commands
 
 import net
 import search
+from proxy_anchor.checkpoint import Checkpoint, save_calibration
 from proxy_anchor.index import exchange
-from proxy_anchor.index.store import Index
+from proxy_anchor.index.store import Index, digest
 
 for library in ("faiss", "pyarrow"):
     pytest.importorskip(library)
@@ -172,6 +174,96 @@ def test_file_has_the_record_and_the_threshold(weights, images, tmp_path):
     assert all(row["folder"] == os.path.dirname(row["path"]) for row in rows)
 
 
+def test_threshold_of_the_checkpoint_is_recorded(weights, images, tmp_path, capsys):
+    """That for the size of the index, also if the checkpoint has moved; the index itself gets none from it."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    shutil.copyfile(weights / "a.pth", tmp_path / "a.pth")
+    path, calibration = tmp_path / "a.pth", threshold(0.9, sizes=(36, 9), values=(0.9, 0.8))
+    save_calibration(path, calibration, Checkpoint(path).identity)
+    make_index(tmp_path, images, tmp_path / "index")
+
+    def recorded(*more):
+        search.main(["export", str(tmp_path / "index"), str(tmp_path / "v.parquet"), *more])
+        return json.loads(pq.read_schema(tmp_path / "v.parquet").metadata[b"proxy_anchor"])
+
+    assert recorded()["threshold"] == calibration.at(18) and not recorded()["calibration"]
+    path.rename(tmp_path / "moved.pth")
+    assert recorded()["threshold"] is None
+    assert recorded("--resume", str(tmp_path / "moved.pth"))["threshold"] == calibration.at(18)
+    fails(lambda: recorded("--resume", str(weights / "b.pth")), capsys, "was built with another checkpoint")
+    take(tmp_path / "v.parquet", tmp_path / "again", "--resume", tmp_path / "moved.pth")
+    assert described(tmp_path / "again")["made"]["checkpoint"] == str(tmp_path / "moved.pth")
+    (answer,) = query_index(tmp_path / "again", capsys, images / "ant" / "1.jpg")
+    assert answer["threshold"] == calibration.at(18) and not described(tmp_path / "again")["threshold"]
+
+
+def test_interrupted_import_continues(weights, images, tmp_path, capsys, monkeypatch):
+    make_index(weights, images, tmp_path / "index")
+    export(tmp_path / "index", tmp_path / "vectors.parquet")
+    monkeypatch.setattr(exchange, "BLOCK", 4)
+    check = exchange.check_vectors
+
+    def interrupt(vectors, paths, distance):
+        if paths[0].endswith("bee/3.jpg"):
+            raise KeyboardInterrupt
+        check(vectors, paths, distance)
+
+    paths = [path for path, _ in Index.open(tmp_path / "index").images]
+    assert paths[8].endswith("bee/3.jpg"), paths
+    monkeypatch.setattr(exchange, "check_vectors", interrupt)
+    with pytest.raises(SystemExit):
+        take(tmp_path / "vectors.parquet", tmp_path / "again")
+    assert not len(Index.open(tmp_path / "again").images)
+    monkeypatch.setattr(exchange, "check_vectors", check)
+    capsys.readouterr()
+    take(tmp_path / "vectors.parquet", tmp_path / "again")
+    assert "8 of these were embedded before the interruption" in capsys.readouterr().out
+    assert contents(tmp_path / "again") == contents(tmp_path / "index")
+
+
+def test_file_that_is_replaced_while_it_is_read(weights, images, tmp_path):
+    make_index(weights, images, tmp_path / "index")
+    export(tmp_path / "index", tmp_path / "vectors.parquet")
+    parts = exchange.Parts.open(tmp_path / "vectors.parquet")
+    export(tmp_path / "index", tmp_path / "vectors.parquet")
+    with pytest.raises(ValueError, match="was replaced while it was read"):
+        parts._vectors([0], list(parts.stamps)[:1])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"folders": [["a"]]}, "'folders' is ['a'], expected str"),
+        ({"made": {}}, "'checkpoint' is None, expected str"),
+        ({"calibration": {"share": 1}}, "{'share': 1}"),
+        ({"columns": ["path", "folder", "stamp", "vector"]}, "its columns are path string, folder string, stamp"),
+        ({"metadata": {}}, "b'proxy_anchor'"),
+        ({"path": "a.jpg"}, "a path is missing or not absolute"),
+        ({"error": "bad"}, "a vector is missing"),
+    ],
+)
+def test_files_of_others_are_refused(change, words, weights, images, tmp_path, capsys):
+    """Also those whose record was made anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    make_index(weights, images, tmp_path / "index")
+    export(tmp_path / "index", tmp_path / "vectors.parquet")
+    table = pq.read_table(tmp_path / "vectors.parquet")
+    content = json.loads(table.schema.metadata[b"proxy_anchor"])
+    content.pop("sha256")
+    content |= {name: value for name, value in change.items() if name in content}
+    metadata = {b"proxy_anchor": json.dumps(content | {"sha256": digest(content)})}
+    for name in {"path", "error"} & change.keys():
+        at, texts = table.column_names.index(name), table[name].to_pylist()
+        texts[-1] = change[name]
+        table = table.set_column(at, table.schema.field(name), pa.array(texts, pa.string()))
+    table = table.select(change.get("columns", table.column_names))
+    table = table.replace_schema_metadata(change.get("metadata", metadata))
+    pq.write_table(table, tmp_path / "vectors.parquet")
+    fails(lambda: take(tmp_path / "vectors.parquet", tmp_path / "new"), capsys, words)
+
+
 @pytest.mark.parametrize("library", ["duckdb", "lancedb", "qdrant_client", "pymilvus"])
 def test_page_finds_what_the_index_finds(library, weights, images, tmp_path, monkeypatch, capsys):
     """The programs of docs/vectors.md, as printed: each prints the matches of the query that search.py lists."""
@@ -283,7 +375,8 @@ def test_name_that_parquet_cannot_hold(weights, images, tmp_path, capsys):
 
 def test_without_pyarrow(weights, images, tmp_path, capsys, monkeypatch):
     make_index(weights, images, tmp_path / "index")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "vectors.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     fails(lambda: export(tmp_path / "index", tmp_path / "vectors.parquet"), capsys, "pip install pyarrow")
     fails(lambda: take(tmp_path / "vectors.parquet", tmp_path / "new"), capsys, "pip install pyarrow")
 

@@ -135,7 +135,7 @@ class Parts:
         """Those of a Parquet file, or of all in a folder.
 
         Raises FileNotFoundError if there is none, ValueError if a file is damaged or no such file, if the files are of
-        different networks, or if an entry is in them twice.
+        different networks, if an entry is in them twice, or if they hold none.
         """
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not files:
@@ -158,6 +158,8 @@ class Parts:
                     else:
                         errors[name] = error
                 groups.append(partial(part.vectors, number))
+        if not rows:
+            raise ValueError(f"{path} holds no vectors, but {quantity(len(errors), 'unreadable image')}")
         if len(files) > 1:
             separator = "/" * made["by_folder"]  # folders in the order of their images
             rows.sort(key=lambda row: row[0] + separator)
@@ -210,7 +212,7 @@ class _Part:
     """One Parquet file: content, its record. Raises ValueError naming the file if it is damaged, or none of ours."""
 
     def __init__(self, file: Path):
-        self.file = file
+        self.file, self.time = file, os.stat(file).st_mtime_ns
         self.content = self._checked(self._read_record)
 
     def texts(self) -> list[list[tuple[str, str, str | None]]]:
@@ -233,6 +235,8 @@ class _Part:
             ) from error
 
     def _open(self):
+        if os.stat(self.file).st_mtime_ns != self.time:
+            raise ValueError("it was replaced while it was read")
         return arrow().parquet.ParquetFile(self.file, page_checksum_verification=True)
 
     def _read_record(self) -> dict[str, Any]:
@@ -240,6 +244,8 @@ class _Part:
             columns = parquet.schema_arrow
         content = json.loads((columns.metadata or {})[KEY])
         check_layout(content, LAYOUT, "record")
+        for folder in content["folders"]:
+            check_layout(folder, str, "folders")
         if content.pop("sha256") != digest(content):
             raise ValueError("its record has changed since it was written")
         if content["calibration"]:
@@ -312,6 +318,9 @@ def read_paths(file: Path) -> list[str]:
             if paths.ndim != 1 or paths.dtype.kind != "U":
                 raise ValueError(f"{paths.dtype} {paths.shape}")
             return paths.tolist()
-        return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        paths = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        if "" in paths:
+            raise ValueError(f"line {paths.index('') + 1} is empty")
+        return paths
     except (ValueError, EOFError, AttributeError) as error:
         raise ValueError(f"{file} is damaged, or no list of paths ({error}): expected one path a line") from error

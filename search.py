@@ -543,6 +543,7 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | 
     index = search.index
     asked, held = ("folders" if by_folder else "images" for by_folder in (args.by_folder, index.made["by_folder"]))
     if asked != held:
+        search.calibration = None
         return None, f"There is no threshold for {asked} among {held}, so no query can be refused: give --threshold"
     calibration = index.calibration if args.by_folder else search.calibration
     if not calibration:
@@ -550,13 +551,9 @@ def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | 
             "There is no threshold for this index, so no query can be refused: give --threshold or, if each folder of "
             "the index shows one thing, run `search.py index` again with --calibrate"
         )
-    size, measured = len(index.images), calibration.sizes[0]
+    size = len(index.images)
     limit = calibration.at(size)
-    extrapolated = f" (extrapolated from {measured:,} {held})" if size > measured else ""
-    return limit, (
-        f"Calibration for {size:,} {held}: {index.measure} {limit:.4f}{extrapolated}, which at most "
-        f"{100 * calibration.share:g}% of unknown queries are expected to reach"
-    )
+    return limit, f"Threshold for {size:,} {held}: {index.measure} {limit:.4f}; {calibration.promise(size)}"
 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:

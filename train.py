@@ -151,12 +151,12 @@ def use_features(
 ) -> None:
     """Put the pooled features of the frozen backbone in the place of the images; each image is embedded once."""
     from net.embedding_net import PooledBackbone
-    from proxy_anchor import checkpoint, collectives
+    from proxy_anchor import collectives, weights
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.runs import features
 
-    if resume and (resume / run_folders.LAST).exists():
-        checkpoint.load(resume / run_folders.LAST, network)
+    if resume and (last := resume / run_folders.LAST).exists():
+        weights.load(last, weights.read(last), network)
     spec = dataclasses.replace(args.spec, orientation=data.record["orientation"])
     backbone = Embedder(PooledBackbone(network.model), device)
     share = (collectives.rank(), collectives.world_size())
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     criterion = create_criterion(args, data.num_classes).to(device)
     optimizer, scheduler = create_optimizer(args, network, criterion)
     clipped = [network, criterion] if getattr(criterion, "clipped", False) else [network]
-    upgrades = Upgrades(embedder, args.threshold_margin, args.self_distill, args.average_weights)  # none as published
+    upgrades = Upgrades(embedder, args.threshold_margin, args.self_distill, args.average_weights)  # none by default
 
     def loss_of(images, labels):
         embeddings = collectives.gather_shards(embedder(images), data.batch_size)  # (B, D)
@@ -232,7 +232,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     state = {"criterion": criterion, "optimizer": optimizer, "scheduler": scheduler, "scaler": embedder.scaler}
     log = logbook.open_logbook(run_name(args), config, resume)
     with Run(log, network, args.by, evaluated=upgrades.network, **state, **upgrades.state) as run:
-        upgrades.follow(optimizer)
+        upgrades.attach_optimizer(optimizer)  # not earlier: a resumed Run begins with a step that must not count
         if args.pretrained != "none":
             pooled = PooledBackbone(network.model)
             backbone = Embedder(Head(pooled) if args.frozen else pooled, device, args.amp)

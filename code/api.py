@@ -31,6 +31,7 @@ else:
     from proxy_anchor import dataset, net
 
 BATCH = 32  # images that the network sees at a time
+DEEP = 100  # entries among which the second thing of a query is looked for
 
 
 class ImageEmbedder:
@@ -38,7 +39,7 @@ class ImageEmbedder:
 
     It can be pickled, and called by several threads. spec: which network, and how it sees images. identity: the sha256
     of the weights. transform: uint8 RGB (3, H, W) -> what the network sees, uint8 (3, S, S). network, device: the torch
-    module, and where it is. path, recorded: the checkpoint, and its record of a threshold.
+    module, and where it is. path, recorded: the checkpoint, and its record of a calibration.
     """
 
     def __init__(self, network: Any, spec: NetworkSpec, identity: str, device: torch.device, path: str, recorded: Any):
@@ -121,12 +122,12 @@ def load(
 
 
 def recorded_in(checkpoint: Checkpoint) -> tuple[str, Any]:
-    """(path, record of a threshold) of a checkpoint."""
+    """(path, record of a calibration) of a checkpoint."""
     return str(checkpoint.path), checkpoint.content.get("threshold", {})
 
 
 class Thing(NamedTuple):
-    """A folder of an index, the best similarity or distance of its matches, and how many matches it has."""
+    """A folder of an index, its best similarity or distance, and how many of the nearest entries are of it."""
 
     folder: str
     best: float
@@ -137,8 +138,8 @@ class Answer(NamedTuple):
     """The entries of an index that are nearest to a query, (path, similarity or distance), and those that match.
 
     things: the folders of the matches, the best first, without those that were indexed as a whole; of an index of
-    folders, the matches. probability: that the query shows the nearest thing, if the index has what it shows; None
-    without a calibration.
+    folders, the matches. probability: that the query shows the first thing, if the index has what it shows; None
+    without a calibration, and where the nearest entry is of no thing.
     """
 
     query: str
@@ -238,33 +239,30 @@ class Search:
     def answer(self, names: list[str], embeddings: torch.Tensor, count: int) -> list[Answer]:
         """The answer for each of the embeddings (N, D), of queries with these names."""
         return [
-            self.decide(name, nearest, self.threshold)
-            for name, nearest in zip(names, self.index.search(embeddings, count))
+            self.decide(name, found[:count], self.threshold, self.probability(found))
+            for name, found in zip(names, self.index.search(embeddings, max(count, DEEP)))
         ]
 
-    def decide(self, name: str, nearest: list[tuple[str, float]], threshold: float | None) -> Answer:
+    def decide(
+        self, name: str, nearest: list[tuple[str, float]], threshold: float | None, probability: float | None
+    ) -> Answer:
         """The answer for a query with these nearest entries; threshold: any number, or None if all are to match."""
         limit = -math.inf if threshold is None else to_nearness(threshold, self.index.distance)
         matches = [near for near in nearest if to_nearness(near[1], self.index.distance) >= limit]
-        things = self.things_of(matches)
-        return Answer(name, nearest, matches, things, self.probability(nearest) if things else None)
-
-    def things_of(self, matches: list[tuple[str, float]]) -> list[Thing]:
-        """The folders of some matches, which begin with the best."""
-        values: dict[str, list[float]] = {}
+        things = [thing for path, _ in nearest if (thing := self.index.thing_of(path))]
+        best: dict[str, float] = {}
         for path, value in matches:
-            thing = self.index.thing_of(path)
-            if self.index.made["by_folder"] or thing not in self.index.folders:
-                values.setdefault(thing, []).append(value)
-        return [Thing(folder, of_folder[0], len(of_folder)) for folder, of_folder in values.items()]
+            if thing := self.index.thing_of(path):
+                best.setdefault(thing, value)
+        named = [Thing(thing, value, things.count(thing)) for thing, value in best.items()]
+        return Answer(name, nearest, matches, named, probability)
 
     def probability(self, nearest: list[tuple[str, float]]) -> float | None:
-        """That a query shows the thing of its nearest entry; if all of several entries are of it, at least this."""
-        if not self.calibration or len(nearest) < 2:
+        """That a query shows the thing of its nearest entry; at least this, if all of the entries are of that thing."""
+        if not self.calibration or not (thing := self.index.thing_of(nearest[0][0])):
             return None
-        things, values = zip(*((self.index.thing_of(path), value) for path, value in nearest))
-        second = next((value for thing, value in zip(things, values) if thing != things[0]), values[-1])
-        return self.calibration.probability(abs(values[0] - second))
+        others = (value for path, value in nearest if self.index.thing_of(path) != thing)
+        return self.calibration.probability(abs(nearest[0][1] - next(others, nearest[-1][1])))
 
     def __reduce__(self):
         chosen = {name: value for name, value in vars(self).items() if name == "threshold"}

@@ -34,14 +34,19 @@ def in_run(path: str) -> str:
 class Checkpoint:
     """A checkpoint, of train.py or published, or an exported file, read once.
 
-    So its weights, spec and threshold belong together even if the file is replaced meanwhile. path: for messages.
+    So its weights, spec and calibration belong together even if the file is replaced meanwhile. path: for messages.
     spec: None for a published checkpoint, which does not record it. Raises FileNotFoundError, ValueError for a file
-    that is damaged or not a checkpoint, and as exported.read.
+    that is damaged or not a checkpoint, or is the last.pth of a run with averaged weights, and as exported.read.
     """
 
     def __init__(self, path: str | Path):
         self.path = path
         self.content = read(path)
+        if "average" in self.content:
+            raise ValueError(
+                f"{path} holds two networks, the one that trains and its average (--average-weights), whose results "
+                "the run shows: give the *_best.pth in its folder, which is the average"
+            )
         self.spec: NetworkSpec | None = None
         if (record := self.content.get("network", {})) != {}:
             try:
@@ -51,7 +56,7 @@ class Checkpoint:
 
     @property
     def calibration(self) -> Calibration | None:
-        """The threshold that was chosen for it, None without one. Raises as calibration_in."""
+        """That of evaluate.py --calibrate, None without one. Raises as calibration_in."""
         return calibration_in(self.content.get("threshold", {}), self.path)
 
     @cached_property
@@ -86,7 +91,7 @@ class Checkpoint:
 
 
 def calibration_in(record, path: str | Path) -> Calibration | None:
-    """The threshold that a checkpoint records, None for {}. Raises ValueError if it is damaged or one for pairs."""
+    """The calibration that a checkpoint records, None for {}. Raises ValueError if it is damaged or one for pairs."""
     if record == {}:
         return None
     if isinstance(record, dict) and "asked_far" in record:
@@ -104,7 +109,7 @@ def calibration_in(record, path: str | Path) -> Calibration | None:
 
 
 def save_calibration(path: str | Path, calibration: Calibration, identity: str) -> None:
-    """Record a threshold in the checkpoint whose weights have this identity; nothing else in it changes.
+    """Record a calibration in the checkpoint whose weights have this identity; nothing else in it changes.
 
     Raises ValueError if the file has other weights by now, and as Checkpoint does.
     """

@@ -210,7 +210,7 @@ def create(
     their gradients are not clipped. Raises ValueError for another name, ImportError without that library.
     """
     if name == "Proxy_Anchor":
-        criterion: Any = create_proxy_anchor((num_classes, embedding_size, margin, alpha), share, synthesis, seed)
+        criterion: Any = create_proxy_anchor(num_classes, embedding_size, margin, alpha, share, synthesis, seed)
         criterion.proxy_lr = proxy_lr
         return criterion
     if name in LOSSES:
@@ -221,7 +221,7 @@ def create(
 
 
 def create_proxy_anchor(
-    settings: tuple[int, int, float, float], share: float, synthesis: float, seed: int
+    num_classes: int, embedding_size: int, margin: float, alpha: float, share: float, synthesis: float, seed: int
 ) -> nn.Module:
     """Proxy-Anchor, with all of its classes or a sample of them, or with synthetic ones; see create."""
     from proxy_anchor import collectives
@@ -229,6 +229,7 @@ def create_proxy_anchor(
     from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
     from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor
 
+    settings = num_classes, embedding_size, margin, alpha
     if synthesis:
         return SyntheticProxyAnchor(*settings, synthesis, seed)
     if share < 1:

@@ -22,6 +22,7 @@ SMALLEST_CROP = 0.1
 LONGEST_NAME = 200  # of a network
 SHARE = 0.05  # of the unknown queries that may match, of --calibrate
 SMALLEST_GAP = 1e-9  # between a threshold and a perfect match
+GROWN = 1.25  # times the size that was measured, which lacks the query's own images: a larger gallery has grown
 
 
 @dataclass(frozen=True)
@@ -135,20 +136,20 @@ class Calibration:
 
     @classmethod
     def from_record(cls, record: Any) -> "Calibration":
-        """The threshold in a record. Raises ValueError with the record if it is damaged."""
+        """The calibration in a record. Raises ValueError with the record if it is damaged."""
         lists = ("sizes", "values", "unknown", "known", "odds", "classes")
         if (
             isinstance(record, dict)
             and record.keys() == {field.name for field in fields(cls)}
             and all(isinstance(record[name], list | tuple) for name in lists)
         ):
-            threshold = cls(**(record | {name: tuple(record[name]) for name in lists}))
-            if threshold._is_valid():
-                return threshold
+            calibration = cls(**(record | {name: tuple(record[name]) for name in lists}))
+            if calibration._is_valid():
+                return calibration
         raise ValueError(str(record)[:80])
 
     def to_record(self) -> dict:
-        """The threshold as a dict of plain values."""
+        """The calibration as a dict of plain values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def at(self, size: int) -> float:
@@ -171,6 +172,11 @@ class Calibration:
             (larger, smaller), (near, far) = logs[first : first + 2], gaps[first : first + 2]
             gap = math.exp(far + (near - far) * (at - smaller) / (larger - smaller))
         return 1 - gap if self.distance == "cosine" else gap
+
+    def promise(self, size: int) -> str:
+        """What the threshold for a gallery of this many images promises, in words."""
+        from_size = f" (extrapolated from {self.sizes[0]:,} images)" if size > GROWN * self.sizes[0] else ""
+        return f"at most {100 * self.share:g}% of unknown queries are expected to reach it{from_size}"
 
     def probability(self, gap: float) -> float | None:
         """That a known query shows its nearest thing, which is this much nearer than the second; None if unknown."""

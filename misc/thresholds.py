@@ -46,7 +46,7 @@ def pair_thresholds(embeddings: Embeddings) -> None:
     for far, (threshold, _) in verification.verify(embeddings).at_far.items():
         share = identified.unknown(threshold.value).percent()
         print(
-            f"Calibration for {far:.2%} false accepts of pairs: {threshold.value:.4f}, {share} of unknown queries match"
+            f"Threshold for {far:.2%} false accepts of pairs: {threshold.value:.4f}, {share} of unknown queries match"
         )
 
 
@@ -57,25 +57,25 @@ def split(embeddings: Embeddings, seed: int, share: int) -> list[identification.
     return [identification.identify(embeddings.of_classes(part)) for part in parts]
 
 
-def calibrations(embeddings: Embeddings, name: str, share: int) -> None:
+def check_calibrations(embeddings: Embeddings, name: str, share: int) -> None:
     """Choose a threshold on some classes and check it on others, for several splits of the classes.
 
     And the probabilities: how often known queries are answered rightly, for each tenth of the probabilities.
     """
-    thresholds, probabilities, right = [], [], []
+    calibrations, probabilities, right = [], [], []
     for seed in range(SPLITS):
         chosen, checked = split(embeddings, seed, share)
-        thresholds.append(threshold := identification.choose_threshold(SHARE, chosen, checked))
+        calibrations.append(calibration := identification.calibration_of(SHARE, chosen, checked))
         gaps, is_right = checked.gaps()
-        probabilities += [threshold.probability(gap) for gap in gaps]
+        probabilities += [calibration.probability(gap) for gap in gaps]
         right += is_right.tolist()
         print(
-            f"seed {seed:2}  threshold {threshold.values[0]:.4f}; unknown queries that match, from {name}: "
-            f"{Estimate(*threshold.unknown).percent()}",
+            f"seed {seed:2}  threshold {calibration.values[0]:.4f}; unknown queries that match, from {name}: "
+            f"{Estimate(*calibration.unknown).percent()}",
             flush=True,
         )
-    shares, known = [t.unknown[0] for t in thresholds], [t.known[0] for t in thresholds]
-    covered = sum(low <= SHARE <= high for _, low, high in (t.unknown for t in thresholds))
+    shares, known = [c.unknown[0] for c in calibrations], [c.known[0] for c in calibrations]
+    covered = sum(low <= SHARE <= high for _, low, high in (c.unknown for c in calibrations))
     print(
         f"Requested: {SHARE:.1%} of unknown queries. From {name}, over {SPLITS} splits: mean {np.mean(shares):.2%}, "
         f"from {min(shares):.2%} to {max(shares):.2%}, above 8% in {sum(share > 0.08 for share in shares)}; the 95% "
@@ -108,12 +108,12 @@ def folders(embeddings: Embeddings, paths: list[str]) -> None:
         recall = retrieval.recall_at_k(x, y, [1], gallery, gallery_labels)[1]
         print(f"R@1 of {len(x):,} {kind} among {len(gallery):,} {index}: {100 * recall:.2f}")
     means = Embeddings(*halves["gallery"]["folders"])
-    threshold = identification.choose_threshold(SHARE, identification.identify(means))
+    calibration = identification.calibration_of(SHARE, identification.identify(means))
     for kind, query in halves["queries"].items():
         found = identification.identify(Embeddings(*query), means)
-        limit = threshold.at(found.size)
+        limit = calibration.at(found.size)
         print(
-            f"Calibration of {len(means.labels):,} folders {limit:.4f}: {found.unknown(limit).percent()} of unknown "
+            f"Threshold of {len(means.labels):,} folders {limit:.4f}: {found.unknown(limit).percent()} of unknown "
             f"{kind} match, {found.known(limit).percent()} of known ones are answered rightly"
         )
 
@@ -121,13 +121,13 @@ def folders(embeddings: Embeddings, paths: list[str]) -> None:
 def main(argv: list[str]) -> None:
     with cli.errors_in_one_line("thresholds.py"):
         if len(argv) == 1 and os.path.isdir(argv[0]):
-            return calibrations(Index.open(Path(argv[0])).embeddings(), "one half to the other", 2)
+            return check_calibrations(Index.open(Path(argv[0])).embeddings(), "one half to the other", 2)
         embeddings, paths = embed(argv)
         if len(group(paths)) == len(embeddings.labels.unique()):  # each class is in a folder of its own
             folders(embeddings, paths)
         pair_thresholds(embeddings)
-        calibrations(embeddings, "one half to the other", 2)
-        calibrations(embeddings, "a quarter to the rest", 4)
+        check_calibrations(embeddings, "one half to the other", 2)
+        check_calibrations(embeddings, "a quarter to the rest", 4)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import net
 import protocol
 import train
 from net.embedding_net import Head
-from proxy_anchor import checkpoint, cli, evaluation, metrics, training
+from proxy_anchor import cli, evaluation, metrics, training, weights
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.files import replacing
 from proxy_anchor.runs import logbook, run_folders
@@ -55,11 +55,13 @@ FOLD, BY = "2/2", "MAP@R"  # held-out classes, and the metric that chooses
 KNOWN_AT = 0.05  # share of unknown queries that match
 UNTIMED, TIMED = 2, 10  # steps
 RESULT = "trial.json"
+JUDGED = "R@1"  # the column of the verdict
+OPIS, LOWERS_OPIS = "OPIS x 1000", "threshold margin"  # the column, and the upgrade of which it is judged too
 COLUMNS = {  # of the table: the entry of trial.json, a factor, and whether more is better
-    "R@1": ("last", "R@1", 100, True),
+    JUDGED: ("last", "R@1", 100, True),
     "MAP@R": ("last", "MAP@R", 100, True),
     "known right at 5%": ("last", "known right", 100, True),
-    "OPIS x 1000": ("last", "OPIS", 1000, False),
+    OPIS: ("last", "OPIS", 1000, False),
     "R@1, best epoch": ("best", "R@1", 100, True),
 }
 
@@ -124,8 +126,9 @@ def embed(folder: Path) -> tuple:
     args, device = train.parse(["--resume", str(folder)]), torch.device("cpu")
     data = train.open_data(args)
     network = net.from_spec(args.spec)
-    content = checkpoint.read(folder / run_folders.LAST)
-    checkpoint.load(folder / run_folders.LAST, network)
+    last = folder / run_folders.LAST
+    content = weights.read(last)
+    weights.load(last, content, network)
     if args.frozen:
         train.use_features(args, data, network, device, folder)
     trained = Head(network) if args.frozen else network
@@ -170,9 +173,11 @@ def measure_time(args: argparse.Namespace) -> None:
     for _ in range(args.rounds):
         for arm, flags in arms().items():
             with tempfile.TemporaryDirectory() as folder:
-                for features in (args.runs / args.set).glob("features_*"):
-                    Path(folder, features.name).symlink_to(features.resolve())
                 line = [*job(args, args.set, 1, flags, arm).argv, "--LOG_DIR", folder, "--epochs", "1", "--warm", "0"]
+                if (parsed := train.parse(line)).frozen:  # images are embedded once, by the first of all runs
+                    features = args.runs / args.set / f"features_{parsed.dataset}"
+                    features.mkdir(parents=True, exist_ok=True)
+                    Path(folder, features.name).symlink_to(features)
                 with (
                     mock.patch.object(training, "train_one_epoch", timed),
                     mock.patch.object(evaluation, "evaluate", lambda *_, **__: nothing),
@@ -192,23 +197,38 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
 def table(results: dict[str, dict[int, dict]], time: dict[str, float]) -> str:
     """A Markdown table of {arm: {seed: trial.json}}: Proxy-Anchor, and the differences in the seeds of both.
 
-    The verdict is that of R@1 after the last epoch: whether the interval excludes 0.
+    Intervals that exclude 0 are bold. The verdict is that of R@1 after the last epoch and, for the threshold margin, of
+    OPIS.
     """
     lines = [["", "seeds", *COLUMNS, "time per step", "verdict"], ["---"] * (len(COLUMNS) + 4)]
     for arm, runs in results.items():
         seeds = sorted(runs.keys() & results[BASELINE].keys())
-        cells, verdict = [], ""
-        for kind, name, factor, _ in COLUMNS.values():
+        cells, verdicts = [], {}
+        for column, (kind, name, factor, more_is_better) in COLUMNS.items():
             ours, theirs = ([factor * of[seed][kind][name] for seed in seeds] for of in (runs, results[BASELINE]))
             if arm == BASELINE:
                 cells.append(f"{fmean(ours):.2f}")
                 continue
             mean, low, high = significance.over_seeds([a - b for a, b in zip(ours, theirs)])
             cells.append(f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if len(seeds) > 1 else ""))
-            verdict = verdict or ("gain" if low > 0 else "loss" if high < 0 else "no difference shown")
-        verdict = verdict if len(seeds) > 1 else ""
+            verdicts[column] = "no difference shown"
+            if low > 0 or high < 0:
+                cells[-1] = f"**{cells[-1]}**"
+                verdicts[column] = "gain" if (low > 0) == more_is_better else "loss"
+        verdict = ""
+        if arm != BASELINE and len(seeds) > 1:
+            verdict = verdicts[JUDGED] + (f"; OPIS: {verdicts[OPIS]}" if arm.startswith(LOWERS_OPIS) else "")
         lines.append([arm, str(len(seeds)), *cells, f"{time[arm]:.2f}" if arm in time else "", verdict])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def remarks(results: dict[str, dict[int, dict]]) -> str:
+    """A line on the commit, and one on the versions, if these are not the same in all runs: arms may differ by them."""
+    runs = [run for of_arm in results.values() for run in of_arm.values()]
+    found = {name: sorted({json.dumps(run[name]) for run in runs}) for name in ("commit", "versions")}
+    return "".join(
+        f"Not all of these runs have the same {name}: {', '.join(of)}\n" for name, of in found.items() if of[1:]
+    )
 
 
 def collect(args: argparse.Namespace, set_name: str) -> dict[str, dict[int, dict]]:
@@ -228,7 +248,7 @@ def print_tables(args: argparse.Namespace) -> None:
         if results := collect(args, set_name):
             path = args.runs / f"time_{set_name}.json"
             time = ratios(json.loads(path.read_text())["seconds"]) if path.exists() else {}
-            print(f"{set_name}\n\n{table(results, time)}\n")
+            print(f"{set_name}\n\n{table(results, time)}\n{remarks(results)}")
 
 
 def parse(argv=None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The embedding network: a backbone, the published head and an l2 norm; or either of them alone."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -119,8 +120,15 @@ class Head(nn.Module):
 
     @property
     def network(self) -> EmbeddingNet | PooledBackbone:
-        """The network whose head it is, or a copy of it in a copy."""
+        """The network whose head it is."""
         return self.embed.__self__
+
+    def __deepcopy__(self, memo):
+        """The head of another network, which has an embedding layer of its own and shares the backbone's weights."""
+        deepcopy(self.embedding, memo)
+        backbone = self.network.model
+        memo |= {id(x): x for x in (*backbone.parameters(), *backbone.buffers()) if id(x) not in memo}
+        return Head(deepcopy(self.network, memo))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.embed(features)

@@ -201,9 +201,9 @@ def test_probability_is_that_of_the_gap_to_the_second_thing(made, paths, tmp_pat
     of_one_thing = [near for near in answer.nearest if os.path.dirname(near[0]) == answer.things[0].folder]
     last = of_one_thing[0][1] - of_one_thing[-1][1]  # the second thing is no nearer than the last entry
     assert search.probability(of_one_thing) == pytest.approx(1 / (1 + math.exp(1 - 20 * last)))
-    assert search.query(paths[0], 1).probability is None
+    assert search.query(paths[0], 1).probability == answer.probability  # whatever is listed
     search.threshold = 1.1
-    assert search.query(paths[0]).probability is None
+    assert not search.query(paths[0]).matches and search.query(paths[0]).probability == answer.probability
     assert replace(recorded, odds=()).probability(0.1) is None
 
 

@@ -49,7 +49,7 @@ def take(vectors, out, *more):
 def contents(out):
     """All that an index records, and its vectors: two that are the same give the same."""
     index = Index.open(out)
-    recorded = {name: described(out)[name] for name in ("made", "folders", "factory", "threshold", "images")}
+    recorded = {name: described(out)[name] for name in ("made", "folders", "factory", "calibration", "images")}
     return recorded | {"order": list(recorded["images"]), "vectors": index.images.vectors.tobytes()}
 
 
@@ -194,7 +194,7 @@ def test_threshold_of_the_checkpoint_is_recorded(weights, images, tmp_path, caps
     take(tmp_path / "v.parquet", tmp_path / "again", "--resume", tmp_path / "moved.pth")
     assert described(tmp_path / "again")["made"]["checkpoint"] == str(tmp_path / "moved.pth")
     (answer,) = query_index(tmp_path / "again", capsys, images / "ant" / "1.jpg")
-    assert answer["threshold"] == calibration.at(18) and not described(tmp_path / "again")["threshold"]
+    assert answer["threshold"] == calibration.at(18) and not described(tmp_path / "again")["calibration"]
 
 
 def test_interrupted_import_continues(weights, images, tmp_path, capsys, monkeypatch):
@@ -354,7 +354,7 @@ def test_different_thresholds_are_left_out(weights, images, tmp_path, capsys):
             folder.rename(images / f"{folder.name}{number}")
         shutil.rmtree(tmp_path / "index")
     take(tmp_path / "vectors", tmp_path / "new")
-    assert "different thresholds" in capsys.readouterr().out and not described(tmp_path / "new")["threshold"]
+    assert "different thresholds" in capsys.readouterr().out and not described(tmp_path / "new")["calibration"]
 
 
 def test_file_is_written_completely_or_not_at_all(weights, images, tmp_path, capsys, monkeypatch):

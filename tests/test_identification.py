@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from proxy_anchor.spec import DISTANCES, Calibration
 from proxy_anchor.thresholds import identification
-from proxy_anchor.thresholds.identification import calibrate, choose_threshold, describe, identify
+from proxy_anchor.thresholds.identification import calibrate, calibration_of, describe, identify
 from proxy_anchor.vectors import Embeddings, to_nearness
 
 
@@ -120,11 +120,11 @@ def test_threshold_of_a_larger_gallery_is_extrapolated(distance):
         labels = torch.arange(4800) // 3
         x = torch.from_numpy(random.normal(size=(1600, 4))[labels] + 0.2 * random.normal(size=(4800, 4)))
         small = Embeddings(x, labels).of_classes(torch.arange(200))
-        limit = choose_threshold(0.1, identify(small, distance=distance)).at(4800 - 3)
+        limit = calibration_of(0.1, identify(small, distance=distance)).at(4800 - 3)
         others = identify(Embeddings(x, labels), distance=distance)
         shares.append(others.unknown(to_nearness(limit, distance)).value)
         unmoved = others.unknown(
-            to_nearness(choose_threshold(0.1, identify(small, distance=distance)).values[0], distance)
+            to_nearness(calibration_of(0.1, identify(small, distance=distance)).values[0], distance)
         )
         assert unmoved.value > 0.3  # what it is without
     assert np.mean(shares) == pytest.approx(0.1, abs=0.03)

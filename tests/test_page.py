@@ -103,7 +103,7 @@ def test_slider_begins_at_the_threshold_and_its_loose_end_refuses_nothing(folder
     for value, heading in ((best - 1e-4, False), (best + 1e-4, True), (0, False)):
         assert (headings(answers.decide(queries, value)) == ["no match"]) == heading
     assert "threshold" not in answers.decide(queries, 0)
-    assert "5% of photographs of unknown things" in answers.remark()
+    assert "5% of unknown queries" in answers.remark()
 
 
 def test_distances(tmp_path):

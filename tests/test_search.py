@@ -21,7 +21,7 @@ import dataset
 import net
 import search
 from dataset import transforms
-from proxy_anchor import checkpoint, files
+from proxy_anchor import Search, checkpoint, files
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index.store import Index
 from proxy_anchor.vectors import to_nearness
@@ -531,11 +531,11 @@ def test_threshold_is_that_for_the_size_of_the_index(weights, images, tmp_path, 
     search.main(["query", "--index", str(tmp_path / "index"), "--json", str(images / "ant" / "1.jpg")])
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["threshold"] == measured.at(18) == 0.8
-    assert "Calibration for 18 images: similarity 0.8000, which at most 5% of unknown queries are expected" in err
+    assert "Threshold for 18 images: similarity 0.8000; at most 5% of unknown queries are expected" in err
     calibrated(weights, tmp_path / "own", sizes=(9, 3), values=(0.7, 0.6))
     capsys.readouterr()
     search.main(["query", "--index", str(tmp_path / "index"), str(images / "ant" / "1.jpg")])
-    assert "(extrapolated from 9 images), which" in capsys.readouterr().err
+    assert "expected to reach it (extrapolated from 9 images)" in capsys.readouterr().err
 
 
 def test_old_threshold_of_pairs_is_refused_with_the_command(weights, images, tmp_path, capsys):
@@ -557,8 +557,8 @@ def test_answer_is_a_thing(weights, images, tmp_path, capsys):
         assert thing["similarity"] == result["neighbours"][folders.index(thing["folder"])]["similarity"]
     limit = result["neighbours"][4]["similarity"]
     (lines,) = asked(tmp_path / "index", capsys, images / "ant" / "1.jpg", "-k", 18, "--threshold", limit).values()
-    count = folders[:5].count(folders[0])
-    assert lines[0] == f"  ant: similarity 1.0000, {count} of the 18 nearest images" and len(lines) == 6
+    assert lines[0] == f"  ant: similarity 1.0000, {folders.count(folders[0])} of the 18 nearest images"
+    assert len(lines) == 6 and folders[:5].count(folders[0]) < folders.count(folders[0])
     make(weights, images, tmp_path / "folders", "--by-folder")
     (lines,) = asked(tmp_path / "folders", capsys, images / "ant" / "1.jpg", "-k", 2).values()
     name = os.path.basename(lines[1].split()[-1])
@@ -607,6 +607,28 @@ def test_images_directly_in_what_was_indexed_show_no_thing(weights, images, tmp_
     assert result["things"] == [] and len(result["neighbours"]) == 1
     (lines,) = asked(tmp_path / "index", capsys, *(images / "ant" / "more").iterdir()).values()
     assert lines[0].startswith("   1  1.0000  ")
+
+
+def test_loose_image_is_of_no_thing(weights, images, tmp_path, capsys):
+    """It is not named, has no probability, and is no thing to calibrate with."""
+    shutil.copytree(images, tmp_path / "photos")
+    shutil.copy(images / "ant" / "1.jpg", tmp_path / "photos" / "loose.jpg")
+    make(weights, tmp_path / "photos", tmp_path / "index", "--calibrate", "0.3")
+    assert "Chosen on 6 things, each left out" in capsys.readouterr().out
+    (result,) = found(tmp_path / "index", capsys, images / "ant" / "1.jpg", "-k", 3, "--threshold", "none")
+    assert {os.path.basename(near["path"]) for near in result["neighbours"][:2]} == {"1.jpg", "loose.jpg"}
+    assert os.path.basename(result["things"][0]["folder"]) == "ant"
+    search = Search(tmp_path / "index")
+    loose, *others = sorted(search.query(images / "ant" / "1.jpg").nearest, key=lambda near: "loose" not in near[0])
+    assert search.probability([loose, *others]) is None and search.probability(others) is not None
+
+
+def test_queries_of_another_kind_have_no_probability(weights, images, tmp_path, capsys):
+    make(weights, images, tmp_path / "index", "--calibrate", "0.3")
+    result, *_ = found(tmp_path / "index", capsys, images / "bee", "--by-folder")
+    assert result["threshold"] is None and result["probability"] is None
+    (result,) = found(tmp_path / "index", capsys, images / "bee" / "1.jpg")
+    assert 0 < result["probability"] < 1
 
 
 def test_folders_of_a_dataset_are_not_its_things(weights, tmp_path, capsys):

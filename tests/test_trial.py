@@ -11,7 +11,6 @@ from scipy import stats
 
 import net
 import train
-from proxy_anchor import checkpoint
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import child, run_folders
 from proxy_anchor.thresholds import verification
@@ -40,7 +39,7 @@ def made_up(recall, opis=0.01):
 
 
 def test_table_of_runs_that_were_made_up():
-    """Pairs of equal seeds alone; a verdict where the interval of R@1 excludes 0; an arm with one seed has none."""
+    """Pairs of equal seeds alone; a verdict where the interval of R@1 excludes 0, or OPIS's; none with one seed."""
     base = [0.50, 0.60, 0.40, 0.55]
     gains = {"up": [0.02, 0.03, 0.02, 0.03], "down": [-0.02, -0.03, -0.02, -0.03], "even": [0.02, -0.03, 0.02, -0.01]}
     results = {upgrades.BASELINE: {seed: made_up(recall) for seed, recall in enumerate(base)}}
@@ -48,15 +47,26 @@ def test_table_of_runs_that_were_made_up():
         results[arm] = {seed: made_up(base[seed] + d, 0.012) for seed, d in enumerate(differences)}
     results["up"][9] = made_up(0.0)  # of which there is no pair
     results["alone"] = {2: made_up(0.9)}
+    results["threshold margin, chosen"] = {seed: made_up(recall, 0.008) for seed, recall in enumerate(base)}
     lines = upgrades.table(results, {"up": 1.25, upgrades.BASELINE: 1.0}).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0][:4] == ["", "seeds", "R@1", "MAP@R"] and [len(row) for row in rows] == [9] * len(rows)
     assert rows[2] == ["Proxy-Anchor", "4", "51.25", "25.62", "12.81", "10.00", "52.25", "1.00", ""]
     low, high = stats.ttest_1samp([2, 3, 2, 3], 0).confidence_interval()
-    assert rows[3][:3] == ["up", "4", f"+2.50 [{low:+.2f}, {high:+.2f}]"]
-    assert rows[3][5] == "+2.00 [+2.00, +2.00]"
-    assert [row[-1] for row in rows[3:]] == ["gain", "loss", "no difference shown", ""]
+    assert rows[3][:3] == ["up", "4", f"**+2.50 [{low:+.2f}, {high:+.2f}]**"]
+    assert rows[3][5] == "**+2.00 [+2.00, +2.00]**" and not rows[5][2].startswith("**")
+    verdicts = ["gain", "loss", "no difference shown", "", "no difference shown; OPIS: gain"]
+    assert [row[-1] for row in rows[3:]] == verdicts
     assert rows[6][:3] == ["alone", "1", "+50.00"] and rows[3][-2] == "1.25"
+
+
+def test_runs_of_several_commits_or_versions_are_named():
+    ours, theirs = ({"commit": commit, "versions": {"torch": "2.6"}} for commit in ("aaa", "bbb"))
+    assert upgrades.remarks({"a": {1: ours, 2: ours}, "b": {1: ours}}) == ""
+    assert upgrades.remarks({"a": {1: ours}, "b": {1: theirs}}) == (
+        'Not all of these runs have the same commit: "aaa", "bbb"\n'
+    )
+    assert "same versions: " in upgrades.remarks({"a": {1: ours, 2: ours | {"versions": {"torch": "2.7"}}}})
 
 
 @pytest.fixture
@@ -103,8 +113,8 @@ def test_trial_is_run_once_and_measured_after_the_last_epoch(tiny, name, capsys)
 def opis_of(folder, frozen):
     """Of the average in last.pth, put into a network by hand, and all test images."""
     args = train.parse(["--resume", str(folder)])
-    network, content = net.from_spec(args.spec), checkpoint.read(folder / "last.pth")
-    checkpoint.load(folder / "last.pth", network)
+    network, content = net.from_spec(args.spec), torch.load(folder / "last.pth")
+    network.load_state_dict(content["model_state_dict"])
     average = {name.removeprefix("module."): x for name, x in content["average"].items()}
     part = network.model if frozen else network
     part.load_state_dict({name: average.get(name, x) for name, x in part.state_dict().items()})
@@ -156,7 +166,8 @@ def test_time_is_measured_in_turn(tiny, capsys):
     upgrades.main(["time", "head", *flags, "--rounds", "2"])
     seconds = json.loads((runs / "time_head.json").read_text())["seconds"]
     assert [len(times) for times in seconds.values()] == [2] * 6 and min(min(times) for times in seconds.values()) > 0
-    assert "Proxy-Anchor: 1.00 times the step of Proxy-Anchor" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Proxy-Anchor: 1.00 times the step of Proxy-Anchor" in out and out.count("Embedding 42 images") == 1
     assert upgrades.training.train_one_epoch is monkeypatched and not list(runs.glob("head/logs_*"))
     assert upgrades.ratios({"Proxy-Anchor": [1, 2, 4], "a": [2, 2, 2]})["a"] == 1
 

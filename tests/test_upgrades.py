@@ -16,6 +16,7 @@ from test_losses import by_the_equation, sample, value_and_gradients
 import net
 import train
 import transfer
+from net.embedding_net import Head
 from proxy_anchor import checkpoint, collectives, loss_registry, losses, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.runs import run_folders
@@ -228,7 +229,7 @@ def test_average_is_that_of_the_steps_by_hand(bn_freeze):
     averaged = AveragedEmbedder(embedder, 0.8)
     criterion = losses.ProxyAnchor(4, 8)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-2, 1e-4)
-    averaged.follow(optimizer)
+    averaged.attach_optimizer(optimizer)
     start, expected = {k: v.clone() for k, v in network.state_dict().items()}, None
     for _ in range(5):
         network.train()
@@ -250,6 +251,38 @@ def test_average_is_that_of_the_steps_by_hand(bn_freeze):
     assert "model.layer2.0.weight" in moved and not any(name.startswith("model.layer1") for name in moved)
 
 
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_steps_that_fp16_skips_are_not_averaged(name):
+    """Of fused optimizers, whose hooks are called for skipped steps too, and of others."""
+    network = net.create("tiny", 8)
+    averaged = AveragedEmbedder(Embedder(network, CPU), 0.9)
+    optimizer = training.create_optimizer(name, network, losses.ProxyAnchor(4, 8), 1e-2, 1e-4)
+    averaged.attach_optimizer(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (math.inf, 1.0, math.inf, 1.0, math.inf):
+        optimizer.zero_grad()
+        scaler.scale(factor * network.model.embedding.weight.square().sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert averaged.average.n_averaged == 2
+
+
+def test_averaged_head_shares_the_backbone():
+    """Its embedding layer is a copy; its network, which is saved, has this layer and the backbone's own weights."""
+    network = net.create("tiny", 8)
+    averaged = AveragedEmbedder(Embedder(Head(network), CPU), 0.9)
+    copy = averaged.network.network
+    assert copy.model.embedding is averaged.network.embedding is not network.model.embedding
+    shared = {name: tensor for name, tensor in copy.state_dict(keep_vars=True).items() if "model.embedding" not in name}
+    assert all(tensor is network.state_dict(keep_vars=True)[name] for name, tensor in shared.items()) and shared
+    features = torch.randn(3, 48)
+    with torch.no_grad():
+        assert torch.equal(averaged.network(features), network.embed(features))
+        network.model.embedding.weight.zero_()
+        assert averaged.network(features).norm(dim=1).min() > 0.9
+
+
 def test_average_is_evaluated_and_saved_as_the_best(cub_root, tmp_path):
     """The best network is the average; last.pth has both, and the weights that train are those of a run without."""
     run_train(cub_root, tmp_path / "with", epochs=1, **{"average-weights": 0.5, "warm": 0, "bn-freeze": 0})
@@ -262,6 +295,9 @@ def test_average_is_evaluated_and_saved_as_the_best(cub_root, tmp_path):
     kills.assert_identical(dict(best), average)
     assert not torch.equal(best["model.conv1.weight"], last["model_state_dict"]["model.conv1.weight"])
     assert last["average"]["n_averaged"] == 3
+    with pytest.raises(ValueError, match=r"last.pth holds two networks, .*: give the \*_best.pth in its folder"):
+        checkpoint.Checkpoint(ours / "last.pth")
+    checkpoint.Checkpoint(plain / "last.pth")
 
 
 # In a run
@@ -275,7 +311,7 @@ def step(**settings):
     criterion = loss_registry.create("Proxy_Anchor", 4, 8, synthesis=settings.pop("synthesis", 0))
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-3, 1e-4)
     upgrades = Upgrades(embedder, **flags_of(settings))
-    upgrades.follow(optimizer)
+    upgrades.attach_optimizer(optimizer)
 
     def loss_of(images, labels):
         embeddings = embedder(images)
@@ -364,7 +400,7 @@ def test_frozen_head_is_averaged_alone(cub_root, weights, tmp_path):
     """The best checkpoint is the whole network, with the backbone as it was and the average as its embedding layer."""
     train.main(["--frozen", *arguments(cub_root, pretrained=weights, epochs=1, LOG_DIR=tmp_path, **ALL)])
     best = checkpoint.read(run_folder(tmp_path) / "cub_tiny_best.pth")["model_state_dict"]
-    last = checkpoint.read(run_folder(tmp_path) / "last.pth")
+    last = torch.load(run_folder(tmp_path) / "last.pth")
     assert set(last["average"]) == {"n_averaged", "module.embedding.weight", "module.embedding.bias"}
     assert torch.equal(best["model.embedding.weight"], last["average"]["module.embedding.weight"])
     for name, tensor in torch.load(weights).items():
@@ -375,7 +411,7 @@ def test_frozen_head_is_averaged_alone(cub_root, weights, tmp_path):
     "line, words",
     [
         ("--synthesis --loss MS --IPC 4", "argument --synthesis: it mixes the proxies of Proxy_Anchor"),
-        ("--synthesis --sample-proxies 0.1", "argument --synthesis: it excludes --sample-proxies, whose weights"),
+        ("--synthesis --sample-proxies 0.1", "argument --synthesis: it excludes --sample-proxies, which weights"),
         ("--synthesis 2", "argument --synthesis: 2 is not a share, from 0 to 1"),
         ("--average-weights 1", "argument --average-weights: 1 is not a decay, from 0 to less than 1"),
         ("--self-distill -1", "argument --self-distill: -1 is not 0 or more"),
@@ -447,7 +483,7 @@ def trained(dtype=torch.double):
     criterion = loss_registry.create("Proxy_Anchor", 5, 8, seed=1, synthesis=1.0).to(dtype)
     optimizer = training.create_optimizer("adamw", network, criterion, 1e-3, 1e-4)
     upgrades = Upgrades(embedder, 1.0, 1.0, 0.9)
-    upgrades.follow(optimizer)
+    upgrades.attach_optimizer(optimizer)
     values = []
 
     def loss_of(images, labels):
@@ -468,3 +504,15 @@ def trained(dtype=torch.double):
 def test_processes_do_what_one_does(processes):
     """Neither 7 images nor 5 classes nor the synthetic ones are divided by 2 or 3; some classes have no image."""
     assert_close(in_processes(processes, trained), trained(), 1e-9)
+
+
+def averages():
+    """Of a network that differs from process to process, when it is evaluated."""
+    torch.manual_seed(collectives.rank())
+    upgrades = Upgrades(Embedder(net.create("tiny", 8), CPU), 0.0, 1.0, 0.9)
+    upgrades.evaluated()
+    return {f"{k} {name}": x for k, part in upgrades.state.items() for name, x in part.network.state_dict().items()}
+
+
+def test_processes_have_the_averages_of_the_first():
+    kills.assert_identical({k: torch.from_numpy(x) for k, x in in_processes(2, averages).items()}, averages())

@@ -55,7 +55,7 @@ def record(made: dict, folders: Iterable[str], calibration: Calibration | None, 
 def schema(content: dict) -> pa.Schema:
     """The columns of a file with this record.
 
-    folder: what an entry shows, see Index.thing_of. stamp: see entries.stamp. vector: null where there is an error,
+    folder: that of an image, or an entry that is one. stamp: see entries.stamp. vector: null where there is an error,
     which says why the image could not be read.
     """
     pa = arrow()

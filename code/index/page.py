@@ -74,6 +74,7 @@ class Query(NamedTuple):
     name: str
     picture: str
     nearest: list[tuple[str, float]]
+    probability: float | None = None  # see api.Answer
     error: str = ""
 
 
@@ -103,11 +104,11 @@ class Answers:
             try:
                 if len(queries) >= MOST:
                     raise BadFile(f"{path} is one too many: drop {MOST} photographs at a time")
-                nearest = self.search.query(path, self.count).nearest
-                queries.append(Query(name, self.draw(path), nearest))
+                answer = self.search.query(path, self.count)
+                queries.append(Query(name, self.draw(path), answer.nearest, answer.probability))
             except (OSError, ValueError) as error:
                 reason = printable(str(error).replace(path, os.path.basename(path)))
-                queries.append(Query(name, "", [], reason))
+                queries.append(Query(name, "", [], error=reason))
         for path in paths or []:
             with suppress(FileNotFoundError):  # a file that was dropped twice
                 os.remove(path)
@@ -130,7 +131,7 @@ class Answers:
                 f"<p>{html.escape(query.error)}</p></div></section>"
             )
         measure = self.search.measure
-        answer = self.search.decide(query.name, query.nearest, limit)
+        answer = self.search.decide(query.name, query.nearest, limit, query.probability)
         name, numbers = answer.verdict(measure, limit)
         if answer.matches:
             others = [f"{printable(os.path.basename(folder))} ({best:.4f})" for folder, best, _ in answer.things[1:]]
@@ -151,9 +152,7 @@ class Answers:
 
     def name_of(self, entry: str) -> str:
         """The name of an entry's thing, or its own if it is of none."""
-        index = self.search.index
-        thing = index.thing_of(entry)
-        return printable(os.path.basename(entry if thing in index.folders and self.kind == "images" else thing))
+        return printable(os.path.basename(self.search.index.thing_of(entry) or entry))
 
     def draw(self, path: str) -> str:
         """A thumbnail as a data URI, "" if the file is gone or damaged."""
@@ -169,10 +168,7 @@ class Answers:
         """What the slider begins with, and why."""
         index, calibration = self.search.index, self.search.calibration
         if calibration:
-            return (
-                f"Calibrated for {len(index.images):,} images: at most {100 * calibration.share:g}% of photographs of "
-                "unknown things are expected to reach it."
-            )
+            return f"Calibrated for {len(index.images):,} images: {calibration.promise(len(index.images))}."
         if self.kind == "folders":
             return "There is no calibrated threshold for single photographs among folders: everything matches."
         return (

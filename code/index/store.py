@@ -23,7 +23,7 @@ from proxy_anchor.index import clustering, neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
 from proxy_anchor.spec import MEASURES, Calibration, NetworkSpec
-from proxy_anchor.thresholds.identification import choose_threshold, identify
+from proxy_anchor.thresholds.identification import calibration_of, identify
 from proxy_anchor.vectors import Embeddings, comparable
 
 IMAGES = "images.json"
@@ -32,7 +32,7 @@ LAYOUT = {"made": MADE, "factory": str, "number": int}  # of images.json
 SINCE = {
     "folders": list,
     "files": dict,
-    "threshold": dict,
+    "calibration": dict,
     "sha256": str,
 }  # what older ones lack; sha256: of all other entries
 UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was just begun
@@ -55,13 +55,13 @@ class Index:
     images: Rows
     neighbours: Exact | FaissFiles
 
-    def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None, threshold=None):
+    def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None, calibration=None):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
         orientation = {name: made[name] for name in ("orientation",) if name in made}  # where older ones have it
         self.spec = NetworkSpec.from_record(made["network"] | orientation)
         self.folders: list[str] = list(folders)
         self.files: dict[str, dict] = files or {}
-        self.calibration = Calibration.from_record(threshold) if threshold else None
+        self.calibration = Calibration.from_record(calibration) if calibration else None
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
@@ -188,7 +188,8 @@ class Index:
         if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
         self._delete_others()  # leftovers of a run that was interrupted here
-        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders, threshold=self._recorded)
+        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders)
+        index.calibration = self.calibration
         try:
             rows.write(*index._files(), self._blocks_to_keep())
             if self.factory != EXACT:
@@ -246,8 +247,8 @@ class Index:
     def describe(self) -> None:
         """Write images.json, which makes the present files those of the index."""
         self.files = {file.name: seal(file) for file in (*self._files(), *self._faiss_files())}
-        content = {name: getattr(self, name) for name in LAYOUT | SINCE if name not in ("threshold", "sha256")}
-        content["threshold"] = self._recorded
+        content = {name: getattr(self, name) for name in LAYOUT | SINCE if name != "sha256"}
+        content["calibration"] = self.calibration.to_record() if self.calibration else {}
         content["sha256"] = digest(content)
         with replacing(self.folder / IMAGES) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -264,28 +265,33 @@ class Index:
             for file in reversed(files):
                 file.unlink(missing_ok=True)
 
-    def thing_of(self, entry: str) -> str:
-        """What an entry shows: the folder of an image, or a folder itself."""
-        return entry if self.made["by_folder"] else os.path.dirname(entry)
+    def thing_of(self, entry: str) -> str | None:
+        """What an entry shows: the folder of an image, or a folder itself; None for one in what was indexed itself."""
+        if self.made["by_folder"]:
+            return entry
+        folder = os.path.dirname(entry)
+        return None if folder in self.folders else folder
 
     def embeddings(self) -> Embeddings:
-        """The embeddings (N, D) of its entries, with the number of what each shows as its label."""
+        """The embeddings (N, D) of the entries that show a thing, with the number of the thing as label."""
         things = [self.thing_of(path) for path, _ in self.images]
-        number_of = {thing: number for number, thing in enumerate(dict.fromkeys(things))}
-        return Embeddings(
-            torch.from_numpy(self.images.vectors.copy()), torch.tensor([number_of[thing] for thing in things])
-        )
+        rows = [row for row, thing in enumerate(things) if thing]
+        number_of = {thing: number for number, thing in enumerate(dict.fromkeys(things[row] for row in rows))}
+        labels = torch.tensor([number_of[things[row]] for row in rows], dtype=torch.long)
+        return Embeddings(torch.from_numpy(self.images.vectors[rows]), labels)
 
     def calibrate(self, share: float) -> Calibration:
         """Choose the threshold at which this share of unknown queries match, from its entries, each thing left out.
 
-        Of many entries, CALIBRATION_QUERIES at random are queries. Raises ValueError as choose_threshold.
+        Of many entries, CALIBRATION_QUERIES at random are queries. Raises ValueError as calibration_of.
         """
-        embeddings, rows = self.embeddings(), torch.arange(len(self.images))
+        embeddings = self.embeddings()
+        if not len(rows := torch.arange(len(embeddings.labels))):
+            raise ValueError(f"No image of {self.folder} is in a folder of its own thing, as --calibrate needs")
         gallery = replace(embeddings, groups=rows)  # none meets itself
         chosen = np.random.default_rng(0).permutation(len(rows))[:CALIBRATION_QUERIES]
         queries = Embeddings(gallery.vectors[chosen], gallery.labels[chosen], rows[chosen])
-        calibration = choose_threshold(share, identify(queries, gallery, self.distance))
+        calibration = calibration_of(share, identify(queries, gallery, self.distance))
         self.calibration = replace(calibration, groups=clustering.best_threshold(gallery, self.distance))
         return self.calibration
 
@@ -309,11 +315,6 @@ class Index:
                 measured = vectors @ query if cosine else np.linalg.norm(vectors - query, axis=1)
             order = np.argsort(-measured if cosine else measured, kind="stable")[:count]
             yield indices[order], measured[order]
-
-    @property
-    def _recorded(self) -> dict:
-        """The record of its calibration, {} without one."""
-        return self.calibration.to_record() if self.calibration else {}
 
     @property
     def is_upright(self) -> bool:

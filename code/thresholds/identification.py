@@ -196,9 +196,9 @@ def calibrate(
     """Choose the threshold at which this share of unknown queries match on half of the classes; check it on the others.
 
     The first half of a shuffle of the classes with this seed chooses. Neither half is in the gallery of the other. Of
-    several processes, one needs all embeddings. Raises ValueError as choose_threshold does.
+    several processes, one needs all embeddings. Raises ValueError as calibration_of does.
     """
-    return choose_threshold(
+    return calibration_of(
         share,
         *(
             identify(queries.of_classes(half), None if gallery is None else gallery.of_classes(half), distance)
@@ -213,7 +213,7 @@ def halves(labels: torch.Tensor, seed: int = SEED) -> list[torch.Tensor]:
     return [torch.from_numpy(half) for half in np.array_split(np.random.default_rng(seed).permutation(classes), 2)]
 
 
-def choose_threshold(share: float, chosen: Identification, checked: Identification | None = None) -> Calibration:
+def calibration_of(share: float, chosen: Identification, checked: Identification | None = None) -> Calibration:
     """The threshold at which this share of unknown queries match, and what it achieves, on other classes if given.
 
     Raises ValueError for too few classes or queries, and if no query reaches it with its own class.
@@ -265,7 +265,7 @@ def log_odds(gaps: np.ndarray, right: np.ndarray) -> tuple[float, float]:
 
 
 def describe(calibration: Calibration) -> str:
-    """A threshold as lines for a terminal."""
+    """A calibration as lines for a terminal."""
     classes, *checked = calibration.classes
     few = f"With fewer than {RELIABLE} things, do not rely on it.\n" if min(calibration.classes) < RELIABLE else ""
     known = (

@@ -8,7 +8,7 @@ from proxy_anchor.vectors import to_nearness
 
 REPLICATES = 500  # of the bootstrap
 LEVEL = 0.95  # of the intervals
-SEED = 0
+SEED = 0  # of what is drawn: the samples of the bootstrap, the halves of the classes
 
 
 class Estimate(NamedTuple):

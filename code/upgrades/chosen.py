@@ -39,19 +39,19 @@ class Upgrades:
         parts = {"teacher": self.teacher, "average": self.average}
         return {name: part for name, part in parts.items() if part}
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Average the weights after each step of the optimizer from now on."""
         for averaged in self.state.values():
-            averaged.follow(optimizer)
+            averaged.attach_optimizer(optimizer)
 
     @property
     def network(self) -> Any:
         """The net.EmbeddingNet that is evaluated and saved, if it is another than the one that trains."""
-        return self.average and getattr(self.average.network, "network", self.average.network)  # the former of a head
+        averaged = self.average and self.average.network
+        return getattr(averaged, "network", averaged)  # with --frozen it is a Head, and part of the network to save
 
     def evaluated(self) -> Embedder:
-        """The embedder of the results of an epoch."""
-        if not self.average:
-            return self.embedder
-        collectives.broadcast_module(self.average.network)  # as that which trains, see training.train_one_epoch
-        return self.average
+        """The embedder of the results of an epoch, after which all processes have the averages of the first one."""
+        for averaged in self.state.values():
+            collectives.broadcast_module(averaged.network)  # as the network that trains, see training.train_one_epoch
+        return self.average or self.embedder

@@ -20,32 +20,32 @@ def options() -> argparse.ArgumentParser:
         1.0,
         "RATIO",
         cli.share(0),
-        "Proxy Synthesis: mix this many synthetic images for each image, with classes of their own; 1 if not given "
-        "(default: none)",
+        "Proxy Synthesis: mix RATIO synthetic images per image, with classes of their own; RATIO: 1 if the flag is "
+        "given without one (default: off)",
     )
     add(
         "--self-distill",
         1.0,
         "WEIGHT",
         cli.not_negative,
-        "add the cross-entropy between the similarities in the batch and those of the network's averaged weights; 1 if "
-        "not given (default: off)",
+        "add the cross-entropy between the similarities in the batch and those of the network's averaged weights; "
+        "WEIGHT: 1 if the flag is given without one (default: off)",
     )
     add(
         "--threshold-margin",
         1.0,
         "WEIGHT",
         cli.not_negative,
-        "add the threshold-consistent margin loss, which draws the similarities of all classes to one threshold; 1 if "
-        "not given (default: off)",
+        "add the threshold-consistent margin loss, which draws the similarities of all classes to one threshold; "
+        "WEIGHT: 1 if the flag is given without one (default: off)",
     )
     add(
         "--average-weights",
         0.99,
         "DECAY",
         cli.number(lambda value: 0 <= value < 1, "not a decay, from 0 to less than 1"),
-        "evaluate, and save as the best, an exponential moving average of the weights over the steps, with this decay; "
-        "0.99 if not given (default: off)",
+        "evaluate, and save as the best, an exponential moving average of the weights over the steps; DECAY: 0.99 if "
+        "the flag is given without one (default: off)",
     )
     return parser
 
@@ -53,13 +53,10 @@ def options() -> argparse.ArgumentParser:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error for what cannot be combined."""
     if args.synthesis and args.loss != "Proxy_Anchor":
-        parser.error(
-            "argument --synthesis: it mixes the proxies of Proxy_Anchor, and no other loss here gives it its own"
-        )
+        parser.error("argument --synthesis: it mixes the proxies of Proxy_Anchor: leave it out with any other --loss")
     if args.synthesis and args.sample_proxies < 1:
         parser.error(
-            "argument --synthesis: it excludes --sample-proxies, whose weights are for classes that exist, not for "
-            "synthetic ones"
+            "argument --synthesis: it excludes --sample-proxies, which weights real classes only: leave one of them out"
         )
     if args.self_distill and args.batch_size < 2:
         parser.error("argument --self-distill: it compares the images of a batch: choose --batch-size 2 or more")

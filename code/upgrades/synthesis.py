@@ -16,8 +16,8 @@ class SyntheticProxyAnchor(ShardedProxyAnchor):
         x' = lambda x_i + (1 - lambda) x_j,  p' = lambda p_{y_i} + (1 - lambda) p_{y_j},  lambda ~ Beta(0.4, 0.4)
 
     All vectors have unit length, before and after. j is the next image of another class in the batch. Images mixed from
-    the same two classes are of the same synthetic class. ratio: synthetic images per image, 0 to 1. All of a step have
-    one lambda, which depends on the seed and the number of the step alone. A step forces a host sync.
+    the same two classes are of the same synthetic class. ratio: synthetic images per image, 0 to 1. A step has one
+    lambda, which depends on the seed and the number of the step alone. A step forces a host sync.
     """
 
     step: torch.Tensor
@@ -57,9 +57,9 @@ class SyntheticProxyAnchor(ShardedProxyAnchor):
 def pairs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(i, j): each image of a batch, and the next one of another class, from the last on to the first again."""
     i = torch.arange(len(labels), device=labels.device)
-    steps = torch.where(labels == labels[:, None], len(i), (i - i[:, None]) % len(i))  # (B, B), from each to each
-    j = steps.argmin(dim=1)
-    others = labels[i] != labels[j]  # none in a batch of one class
+    # (B, B): the steps from each image to each other one, and more than any of these where the class is the same
+    j = torch.where(labels == labels[:, None], len(i), (i - i[:, None]) % len(i)).argmin(dim=1)
+    others = labels != labels[j]  # none in a batch of one class
     return i[others], j[others]
 
 

@@ -55,13 +55,13 @@ def record(made: dict, folders: Iterable[str], calibration: Calibration | None, 
 def schema(content: dict) -> pa.Schema:
     """The columns of a file with this record.
 
-    folder: that of an image, or an entry that is one. stamp: see entries.stamp. vector: null where there is an error,
+    folder: that of an image, or an entry that is one. stamp: see entries.stamp. vector: zeros where there is an error,
     which says why the image could not be read.
     """
     pa = arrow()
     size = NetworkSpec.from_record(content["made"]["network"]).embedding_size
     texts = [pa.field(name, pa.string(), nullable=False) for name in ("path", "folder", "stamp")]
-    vector = pa.field("vector", pa.list_(pa.float32(), size))
+    vector = pa.field("vector", pa.list_(pa.float32(), size), nullable=False)  # older pyarrows write no null here
     return pa.schema([*texts, vector, pa.field("error", pa.string())], {KEY: json.dumps(content)})
 
 
@@ -78,11 +78,10 @@ def write(file: Path, content: dict, blocks: Iterable[tuple[list, list, np.ndarr
     ):
         for paths, stamps, vectors, errors in blocks:
             folders = paths if content["made"]["by_folder"] else [os.path.dirname(path) for path in paths]
-            is_bad = pa.array([error is not None for error in errors], pa.bool_())
             numbers = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
             arrays = [
                 *(pa.array(texts, pa.string()) for texts in map(_utf8, (paths, folders, stamps))),
-                pa.FixedSizeListArray.from_arrays(numbers, type=columns.field("vector").type, mask=is_bad),
+                pa.FixedSizeListArray.from_arrays(numbers, type=columns.field("vector").type),
                 pa.array(_utf8(errors), pa.string()),
             ]
             writer.write_table(pa.table(arrays, schema=columns), row_group_size=BLOCK)
@@ -220,7 +219,7 @@ class _Part:
         return self._checked(self._read_texts)
 
     def vectors(self, group: int) -> np.ndarray:
-        """The vectors (N, D) of a group of rows; of those with an error, any numbers."""
+        """The vectors (N, D) of a group of rows, also of those with an error."""
         return self._checked(lambda: self._read_vectors(group))
 
     def _checked(self, read):
@@ -268,10 +267,8 @@ class _Part:
 
     def _read_vectors(self, group):
         with self._open() as parquet:
-            table = parquet.read_row_group(group, columns=["vector", "error"])
+            table = parquet.read_row_group(group, columns=["vector"])
         table.validate(full=True)
-        if not table["vector"].is_null().equals(table["error"].is_valid()):
-            raise ValueError("a vector is missing")
         column = table["vector"].combine_chunks()
         return column.values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 

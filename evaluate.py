@@ -218,9 +218,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     """The metrics of each checkpoint and, if there are several, of their mean and of all together, by row."""
     from proxy_anchor import collectives, evaluation
     from proxy_anchor.embedding import Embedder
-    from proxy_anchor.index import clustering
     from proxy_anchor.report import page
-    from proxy_anchor.thresholds import identification, verification
+    from proxy_anchor.thresholds import grouping, identification, verification
     from proxy_anchor.vectors import to_nearness
 
     print(hardware.describe(device))
@@ -263,7 +262,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict[s
         print(identified.spread(limit, test_sets[0].classes), end="")
     things = ""
     if args.verify and pairs.auc and collectives.rank() == 0:
-        things = clustering.describe(measured.images, measured.distance, calibration.groups if calibration else None)
+        things = grouping.describe(measured.images, measured.distance, calibration.groups if calibration else None)
         print(things, end="")
     if args.report and collectives.rank() == 0:
         environment = {"checkpoint": source, "weights": weights, "device": hardware.describe(device)}

@@ -24,6 +24,7 @@ from proxy_anchor.spec import MEASURES, ORIENTATIONS, NetworkSpec
 
 if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
     import torch
+    from PIL import Image
 
     from proxy_anchor.api import Answer, Search
     from proxy_anchor.embedding import Embedder
@@ -72,7 +73,7 @@ def parse(argv=None) -> argparse.Namespace:
         parents=[
             flags.index_options(),
             dataset.options(training=False, without=("--cache",)),
-            network := net.options(training=False),
+            net.options(training=False),
             hardware.options(without=("--compile",), several=False),
         ],
         description="Embed images into an index, with a checkpoint or a pretrained backbone. Run it again to embed "
@@ -94,9 +95,9 @@ def parse(argv=None) -> argparse.Namespace:
         "       search.py group DIR (--resume PATH | --backbone-only) --out CSV [--flag value ...]",
         parents=[
             flags.group_options(),
-            dataset.options(training=False, without=OF_DATASETS),
-            net.options(training=False),
-            hardware.options(without=("--compile",), several=False),
+            images := dataset.options(training=False, without=OF_DATASETS),
+            network := net.options(training=False),
+            device := hardware.options(without=("--compile",), several=False),
         ],
         description="Sort images into things that nobody has labelled.",
         **form,
@@ -119,19 +120,25 @@ def parse(argv=None) -> argparse.Namespace:
         **form,
     )
     args = parser.parse_args(argv)
-    defaults = {"resume": None} | vars(network.parse_args([]))
     if args.command == "group":
         args.spec = None
-        if any(getattr(args, name) != value for name, value in defaults.items()):
+        if args.resume or given(args, network):
             read_network(parser, sort, args)
+        elif ignored := [*given(args, images), *given(args, device)]:
+            sort.error(
+                f"argument {ignored[0]}: it is for a folder of images, which needs --resume or --backbone-only; an "
+                "index needs no network"
+            )
     if args.command == "index" and args.vectors:
         args.spec = None
         is_numpy = args.vectors.endswith(".npy")
         if args.images or args.split or args.by_folder:
-            parser.error("argument --vectors: not with --images, --split or --by-folder")
+            make.error("argument --vectors: not with --images, --split or --by-folder")
+        if ignored := [*given(args, images), *given(args, device)]:
+            make.error(f"argument {ignored[0]}: it is for images, and --vectors reads none")
         if bool(args.paths) != is_numpy:
-            parser.error("argument --paths: it is for the .npy file of --vectors, which needs it")
-        if is_numpy or any(getattr(args, name) != value for name, value in defaults.items()):
+            make.error("argument --paths: it is for the .npy file of --vectors, which needs it")
+        if is_numpy or args.resume or given(args, network):
             read_network(parser, make, args)
     elif args.command == "index":
         read_network(parser, make, args, dataset.crop_of(args.dataset) if args.split else None)
@@ -147,6 +154,12 @@ def parse(argv=None) -> argparse.Namespace:
                     "which records the threshold in the checkpoint"
                 )
     return args
+
+
+def given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of a parser that the arguments do not have at their defaults."""
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]
 
 
 def read_network(
@@ -418,16 +431,12 @@ def embed(embedder: Embedder, images: dataset.ImageDataset, batch_size: int, wor
 
 def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image, or of each folder's mean."""
-    from proxy_anchor.api import BATCH, Search
+    from proxy_anchor.api import BATCH
     from proxy_anchor.index import entries
 
     paths = images_at(*args.images)
-    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
+    search = open_search(args)
     index = search.index
-    if index.spec.backbone_only:
-        print(search.embedder.network.model.remark, end="", file=sys.stderr)
-    if not index.records_orientation:
-        print(AS_STORED, file=sys.stderr)
     images = dataset.unlabelled(paths, index.spec)
     check_save(args.save, images.paths, index)
     workers = dataset.WORKERS if len(images) > BATCH else 0
@@ -455,19 +464,26 @@ def query(args: argparse.Namespace) -> None:
         sys.exit(1)  # as for one image alone
 
 
+def open_search(args: argparse.Namespace) -> Search:
+    """The index of a command line and its network; remarks on them go to stderr."""
+    from proxy_anchor.api import Search
+
+    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
+    if search.index.spec.backbone_only:
+        print(search.embedder.network.model.remark, end="", file=sys.stderr)
+    if not search.index.records_orientation:
+        print(AS_STORED, file=sys.stderr)
+    return search
+
+
 def serve(args: argparse.Namespace) -> None:
     """Serve the page to ask, until it is interrupted."""
-    from proxy_anchor.api import Search
     from proxy_anchor.index import page
 
     page.gradio()  # first: the network takes longer
-    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
-    if not search.index.records_orientation:
-        print(AS_STORED, file=sys.stderr)
-    upright = search.index.is_upright
-    answers = page.Answers(
-        search, lambda entry, size: read_thumbnail(first_image(entry), size, upright), args.neighbours
-    )
+    search = open_search(args)
+    thumbnail = partial(read_thumbnail_of, upright=search.index.is_upright)
+    answers = page.Answers(search, thumbnail, args.neighbours)
     name = printable(os.path.basename(os.path.abspath(args.index)))
     page.serve(answers, name, [*REMEDIES], args.port)
 
@@ -561,6 +577,11 @@ def read_entry(entry: str, upright: bool) -> torch.Tensor:
     return read_image(first_image(entry), upright)
 
 
+def read_thumbnail_of(entry: str, size: int, upright: bool) -> Image.Image:
+    """A thumbnail of an image or, of a folder, of the first one in it."""
+    return read_thumbnail(first_image(entry), size, upright)
+
+
 def first_image(entry: str) -> str:
     """The path of an image or, of a folder, of the first one in it; its own if there is none."""
     return next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry
@@ -573,9 +594,13 @@ def folder_of(entry: str) -> str:
 
 
 class Unlabelled(NamedTuple):
-    """Images to sort into things: their paths, embeddings (N, D) and network, and the threshold, None with --things."""
+    """Images to sort into things, or folders, as the noun says.
+
+    Their paths, embeddings (N, D) and network, and the threshold, None with --things.
+    """
 
     paths: list[str]
+    noun: str
     vectors: torch.Tensor
     spec: NetworkSpec
     threshold: float | None
@@ -586,16 +611,16 @@ def group(args: argparse.Namespace) -> None:
     from proxy_anchor.index import clustering
     from proxy_anchor.report import sheets
 
-    paths, vectors, spec, limit = embed_folder(args) if args.spec else read_index(args)
+    paths, noun, vectors, spec, limit = embed_folder(args) if args.spec else read_index(args)
     labels = clustering.things(vectors, spec.distance, limit, args.things)
     things = [[paths[row] for row in rows] for rows in clustering.members(labels, vectors, spec.distance)]
-    count = f"{quantity(len(labels), 'image')}: {clustering.summary(labels)}"
+    count = f"{quantity(len(labels), noun)}: {clustering.summary(labels, noun)}"
     print(count + ("" if limit is None else f", by {MEASURES[spec.distance]} {limit:.4f}"))
     sheets.write_table(Path(args.out), things)
     print(f"Saved {printable(args.out)}")
     if args.page:
-        upright = spec.orientation == "upright"
-        sheets.write(Path(args.page), count, things, lambda entry: read_entry(entry, upright), Path(args.out).name)
+        thumbnail = partial(read_thumbnail_of, upright=spec.orientation == "upright")
+        sheets.write(Path(args.page), count, things, noun, thumbnail, Path(args.out).name)
         print(f"Saved {printable(args.page)}")
 
 
@@ -606,7 +631,9 @@ def embed_folder(args: argparse.Namespace) -> Unlabelled:
 
     if (Path(args.images) / IMAGES).is_file():
         raise ValueError(f"{args.images} is an index, which needs no network: leave out --resume and --backbone-only")
-    limit = threshold_for_groups(args, args.checkpoint.calibration if args.checkpoint else None)
+    limit = args.threshold
+    if needs_threshold(args):
+        limit = threshold_for_groups(args, args.checkpoint.calibration if args.checkpoint else None)
     network, _, _ = open_network(args)
     spec = replace(args.spec, orientation="upright")
     images = dataset.unlabelled(list(dict.fromkeys(map(canonical, images_at(args.images)))), spec)
@@ -614,11 +641,11 @@ def embed_folder(args: argparse.Namespace) -> Unlabelled:
         dataset.leave_out_bad([images], args.workers)
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
     vectors = embed(embedder, images, args.batch_size, args.workers).cpu()
-    return Unlabelled(images.paths, vectors, spec, limit)
+    return Unlabelled(images.paths, "image", vectors, spec, limit)
 
 
 def read_index(args: argparse.Namespace) -> Unlabelled:
-    """The entries of an index; its checkpoint is read only if a calibration is asked for and the index has none."""
+    """The entries of an index; its checkpoint is read only if its threshold is needed."""
     import torch
 
     from proxy_anchor.index.store import IMAGES, Index
@@ -631,12 +658,10 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
     index = Index.open(folder)
     if not len(index.images):
         raise FileNotFoundError(f"{folder} holds no complete index: run the `search.py index` command again")
-    calibration = index.calibration
-    if not (args.things or args.threshold is not None or (calibration and calibration.groups is not None)):
-        calibration = calibration_of_checkpoint(index) or calibration
-    limit = threshold_for_groups(args, calibration)
+    limit = threshold_for_groups(args, calibration_for_groups(index)) if needs_threshold(args) else args.threshold
+    noun = "folder" if index.made["by_folder"] else "image"
     vectors = torch.from_numpy(index.images.vectors.copy())
-    return Unlabelled([path for path, _ in index.images], vectors, index.spec, limit)
+    return Unlabelled([path for path, _ in index.images], noun, vectors, index.spec, limit)
 
 
 def calibration_of_checkpoint(index: Index, path: str | None = None) -> Calibration | None:
@@ -652,10 +677,34 @@ def calibration_of_checkpoint(index: Index, path: str | None = None) -> Calibrat
     return checkpoint.calibration
 
 
-def threshold_for_groups(args: argparse.Namespace, calibration: Calibration | None) -> float | None:
-    """The threshold of the command line or of the calibration; None with --things. Raises ValueError without any."""
-    if args.things or args.threshold is not None:
-        return args.threshold
+def needs_threshold(args: argparse.Namespace) -> bool:
+    """Whether the command line leaves the threshold of `group` to a calibration."""
+    return not args.things and args.threshold is None
+
+
+def calibration_for_groups(index: Index) -> Calibration | None:
+    """The calibration with the threshold to sort an index by: its own or that of its checkpoint; None without one.
+
+    Raises ValueError for an index of folders, and FileNotFoundError if the checkpoint is gone.
+    """
+    path = index.made["checkpoint"]
+    if index.made["by_folder"]:
+        raise ValueError(
+            f"{index.folder} is an index of folders, which has no threshold to sort by: give --things N or "
+            "--threshold T"
+        )
+    if index.spec.backbone_only or (index.calibration and index.calibration.groups is not None):
+        return index.calibration
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"The checkpoint {path} of {index.folder} is gone, so its threshold cannot be read: give --things N or "
+            "--threshold T"
+        )
+    return calibration_of_checkpoint(index)
+
+
+def threshold_for_groups(args: argparse.Namespace, calibration: Calibration | None) -> float:
+    """The threshold of a calibration. Raises ValueError without any."""
     if calibration is None or calibration.groups is None:
         raise ValueError(
             f"There is no threshold to sort {args.images} by: give --things N or --threshold T, or record one with "

@@ -21,6 +21,7 @@ from proxy_anchor import cli
 from proxy_anchor.index import clustering
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import SHARE
+from proxy_anchor.thresholds import grouping as sorting
 from proxy_anchor.thresholds import identification
 from proxy_anchor.vectors import Embeddings, to_nearness
 
@@ -32,9 +33,9 @@ def measure(embeddings: Embeddings, distance: str, seed: int) -> dict[str, list[
 
     Raises ValueError where no class of the other half has two images.
     """
-    grouping = clustering.measure(embeddings, distance, seed=seed)
-    if grouping is None:
-        raise ValueError("half of the classes have no two images of a class: expected several images of each class")
+    grouping = sorting.measure(embeddings, distance, seed=seed)
+    if isinstance(grouping, str):
+        raise ValueError(f"{grouping}: expected several images of each class")
     chosen, checked = (embeddings.of_classes(half) for half in identification.halves(embeddings.labels, seed))
     queries = identification.identify(chosen, distance=distance).threshold(SHARE)
     others = {

@@ -9,6 +9,7 @@
 It needs playwright, Chromium and Gradio.
 """
 
+import argparse
 import io
 import re
 import shutil
@@ -20,23 +21,34 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+SEARCH = Path(__file__).resolve().parent.parent / "search.py"
 WIDTH, NEIGHBOURS = 900, 5
 
-index, *photographs, picture = sys.argv[1:]
-search = Path(__file__).resolve().parent.parent / "search.py"
-command = [sys.executable, search, "serve", "--index", index, "--port", "0", "-k", str(NEIGHBOURS)]
-with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
-    try:
-        url = re.search(r"http://\S+", server.stdout.readline())[0]
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": WIDTH, "height": 400}, color_scheme="light")
-        tab.goto(url)
-        tab.set_input_files("#photographs input[type=file]", photographs)
-        tab.wait_for_selector(f".answer >> nth={len(photographs) - 1}")
-        tab.wait_for_selector("#photographs button")  # empty again
-        shot = tab.screenshot(full_page=True)
-        browser.close()
-    finally:
-        server.send_signal(signal.SIGINT)
-with Image.open(io.BytesIO(shot), formats=["PNG"]) as image:
-    image.convert("RGB").save(picture, quality=88, optimize=True)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index", help="folder that search.py index wrote")
+    parser.add_argument("photographs", nargs="+", help="image to drop on the page")
+    parser.add_argument("picture", help="file to write, e.g. page.jpg")
+    args = parser.parse_args()
+    command = [sys.executable, SEARCH, "serve", "--index", args.index, "--port", "0", "-k", str(NEIGHBOURS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
+        try:
+            if not (line := server.stdout.readline()):
+                sys.exit(1)  # search.py has said why
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": WIDTH, "height": 400}, color_scheme="light")
+            tab.goto(re.search(r"http://\S+", line)[0])
+            tab.set_input_files("#photographs input[type=file]", args.photographs)
+            tab.wait_for_selector(f".answer >> nth={len(args.photographs) - 1}")
+            tab.wait_for_selector("#photographs button")  # empty again
+            shot = tab.screenshot(full_page=True)
+            browser.close()
+        finally:
+            server.send_signal(signal.SIGINT)
+    with Image.open(io.BytesIO(shot), formats=["PNG"]) as image:
+        image.convert("RGB").save(args.picture, quality=88, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import torch
 import trees
 from helpers import RECORD, arguments, described, examples, fails, threshold
 from helpers import make_index as make
+from PIL import Image
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 import evaluate
@@ -20,6 +21,7 @@ from proxy_anchor import checkpoint
 from proxy_anchor.index import clustering
 from proxy_anchor.index.store import Index
 from proxy_anchor.report import sheets
+from proxy_anchor.thresholds import grouping
 from proxy_anchor.thresholds.identification import halves
 from proxy_anchor.vectors import Embeddings, comparable
 
@@ -189,14 +191,14 @@ def test_of_many_images_whole_classes_choose(monkeypatch):
 def test_measure_chooses_on_the_other_half():
     embeddings = random_embeddings()
     chosen, checked = halves(embeddings.labels)
-    grouping = clustering.measure(embeddings, "cosine")
-    assert grouping.threshold == clustering.best_threshold(embeddings.of_classes(chosen), "cosine")
+    best = grouping.measure(embeddings, "cosine")
+    assert best.threshold == clustering.best_threshold(embeddings.of_classes(chosen), "cosine")
     rest = embeddings.of_classes(checked)
-    assert (grouping.labels == rest.labels.numpy()).all() and not set(chosen.tolist()) & set(grouping.labels)
+    assert (best.labels == rest.labels.numpy()).all() and not set(chosen.tolist()) & set(best.labels)
     sorted_by = [clustering.things(rest.vectors, "cosine", *s) for s in ((None, 15), (0.4,))]
-    recorded = clustering.measure(embeddings, "cosine", 0.4)
+    recorded = grouping.measure(embeddings, "cosine", 0.4)
     assert (recorded.given == sorted_by[0]).all() and (recorded.estimated == sorted_by[1]).all()
-    text = clustering.describe(embeddings, "cosine", 0.4)
+    text = grouping.describe(embeddings, "cosine", 0.4)
     scores = [f"ARI {f(rest.labels, y):.3f}" for y in sorted_by for f in (adjusted_rand_score,)]
     scores += [f"AMI {f(rest.labels, y):.3f}" for y in sorted_by for f in (adjusted_mutual_info_score,)]
     assert all(score in text for score in scores) and "15 classes" in text and "0.4000, as recorded" in text
@@ -206,13 +208,14 @@ def test_measure_chooses_on_the_other_half():
 
 def test_what_is_not_measured_is_said(monkeypatch):
     embeddings = random_embeddings()
-    monkeypatch.setattr(clustering, "find_spec", lambda name: None if name == "sklearn" else 1 / 0)
-    assert "pip install scikit-learn" in clustering.describe(embeddings, "cosine")
+    monkeypatch.setattr(grouping, "find_spec", lambda name: None if name == "sklearn" else 1 / 0)
+    assert "pip install scikit-learn" in grouping.describe(embeddings, "cosine")
     monkeypatch.setattr(clustering, "LIMIT", 200)
-    assert "more than 200" in clustering.describe(embeddings, "cosine")
+    assert "more than 200" in grouping.describe(embeddings, "cosine")
     monkeypatch.undo()
     alone = Embeddings(torch.randn(9, 4), torch.arange(9))
-    assert clustering.describe(alone, "cosine").startswith("Not sorted into things: half of the classes have no two")
+    assert grouping.measure(alone, "cosine") == "half of the classes have no two images of a class"
+    assert grouping.describe(alone, "cosine").startswith("Not sorted into things: half of the classes have no two")
 
 
 # search.py group
@@ -314,7 +317,8 @@ def test_other_checkpoint_in_the_place_of_the_index_s_is_refused(weights, images
     trees.save_checkpoint(tmp_path / "w" / "a.pth", net.create("tiny", 8), RECORD)
     fails(lambda: group(tmp_path / "index", "--out", tmp_path / "a.csv"), capsys, "was built with another checkpoint")
     (tmp_path / "w" / "a.pth").unlink()
-    fails(lambda: group(tmp_path / "index", "--out", tmp_path / "a.csv"), capsys, "There is no threshold to sort")
+    fails(lambda: group(tmp_path / "index", "--out", tmp_path / "a.csv"), capsys, "a.pth of")
+    fails(lambda: group(tmp_path / "index", "--out", tmp_path / "a.csv"), capsys, "is gone, so its threshold cannot be")
     group(tmp_path / "index", "--out", tmp_path / "a.csv", "--things", 2)
 
 
@@ -323,8 +327,14 @@ def test_folders_are_sorted_by_their_means(weights, images, tmp_path, capsys):
     group(tmp_path / "index", "--things", 2, "--out", tmp_path / "groups.csv", "--page", tmp_path / "groups.html")
     rows = read(tmp_path / "groups.csv")
     assert [path for path, _ in sorted(rows)] == sorted(described(tmp_path / "index")["images"])
-    assert "ant/more" in (tmp_path / "groups.html").read_text()
-    fails(lambda: group(tmp_path / "index", "--out", tmp_path / "a.csv"), capsys, "There is no threshold to sort")
+    text = (tmp_path / "groups.html").read_text()
+    assert "ant/more" in text and "lists all folders" in text and " images" not in re.findall("<h2>(.*)</h2>", text)[0]
+    assert re.search(r"\d folders: \d things? of two or more folders, \d folders? alone", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        group(tmp_path / "index", "--out", tmp_path / "a.csv")
+    error = capsys.readouterr().err
+    assert "index of folders, which has no threshold to sort by: give --things N or --threshold T" in error
+    assert "--calibrate" not in error
 
 
 @pytest.mark.parametrize(
@@ -340,6 +350,13 @@ def test_folders_are_sorted_by_their_means(weights, images, tmp_path, capsys):
         (["INDEX", "--out", "a.csv", "--things", "19"], "18 images cannot show 19 things", 1),
         (["INDEX", "--out", "none/a.csv", "--things", "2"], "argument --out: there is no folder none", 2),
         (["INDEX", "--out", "a.csv", "--resume", "WEIGHTS/a.pth"], "is an index, which needs no network", 1),
+        (["INDEX", "--out", "folder.csv", "--things", "2"], "argument --out: folder.csv is a folder", 2),
+        (["INDEX", "--out", "a.csv", "--page", "folder.html"], "argument --page: folder.html is a folder", 2),
+        (["INDEX", "--out", "a.csv", "--things", "2", "--skip-bad-images"], "argument --skip-bad-images: it is for", 2),
+        (["INDEX", "--out", "a.csv", "--things", "2", "--batch-size", "7"], "argument --batch-size: it is for a", 2),
+        (["INDEX", "--out", "a.csv", "--things", "2", "--workers", "0"], "argument --workers: it is for a folder", 2),
+        (["INDEX", "--out", "a.csv", "--things", "2", "--gpu-id", "1"], "argument --gpu-id: it is for a folder", 2),
+        (["IMAGES", "--out", "a.csv", "--things", "2", "--amp", "bf16"], "which needs --resume or --backbone-only", 2),
         (["IMAGES", "--out", "a.csv", "--things", "2"], "for a folder of images, give a network", 1),
         (["nowhere", "--out", "a.csv", "--things", "2", "--resume", "WEIGHTS/a.pth"], "There is no nowhere", 1),
         (["IMAGES", "--out", "a.csv", "--resume", "WEIGHTS/a.pth"], "There is no threshold", 1),
@@ -347,6 +364,8 @@ def test_folders_are_sorted_by_their_means(weights, images, tmp_path, capsys):
 )
 def test_what_is_refused_leaves_all_files(flags, words, code, weights, images, index, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for name in ("folder.csv", "folder.html"):
+        (tmp_path / name).mkdir()
     places = {"INDEX": str(index), "IMAGES": str(images), "WEIGHTS": str(weights)}
     flags = [re.sub("INDEX|IMAGES|WEIGHTS", lambda match: places[match.group()], flag) for flag in flags]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -372,11 +391,11 @@ def test_table_is_safe_in_a_spreadsheet_and_replaced_as_a_whole(tmp_path):
     assert (tmp_path / "hard.csv").read_text() == "old"
 
 
-def colour(path):
-    """An image for a path of the page: one colour, or an error."""
+def colour(path, size):
+    """A thumbnail for a path of the page: one colour, or an error."""
     if "broken" in path:
         raise OSError(path)
-    return torch.full((3, 300, 400), hash(path) % 256, dtype=torch.uint8)
+    return Image.new("L", (size, 3 * size // 4), hash(path) % 256).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +405,7 @@ def page(tmp_path_factory):
     things = [[f"/photos/{n}/{i:02d}.jpg" for i in range(max(2, 30 - n))] for n in range(65)]
     things[0][0] = '/photos/<b>"&/broken.jpg'
     alone = [[f"/photos/one/{i}.jpg"] for i in range(40)]
-    sheets.write(path, "many & images", things + alone, colour, "groups.csv")
+    sheets.write(path, "many & images", things + alone, "image", colour, "groups.csv")
     return path
 
 
@@ -397,9 +416,11 @@ def test_page_says_what_it_leaves_out(page):
     assert names[18:20] == ["Thing 19 <small>12 images</small>", "Thing 20 <small>11 images</small>"]
     assert names[60:] == ["5 smaller things left out", "Alone <small>40 images, 24 of them shown</small>"]
     shown = [sum(min(12, max(2, 30 - n)) for n in range(60)), 24]
-    assert text.count("<figure") == sum(shown) and text.count("<img") == sum(shown) - 1 and text.count("<i>") == 1
-    first = re.findall(r'<figure title="([^"]*)"', text)[:12]
+    assert text.count("<figure") == sum(shown) and text.count("<img") == sum(shown) - 1
+    assert text.count('<div class="missing">missing or damaged</div>') == 1
+    first = re.findall(r'<figure class="" title="([^"]*)"', text)[:12]
     assert html.unescape(first[0]) == '/photos/<b>"&/broken.jpg' and first[-1] == "/photos/0/29.jpg"
+    assert "so errors are at the end of\nits row" in text and "lists all images" in text
     assert "many &amp; images" in text and "groups.csv" in text and "<b>" not in text
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "http:" not in text and "$" not in text
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def headings(text):
 def test_answers_are_those_of_query(folder, copies):
     answers = answers_of(folder / "photos.index")
     files = copies("images/cat/3.jpg", "unknown.png", "broken.jpg")
-    queries, text, _ = answers.ask(files, answers.start)
+    queries, text = answers.ask(files, answers.start)
     assert headings(text) == ["cat", "no match", "broken.jpg"]
     expected = answers.search.query(folder / "images/cat/3.jpg")
     assert queries[0].nearest == expected.nearest and queries[0].nearest[0][1] == pytest.approx(1)
@@ -90,15 +91,16 @@ def test_answers_are_those_of_query(folder, copies):
     refused = answers.search.query(folder / "unknown.png")
     assert f"the best similarity is {refused.nearest[0][1]:.4f}, the threshold {LIMIT}" in text
     assert "The image broken.jpg cannot be read: it is damaged" in text and str(files[2]) not in text
-    assert text.count('<figure class="far"') == 20 - near and not any(map(os.path.exists, files))
+    assert text.count('<figure class="far"') == 20 - near
 
 
 def test_slider_begins_at_the_threshold_and_its_loose_end_refuses_nothing(folder, copies):
     answers = answers_of(folder / "photos.index")
     answers.search.threshold = LIMIT + 1e-6
     answers = page.Answers(answers.search, answers.thumbnail, 10)
-    assert answers.limit(answers.start) == LIMIT + 1e-6 and (answers.loosest, answers.strictest) == (0, 1)
-    queries, _, _ = answers.ask(copies("unknown.png"), answers.start)
+    assert answers.limit(answers.start) == answers.limit(None) == LIMIT + 1e-6
+    assert (answers.loosest, answers.strictest) == (0, 1)
+    queries, _ = answers.ask(copies("unknown.png"), answers.start)
     best = queries[0].nearest[0][1]
     for value, heading in ((best - 1e-4, False), (best + 1e-4, True), (0, False)):
         assert (headings(answers.decide(queries, value)) == ["no match"]) == heading
@@ -114,7 +116,7 @@ def test_distances(tmp_path):
     answers = answers_of(tmp_path / "index")
     vectors = torch.from_numpy(answers.search.index.images.vectors.copy())
     assert torch.pdist(vectors).max() <= answers.loosest == answers.start and answers.strictest == 0
-    queries, text, _ = answers.ask([str(shutil.copy(images / "bee" / "2.jpg", tmp_path))], answers.start)
+    queries, text = answers.ask([str(shutil.copy(images / "bee" / "2.jpg", tmp_path))], answers.start)
     assert headings(text) == ["bee"] and "distance 0.0000" in text and "far" not in text
     second = queries[0].nearest[1][1]
     assert answers.decide(queries, second / 2).count('"far"') == 9
@@ -122,7 +124,7 @@ def test_distances(tmp_path):
 
 def test_index_of_folders(folder, copies):
     answers = answers_of(folder / "things.index")
-    _, text, _ = answers.ask(copies("images/cat/3.jpg"), answers.start)
+    _, text = answers.ask(copies("images/cat/3.jpg"), answers.start)
     assert len(headings(text)) == 1 and "far" not in text and answers.start == answers.loosest
     assert text.count("data:image/jpeg") == 1 + len(answers.search.index.images) and "missing" not in text
     assert "no calibrated threshold for single photographs among folders" in answers.remark()
@@ -139,7 +141,7 @@ def test_images_of_no_folder_are_named_themselves(folder, copies, tmp_path):
     shutil.copytree(folder / "images" / "cat", tmp_path / "photos", ignore=shutil.ignore_patterns("more"))
     make_index(folder, tmp_path / "photos", tmp_path / "index")
     answers = answers_of(tmp_path / "index")
-    _, text, _ = answers.ask(copies("images/cat/3.jpg"), 0)
+    _, text = answers.ask(copies("images/cat/3.jpg"), 0)
     assert headings(text) == ["3.jpg"] and "<figcaption>1.0000 3.jpg</figcaption>" in text
 
 
@@ -150,7 +152,7 @@ def test_names_are_text_and_files_that_are_gone_are_named(folder, copies, tmp_pa
     answers = answers_of(tmp_path / "index", count=100)
     (name,) = copies("broken.jpg")
     shutil.move(name, name := str(tmp_path / "<img src=x>.jpg"))
-    _, text, _ = answers.ask([name, *copies("images/cat/1.jpg")], 0)
+    _, text = answers.ask([name, *copies("images/cat/1.jpg")], 0)
     assert "&lt;b&gt;ee" in text and "&lt;img src=x&gt;.jpg" in text
     assert "<b>" not in text and "<img src=x" not in text
     assert text.count('<div class="missing">missing or damaged</div>') == 6
@@ -159,11 +161,24 @@ def test_names_are_text_and_files_that_are_gone_are_named(folder, copies, tmp_pa
 def test_batches_and_pixels_are_limited(folder, copies, tmp_path, monkeypatch):
     answers = answers_of(folder / "photos.index")
     many = [str(shutil.copy(folder / "unknown.png", tmp_path / f"{i}.png")) for i in range(page.MOST + 2)]
-    _, text, _ = answers.ask(many, 0)
+    _, text = answers.ask(many, 0)
     assert text.count("unreadable") == 2 and "33.png is one too many: drop 32 photographs at a time" in text
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    _, text, _ = answers.ask(copies("unknown.png"), 0)
+    _, text = answers.ask(copies("unknown.png"), 0)
     assert "it has more than the allowed 1,000 pixels; make it smaller" in text
+
+
+def test_remark_on_the_weights_of_a_backbone_is_that_of_query(folder, tmp_path, monkeypatch, capsys):
+    flags = ["--backbone-only", "--model", "tiny", "--pretrained", str(folder / "a.pth"), "--image-size", "32"]
+    more = ["--images", str(folder / "images"), "--out", str(tmp_path / "index"), "--workers", "0"]
+    search.main(["index", *flags, *more])
+    capsys.readouterr()
+    search.main(["query", "--index", str(tmp_path / "index"), str(folder / "unknown.png"), "--threshold", "none"])
+    remark = capsys.readouterr().err
+    monkeypatch.setattr(page, "gradio", lambda: None)
+    monkeypatch.setattr(page, "serve", lambda *_: None)
+    search.main(["serve", "--index", str(tmp_path / "index")])
+    assert capsys.readouterr().err == remark and "left out: embedding (2)" in remark
 
 
 def test_gradio_is_named_where_it_is_missing(folder, monkeypatch, capsys):
@@ -265,9 +280,14 @@ def test_questions_name_only_uploads(folder, client, tmp_path):
     assert ask(client, file).status_code == 200
     for path in outside:
         assert ask(client, file, path).status_code == 403
-    assert ask(client, file, session="a" * page.LONGEST).status_code == 403
+        assert "were dropped on the page" in ask(client, path).text
     for body in (b"", b"{", b"[" * 10**5):
         assert client.post("/gradio_api/queue/join", content=body).status_code == 403
+
+
+def test_questions_that_are_too_long_are_refused_in_words(client):
+    response = ask(client, *upload(client).json(), session="a" * page.LONGEST)
+    assert response.status_code == 413 and "drop 32 photographs at a time" in response.text
 
 
 def test_uploads_are_limited(client, tmp_path):
@@ -275,6 +295,19 @@ def test_uploads_are_limited(client, tmp_path):
     response = upload(client, b"1" * 3000)
     assert response.status_code == 413 and "maximum allowed size" in response.text
     assert [file.stat().st_size for file in (tmp_path / "uploads").rglob("*") if file.is_file()] == [1000]
+
+
+def test_uploads_are_deleted(client, tmp_path):
+    """Those that were asked about with their folders, and those of some age that nobody has asked about."""
+    uploads = tmp_path / "uploads"
+    asked, twice, new, old = [upload(client, content).json()[0] for content in (b"1", b"1", b"2", b"3")]
+    (uploads / "interrupted").write_text("")
+    for path in (uploads / "interrupted", os.path.dirname(old)):
+        os.utime(path, 2 * (time.time() - page.WAITING - 1,))
+    page.delete_uploads([asked, twice], str(uploads))
+    assert [str(path) for path in uploads.rglob("*")] == [os.path.dirname(new), new]
+    page.delete_uploads([new], str(uploads))
+    assert not any(uploads.iterdir())
 
 
 def test_policy_keeps_the_browser_from_other_addresses(client):
@@ -388,6 +421,36 @@ def test_browser_shows_what_is_refused_and_moves_the_threshold(folder, tab):
 
 
 @pytest.mark.slow
+def test_browser_shows_that_a_pdf_is_no_photograph_and_answers_the_next_one(folder, tab):
+    (folder / "a.pdf").write_bytes(b"%PDF-1.4 no photograph")
+    drop(tab, folder / "a.pdf")
+    assert shown(tab) == ["a.pdf"]
+    assert "The image a.pdf cannot be read: it is damaged, or none of" in tab.locator(".unreadable p").inner_text()
+    drop(tab, folder / "images/cat/3.jpg")
+    tab.wait_for_selector(".known")
+    assert shown(tab) == ["cat"]
+
+
+@pytest.mark.slow
+def test_browser_takes_any_content_of_the_number_field(folder, tab):
+    """An empty field is the threshold of the start, and a number beyond the slider's ends decides too."""
+    assert tab.locator("#threshold").inner_text().startswith("Threshold: smallest similarity that counts as a match")
+    drop(tab, folder / "unknown.png")
+    assert shown(tab) == ["no match"]
+    value = tab.locator("#threshold input[type=number]")
+    value.fill("0")
+    tab.wait_for_selector(".known")
+    value.fill("")
+    tab.wait_for_selector(".unknown")
+    drop(tab, folder / "images/cat/3.jpg")
+    tab.wait_for_selector(".known")
+    assert shown(tab) == ["cat"] and f"the threshold is {LIMIT}" in tab.locator(".answer p").inner_text()
+    value.fill("5")
+    tab.wait_for_selector(".unknown")
+    assert shown(tab) == ["no match"]
+
+
+@pytest.mark.slow
 def test_browser_shows_heic_and_broken_files(folder, tab):
     files = [folder / "broken.jpg", folder / "unknown.png"]
     if ".heic" in extensions():
@@ -420,7 +483,7 @@ def test_process_listens_here_and_asks_nobody(folder, tab):
     assert {host for event, host in events if event != "socket.bind"} <= {"127.0.0.1", "localhost", "None"}
     assert {host for event, host in events if event == "socket.bind"} == {"127.0.0.1"}
     (uploads,) = (folder / "temporary").glob("search-*")
-    assert not list(uploads.glob("*/*"))
+    assert not any(uploads.iterdir())
 
 
 @pytest.mark.slow
@@ -432,3 +495,5 @@ def test_picture_of_the_page(folder, browser, tmp_path):
     subprocess.run([sys.executable, REPOSITORY / "misc" / "page_picture.py", *files], check=True, timeout=120)
     with Image.open(tmp_path / "page.jpg") as image:
         assert image.width == 900 and image.height > 600
+    result = subprocess.run([sys.executable, REPOSITORY / "misc" / "page_picture.py"], capture_output=True, text=True)
+    assert result.returncode == 2 and "the following arguments are required: index, photographs" in result.stderr

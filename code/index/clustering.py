@@ -7,14 +7,11 @@ Euclidean distances. Both are means of squared distances here, because the cosin
 
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from proxy_anchor.files import quantity
-from proxy_anchor.spec import BOUNDS, MEASURES
-from proxy_anchor.thresholds.identification import halves
 from proxy_anchor.thresholds.intervals import SEED
 from proxy_anchor.vectors import Embeddings, comparable
 
@@ -201,71 +198,7 @@ def sizes(labels: np.ndarray) -> tuple[int, int]:
     return int((counts > 1).sum()), int((counts == 1).sum())
 
 
-def summary(labels: np.ndarray) -> str:
-    """How many things there are among the things (N,) of images, in words."""
+def summary(labels: np.ndarray, noun: str = "image") -> str:
+    """How many things there are among the things (N,) of images, or of what else the noun says, in words."""
     found, alone = sizes(labels)
-    return f"{quantity(found, 'thing')} of two or more images, {quantity(alone, 'image')} alone"
-
-
-@dataclass
-class Grouping:
-    """The images of some classes, sorted into things: with the number of classes given, and by a threshold.
-
-    labels: the classes (N,); given, estimated: the things (N,), see `things`. threshold: of `things`; is_recorded:
-    whether it comes from a record, else it was chosen on other classes.
-    """
-
-    distance: str
-    labels: np.ndarray
-    threshold: float
-    is_recorded: bool
-    given: np.ndarray
-    estimated: np.ndarray
-
-    def scores(self, found: np.ndarray) -> tuple[float, float]:
-        """The adjusted Rand index and the adjusted mutual information of things (N,) with the classes."""
-        from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
-
-        return float(adjusted_rand_score(self.labels, found)), float(adjusted_mutual_info_score(self.labels, found))
-
-    def text(self) -> str:
-        """The results as lines for a terminal."""
-        given, estimated = ("ARI {:.3f}, AMI {:.3f}".format(*self.scores(x)) for x in (self.given, self.estimated))
-        source = "as recorded" if self.is_recorded else "chosen on the other half of the classes"
-        size = f"{len(self.labels):,} images of {len(np.unique(self.labels)):,} classes, half of all"
-        return (
-            f"Sorted into things, {size}:\n"
-            f"with the number of classes given: {given}\n"
-            f"with {MEASURES[self.distance]} {BOUNDS[self.distance]} {self.threshold:.4f}, {source}: {estimated}; "
-            f"{summary(self.estimated)}\n"
-        )
-
-
-def measure(embeddings: Embeddings, distance: str, threshold: float | None = None, seed: int = SEED) -> Grouping | None:
-    """Sort half of the classes into things by a recorded threshold or, without one, the best of the other half.
-
-    The halves are those of identification.calibrate, so a threshold that was recorded on these images was chosen on the
-    other half. None if no threshold can be chosen.
-    """
-    chosen, checked = (embeddings.of_classes(half) for half in halves(embeddings.labels, seed))
-    limit = best_threshold(chosen, distance) if threshold is None else threshold
-    if limit is None:
-        return None
-    merges = Merges.from_vectors(checked.vectors.cpu(), distance)
-    labels = checked.labels.cpu().numpy()
-    given = merges.after(len(labels) - len(np.unique(labels)))
-    return Grouping(distance, labels, limit, threshold is not None, given, merges.up_to(limit))
-
-
-def describe(embeddings: Embeddings, distance: str, threshold: float | None = None) -> str:
-    """The result of `measure` as lines for a terminal, or why there is none."""
-    _, checked = halves(embeddings.labels)
-    count = int(torch.isin(embeddings.labels, checked.to(embeddings.labels.device)).sum())
-    if count > LIMIT:
-        return f"Not sorted into things: half of the classes have {count:,} images, more than {LIMIT:,}\n"
-    if find_spec("sklearn") is None:
-        return "Not sorted into things: ARI and AMI need scikit-learn: pip install scikit-learn\n"
-    grouping = measure(embeddings, distance, threshold)
-    return (
-        grouping.text() if grouping else "Not sorted into things: half of the classes have no two images of a class\n"
-    )
+    return f"{quantity(found, 'thing')} of two or more {noun}s, {quantity(alone, noun)} alone"

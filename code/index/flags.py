@@ -144,13 +144,15 @@ def serve_options() -> argparse.ArgumentParser:
 
 
 def ending(suffix: str):
-    """The type of a flag for a file to write whose name ends so: no photograph's, and no file's of an index."""
+    """The type of a flag for a file to write; its ending keeps it from replacing photographs and files of an index."""
 
     def parse(text: str) -> str:
         if not text.lower().endswith(suffix):
             raise argparse.ArgumentTypeError(f"expected a name that ends in {suffix}, found '{text}'")
         if not Path(text).parent.is_dir():
             raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
+        if Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file to write")
         return text
 
     return parse

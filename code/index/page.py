@@ -3,26 +3,26 @@
 Only this machine can open it. No file is served by its path, and nothing is requested from outside.
 """
 
-import base64
 import html
-import io
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
-from collections.abc import Callable
+import time
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from string import Template
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from proxy_anchor.files import BadFile, printable
+from proxy_anchor.report.thumbnails import Thumbnail, data_uri, figure
 
 if TYPE_CHECKING:
     from proxy_anchor.api import Search
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # under which this machine may be asked
 MOST, LARGEST = 32, "50mb"  # photographs at a time, and the size of one
+WAITING = 3600  # seconds that an upload may wait for its question
 QUESTION, LONGEST = "/gradio_api/queue/join", 2**20  # where a question is sent, and its bytes, without the photographs
 THUMBNAIL = 208  # pixels, at most
 CACHED = 1000  # thumbnails in memory, of about 8 kB each
@@ -44,7 +45,13 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
-PASTE = """<script>
+# The field asks for images, so that a phone offers its camera, but refuses no file: `ask` says why one cannot be read.
+# Photographs can be pasted.
+SCRIPT = Template("""<script>
+new MutationObserver(() => {
+    const input = document.querySelector("#photographs input[type=file]");
+    if (input && input.accept !== "$accept") input.accept = "$accept";
+}).observe(document, {childList: true, subtree: true, attributeFilter: ["accept"]});
 document.addEventListener("paste", event => {
     const input = document.querySelector("#photographs input[type=file]");
     if (input && event.clipboardData.files.length) {
@@ -52,7 +59,7 @@ document.addEventListener("paste", event => {
         input.dispatchEvent(new Event("change", {bubbles: true}));
     }
 });
-</script>"""
+</script>""")
 
 
 def gradio():
@@ -81,11 +88,11 @@ class Query(NamedTuple):
 class Answers:
     """Answers photographs in HTML: the thing that each shows and the `count` nearest entries, at a threshold.
 
-    thumbnail(path of an image or an entry, size) -> a small PIL image; ValueError or OSError if there is none. loosest,
-    start, strictest: the ends of the slider, and where it begins. At its loose end, everything matches.
+    thumbnail: of an image or an entry. loosest, start, strictest: the ends of the slider, and where it begins. At its
+    loose end, everything matches.
     """
 
-    def __init__(self, search: "Search", thumbnail: Callable[[str, int], Image.Image], count: int):
+    def __init__(self, search: "Search", thumbnail: Thumbnail, count: int):
         self.search, self.thumbnail, self.count = search, thumbnail, count
         self.kind = "folders" if search.index.made["by_folder"] else "images"
         self.picture = lru_cache(CACHED)(self.draw)
@@ -96,10 +103,10 @@ class Answers:
             self.loosest, self.strictest = min(0.0, round(threshold or 0, 4)), 1.0
         self.start = self.loosest if threshold is None else round(threshold, 4)
 
-    def ask(self, paths: list[str] | None, slider: float) -> tuple[list[Query], str, None]:
-        """The queries for uploaded files, which are deleted, and the answers; None empties the field of the files."""
+    def ask(self, paths: list[str], slider: float | None) -> tuple[list[Query], str]:
+        """The queries for uploaded files, and the answers."""
         queries: list[Query] = []
-        for path in paths or []:
+        for path in paths:
             name = printable(os.path.basename(path))
             try:
                 if len(queries) >= MOST:
@@ -109,18 +116,15 @@ class Answers:
             except (OSError, ValueError) as error:
                 reason = printable(str(error).replace(path, os.path.basename(path)))
                 queries.append(Query(name, "", [], error=reason))
-        for path in paths or []:
-            with suppress(FileNotFoundError):  # a file that was dropped twice
-                os.remove(path)
-        return queries, self.decide(queries, slider), None
+        return queries, self.decide(queries, slider)
 
-    def decide(self, queries: list[Query], slider: float) -> str:
+    def decide(self, queries: list[Query], slider: float | None) -> str:
         """The answers at the threshold of the slider."""
         return "".join(self.answer(query, self.limit(slider)) for query in queries)
 
-    def limit(self, slider: float) -> float | None:
-        """The threshold of the slider, which shows four digits of it."""
-        if slider == self.start:
+    def limit(self, slider: float | None) -> float | None:
+        """The threshold of the slider, which shows four digits of it; None, an empty field, is that of the start."""
+        if slider in (None, self.start):
             return self.search.threshold
         return None if slider == self.loosest else slider
 
@@ -156,13 +160,7 @@ class Answers:
 
     def draw(self, path: str) -> str:
         """A thumbnail as a data URI, "" if the file is gone or damaged."""
-        try:
-            image = self.thumbnail(path, THUMBNAIL)
-        except (OSError, ValueError):
-            return ""
-        content = io.BytesIO()
-        image.save(content, "JPEG", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+        return data_uri(path, THUMBNAIL, self.thumbnail)
 
     def remark(self) -> str:
         """What the slider begins with, and why."""
@@ -183,11 +181,16 @@ def spread(images: Any) -> float:
     return float(np.linalg.norm(vectors - vectors.mean(axis=0), axis=1).max())
 
 
-def figure(picture: str, caption: str, path: str, kind: str) -> str:
-    """A picture, a data URI or "" without one, with its caption as HTML."""
-    title = html.escape(printable(path))
-    image = f'<img src="{picture}" alt="{title}">' if picture else '<div class="missing">missing or damaged</div>'
-    return f'<figure class="{kind}" title="{title}">{image}<figcaption>{html.escape(caption)}</figcaption></figure>'
+def delete_uploads(paths: list[str], uploads: str) -> None:
+    """Delete files that were asked about, each with its folder, and what has waited too long in the folder of all."""
+    for path in paths:
+        with suppress(OSError):  # a file that was dropped twice, or two files of the same content
+            os.remove(path)
+            os.rmdir(os.path.dirname(path))
+    for entry in os.scandir(uploads):
+        with suppress(OSError):
+            if entry.stat().st_mtime < time.time() - WAITING:
+                (shutil.rmtree if entry.is_dir() else os.remove)(entry.path)
 
 
 class Guard:
@@ -217,13 +220,17 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             request, questions = Request(scope, receive), []
-            passes = self.is_from_page(request)
-            if passes and scope["path"] == QUESTION:
+            answer = self.app
+            if not self.is_from_page(request):
+                answer = PlainTextResponse("This page is for this machine alone", 403)
+            elif scope["path"] == QUESTION:
                 body = await read(request)
                 questions.append({"type": "http.request", "body": body})
-                passes = self.names_uploads(body)
-            refusal = PlainTextResponse("This page is for this machine alone", 403)
-            await (self.app if passes else refusal)(scope, replay, send_with_policy)
+                if len(body) > LONGEST:
+                    answer = PlainTextResponse(f"This question is too long: drop {MOST} photographs at a time", 413)
+                elif not self.names_uploads(body):
+                    answer = PlainTextResponse("Only photographs that were dropped on the page can be asked about", 403)
+            await answer(scope, replay, send_with_policy)
 
     def is_from_page(self, request) -> bool:
         """Whether a request is one that the page makes, and no other page does."""
@@ -252,12 +259,12 @@ class Guard:
 
 
 async def read(request) -> bytes:
-    """The body of a question; b"", which is none, if it is too long."""
+    """The body of a question or, of one that is too long, its beginning, which is too long already."""
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > LONGEST:
-            return b""
+            break
     return body
 
 
@@ -270,6 +277,14 @@ def application(answers: Answers, name: str, extensions: list[str], uploads: str
     gr = gradio()
     from fastapi import FastAPI
 
+    def ask(files: list[dict] | None, slider: float | None):
+        """What `Answers.ask` gives, and None, which empties the field of the photographs."""
+        paths = [file["path"] for file in files or []]
+        try:
+            return *answers.ask(paths, slider), None
+        finally:
+            delete_uploads(paths, uploads)
+
     measure = answers.search.measure
     with gr.Blocks(title=f"{name} · search", analytics_enabled=False) as blocks:
         gr.HTML(
@@ -278,27 +293,22 @@ def application(answers: Answers, name: str, extensions: list[str], uploads: str
             elem_id="heading",
         )
         queries = gr.State([])
-        photographs = gr.File(
-            label="Photographs",
-            file_count="multiple",
-            file_types=["image", *extensions],
-            elem_id="photographs",
-            height=140,
-        )
+        photographs = gr.File(label="Photographs", file_count="multiple", elem_id="photographs", height=140)
         slider = gr.Slider(
             min(answers.loosest, answers.strictest),
             max(answers.loosest, answers.strictest),
             value=answers.start,
             step=0.0001,
-            label=f"Calibration: {'largest' if measure == 'distance' else 'smallest'} {measure} that counts as a match",
+            label=f"Threshold: {'largest' if measure == 'distance' else 'smallest'} {measure} that counts as a match",
             info=answers.remark(),
             elem_id="threshold",
         )
         shown = gr.HTML(elem_id="answers")
-        hidden: dict[str, Any] = {"api_visibility": "private"}
-        photographs.upload(answers.ask, [photographs, slider], [queries, shown, photographs], **hidden)
+        # Gradio's preprocessing would raise for an empty number field, and open a file that stays for each photograph.
+        raw: dict[str, Any] = {"api_visibility": "private", "preprocess": False}
+        photographs.upload(ask, [photographs, slider], [queries, shown, photographs], **raw)
         slider.input(
-            answers.decide, [queries, slider], shown, trigger_mode="always_last", show_progress="hidden", **hidden
+            answers.decide, [queries, slider], shown, trigger_mode="always_last", show_progress="hidden", **raw
         )
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # not from elsewhere
     settings = {"ssr_mode": False, "mcp_server": False, "pwa": False, "run_history": False, "enable_monitoring": False}
@@ -311,7 +321,7 @@ def application(answers: Answers, name: str, extensions: list[str], uploads: str
         max_file_size=LARGEST,
         theme=gr.themes.Default(**fonts),
         css_paths=Path(__file__).with_suffix(".css"),
-        head=PASTE,
+        head=SCRIPT.substitute(accept=",".join(["image/*", *extensions])),
         **settings,
     )
     return Guard(app, uploads)

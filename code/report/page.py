@@ -111,7 +111,7 @@ def write(
     """Write the report on a search of the gallery or, without one, of the queries themselves; returns the page's path.
 
     name: of what was evaluated; rows: the metrics in each column of the table, in 0..1; calibration: that of the
-    checkpoint, if any; sorted_into_things: lines on how well images are, see index/clustering.py.
+    checkpoint, if any; sorted_into_things: lines on how well images are, see thresholds/grouping.py.
     """
     targets = queries if gallery is None else gallery
     with new_folder(folder) as new:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for
 
     from proxy_anchor.api import Answer, Search
     from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index import exchange
     from proxy_anchor.index.store import Index
     from proxy_anchor.spec import Calibration
 
@@ -49,6 +50,9 @@ EXAMPLES = """examples:
   sort photos into things that nobody has labelled, of an index or of a folder:
     python search.py group photos.index --out groups.csv --page groups.html
     python search.py group photos --backbone-only --model resnet50 --things 20 --out groups.csv
+  vectors for another engine, or from files that were embedded apart:
+    python search.py export photos.index vectors.parquet
+    python search.py index --vectors vectors --out photos.index
   ask on a page, in a browser on this machine:
     python search.py serve --index photos.index
 """
@@ -59,13 +63,13 @@ def parse(argv=None) -> argparse.Namespace:
     parser: argparse.ArgumentParser = cli.Parser(
         prog="search.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False, formatter_class=cli.HelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query|serve|group")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index|query|serve|group|export")
     form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": cli.HelpFormatter, "epilog": EXAMPLES}
     make = commands.add_parser(
         "index",
         help="embed images into an index",
         usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
-        "[--flag value ...]",
+        "[--flag value ...]\n       search.py index --vectors PATH --out INDEX [--flag value ...]",
         parents=[
             flags.index_options(),
             dataset.options(training=False, without=("--cache",)),
@@ -106,6 +110,15 @@ def parse(argv=None) -> argparse.Namespace:
         description="Serve a page, for a browser on this machine alone: drop photographs and see what they show.",
         **form,
     )
+    commands.add_parser(
+        "export",
+        help="write the vectors to a Parquet file",
+        usage="search.py export INDEX PARQUET [--resume PATH]",
+        parents=[flags.export_options()],
+        description="Write the paths and vectors of an index to a Parquet file, for other engines, or for `search.py "
+        "index --vectors`.",
+        **form,
+    )
     args = parser.parse_args(argv)
     if args.command == "group":
         args.spec = None
@@ -116,10 +129,23 @@ def parse(argv=None) -> argparse.Namespace:
                 f"argument {ignored[0]}: it is for a folder of images, which needs --resume or --backbone-only; an "
                 "index needs no network"
             )
-    if args.command == "index":
+    if args.command == "index" and args.vectors:
+        args.spec = None
+        is_numpy = args.vectors.endswith(".npy")
+        if args.images or args.split or args.by_folder:
+            make.error("argument --vectors: not with --images, --split or --by-folder")
+        if ignored := [*given(args, images), *given(args, device)]:
+            make.error(f"argument {ignored[0]}: it is for images, and --vectors reads none")
+        if bool(args.paths) != is_numpy:
+            make.error("argument --paths: it is for the .npy file of --vectors, which needs it")
+        if is_numpy or args.resume or given(args, network):
+            read_network(parser, make, args)
+    elif args.command == "index":
         read_network(parser, make, args, dataset.crop_of(args.dataset) if args.split else None)
         if bool(args.images) == bool(args.split):
-            parser.error("one of --images or --split is required")
+            parser.error("one of --images, --split or --vectors is required")
+        if args.paths:
+            parser.error("argument --paths: it is for the .npy file of --vectors")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
             if args.calibrate:
@@ -151,38 +177,54 @@ def read_network(
 
 
 def update_index(args: argparse.Namespace) -> None:
-    """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone."""
-    from proxy_anchor.index import entries
+    """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone.
+
+    With --vectors, the files hold the embeddings.
+    """
+    from proxy_anchor.index import entries, exchange
     from proxy_anchor.index.store import EXACT, IMAGES, Index, lock
     from proxy_anchor.thresholds.identification import describe
 
-    network, path, identity = open_network(args)
-    upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
-    spec = replace(args.spec, orientation=ORIENTATIONS[upright])
-    made = {"checkpoint": path, "weights": identity, "network": spec.to_record(), "by_folder": args.by_folder}
+    parts = open_parts(args) if args.vectors else None
+    if parts:
+        made, upright = parts.made, parts.spec.orientation == "upright"
+    else:
+        network, path, identity = open_network(args)
+        upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
+        made = made_by(args, path, identity, ORIENTATIONS[upright])
     folder = Path(args.out)
     with lock(folder):
         if (folder / IMAGES).exists():
             index = Index.open(folder)
             index.check(made, args.index_factory)
+            if parts:
+                exchange.check_same(
+                    index.made | {"network": index.spec.to_record()}, made, printable(args.out), printable(args.vectors)
+                )
             if upright and not index.is_upright:
                 print(AS_STORED)
         else:
             index = Index.new(folder, made, args.index_factory or EXACT)
-        paths = paths_to_index(args)
-        folders = entries.group(paths) if args.by_folder else {}
+            index.calibration = parts.calibration if parts else None
+        if parts:
+            stamps, sources = parts.stamps, parts.folders
+            add = partial(parts.add_to, index)
+        else:
+            paths = paths_to_index(args)
+            folders = entries.group(paths) if args.by_folder else {}
 
-        def images_of(entry: str) -> list[str]:  # a list for each image would take memory
-            return folders.get(entry, [entry])
+            def images_of(entry: str) -> list[str]:  # a list for each image would take memory
+                return folders.get(entry, [entry])
 
-        # Taken before the images are read, so later changes are detected next time.
-        stamps: dict[str, str | None] = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
+            # Taken before the images are read, so later changes are detected next time.
+            stamps = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
+            source = os.path.realpath(args.images or args.data_root)
+            sources = {source if os.path.isdir(source) else os.path.dirname(source)}
+            add = partial(embed_blocks, index, stamps, images_of, network, args)
         presence = Presence(stamps, index.folders, args.drop_missing)
         new, changed, deleted, done = index.compare(stamps, presence.of)
-        source = os.path.realpath(args.images or args.data_root)
-        source = source if os.path.isdir(source) else os.path.dirname(source)
-        is_known, index.folders = source in index.folders, sorted({*index.folders, source})
-        kind = "folders" if args.by_folder else "images"
+        is_known, index.folders = sources <= {*index.folders}, sorted({*index.folders, *sources})
+        kind = "folders" if made["by_folder"] else "images"
         shown = printable(str(folder))
         print(
             f"Updating {shown}, which holds {len(index.images):,} {kind}; "
@@ -195,7 +237,7 @@ def update_index(args: argparse.Namespace) -> None:
         if done:
             print(f"{done:,} of these were embedded before the interruption")
         try:
-            done += embed_blocks(index, stamps, images_of, network, args)
+            done += add()
             if done or changed or deleted:
                 index = index.finish()
                 print(f"Indexed {done:,} {kind}")
@@ -210,6 +252,57 @@ def update_index(args: argparse.Namespace) -> None:
             calibration = index.calibrate(args.calibrate)
             index.describe()
             print(describe(calibration), end="")
+
+
+def open_parts(args: argparse.Namespace) -> exchange.Parts:
+    """The vectors of the command line. Raises ValueError if the network of the command line is not theirs."""
+    from proxy_anchor.index import exchange
+
+    if args.spec:
+        _, path, identity = open_network(args)
+    if args.paths:
+        paths = [canonical(path) for path in exchange.read_paths(Path(args.paths))]
+        made = made_by(args, path, identity, args.spec.orientation)
+        parts = exchange.Parts.from_numpy(Path(args.vectors), paths, made)
+        if absent := [path for path, stamp in parts.stamps.items() if not stamp]:
+            print(f"{len(absent):,} of {quantity(len(paths), 'image')} are not there, such as {printable(absent[0])}")
+    else:
+        parts = exchange.Parts.open(Path(args.vectors))
+        if args.spec:
+            made = parts.made | made_by(args, path, identity, parts.spec.orientation)
+            made["by_folder"] = parts.made["by_folder"]
+            exchange.check_same(parts.made, made, printable(args.vectors), printable(path))
+            parts.made = made
+    for image, reason in list(parts.errors.items())[:1]:
+        print(
+            f"Left out, as they could not be read: {quantity(len(parts.errors), 'image')}, such as {printable(image)}"
+        )
+        print(printable(reason))
+    if parts.is_mixed:
+        print("The files have different thresholds, which are left out: --calibrate chooses one")
+    return parts
+
+
+def made_by(args: argparse.Namespace, path: str, identity: str, orientation: str) -> dict:
+    """What an index records of the network of the command line, see Index."""
+    spec = replace(args.spec, orientation=orientation)
+    return {"checkpoint": path, "weights": identity, "network": spec.to_record(), "by_folder": args.by_folder}
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write an index to a Parquet file."""
+    from proxy_anchor.checkpoint import in_run
+    from proxy_anchor.index import exchange
+    from proxy_anchor.index.store import Index
+
+    exchange.arrow()
+    folder = Path(args.index)
+    index = Index.open(folder)
+    if not len(index.images):
+        raise FileNotFoundError(f"{folder} holds no complete index: run the `search.py index` command again")
+    calibration = index.calibration or calibration_of_checkpoint(index, args.resume and in_run(args.resume))
+    exchange.export(index, Path(args.out), calibration)
+    print(f"Saved {quantity(len(index.images), 'vector')} to {printable(args.out)}")
 
 
 def open_network(args: argparse.Namespace) -> tuple[torch.nn.Module, str, str]:
@@ -571,6 +664,19 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
     return Unlabelled([path for path, _ in index.images], noun, vectors, index.spec, limit)
 
 
+def calibration_of_checkpoint(index: Index, path: str | None = None) -> Calibration | None:
+    """That of the checkpoint of an index of images, at the path if it has moved; None without one, or if it is gone."""
+    from proxy_anchor.checkpoint import Checkpoint
+
+    recorded = index.made["checkpoint"]
+    if index.spec.backbone_only or index.made["by_folder"] or not (path or os.path.exists(recorded)):
+        return None
+    checkpoint = Checkpoint(path or recorded)
+    made = {"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path or recorded}
+    index.check(made)
+    return checkpoint.calibration
+
+
 def needs_threshold(args: argparse.Namespace) -> bool:
     """Whether the command line leaves the threshold of `group` to a calibration."""
     return not args.things and args.threshold is None
@@ -581,8 +687,6 @@ def calibration_for_groups(index: Index) -> Calibration | None:
 
     Raises ValueError for an index of folders, and FileNotFoundError if the checkpoint is gone.
     """
-    from proxy_anchor.checkpoint import Checkpoint
-
     path = index.made["checkpoint"]
     if index.made["by_folder"]:
         raise ValueError(
@@ -596,9 +700,7 @@ def calibration_for_groups(index: Index) -> Calibration | None:
             f"The checkpoint {path} of {index.folder} is gone, so its threshold cannot be read: give --things N or "
             "--threshold T"
         )
-    checkpoint = Checkpoint(path)
-    index.check({"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path})
-    return checkpoint.calibration
+    return calibration_of_checkpoint(index)
 
 
 def threshold_for_groups(args: argparse.Namespace, calibration: Calibration | None) -> float:
@@ -613,7 +715,7 @@ def threshold_for_groups(args: argparse.Namespace, calibration: Calibration | No
 
 def main(argv=None):
     args = parse(argv)
-    commands = {"index": update_index, "query": query, "serve": serve, "group": group}
+    commands = {"index": update_index, "query": query, "serve": serve, "group": group, "export": export}
     with cli.errors_in_one_line("search.py"):
         commands[args.command](args)
 

@@ -77,6 +77,7 @@ def test_there_are_no_other_commands():
         "python misc/compare.py logs/logs_glyphs/*",
         "python misc/backbones.py",
         "python misc/by_folder.py",
+        "python misc/embed_ray.py",
         "python misc/head_gain.py",
         "python misc/things.py",
         "python misc/thresholds.py",

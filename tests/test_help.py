@@ -38,6 +38,7 @@ SCRIPTS = {
         ("search.py", ["query"]),
         ("search.py", ["group"]),
         ("search.py", ["serve"]),
+        ("search.py", ["export"]),
         ("protocol.py", []),
         ("export.py", []),
         ("-m dataset", ["check"]),

@@ -330,7 +330,7 @@ def test_what_is_missing_or_damaged_is_an_error(weights, images, tmp_path, capsy
     fails(
         lambda: make(weights, images, tmp_path / "index", "--split", "eval"),
         capsys,
-        "one of --images or --split is required",
+        "one of --images, --split or --vectors is required",
         code=2,
     )
     fails(lambda: make(weights, images, tmp_path / "index", "--model", "resnet50"), capsys, "was trained with", code=2)

@@ -20,6 +20,16 @@ def index_options() -> argparse.ArgumentParser:
     group.add_argument("--images", metavar="DIR", help="folder of images, subfolders included")
     group.add_argument("--split", metavar="NAME", help="instead of a folder: a split of --dataset")
     group.add_argument(
+        "--vectors",
+        type=cli.path,
+        metavar="PATH",
+        help="instead of images: their vectors, in a .parquet file of `search.py export`, in all of a folder, or in a "
+        ".npy file, float32 (N, D), with --paths and the network",
+    )
+    group.add_argument(
+        "--paths", type=cli.path, metavar="FILE", help="the paths of a .npy file of --vectors, one a line, or as .npy"
+    )
+    group.add_argument(
         "--by-folder",
         action="store_true",
         help="one entry per folder: the mean of the embeddings of the images directly in it",
@@ -101,6 +111,23 @@ def group_options() -> argparse.ArgumentParser:
         metavar="T",
         help="groups of images are one thing from this mean similarity on (up to this root-mean-square distance; "
         "default: that of `search.py index --calibrate` or of evaluate.py --calibrate)",
+    )
+    return parser
+
+
+def export_options() -> argparse.ArgumentParser:
+    """Command-line flags of `search.py export`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("export")
+    group.add_argument("index", type=cli.path, metavar="INDEX", help="folder that `search.py index` wrote")
+    group.add_argument(
+        "out",
+        type=ending(".parquet"),
+        metavar="PARQUET",
+        help="file to write, e.g. vectors.parquet: a row with path, folder and vector for each entry",
+    )
+    group.add_argument(
+        "--resume", metavar="PATH", help="the checkpoint of the index, if it has moved: its threshold is recorded"
     )
     return parser
 

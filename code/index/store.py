@@ -81,10 +81,10 @@ class Index:
         text = (folder / IMAGES).read_bytes()
         try:
             content = json.loads(text)
-            _check(content, LAYOUT | {name: kind for name, kind in SINCE.items() if name in content})
+            check_layout(content, LAYOUT | {name: kind for name, kind in SINCE.items() if name in content})
             if unknown := content.keys() - LAYOUT.keys() - SINCE.keys():
                 raise ValueError(f"it has an entry {sorted(unknown)[0][:80]!r}")
-            if content.pop("sha256", None) not in (None, _digest(content)):
+            if content.pop("sha256", None) not in (None, digest(content)):
                 raise ValueError(f"{IMAGES} has changed since it was written")
             index = cls(folder, **content)
             index._check_files()
@@ -170,9 +170,13 @@ class Index:
 
     def add(self, stamps: dict[str, str], embeddings: torch.Tensor) -> None:
         """Write a block: images, {path: stamp}, with their embeddings (N, D). It survives an interruption."""
+        self.add_vectors(stamps, self._vectors_of(embeddings))
+
+    def add_vectors(self, stamps: dict[str, str], vectors: np.ndarray) -> None:
+        """Write a block of images with their vectors (N, D), as the index compares them, to the bit."""
         if stamps:
             kept = self._kept  # also of the blocks that exist
-            rows.write(*self._files_of_block(len(kept) - 1), [rows.block(stamps, self._vectors_of(embeddings))])
+            rows.write(*self._files_of_block(len(kept) - 1), [rows.block(stamps, vectors)])
             kept.append(np.ones(len(stamps), dtype=bool))
 
     def finish(self) -> "Index":
@@ -245,7 +249,7 @@ class Index:
         self.files = {file.name: seal(file) for file in (*self._files(), *self._faiss_files())}
         content = {name: getattr(self, name) for name in LAYOUT | SINCE if name != "sha256"}
         content["calibration"] = self.calibration.to_record() if self.calibration else {}
-        content["sha256"] = _digest(content)
+        content["sha256"] = digest(content)
         with replacing(self.folder / IMAGES) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -392,14 +396,15 @@ def _is_ours(folder: Path) -> bool:
     return all(re.fullmatch(UNFINISHED, file.name) for file in folder.iterdir())
 
 
-def _digest(content: dict) -> str:
+def digest(content: dict) -> str:
+    """The sha256 of plain values."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _check(content, layout, name=IMAGES):
-    """Raise ValueError if the content of images.json does not have this layout."""
+def check_layout(content, layout, name=IMAGES):
+    """Raise ValueError if the content of images.json, or a part of this name, does not have this layout."""
     kind = dict if isinstance(layout, dict) else layout
     if not isinstance(content, kind):
         raise ValueError(f"'{name}' is {str(content)[:80]}, expected {kind.__name__}")
     for part in layout if isinstance(layout, dict) else ():
-        _check(content.get(part), layout[part], part)
+        check_layout(content.get(part), layout[part], part)

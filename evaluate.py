@@ -15,7 +15,7 @@ import net
 from proxy_anchor import cli, hardware, metrics
 from proxy_anchor.files import printable
 from proxy_anchor.runs import logbook
-from proxy_anchor.spec import SHARE, Calibration, NetworkSpec
+from proxy_anchor.spec import Calibration, NetworkSpec
 
 if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for them
     import torch
@@ -67,13 +67,9 @@ def options() -> argparse.ArgumentParser:
         "unknown queries, and how well images are sorted into things; takes five times as long as the recalls (implied "
         "by --calibrate and --report)",
     )
-    group.add_argument(
-        "--calibrate",
-        nargs="?",
-        type=cli.number(lambda value: 0 < value < 1, "not between 0 and 1"),
-        const=SHARE,
-        metavar="SHARE",
-        help="choose the threshold that at most this share (0.05 if not given) of unknown queries reach, those whose "
+    cli.add_calibrate(
+        group,
+        "choose the threshold that at most this share (0.05 if not given) of unknown queries reach, those whose "
         "class is not in the gallery, and the one for `search.py group`; they are chosen on half of the classes, "
         "checked on the other half, and recorded in the checkpoint, for search.py",
     )

@@ -232,7 +232,8 @@ def settings_in(folder: Path) -> dict | None:
         raise ValueError(f"{folder} is neither empty nor a folder of protocol.py's results: choose another --out")
     try:
         # What older results do not record.
-        older = {"loss_args": "", "loss_sha256": None, "frozen": False, "proxy_lr": 100.0} | OFF
+        names = ("loss_args", "loss_sha256", "frozen", "proxy_lr", *OFF)
+        older = {name: run_folders.LEGACY_DEFAULTS[name] for name in names}
         return older | json.loads(path.read_text())["settings"] if path.exists() else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not one of protocol.py: {error}; choose another --out") from error

@@ -655,9 +655,7 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
         raise FileNotFoundError(
             f"There is no index in {folder}: for a folder of images, give a network, --resume or --backbone-only"
         )
-    index = Index.open(folder)
-    if not len(index.images):
-        raise FileNotFoundError(f"{folder} holds no complete index: run the `search.py index` command again")
+    index = Index.open_complete(folder)
     limit = threshold_for_groups(args, calibration_for_groups(index)) if needs_threshold(args) else args.threshold
     noun = "folder" if index.made["by_folder"] else "image"
     vectors = torch.from_numpy(index.images.vectors.copy())

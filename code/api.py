@@ -191,9 +191,7 @@ class Search:
     ):
         index, path = os.path.abspath(index), checkpoint and os.path.abspath(checkpoint)
         self.opened = partial(Search, index, device, checkpoint=path, nprobe=nprobe)
-        self.index = Index.open(Path(index))
-        if not len(self.index.images):
-            raise FileNotFoundError(f"{index} holds no complete index: run the `search.py index` command again")
+        self.index = Index.open_complete(Path(index))
         if nprobe:
             self.index.set_nprobe(nprobe)
         spec = self.index.spec
@@ -238,9 +236,10 @@ class Search:
 
     def answer(self, names: list[str], embeddings: torch.Tensor, count: int) -> list[Answer]:
         """The answer for each of the embeddings (N, D), of queries with these names."""
+        deep = max(count, DEEP) if self.calibration else count  # the probability alone needs more than are listed
         return [
             self.decide(name, found[:count], self.threshold, self.probability(found))
-            for name, found in zip(names, self.index.search(embeddings, max(count, DEEP)))
+            for name, found in zip(names, self.index.search(embeddings, deep))
         ]
 
     def decide(
@@ -249,10 +248,10 @@ class Search:
         """The answer for a query with these nearest entries; threshold: any number, or None if all are to match."""
         limit = -math.inf if threshold is None else to_nearness(threshold, self.index.distance)
         matches = [near for near in nearest if to_nearness(near[1], self.index.distance) >= limit]
-        things = [thing for path, _ in nearest if (thing := self.index.thing_of(path))]
+        things = [self.index.thing_of(path) for path, _ in nearest]
         best: dict[str, float] = {}
-        for path, value in matches:
-            if thing := self.index.thing_of(path):
+        for thing, (_, value) in zip(things, matches):  # the matches come first
+            if thing:
                 best.setdefault(thing, value)
         named = [Thing(thing, value, things.count(thing)) for thing, value in best.items()]
         return Answer(name, nearest, matches, named, probability)

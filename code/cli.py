@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy_anchor.files import BadFile, printable
+from proxy_anchor.spec import SHARE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train.py", "evaluate.py", "search.py", "transfer.py", "protocol.py", "export.py")
@@ -102,6 +103,12 @@ def name_part(text: str) -> str:
     if "/" in text or os.sep in text:
         raise argparse.ArgumentTypeError(f"'{text}' cannot be part of the name of a folder")
     return text
+
+
+def add_calibrate(group, text: str) -> None:
+    """Add --calibrate [SHARE] to a group of flags; text: its help."""
+    kind = number(lambda value: 0 < value < 1, "not between 0 and 1")
+    group.add_argument("--calibrate", nargs="?", type=kind, const=SHARE, metavar="SHARE", help=text)
 
 
 def one_of(*values) -> dict[str, Any]:

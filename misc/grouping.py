@@ -16,7 +16,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from thresholds import embed
 
-import evaluate
 from proxy_anchor import cli
 from proxy_anchor.index import clustering
 from proxy_anchor.index.store import Index
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
             index = Index.open(Path(argv[0]))
             embeddings, distance = index.embeddings(), index.distance
         else:
-            (embeddings, _), distance = embed(argv), evaluate.parse(argv).spec.distance
+            embeddings, _, distance = embed(argv)
         rows = [measure(embeddings, distance, seed) for seed in range(SPLITS)]
         for name in rows[0]:
             columns = zip(("things", "alone", "ARI", "AMI"), zip(*(row[name] for row in rows)))

@@ -29,15 +29,16 @@ from proxy_anchor.vectors import Embeddings
 SPLITS = 20
 
 
-def embed(argv: list[str]) -> tuple[Embeddings, list[str]]:
-    """The embeddings and the paths of the test images. Raises ValueError if they are queries and a gallery."""
+def embed(argv: list[str]) -> tuple[Embeddings, list[str], str]:
+    """The embeddings, paths and distance of the test images. Raises ValueError if they are queries and a gallery."""
     args = evaluate.parse(argv)
     network, *others = evaluate.open_networks(args)[0]
     images, *gallery = evaluate.open_test_sets(args)
     if others or gallery:
         raise ValueError("Expected one network, and a dataset whose test images are queries and gallery")
     embedder = Embedder(network, torch.device("cpu"), args.amp)
-    return embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers)), images.paths
+    embeddings = embedder.embed(dataset.eval_loader(images, args.batch_size, args.workers))
+    return embeddings, images.paths, args.spec.distance
 
 
 def pair_thresholds(embeddings: Embeddings) -> None:
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> None:
     with cli.errors_in_one_line("thresholds.py"):
         if len(argv) == 1 and os.path.isdir(argv[0]):
             return check_calibrations(Index.open(Path(argv[0])).embeddings(), "one half to the other", 2)
-        embeddings, paths = embed(argv)
+        embeddings, paths, _ = embed(argv)
         if len(group(paths)) == len(embeddings.labels.unique()):  # each class is in a folder of its own
             folders(embeddings, paths)
         pair_thresholds(embeddings)

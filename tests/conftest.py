@@ -1,4 +1,5 @@
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: threads only wait for each other
 
@@ -43,3 +44,14 @@ def cub_root(tmp_path_factory):
 def tile(request, monkeypatch):
     """Of the product: all at once, and many of them, whose edges cut classes in two."""
     monkeypatch.setitem(tiles.TILE, "cpu", request.param)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no Chromium here")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])

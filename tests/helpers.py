@@ -68,6 +68,14 @@ def threshold(value, **changed) -> Calibration:
     return replace(measured, **changed)
 
 
+def save_backbone(name, path):
+    """Write the backbone weights of a random network."""
+    torch.manual_seed(7)
+    state = net.create(name, 8).model.state_dict()
+    torch.save({key: tensor for key, tensor in state.items() if not key.startswith("embedding.")}, path)
+    return path
+
+
 # Runs of train.py
 
 

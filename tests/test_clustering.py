@@ -427,24 +427,18 @@ def test_page_says_what_it_leaves_out(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
-def test_browser_shows_the_page(page, width, scheme):
+def test_browser_shows_the_page(page, browser, width, scheme):
     """Every picture loads, nothing is asked for outside of the file, and nothing is cut off."""
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser_path:
-        pytest.skip("no Chromium here")
-    playwright = pytest.importorskip("playwright.sync_api")
     requests, complaints = [], []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.goto(page.as_uri())
-        tab.evaluate("Promise.allSettled(Array.from(document.images, image => image.decode()))")
-        images = tab.evaluate("Array.from(document.images, i => [i.width, i.naturalWidth])")
-        edges = tab.evaluate("[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right)")
-        ink, paper = tab.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
-        browser.close()
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.goto(page.as_uri())
+    tab.evaluate("Promise.allSettled(Array.from(document.images, image => image.decode()))")
+    images = tab.evaluate("Array.from(document.images, i => [i.width, i.naturalWidth])")
+    edges = tab.evaluate("[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right)")
+    ink, paper = tab.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+    tab.close()
     brightness = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ink, paper)]
     assert (brightness[0] > brightness[1]) == (scheme == "dark")
     assert len(images) > 300 and all(0 < shown <= natural == sheets.STORED for shown, natural in images)

@@ -11,7 +11,7 @@ import pytest
 import significance
 import torch
 import torch.nn.functional as F
-from helpers import arguments, fails, read_figures, read_metrics, run_folder, stop_at, torchrun
+from helpers import arguments, fails, read_figures, read_metrics, run_folder, save_backbone, stop_at, torchrun
 
 import dataset
 import evaluate
@@ -30,13 +30,6 @@ NAME = "tiny_Proxy_Anchor_embedding8_alpha32_mrg0.1_adamw_lr0.0001_batch8_frozen
 def weights(tmp_path_factory):
     """A file of backbone weights."""
     return save_backbone("tiny", tmp_path_factory.mktemp("weights") / "tiny.pth")
-
-
-def save_backbone(name, path):
-    torch.manual_seed(7)
-    state = net.create(name, 8).model.state_dict()
-    torch.save({key: tensor for key, tensor in state.items() if not key.startswith("embedding.")}, path)
-    return path
 
 
 def flags(root, weights, logs, **changed):

@@ -113,7 +113,7 @@ def test_thresholds_of_smaller_galleries_are_those_of_all_subsets(count, share):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_threshold_of_a_larger_gallery_is_extrapolated(distance):
-    """From 600 images of 200 classes to 4,800 of 1,600, of which as many unknown queries match, in the mean."""
+    """From 600 images of 200 classes to 4,800 of 1,600, at which as many unknown queries match, on average."""
     shares = []
     for seed in range(3):
         random = np.random.default_rng(seed)

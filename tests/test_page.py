@@ -340,16 +340,6 @@ def server(folder):
     assert not any((folder / "temporary").glob("search-*"))
 
 
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("no Chromium here")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-
-
 @pytest.fixture
 def tab(server, browser):
     """A new tab with the page, as wide as a phone; what it requests and complains about is checked in the end."""

@@ -8,7 +8,7 @@ import compare
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import arguments, read_metrics, run_folder, run_train, stop_at
+from helpers import arguments, read_metrics, run_folder, run_train, save_backbone, stop_at
 from matplotlib.figure import Figure
 
 import dataset
@@ -137,11 +137,7 @@ def test_settings_that_do_not_exist(line, message, capsys):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file of backbone weights."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    torch.manual_seed(7)
-    state = net.create("tiny", 8).model.state_dict()
-    torch.save({name: tensor for name, tensor in state.items() if not name.startswith("embedding.")}, path)
-    return path
+    return save_backbone("tiny", tmp_path_factory.mktemp("weights") / "tiny.pth")
 
 
 SETTINGS = {"epochs": 2, "head": "layernorm", "lr-schedule": "cosine", "freeze": "conv1,layer1", "warm": 1}

@@ -5,7 +5,6 @@ import html
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 
 import numpy as np
@@ -88,27 +87,21 @@ def page_of_photographs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["page", "page_of_photographs"])
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
-def test_browser_shows_the_page(request, which, width, scheme):
+def test_browser_shows_the_page(request, browser, which, width, scheme):
     """Every image loads, at no more than twice its size; nothing is asked for outside of the folder; all is in view."""
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser_path:
-        pytest.skip("no Chromium here")
-    playwright = pytest.importorskip("playwright.sync_api")
     page = request.getfixturevalue(which)
     requests, complaints = [], []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.goto(page.as_uri())
-        tab.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-        tab.evaluate("Promise.allSettled(Array.from(document.images, image => image.decode()))")
-        images = tab.evaluate("Array.from(document.images, i => [i.src, i.width, i.naturalWidth])")
-        edges = "[...document.querySelectorAll('body *')].map(e => [e.tagName, e.getBoundingClientRect().right])"
-        cut_off = [(tag, right) for tag, right in tab.evaluate(edges) if right > width]
-        ink, paper = tab.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
-        browser.close()
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.goto(page.as_uri())
+    tab.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+    tab.evaluate("Promise.allSettled(Array.from(document.images, image => image.decode()))")
+    images = tab.evaluate("Array.from(document.images, i => [i.src, i.width, i.naturalWidth])")
+    edges = "[...document.querySelectorAll('body *')].map(e => [e.tagName, e.getBoundingClientRect().right])"
+    cut_off = [(tag, right) for tag, right in tab.evaluate(edges) if right > width]
+    ink, paper = tab.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+    tab.close()
     brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
     assert (brightness[0] > brightness[1]) == (scheme == "dark")
     assert len(images) > 20 and all(0 < shown <= 2 * natural for _, shown, natural in images)

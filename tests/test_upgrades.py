@@ -9,7 +9,7 @@ import kills
 import numpy as np
 import pytest
 import torch
-from helpers import arguments, assert_close, fails, in_processes, run_folder, run_train, stop_at
+from helpers import arguments, assert_close, fails, in_processes, run_folder, run_train, save_backbone, stop_at
 from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss
 from test_losses import by_the_equation, sample, value_and_gradients
 
@@ -370,11 +370,7 @@ def test_average_has_the_precision_of_the_network_and_is_compiled_as_it_is(monke
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file of backbone weights."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    torch.manual_seed(7)
-    state = net.create("tiny", 8).model.state_dict()
-    torch.save({name: tensor for name, tensor in state.items() if not name.startswith("embedding.")}, path)
-    return path
+    return save_backbone("tiny", tmp_path_factory.mktemp("weights") / "tiny.pth")
 
 
 # An epoch is 3 batches of training and 2 or 3 of evaluation.

@@ -174,7 +174,7 @@ def sample_classes(labels: torch.Tensor) -> torch.Tensor:
 def rand_indices(merges: Merges, labels: list[int]) -> np.ndarray:
     """The adjusted Rand index before the merges and after each: (M + 1,); NaN where it is not defined.
 
-    Of all pairs of images, `same` are of one class, `joined` in one group, and `right` both.
+    `same`, `joined` and `right` count the pairs of images that share a class, a group, and both.
     """
     groups = [Counter([label]) for label in labels]
     right, joined = [0], [0]

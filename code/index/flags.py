@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 from proxy_anchor import cli
-from proxy_anchor.spec import SHARE
 
 PORT = 7860  # of the page
 
@@ -35,13 +34,9 @@ def index_options() -> argparse.ArgumentParser:
         help="one entry per folder: the mean of the embeddings of the images directly in it",
     )
     group.add_argument("--out", required=True, type=cli.path, metavar="INDEX", help="folder to write the index to")
-    group.add_argument(
-        "--calibrate",
-        nargs="?",
-        type=cli.number(lambda value: 0 < value < 1, "not between 0 and 1"),
-        const=SHARE,
-        metavar="SHARE",
-        help="if each folder shows one thing: leave each out in turn to choose the threshold that at most this share "
+    cli.add_calibrate(
+        group,
+        "if each folder shows one thing: leave each out in turn to choose the threshold that at most this share "
         "(0.05 if not given) of unknown queries reach, and store it in the index, with the one for `search.py group`",
     )
     group.add_argument(

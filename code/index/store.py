@@ -98,6 +98,14 @@ class Index:
             ) from error
         return index
 
+    @classmethod
+    def open_complete(cls, folder: Path) -> "Index":
+        """The index in a folder, to search. Raises as open, and FileNotFoundError if nothing is complete in it yet."""
+        index = cls.open(folder)
+        if not len(index.images):
+            raise FileNotFoundError(f"{folder} holds no complete index: run the `search.py index` command again")
+        return index
+
     def _check_files(self):
         """Raise ValueError if a file was damaged since it was written."""
         for name, sealed in self.files.items():

@@ -39,7 +39,7 @@ def draw(classes: int, replicates: int = REPLICATES) -> np.ndarray:
 def estimate_share(hits: int, total: int, replicates: np.ndarray, classes: int) -> Estimate:
     """A share with its interval. If none or all are hits, all samples are alike: it is that of `classes` draws then."""
     value, low, high = estimate(hits / total, replicates.clip(0, 1))
-    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / classes)  # the largest share of which so many draws may well show nothing
+    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / classes)  # a larger share would almost surely show in one of these draws
     return Estimate(value, min(low, 1 - unseen) if hits == total else low, max(high, unseen) if not hits else high)
 
 

@@ -221,6 +221,8 @@ def update_index(args: argparse.Namespace) -> None:
             source = os.path.realpath(args.images or args.data_root)
             sources = {source if os.path.isdir(source) else os.path.dirname(source)}
             add = partial(embed_blocks, index, stamps, images_of, network, args)
+        if args.moved_from:
+            index.moved(os.path.realpath(args.moved_from), source)
         presence = Presence(stamps, index.folders, args.drop_missing)
         new, changed, deleted, done = index.compare(stamps, presence.of)
         is_known, index.folders = sources <= {*index.folders}, sorted({*index.folders, *sources})
@@ -238,7 +240,7 @@ def update_index(args: argparse.Namespace) -> None:
             print(f"{done:,} of these were embedded before the interruption")
         try:
             done += add()
-            if done or changed or deleted:
+            if done or changed or deleted or args.moved_from:
                 index = index.finish()
                 print(f"Indexed {done:,} {kind}")
                 if index.factory != EXACT:
@@ -322,6 +324,7 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
 
     images_of(entry) -> the paths of its images.
     """
+    from proxy_anchor import api
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.index import entries
 
@@ -329,6 +332,10 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     if not new:
         return 0
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
+    if warning := api.check_drift(index, embedder):
+        print(printable(warning), file=sys.stderr)
+    else:
+        index.runtime = api.runtime(embedder.device)
     seen = added = 0
     for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
         paths = [image for paths in block.values() for image in paths]
@@ -405,16 +412,14 @@ class Presence:
 
     def missing_folder(self, entry: str) -> str | None:
         """A folder that a missing entry, or the file that it links to, was indexed with, if that is gone or empty."""
+        from proxy_anchor.index import entries
+
         for path in dict.fromkeys((entry, os.path.realpath(entry))):
-            indexed = [folder for folder in self.folders if within(path, folder)]
+            indexed = [folder for folder in self.folders if entries.within(path, folder)]
             for folder in indexed or [os.path.dirname(path)]:
                 if not os.path.isdir(folder) or all(map(is_hidden, os.listdir(folder))):
                     return folder
         return None
-
-
-def within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def has_images(entry: str) -> bool:
@@ -466,13 +471,17 @@ def query(args: argparse.Namespace) -> None:
 
 def open_search(args: argparse.Namespace) -> Search:
     """The index of a command line and its network; remarks on them go to stderr."""
-    from proxy_anchor.api import Search
+    from proxy_anchor import api
 
-    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
+    search = api.Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
     if search.index.spec.backbone_only:
         print(search.embedder.network.model.remark, end="", file=sys.stderr)
     if not search.index.records_orientation:
         print(AS_STORED, file=sys.stderr)
+    if search.index.runtime != api.runtime(search.embedder.device) and (
+        warning := api.check_drift(search.index, search.embedder.run)
+    ):
+        print(printable(warning), file=sys.stderr)
     return search
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,8 @@ from PIL import Image
 from proxy_anchor import hardware
 from proxy_anchor.checkpoint import Checkpoint, calibration_in, in_run
 from proxy_anchor.embedding import Embedder
-from proxy_anchor.files import printable
+from proxy_anchor.files import printable, quantity
+from proxy_anchor.index import entries
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import Calibration, NetworkSpec
 from proxy_anchor.vectors import comparable, to_nearness
@@ -31,6 +33,7 @@ else:
     from proxy_anchor import dataset, net
 
 BATCH = 32  # images that the network sees at a time
+REFERENCES, DRIFT = 8, 1e-3  # entries that are embedded again, and the share of its length that a vector may move
 DEEP = 100  # entries among which the second thing of a query is looked for
 
 
@@ -266,6 +269,46 @@ class Search:
     def __reduce__(self):
         chosen = {name: value for name, value in vars(self).items() if name == "threshold"}
         return self.opened, (), chosen
+
+
+def runtime(device: torch.device) -> dict[str, str]:
+    """What the vectors of images depend on besides the network: the device, and the libraries that decode and run."""
+    return {"device": device.type} | {name: version(name) for name in ("torch", "torchvision", "pillow")}
+
+
+def check_drift(index: Index, run: Embedder) -> str:
+    """A warning if images of an index have other vectors when they are embedded here and now; "" without one.
+
+    It embeds REFERENCES entries at even distances whose images are as they were when they were indexed.
+    """
+    row_of, images = {}, {}
+    for row in np.linspace(0, len(index.images) - 1, min(REFERENCES, len(index.images))).round().astype(int).tolist():
+        entry, stamp = index.images[row]
+        paths = entries.group(dataset.folder.images(Path(entry))).get(entry, []) if index.made["by_folder"] else [entry]
+        if paths and all(map(os.path.isfile, paths)) and entries.stamp(paths) == stamp:
+            row_of[entry], images[entry] = row, paths
+    bad = dataset.unlabelled([path for paths in images.values() for path in paths], index.spec).find_bad(workers=0)
+    images = {entry: paths for entry, paths in images.items() if not bad.keys() & {*paths}}
+    if not images:
+        return ""
+    seen = dataset.unlabelled([path for paths in images.values() for path in paths], index.spec)
+    vectors = run.embed(dataset.eval_loader(seen, BATCH, workers=0)).vectors
+    _, embeddings = entries.embeddings_of(images, seen.paths, vectors, index.distance)
+    now = comparable(embeddings, index.distance).float().cpu().numpy()
+    before = index.images.take(np.array([row_of[entry] for entry in images]))
+    moved = np.linalg.norm(now - before, axis=1) / np.linalg.norm(before, axis=1).clip(1e-12)
+    if moved.max() <= DRIFT:
+        return ""
+    kind = "folder" if index.made["by_folder"] else "image"
+    made, here = (
+        ", ".join(f"{name} {of}" for name, of in each.items()) for each in (index.runtime, runtime(run.device))
+    )
+    return (
+        f"{quantity(len(images), kind)} of {index.folder} embedded again: their vectors have moved by up to "
+        f"{moved.max():.4f} of their length, expected {DRIFT:g} at most. It was made with "
+        f"{made or 'unknown versions'}; here is {here}. Similarities are as inexact: use those versions, and the same "
+        "--amp, or build a new index"
+    )
 
 
 def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[Any, str]:

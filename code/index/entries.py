@@ -21,6 +21,16 @@ def stamp(paths: list[str]) -> str:
     return " ".join(f"{size} {time}" for size, time in stats)  # takes half the memory of a list
 
 
+def within(path: str, folder: str) -> bool:
+    """Whether a path is this folder, or in it."""
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def relocate(path: str, old: str, new: str) -> str:
+    """The path, or the one at the same place in the folder `new` if it is within the folder `old`."""
+    return os.path.normpath(os.path.join(new, os.path.relpath(path, old))) if within(path, old) else path
+
+
 def blocks(entries, size: int):
     """Divide pairs (entry, its images) into dicts {entry: its images} with `size` images each, or a few more."""
     block: dict[str, list[str]] = {}

@@ -46,6 +46,13 @@ def index_options() -> argparse.ArgumentParser:
         "may not be mounted",
     )
     group.add_argument(
+        "--moved-from",
+        type=cli.path,
+        metavar="DIR",
+        help="the folder of the images when they were indexed, if it is another one now: images that are the same, by "
+        "size and time, keep their vectors",
+    )
+    group.add_argument(
         "--index-factory",
         metavar="STRING",
         help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",

@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+from collections.abc import Iterable
 from itertools import compress
 from pathlib import Path
 
@@ -77,7 +78,12 @@ class Rows:
 
 def block(stamps: dict[str, str], vectors: np.ndarray) -> tuple[bytes, np.ndarray]:
     """Rows as write takes them."""
-    return "".join(f"{_as_line(row)}\n" for row in stamps.items()).encode(), vectors
+    return lines(stamps.items()), vectors
+
+
+def lines(stamps: Iterable[tuple[str, str]]) -> bytes:
+    """The lines of pairs (path, stamp)."""
+    return "".join(f"{_as_line(row)}\n" for row in stamps).encode()
 
 
 def write(vectors: Path, lines: Path, blocks) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from proxy_anchor.files import is_intact, lock_folder, numbered, replacing, seal
-from proxy_anchor.index import clustering, neighbours, rows
+from proxy_anchor.files import is_intact, lock_folder, numbered, printable, replacing, seal
+from proxy_anchor.index import clustering, entries, neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
 from proxy_anchor.spec import MEASURES, Calibration, NetworkSpec
@@ -33,6 +33,7 @@ SINCE = {
     "folders": list,
     "files": dict,
     "calibration": dict,
+    "runtime": dict,
     "sha256": str,
 }  # what older ones lack; sha256: of all other entries
 UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was just begun
@@ -49,19 +50,32 @@ class Index:
     made: "checkpoint", its path; "weights", its identity; "network", the record of its spec; "by_folder": whether each
     entry is a folder, with the mean of the images in it.
     folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal. calibration: the
-    threshold that was measured on its entries, if any.
+    threshold that was measured on its entries, if any. runtime: what embedded its images, see api.runtime; {} where an
+    older one does not say so.
     """
 
     images: Rows
     neighbours: Exact | FaissFiles
 
-    def __init__(self, folder: Path, made: dict, factory: str, number: int, folders=(), files=None, calibration=None):
+    def __init__(
+        self,
+        folder: Path,
+        made: dict,
+        factory: str,
+        number: int,
+        folders=(),
+        files=None,
+        calibration=None,
+        runtime=None,
+    ):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
         orientation = {name: made[name] for name in ("orientation",) if name in made}  # where older ones have it
         self.spec = NetworkSpec.from_record(made["network"] | orientation)
         self.folders: list[str] = list(folders)
         self.files: dict[str, dict] = files or {}
         self.calibration = Calibration.from_record(calibration) if calibration else None
+        self.runtime: dict[str, str] = runtime or {}
+        self.move: tuple[str, str] | None = None  # folders: entries in the first are now in the second
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str) -> "Index":
@@ -145,6 +159,21 @@ class Index:
                 return
             raise ValueError(f"{self.folder} holds an index {self.factory}, not {factory}; make a new one")
 
+    def moved(self, old: str, new: str) -> None:
+        """Take what was indexed in the folder `old` for what is at the same place in `new`, in compare and finish.
+
+        Raises ValueError if nothing was indexed in it.
+        """
+        of_blocks = (path for number in range(len(self._kept) - 1) for path, _ in self._block(number))
+        if not any(entries.within(path, old) for path in itertools.chain((path for path, _ in self.images), of_blocks)):
+            folders = ", ".join(map(printable, self.folders)) or "unknown folders"
+            raise ValueError(f"{self.folder} holds no images in {printable(old)}, but in {folders}")
+        self.move = old, new
+        self.folders = sorted({self._now(folder) for folder in self.folders})
+
+    def _now(self, path: str) -> str:
+        return entries.relocate(path, *self.move) if self.move else path
+
     def compare(self, stamps: dict[str, str | None], exists) -> tuple[int, int, int, int]:
         """The numbers of images that are new, changed, deleted and done, for the present {path: stamp}.
 
@@ -156,6 +185,7 @@ class Index:
         elsewhere, done = set(), 0  # of other folders, embedded by an interrupted run
         for number, kept_of_block in reversed([*enumerate(of_blocks)]):
             for row, (path, stamp) in enumerate(self._block(number)):
+                path = self._now(path)
                 if path in stamps:
                     kept_of_block[row] = stamps[path] is not None and stamps[path] == stamp
                     done += kept_of_block[row]
@@ -165,6 +195,7 @@ class Index:
                     elsewhere.add(path)
         known = changed = deleted = 0
         for row, (path, stamp) in enumerate(self.images):
+            path = self._now(path)
             if path in stamps:
                 known += 1
                 kept[row] = stamps[path] is not None and stamps[path] == stamp
@@ -196,7 +227,7 @@ class Index:
         if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
         self._delete_others()  # leftovers of a run that was interrupted here
-        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders)
+        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders, runtime=self.runtime)
         index.calibration = self.calibration
         try:
             rows.write(*index._files(), self._blocks_to_keep())
@@ -214,7 +245,10 @@ class Index:
     def _blocks_to_keep(self):
         """Blocks of rows.write: what is kept of the images, then of each block."""
         for number, kept in enumerate(self._kept, start=-1):
-            yield from (self.images if number < 0 else self._block(number)).blocks(kept)
+            for lines, vectors in (self.images if number < 0 else self._block(number)).blocks(kept):
+                if self.move:
+                    lines = rows.lines((self._now(path), stamp) for path, stamp in map(json.loads, lines.splitlines()))
+                yield lines, vectors
 
     def _write_neighbours(self, former: FaissFiles | None):
         """Write FAISS's index of the rows; former: the index of the first of them, if it is still valid."""

@@ -1,10 +1,11 @@
 """Measure an index larger than memory: time and memory of building and searching, and recall against exact search.
 
-python benchmarks/index_size.py --vectors 2000000 --size 256 --index-factory IVF1024,SQ8 [--queries 1000] [--out DIR]
+python benchmarks/index_size.py --vectors 2000000 --size 256 --index-factory IVF1024,SQ8 IVF1024,RaBitQ [--out DIR]
 
-Vectors are generated in blocks: 20 images per class around its center, which lies in a space of 32 dimensions. Queries
-are database vectors with noise. Memory is the peak resident set (VmHWM), which includes mapped pages of files, and its
-anonymous share (RssAnon, sampled every 20 ms), which the system cannot reclaim. Linux only.
+Several kinds are built one after the other, and then searched in turn, three times, so that their times can be
+compared. Vectors are generated in blocks: 20 images per class around its center, which lies in a space of 32
+dimensions. Queries are database vectors with noise. Memory is the peak resident set (VmHWM), which includes mapped
+pages of files, and its anonymous share (RssAnon, sampled every 20 ms), which the system cannot reclaim. Linux only.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from proxy_anchor.index.neighbours import Exact, faiss
 from proxy_anchor.index.store import RECALL_AT, Index
 
 BLOCK, PER_CLASS, INTRINSIC, NOISE = 2**14, 20, 32, 0.6
-NPROBES = (1, 4, 16, 64)
+NPROBES, ROUNDS = (1, 4, 16, 64), 3
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -60,6 +62,9 @@ class Memory:
         while not self.end.wait(0.02):
             self.anonymous = max(self.anonymous, self.status("RssAnon"))
 
+    def __str__(self):
+        return f"{self.resident:,.0f} ({self.anonymous:,.0f})"
+
     @staticmethod
     def status(name: str) -> float:
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
@@ -82,49 +87,63 @@ def main():
     parser.add_argument("--vectors", type=int, default=2_000_000)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--index-factory", default="IVF1024,SQ8")
-    parser.add_argument("--out", help="folder for the index (default: a temporary one)")
+    parser.add_argument("--index-factory", nargs="+", default=["IVF1024,SQ8"])
+    parser.add_argument("--out", help="folder for the indexes (default: a temporary one)")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        with Memory() as memory:
-            start = time.perf_counter()
-            build(Path(folder), args.vectors, args.size, args.index_factory)
-            minutes = (time.perf_counter() - start) / 60
-        print(f"{args.vectors:,} x {args.size}, {args.index_factory}; {torch.get_num_threads()} threads")
-        print(f"on disk: {sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6:,.0f} MB")
-        print(f"build: {minutes:.1f} min, {memory.resident:,.0f} MB resident, {memory.anonymous:,.0f} MB anonymous")
-
-        rows = np.random.default_rng(2).choice(args.vectors, min(args.queries, args.vectors), replace=False)
-        start = time.perf_counter()
-        index = Index.open(Path(folder))
-        opening = time.perf_counter() - start
-        generator = np.random.default_rng(3)
-        queries = torch.from_numpy(noisy(index.images.take(np.sort(rows)), generator))
-        _, exact = Exact(index.images, faiss().METRIC_INNER_PRODUCT).search(queries.numpy(), RECALL_AT)
-        print(f"opened in {opening:.1f} s; nearest {RECALL_AT} of {len(rows):,} queries:")
-        print(f"| search | queries/s | ms, one query | recall@{RECALL_AT} | MB resident | MB anonymous |")
-        print("|---" * 6 + "|")
-        for nprobe in [nprobe for nprobe in NPROBES if nprobe <= index.cells] or [None]:
-            if nprobe:
-                index.set_nprobe(nprobe)
+        indexes = {}
+        print(f"{args.vectors:,} x {args.size}; {torch.get_num_threads()} threads")
+        print("| index | disk, MB | of it FAISS's | build, min | build, MB (anonymous) |")
+        print("|---" * 5 + "|")
+        for number, factory in enumerate(args.index_factory):
+            path = Path(folder, str(number))
+            path.mkdir()
             with Memory() as memory:
                 start = time.perf_counter()
-                results = index.search(queries, RECALL_AT)
-                seconds = time.perf_counter() - start
-                start = time.perf_counter()
-                for query in queries[:10]:
-                    index.search(query[None], RECALL_AT)
-                single = (time.perf_counter() - start) / len(queries[:10])
-            hits = sum(
-                len(dict(a).keys() & {index.images[i][0] for i in b}) for a, b in zip(results, exact, strict=True)
+                indexes[factory] = build(path, args.vectors, args.size, factory)
+                minutes = (time.perf_counter() - start) / 60
+            disk, of_faiss = (
+                sum(file.stat().st_size for file in path.glob(files)) / 1e6 for files in ("*", "*.faiss*")
             )
-            print(
-                f"| {f'--nprobe {nprobe}' if nprobe else args.index_factory} | {len(rows) / seconds:,.0f} "
-                f"| {1000 * single:,.0f} | {hits / exact.size:.3f} "
-                f"| {memory.resident:,.0f} | {memory.anonymous:,.0f} |",
-                flush=True,
-            )
+            print(f"| {factory} | {disk:,.0f} | {of_faiss:,.0f} | {minutes:.1f} | {memory} |", flush=True)
+
+        images = next(iter(indexes.values())).images
+        rows = np.sort(np.random.default_rng(2).choice(args.vectors, min(args.queries, args.vectors), replace=False))
+        queries = noisy(images.take(rows), np.random.default_rng(3))
+        _, exact = Exact(images, faiss().METRIC_INNER_PRODUCT).search(queries, RECALL_AT)
+        print(f"\nThe {RECALL_AT} nearest of {len(rows):,} queries:")
+        print(f"| search | queries/s | ms, one query | recall@{RECALL_AT} | search, MB (anonymous) |")
+        print("|---" * 5 + "|")
+        for nprobe in NPROBES if any(index.cells for index in indexes.values()) else NPROBES[:1]:
+            runs = {factory: [] for factory, index in indexes.items() if index.cells or nprobe == NPROBES[0]}
+            for factory in [*runs] * ROUNDS:
+                runs[factory].append(measure(indexes[factory], nprobe, queries, exact))
+            for factory, measured in runs.items():
+                seconds, single = (median(values) for values in list(zip(*measured))[:2])
+                _, _, recall, memory = measured[-1]
+                name = f"{factory} --nprobe {nprobe}" if indexes[factory].cells else factory
+                print(
+                    f"| {name} | {len(rows) / seconds:,.0f} | {1000 * single:,.0f} | {recall:.3f} | {memory} |",
+                    flush=True,
+                )
+
+
+def measure(index: Index, nprobe: int, queries: np.ndarray, exact: np.ndarray) -> tuple[float, float, float, Memory]:
+    """Seconds for all queries, and for one alone; recall of their exact neighbours; memory."""
+    if index.cells:
+        index.set_nprobe(nprobe)
+    batch = torch.from_numpy(queries)
+    with Memory() as memory:
+        start = time.perf_counter()
+        results = index.search(batch, RECALL_AT)
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        for query in batch[:10]:
+            index.search(query[None], RECALL_AT)
+        single = (time.perf_counter() - start) / len(batch[:10])
+    hits = sum(len(dict(a).keys() & {index.images[i][0] for i in b}) for a, b in zip(results, exact, strict=True))
+    return seconds, single, hits / exact.size, memory
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def update_index(args: argparse.Namespace) -> None:
     with lock(folder):
         if (folder / IMAGES).exists():
             index = Index.open(folder)
-            index.check(made, args.index_factory)
+            index.check(made, args.index_factory, "float16" if args.float16 else None)
             if parts:
                 exchange.check_same(
                     index.made | {"network": index.spec.to_record()}, made, printable(args.out), printable(args.vectors)
@@ -204,7 +204,7 @@ def update_index(args: argparse.Namespace) -> None:
             if upright and not index.is_upright:
                 print(AS_STORED)
         else:
-            index = Index.new(folder, made, args.index_factory or EXACT)
+            index = Index.new(folder, made, args.index_factory or EXACT, "float16" if args.float16 else "float32")
             index.calibration = parts.calibration if parts else None
         if parts:
             stamps, sources = parts.stamps, parts.folders
@@ -332,9 +332,7 @@ def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network
     if not new:
         return 0
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
-    if warning := api.check_drift(index, embedder):
-        print(printable(warning), file=sys.stderr)
-    else:
+    if not warn_of_drift(index, embedder):
         index.runtime = api.runtime(embedder.device)
     seen = added = 0
     for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
@@ -471,18 +469,24 @@ def query(args: argparse.Namespace) -> None:
 
 def open_search(args: argparse.Namespace) -> Search:
     """The index of a command line and its network; remarks on them go to stderr."""
-    from proxy_anchor import api
+    from proxy_anchor.api import Search
 
-    search = api.Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
+    search = Search(args.index, hardware.select(0), checkpoint=args.resume, nprobe=args.nprobe)
     if search.index.spec.backbone_only:
         print(search.embedder.network.model.remark, end="", file=sys.stderr)
     if not search.index.records_orientation:
         print(AS_STORED, file=sys.stderr)
-    if search.index.runtime != api.runtime(search.embedder.device) and (
-        warning := api.check_drift(search.index, search.embedder.run)
-    ):
-        print(printable(warning), file=sys.stderr)
+    warn_of_drift(search.index, search.embedder.run)
     return search
+
+
+def warn_of_drift(index: Index, embedder: Embedder) -> bool:
+    """Print a warning, and return whether there is one, if other versions than the index's move its vectors."""
+    from proxy_anchor import api
+
+    warning = api.check_drift(index, embedder)
+    print(printable(warning), end="\n" * bool(warning), file=sys.stderr)
+    return bool(warning)
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -277,38 +277,43 @@ def runtime(device: torch.device) -> dict[str, str]:
 
 
 def check_drift(index: Index, run: Embedder) -> str:
-    """A warning if images of an index have other vectors when they are embedded here and now; "" without one.
+    """A warning if images of an index have other vectors when they are embedded here; "" without one.
 
-    It embeds REFERENCES entries at even distances whose images are as they were when they were indexed.
+    It embeds some only if the runtime is not the one that the index records.
     """
-    row_of, images = {}, {}
+    here = runtime(run.device)
+    if index.runtime == here or not (references := references_of(index)):
+        return ""
+    seen = dataset.unlabelled([path for paths in references.values() for path in paths], index.spec)
+    vectors = run.embed(dataset.eval_loader(seen, BATCH, workers=0)).vectors
+    images = {index.images[row][0]: paths for row, paths in references.items()}
+    _, embeddings = entries.embeddings_of(images, seen.paths, vectors, index.distance)
+    now, before = (
+        comparable(embeddings, index.distance).float().cpu().numpy(),
+        index.images.take(np.array([*references])),
+    )
+    moved = (np.linalg.norm(now - before, axis=1) / np.linalg.norm(before, axis=1).clip(1e-12)).max()
+    if moved <= DRIFT:
+        return ""
+    kind = "folder" if index.made["by_folder"] else "image"
+    made, present = (", ".join(f"{name} {of}" for name, of in record.items()) for record in (index.runtime, here))
+    return (
+        f"{quantity(len(images), kind)} of {index.folder} embedded again: their vectors have moved by up to "
+        f"{moved:.4f} of their length, expected {DRIFT:g} at most. It was made with {made or 'unknown versions'}; here "
+        f"is {present}. Similarities are as inexact: use those versions, or build a new index"
+    )
+
+
+def references_of(index: Index) -> dict[int, list[str]]:
+    """{row: its images} of up to REFERENCES entries, at even distances, whose files have not changed."""
+    images = {}
     for row in np.linspace(0, len(index.images) - 1, min(REFERENCES, len(index.images))).round().astype(int).tolist():
         entry, stamp = index.images[row]
         paths = entries.group(dataset.folder.images(Path(entry))).get(entry, []) if index.made["by_folder"] else [entry]
         if paths and all(map(os.path.isfile, paths)) and entries.stamp(paths) == stamp:
-            row_of[entry], images[entry] = row, paths
+            images[row] = paths
     bad = dataset.unlabelled([path for paths in images.values() for path in paths], index.spec).find_bad(workers=0)
-    images = {entry: paths for entry, paths in images.items() if not bad.keys() & {*paths}}
-    if not images:
-        return ""
-    seen = dataset.unlabelled([path for paths in images.values() for path in paths], index.spec)
-    vectors = run.embed(dataset.eval_loader(seen, BATCH, workers=0)).vectors
-    _, embeddings = entries.embeddings_of(images, seen.paths, vectors, index.distance)
-    now = comparable(embeddings, index.distance).float().cpu().numpy()
-    before = index.images.take(np.array([row_of[entry] for entry in images]))
-    moved = np.linalg.norm(now - before, axis=1) / np.linalg.norm(before, axis=1).clip(1e-12)
-    if moved.max() <= DRIFT:
-        return ""
-    kind = "folder" if index.made["by_folder"] else "image"
-    made, here = (
-        ", ".join(f"{name} {of}" for name, of in each.items()) for each in (index.runtime, runtime(run.device))
-    )
-    return (
-        f"{quantity(len(images), kind)} of {index.folder} embedded again: their vectors have moved by up to "
-        f"{moved.max():.4f} of their length, expected {DRIFT:g} at most. It was made with "
-        f"{made or 'unknown versions'}; here is {here}. Similarities are as inexact: use those versions, and the same "
-        "--amp, or build a new index"
-    )
+    return {row: paths for row, paths in images.items() if not bad.keys() & {*paths}}
 
 
 def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[Any, str]:

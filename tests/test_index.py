@@ -247,10 +247,10 @@ def vectors(count, ties=False):
     return torch.from_numpy(x.astype(np.float32))
 
 
-def built(folder, factory, distance, *parts):
+def built(folder, factory, distance, *parts, dtype="float32"):
     """An index of the vectors, added in one or more runs."""
     folder.mkdir(exist_ok=True)
-    index = Index.new(folder, MADE | {"network": MADE["network"] | {"distance": distance}}, factory)
+    index = Index.new(folder, MADE | {"network": MADE["network"] | {"distance": distance}}, factory, dtype)
     for x in parts:
         start = len(index.images)
         index.add({str(i): [0, i] for i in range(start, start + len(x))}, x)
@@ -325,6 +325,54 @@ def test_exact_search_in_slices(distance, tmp_path, monkeypatch):
         for row, own in zip(found, values):
             for a, b, equal in zip(row, row[1:], own[1:] == own[:-1]):
                 assert not equal or (a < b) == (distance == "euclidean")
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,SQ8"])
+def test_float16_is_an_index_of_rounded_vectors(factory, distance, tmp_path):
+    """In half the bytes, in one run or two, and what is found is measured with the rounded vectors."""
+    x, queries = vectors(2000), vectors(50)
+    half = built(tmp_path / "a", factory, distance, x[:1500], x[1500:], dtype="float16")
+    rounded = half._vectors_of(x).astype(np.float16).astype(np.float32)
+    assert half.dtype == "float16" and half._file("vectors", "float16").stat().st_size == 2 * 16 * 2000
+    assert not list((tmp_path / "a").glob("*.float32"))
+    assert np.array_equal(half.images.vectors, rounded) and half.images.vectors.dtype == np.float32
+    assert np.array_equal(half.images.take(np.array([3, 1999])), rounded[[3, 1999]])
+    for result, query in zip(half.search(queries, 10), half._vectors_of(queries)):
+        for name, value in result:
+            row = rounded[int(name)].astype(np.float64)
+            expected = row @ query if distance == "cosine" else np.linalg.norm(row - query)
+            assert value == pytest.approx(expected, abs=1e-5)
+    if factory == "Flat":
+        whole = built(tmp_path / "b", factory, distance, x)
+        names = [[{name for name, _ in result} for result in index.search(queries, 10)] for index in (half, whole)]
+        assert sum(len(a & b) for a, b in zip(*names)) >= 0.99 * 10 * len(queries)
+
+
+def test_float16_that_cannot_hold_a_number(tmp_path):
+    with pytest.raises(ValueError, match="not finite, or too large for float16"):
+        built(tmp_path, "Flat", "euclidean", 1e5 * vectors(20), dtype="float16")
+
+
+def test_kind_of_number_is_that_of_the_index(weights, images, tmp_path, capsys, monkeypatch):
+    """Also in the blocks of an interrupted run, and in an update without the flag."""
+    index, run = tmp_path / "index", lambda *more: make(weights, images, tmp_path / "index", *more)
+    interrupted(monkeypatch, 1, Kill(), lambda: run("--float16"))
+    assert (index / "block-0.0.float16").exists()
+    run()
+    assert [file.name for file in index.glob("*.float*")] == ["vectors-1.float16"]
+    assert described(index)["dtype"] == "float16" and len(found(index, capsys, images / "ant")) == 6
+    run("--float16")
+    make(weights, images, tmp_path / "other")
+    fails(
+        lambda: make(weights, images, tmp_path / "other", "--float16"),
+        capsys,
+        "holds vectors in float32, not float16; make a new one",
+    )
+    content = json.loads((index / "images.json").read_text()) | {"dtype": "../float16"}
+    del content["sha256"]
+    (index / "images.json").write_text(json.dumps(content))
+    fails(lambda: found(index, capsys, images), capsys, "is damaged, of an older version or no index")
 
 
 def test_search_goes_on_while_an_update_replaces_the_index(tmp_path):

@@ -57,6 +57,11 @@ def index_options() -> argparse.ArgumentParser:
         metavar="STRING",
         help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",
     )
+    group.add_argument(
+        "--float16",
+        action="store_true",
+        help="store the vectors of a new index in half the bytes: similarities are then off by up to 0.0005",
+    )
     return parser
 
 

@@ -137,7 +137,7 @@ def _write(files, images, done, index):
 
 
 def _rows_per_shard(images):
-    return max(SHARD // (4 * images.vectors.shape[1]), 1)
+    return max(SHARD // (4 * images.shape[1]), 1)
 
 
 def _best(queries, count, metric):

@@ -12,23 +12,25 @@ import numpy as np
 from proxy_anchor.files import replacing
 
 BLOCK = 2**14  # rows that are copied at a time
+DTYPES = ("float32", "float16")
 _as_line = json.JSONEncoder().encode
 
 
 class Rows:
-    """The rows of two files: vectors (N, size), float32, and a line ["path", stamp] in JSON for each vector.
+    """The rows of two files: vectors (N, size), and a line ["path", stamp] in JSON for each vector.
 
-    Raises FileNotFoundError if one is missing, ValueError if they do not fit each other.
+    The ending of the first is the type of its numbers, see DTYPES; vectors are read as float32. Raises
+    FileNotFoundError if one is missing, ValueError if they do not fit each other.
     """
 
     def __init__(self, vectors: Path, lines: Path, size: int):
-        self.file = lines
+        self.file, dtype = lines, np.dtype(vectors.suffix[1:])
         self._vectors, self._lines = open(vectors, "rb"), open(lines, "rb")  # noqa: SIM115 (they may be deleted)
         self._ends = _ends_of_lines(self._lines)
-        if (length := os.fstat(self._vectors.fileno()).st_size) != 4 * size * len(self):
+        if (length := os.fstat(self._vectors.fileno()).st_size) != dtype.itemsize * size * len(self):
             raise ValueError(f"{vectors.name} has {length:,} bytes, expected {len(self):,} vectors of {size} numbers")
         self._mapped = mmap.mmap(self._vectors.fileno(), 0, access=mmap.ACCESS_READ) if length else None
-        self.vectors = np.frombuffer(self._mapped or b"", np.float32).reshape(len(self), size)
+        self._stored = np.frombuffer(self._mapped or b"", dtype).reshape(len(self), size)
 
     def __len__(self):
         return len(self._ends)
@@ -49,18 +51,27 @@ class Rows:
     def __iter__(self):
         return (self[row] for row in range(len(self)))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._stored.shape
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """All vectors (N, size), mapped where they are float32."""
+        return self._stored.astype(np.float32, copy=False)
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Copies of the vectors of some rows, read one by one: mapping could load megabytes for each."""
-        copies = np.empty((len(rows), self.vectors.shape[1]), np.float32)
+        copies = np.empty((len(rows), self.shape[1]), self._stored.dtype)
         for copy, row in zip(copies, rows.tolist()):
             os.preadv(self._vectors.fileno(), [copy.data], row * copy.nbytes)
-        return copies
+        return copies.astype(np.float32, copy=False)
 
     def slices(self, rows: int, start: int = 0, stop: int | None = None):
         """(start, vectors) of this many rows at a time, mapped until the next is asked for."""
         stop = len(self) if stop is None else stop
         for first in range(start, stop, rows):
-            yield first, self.vectors[first : min(first + rows, stop)]
+            yield first, self._stored[first : min(first + rows, stop)].astype(np.float32, copy=False)
             if self._mapped:
                 self._mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -91,7 +102,11 @@ def write(vectors: Path, lines: Path, blocks) -> None:
     with replacing(lines) as text, replacing(vectors) as numbers, open(text, "wb") as a, open(numbers, "wb") as b:
         for block_lines, block_vectors in blocks:
             a.write(block_lines)
-            b.write(np.ascontiguousarray(block_vectors, np.float32).data)
+            with np.errstate(over="ignore"):
+                stored = np.ascontiguousarray(block_vectors, vectors.suffix[1:])
+            if not np.isfinite(stored).all():
+                raise ValueError("A number of a vector is not finite, or too large for float16")
+            b.write(stored.data)
 
 
 def _ends_of_lines(file) -> np.ndarray:

@@ -1,9 +1,10 @@
 """An index of embedded images, or of their folders: paths, vectors, and the checkpoint that embedded them.
 
 In its folder, images.json records the checkpoint, a NUMBER and the seals of the other files. images-NUMBER.jsonl and
-vectors-NUMBER.float32 are the rows, and vectors-NUMBER.faiss is FAISS's index of them, unless its kind is Flat. Each
-time the index is written, the number is new and images.json is replaced last. Until then new rows wait in blocks,
-block-NUMBER.0.float32 and .jsonl, block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be added to.
+vectors-NUMBER.float32, or .float16, are the rows, and vectors-NUMBER.faiss is FAISS's index of them, unless its kind is
+Flat. Each time the index is written, the number is new and images.json is replaced last. Until then new rows wait in
+blocks, block-NUMBER.0.float32 and .jsonl, block-NUMBER.1.float32 ...; NUMBER is that of the index that they will be
+added to.
 """
 
 import hashlib
@@ -34,9 +35,10 @@ SINCE = {
     "files": dict,
     "calibration": dict,
     "runtime": dict,
+    "dtype": str,
     "sha256": str,
 }  # what older ones lack; sha256: of all other entries
-UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|jsonl)|\..*\.tmp"  # files of an index that was just begun
+UNFINISHED = r"\.lock|(vectors|images)-0\.(float32|float16|jsonl)|\..*\.tmp"  # files of an index that was just begun
 CANDIDATES, CANDIDATES_PER_NEIGHBOUR = 100, 10  # of a kind that is not exact, ranked exactly: the larger number
 CALIBRATION_QUERIES = 2**14
 RECALL_QUERIES, RECALL_AT = 1000, 10  # of the recall against exact search
@@ -51,7 +53,7 @@ class Index:
     entry is a folder, with the mean of the images in it.
     folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal. calibration: the
     threshold that was measured on its entries, if any. runtime: what embedded its images, see api.runtime; {} where an
-    older one does not say so.
+    older one does not say so. dtype: of its vectors on disk, one of rows.DTYPES.
     """
 
     images: Rows
@@ -67,6 +69,7 @@ class Index:
         files=None,
         calibration=None,
         runtime=None,
+        dtype="float32",
     ):
         self.folder, self.made, self.factory, self.number = folder, made, factory, number
         orientation = {name: made[name] for name in ("orientation",) if name in made}  # where older ones have it
@@ -75,12 +78,13 @@ class Index:
         self.files: dict[str, dict] = files or {}
         self.calibration = Calibration.from_record(calibration) if calibration else None
         self.runtime: dict[str, str] = runtime or {}
+        self.dtype: str = dtype
         self.move: tuple[str, str] | None = None  # folders: entries in the first are now in the second
 
     @classmethod
-    def new(cls, folder: Path, made: dict, factory: str) -> "Index":
+    def new(cls, folder: Path, made: dict, factory: str, dtype: str = "float32") -> "Index":
         """An index without images. Raises ValueError for a factory string that FAISS does not know."""
-        index = cls(folder, made, factory, number=0)
+        index = cls(folder, made, factory, number=0, dtype=dtype)
         index._new_faiss_index()
         rows.write(*index._files(), [])
         index.describe()
@@ -101,6 +105,8 @@ class Index:
             if content.pop("sha256", None) not in (None, digest(content)):
                 raise ValueError(f"{IMAGES} has changed since it was written")
             index = cls(folder, **content)
+            if index.dtype not in rows.DTYPES:
+                raise ValueError(f"its dtype is {index.dtype[:80]!r}")
             index._check_files()
             index._read_vectors()
         except (ValueError, RuntimeError, FileNotFoundError) as error:
@@ -131,9 +137,9 @@ class Index:
         if self.factory == EXACT or not len(self.images):
             self.neighbours = Exact(self.images, self._metric)
         else:
-            self.neighbours = FaissFiles(self._file("vectors", "faiss"), self.images.vectors.shape)
+            self.neighbours = FaissFiles(self._file("vectors", "faiss"), self.images.shape)
 
-    def check(self, made: dict, factory: str | None = None) -> None:
+    def check(self, made: dict, factory: str | None = None, dtype: str | None = None) -> None:
         """Raise ValueError if this index was made with another checkpoint, or is of another kind than asked for.
 
         It keeps the orientation that it was made with.
@@ -152,6 +158,8 @@ class Index:
         if made.get("by_folder", self.made["by_folder"]) != self.made["by_folder"]:
             has, flag = ("folders", "with") if self.made["by_folder"] else ("images", "without")
             raise ValueError(f"{self.folder} is an index of {has}: update it {flag} --by-folder, or make a new one")
+        if dtype not in (None, self.dtype):
+            raise ValueError(f"{self.folder} holds vectors in {self.dtype}, not {dtype}; make a new one")
         if factory not in (None, self.factory):
             if not len(self.images):  # embedded for a kind that could not be made, perhaps
                 self.factory = factory
@@ -227,8 +235,8 @@ class Index:
         if not any(kept.any() for kept in self._kept):
             raise ValueError(f"No image would be left in {self.folder}: delete the folder instead")
         self._delete_others()  # leftovers of a run that was interrupted here
-        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders, runtime=self.runtime)
-        index.calibration = self.calibration
+        index = Index(self.folder, self.made, self.factory, self.number + 1, self.folders, dtype=self.dtype)
+        index.calibration, index.runtime = self.calibration, self.runtime
         try:
             rows.write(*index._files(), self._blocks_to_keep())
             if self.factory != EXACT:
@@ -278,10 +286,10 @@ class Index:
             ) from error
 
     def _files_of_block(self, number: int) -> tuple[Path, Path]:
-        return self._file("block", f"{number}.float32"), self._file("block", f"{number}.jsonl")
+        return self._file("block", f"{number}.{self.dtype}"), self._file("block", f"{number}.jsonl")
 
     def _files(self) -> tuple[Path, Path]:
-        return self._file("vectors", "float32"), self._file("images", "jsonl")
+        return self._file("vectors", self.dtype), self._file("images", "jsonl")
 
     def _faiss_files(self) -> list[Path]:
         return list(itertools.takewhile(Path.exists, numbered(self._file("vectors", "faiss"))))
@@ -301,7 +309,7 @@ class Index:
         The last of numbered files goes first, so that the others can still be counted if this process is killed too.
         """
         for number in (self.number - 1, self.number + 1):
-            other = Index(self.folder, self.made, self.factory, number)
+            other = Index(self.folder, self.made, self.factory, number, dtype=self.dtype)
             blocks = itertools.takewhile(lambda files: files[0].exists(), map(other._files_of_block, itertools.count()))
             files = [*other._files(), *itertools.chain(*blocks), *other._faiss_files()]
             for file in reversed(files):

@@ -23,6 +23,8 @@ from proxy_anchor.index import neighbours, rows
 from proxy_anchor.index.store import Index
 
 faiss = pytest.importorskip("faiss")
+HAS_RABITQ = hasattr(faiss, "IndexIVFRaBitQ")  # FAISS 1.11
+RABITQ = pytest.param("IVF8,RaBitQ", marks=pytest.mark.skipif(not HAS_RABITQ, reason="FAISS is older than 1.11"))
 MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_size": 16}, "by_folder": False}
 
 
@@ -259,7 +261,9 @@ def built(folder, factory, distance, *parts, dtype="float32"):
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQ8", "OPQ4,IVF8,PQ4x4", "SQ8", "PCA8,Flat", "IVF8,PQ4x4fs"])
+@pytest.mark.parametrize(
+    "factory", ["IVF8,Flat", "IVF8,SQ8", RABITQ, "OPQ4,IVF8,PQ4x4", "SQ8", "PCA8,Flat", "IVF8,PQ4x4fs"]
+)
 def test_parts_are_as_one(factory, distance, tmp_path, monkeypatch):
     """What is found in many small parts is what FAISS finds in one, trained with the same vectors, built in memory."""
     x, queries = vectors(2000), vectors(50)
@@ -286,7 +290,7 @@ def test_parts_are_as_one(factory, distance, tmp_path, monkeypatch):
         assert sum(same) >= 0.99 * found.size  # the last of several equal codes may be another
 
 
-@pytest.mark.parametrize("factory", ["IVF8,SQ8", "SQ8", "IVF8,PQ4x4fs"])
+@pytest.mark.parametrize("factory", ["IVF8,SQ8", RABITQ, "SQ8", "IVF8,PQ4x4fs"])
 def test_parts_are_extended(factory, tmp_path, monkeypatch):
     """An index that has grown is the one that would have been built at once with the first training."""
     monkeypatch.setattr(neighbours, "SHARD", 300 * 4 * 16)

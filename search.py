@@ -129,13 +129,13 @@ def parse(argv=None) -> argparse.Namespace:
                 f"argument {ignored[0]}: it is for a folder of images, which needs --resume or --backbone-only; an "
                 "index needs no network"
             )
+    data = dataset.options(training=False, without=("--cache",))
     if args.command == "index" and args.vectors:
         args.spec = None
-        images = dataset.options(training=False, without=("--cache",))
         is_numpy = args.vectors.endswith(".npy")
         if args.images or args.split or args.by_folder:
             make.error("argument --vectors: not with --images, --split or --by-folder")
-        if ignored := [*given(args, images), *given(args, device)]:
+        if ignored := [*given(args, data), *given(args, device)]:
             make.error(f"argument {ignored[0]}: it is for images, and --vectors reads none")
         if bool(args.paths) != is_numpy:
             make.error("argument --paths: it is for the .npy file of --vectors, which needs it")
@@ -147,6 +147,8 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error("one of --images, --split or --vectors is required")
         if args.paths:
             parser.error("argument --paths: it is for the .npy file of --vectors")
+        if args.images and (ignored := [flag for flag in given(args, data) if flag in OF_DATASETS]):
+            parser.error(f"argument {ignored[0]}: it is for --split")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
             if args.calibrate:
@@ -255,7 +257,7 @@ class Images:
 
     def check(self, index: Index) -> None:
         """Remark on an index without EXIF rotation."""
-        if NetworkSpec.from_record(self.made["network"]).orientation == "upright" and not index.is_upright:
+        if self.made["network"]["orientation"] == "upright" and not index.is_upright:
             self.remarks = [AS_STORED]
 
     @cached_property
@@ -345,7 +347,7 @@ def calibration_to_export(index: Index, resume: str | None) -> tuple[Calibration
 
     by_folder, recorded = index.made["by_folder"], index.made["checkpoint"]
     if resume and (by_folder or index.spec.backbone_only or index.calibration):
-        raise ValueError(f"{index.folder} uses no threshold of a checkpoint: leave out --resume")
+        raise ValueError(f"{index.folder} does not use the threshold of a checkpoint: leave out --resume")
     if by_folder:
         return None, "that of an index by folder is for folders, not for images"
     reason = "choose one with `search.py index --calibrate`, if each folder shows one thing"

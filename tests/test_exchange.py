@@ -307,7 +307,7 @@ def test_threshold_that_is_not_recorded(weights, images, tmp_path, capsys):
                 ["export", str(tmp_path / name), str(tmp_path / "v.parquet"), "--resume", str(weights / "a.pth")]
             ),
             capsys,
-            "uses no threshold of a checkpoint: leave out --resume",
+            "does not use the threshold of a checkpoint: leave out --resume",
         )
 
 
@@ -466,19 +466,26 @@ def test_record_gives_the_known_entries_alone(weights, images, tmp_path):
     assert contents(tmp_path / "again") == contents(tmp_path / "index")
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
-def test_errors_of_the_system_are_not_called_damage(error, weights, images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", ["permission", "disk", "memory"])
+def test_errors_of_the_system_are_not_called_damage(kind, weights, images, tmp_path, monkeypatch):
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     make_index(weights, images, tmp_path / "index")
     export(tmp_path / "index", tmp_path / "vectors.parquet")
+    errors = {
+        "permission": PermissionError(13, "Permission denied"),
+        "disk": OSError(5, "Input/output error"),
+        "memory": pa.ArrowMemoryError("malloc failed"),
+    }
 
     def fail(*arguments, **options):
-        raise error
+        raise errors[kind]
 
     monkeypatch.setattr(pq, "ParquetFile", fail)
-    fails(lambda: take(tmp_path / "vectors.parquet", tmp_path / "new"), capsys, error.strerror)
-    assert "damaged" not in str(error)
+    with pytest.raises(type(errors[kind])) as raised:
+        exchange.ParquetFiles(tmp_path / "vectors.parquet")
+    assert raised.value is errors[kind]
 
 
 @pytest.mark.parametrize("library", ["duckdb", "lancedb", "qdrant_client", "pymilvus"])
@@ -554,12 +561,16 @@ def test_refusals(weights, images, tmp_path, capsys):
         (["--vectors", "a.npy", "--resume", "b"], "argument --paths: it is for the .npy"),
         (["--vectors", "a.parquet", "--paths", "b"], "argument --paths: it is for the .npy"),
         (["--vectors", "a.npy", "--paths", "b"], "one of --resume or --backbone-only is required"),
+        (
+            ["--images", "a", "--resume", weights / "a.pth", "--data-root", "b"],
+            "argument --data-root: it is for --split",
+        ),
         *(
             (["--vectors", "a.parquet", *flags.split()], f"argument {flags.split()[0]}: it is for images")
             for flags in ("--dataset folder", "--data-root a", "--test-classes a", "--allow-partial", "--workers 1")
         ),
     ]:
-        fails(lambda argv=argv: search.main(["index", *argv, "--out", "c"]), capsys, words, code=2)
+        fails(lambda argv=argv: search.main(["index", *map(str, argv), "--out", "c"]), capsys, words, code=2)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ class VectorFiles:
     """The vectors of one network in files, to be added to an index.
 
     source: where they are. made, folders, calibration: as in an index. stamps: {path: stamp} of all rows. errors:
-    {path: reason} of the images that could not be read: these have no vector, and an index drops what it has of them.
+    {path: reason} of the images that could not be read: these have no vector, and an index drops those that changed.
     remarks: lines to print.
     """
 

@@ -179,8 +179,9 @@ class Index:
     def stored(self):
         """(path, stamp, vector (D)) of what an interrupted run has added, the latest block first, and of its images."""
         for images in [*map(self._block, reversed(range(len(self._kept) - 1))), self.images]:
-            for (path, stamp), vector in zip(images, images.vectors):
-                yield path, stamp, vector
+            for start, vectors in images.slices(rows.BLOCK):
+                for row, vector in enumerate(vectors, start):
+                    yield *images[row], vector
 
     def add(self, stamps: dict[str, str], embeddings: torch.Tensor) -> None:
         """Write a block: images, {path: stamp}, with their embeddings (N, D). It survives an interruption."""

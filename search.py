@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for
 
     from proxy_anchor.api import Answer, Search
     from proxy_anchor.embedding import Embedder
-    from proxy_anchor.index import exchange
+    from proxy_anchor.index.exchange import VectorFiles
     from proxy_anchor.index.store import Index
     from proxy_anchor.spec import Calibration
 
@@ -129,12 +129,13 @@ def parse(argv=None) -> argparse.Namespace:
                 f"argument {ignored[0]}: it is for a folder of images, which needs --resume or --backbone-only; an "
                 "index needs no network"
             )
+    data = dataset.options(training=False, without=("--cache",))
     if args.command == "index" and args.vectors:
         args.spec = None
         is_numpy = args.vectors.endswith(".npy")
-        if args.images or args.split or args.by_folder:
-            make.error("argument --vectors: not with --images, --split or --by-folder")
-        if ignored := [*given(args, images), *given(args, device)]:
+        if args.images or args.split or args.by_folder or args.moved_from:
+            make.error("argument --vectors: not with --images, --split, --by-folder or --moved-from")
+        if ignored := [*given(args, data), *given(args, device)]:
             make.error(f"argument {ignored[0]}: it is for images, and --vectors reads none")
         if bool(args.paths) != is_numpy:
             make.error("argument --paths: it is for the .npy file of --vectors, which needs it")
@@ -146,6 +147,8 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error("one of --images, --split or --vectors is required")
         if args.paths:
             parser.error("argument --paths: it is for the .npy file of --vectors")
+        if args.images and (ignored := [flag for flag in given(args, data) if flag in OF_DATASETS]):
+            parser.error(f"argument {ignored[0]}: it is for --split")
         if args.split:
             dataset.check_arguments(parser, args, args.dataset)
             if args.calibrate:
@@ -179,55 +182,37 @@ def read_network(
 def update_index(args: argparse.Namespace) -> None:
     """Embed the images that are new or have changed since they were indexed, and drop those whose files are gone.
 
-    With --vectors, the files hold the embeddings.
+    With --vectors, files hold the embeddings, and no entry that they lack is dropped.
     """
-    from proxy_anchor.index import entries, exchange
     from proxy_anchor.index.store import EXACT, IMAGES, Index, lock
     from proxy_anchor.thresholds.identification import describe
 
-    parts = open_parts(args) if args.vectors else None
-    if parts:
-        made, upright = parts.made, parts.spec.orientation == "upright"
-    else:
-        network, path, identity = open_network(args)
-        upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
-        made = made_by(args, path, identity, ORIENTATIONS[upright])
+    source = open_vectors(args) if args.vectors else Images(args)
     folder = Path(args.out)
+    shown = printable(str(folder))
     with lock(folder):
         if (folder / IMAGES).exists():
             index = Index.open(folder)
-            index.check(made, args.index_factory, "float16" if args.float16 else None)
-            if parts:
-                exchange.check_same(
-                    index.made | {"network": index.spec.to_record()}, made, printable(args.out), printable(args.vectors)
-                )
-            if upright and not index.is_upright:
-                print(AS_STORED)
+            source.check(index)
+            index.check(source.made, args.index_factory, "float16" if args.float16 else None)
         else:
-            index = Index.new(folder, made, args.index_factory or EXACT, "float16" if args.float16 else "float32")
-            index.calibration = parts.calibration if parts else None
-        if parts:
-            stamps, sources = parts.stamps, parts.folders
-            add = partial(parts.add_to, index)
-        else:
-            paths = paths_to_index(args)
-            folders = entries.group(paths) if args.by_folder else {}
-
-            def images_of(entry: str) -> list[str]:  # a list for each image would take memory
-                return folders.get(entry, [entry])
-
-            # Taken before the images are read, so later changes are detected next time.
-            stamps = {entry: entries.stamp(images_of(entry)) for entry in folders or paths}
-            source = os.path.realpath(args.images or args.data_root)
-            sources = {source if os.path.isdir(source) else os.path.dirname(source)}
-            add = partial(embed_blocks, index, stamps, images_of, network, args)
+            index = Index.new(
+                folder, source.made, args.index_factory or EXACT, "float16" if args.float16 else "float32"
+            )
+        for remark in source.remarks:
+            print(remark)
+        if not len(index.images):  # also after an interruption
+            index.calibration = source.calibration
+        elif source.calibration not in (None, index.calibration) and not args.calibrate:
+            print(f"The threshold of the files is left out, as {shown} has other images: --calibrate chooses one")
         if args.moved_from:
-            index.moved(os.path.realpath(args.moved_from), source)
-        presence = Presence(stamps, index.folders, args.drop_missing)
-        new, changed, deleted, done = index.compare(stamps, presence.of)
-        is_known, index.folders = sources <= {*index.folders}, sorted({*index.folders, *sources})
-        kind = "folders" if made["by_folder"] else "images"
-        shown = printable(str(folder))
+            index.moved(os.path.realpath(args.moved_from), *source.folders)
+        keep_all = bool(args.vectors) and not args.drop_missing
+        presence = Presence(source.stamps, index.folders, args.drop_missing, keep_all)
+        new, changed, deleted, done = index.compare(source.stamps, presence.of)
+        is_known = source.folders <= {*index.folders}
+        index.folders = sorted({*index.folders, *source.folders})
+        kind = "folders" if source.made["by_folder"] else "images"
         print(
             f"Updating {shown}, which holds {len(index.images):,} {kind}; "
             f"new: {new:,}, changed: {changed:,}, deleted: {deleted:,}"
@@ -239,7 +224,7 @@ def update_index(args: argparse.Namespace) -> None:
         if done:
             print(f"{done:,} of these were embedded before the interruption")
         try:
-            done += add()
+            done += source.add_to(index)
             if done or changed or deleted or args.moved_from:
                 index = index.finish()
                 print(f"Indexed {done:,} {kind}")
@@ -256,33 +241,88 @@ def update_index(args: argparse.Namespace) -> None:
             print(describe(calibration), end="")
 
 
-def open_parts(args: argparse.Namespace) -> exchange.Parts:
-    """The vectors of the command line. Raises ValueError if the network of the command line is not theirs."""
-    from proxy_anchor.index import exchange
+class Images:
+    """The images of a command line, or their folders, to be embedded into an index; see VectorFiles.
 
+    A checkpoint or a backbone is loaded at once; the images are listed when their stamps are asked for.
+    """
+
+    calibration = None
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.network, path, identity = open_network(args)
+        upright = not args.split or getattr(dataset.ALL[args.dataset], "UPRIGHT", True)
+        self.made = made_by(args, path, identity, ORIENTATIONS[upright])
+        source = os.path.realpath(args.images or args.data_root)
+        self.folders = {source if os.path.isdir(source) else os.path.dirname(source)}
+        self.remarks: list[str] = []
+        self._by_folder: dict[str, list[str]] = {}
+
+    def check(self, index: Index) -> None:
+        """Remark on an index without EXIF rotation."""
+        if self.made["network"]["orientation"] == "upright" and not index.is_upright:
+            self.remarks = [AS_STORED]
+
+    @cached_property
+    def stamps(self) -> dict[str, str | None]:
+        """{entry: stamp}, taken before the images are read, so later changes are detected next time."""
+        from proxy_anchor.index import entries
+
+        paths = paths_to_index(self.args)
+        self._by_folder = entries.group(paths) if self.args.by_folder else {}
+        return {entry: entries.stamp(self._images_of(entry)) for entry in self._by_folder or paths}
+
+    def _images_of(self, entry: str) -> list[str]:  # a list for each image would take memory
+        return self._by_folder.get(entry, [entry])
+
+    def add_to(self, index: Index) -> int:
+        """Embed the entries that have a stamp, block by block, and save each block; returns how many could be read."""
+        from proxy_anchor.api import runtime
+        from proxy_anchor.embedding import Embedder
+        from proxy_anchor.index import entries
+
+        args = self.args
+        new = {entry: stamp for entry, stamp in self.stamps.items() if stamp is not None}
+        if not new:
+            return 0
+        embedder = Embedder(self.network, hardware.select(args.gpu_id), args.amp)
+        if not warn_of_drift(index, embedder):
+            index.runtime = runtime(embedder.device)
+        seen = added = 0
+        for block in entries.blocks(((entry, self._images_of(entry)) for entry in new), BLOCK):
+            images = dataset.unlabelled([image for paths in block.values() for image in paths], index.spec)
+            if args.skip_bad_images:
+                dataset.leave_out_bad([images], args.workers)
+            if len(images):
+                vectors = embed(embedder, images, args.batch_size, args.workers)
+                embedded, embeddings = entries.embeddings_of(block, images.paths, vectors, index.distance)
+                index.add({entry: new[entry] for entry in embedded}, embeddings)
+                added += len(embedded)
+            seen += len(block)
+            if seen < len(new):
+                print(f"{seen:,} of {len(new):,} are done", flush=True)
+        return added
+
+
+def open_vectors(args: argparse.Namespace) -> VectorFiles:
+    """The vectors of the command line. Raises ValueError if its network, if any, is not theirs."""
+    from proxy_anchor.index.exchange import NumpyFile, ParquetFiles, read_paths
+
+    file = Path(args.vectors)
+    if args.paths:
+        paths = [canonical(path) for path in read_paths(Path(args.paths))]
+        _, path, identity = open_network(args)
+        return NumpyFile(file, paths, made_by(args, path, identity, args.spec.orientation))
+    vectors = ParquetFiles(file)
     if args.spec:
         _, path, identity = open_network(args)
-    if args.paths:
-        paths = [canonical(path) for path in exchange.read_paths(Path(args.paths))]
-        made = made_by(args, path, identity, args.spec.orientation)
-        parts = exchange.Parts.from_numpy(Path(args.vectors), paths, made)
-        if absent := [path for path, stamp in parts.stamps.items() if not stamp]:
-            print(f"{len(absent):,} of {quantity(len(paths), 'image')} are not there, such as {printable(absent[0])}")
-    else:
-        parts = exchange.Parts.open(Path(args.vectors))
-        if args.spec:
-            made = parts.made | made_by(args, path, identity, parts.spec.orientation)
-            made["by_folder"] = parts.made["by_folder"]
-            exchange.check_same(parts.made, made, printable(args.vectors), printable(path))
-            parts.made = made
-    for image, reason in list(parts.errors.items())[:1]:
-        print(
-            f"Left out, as they could not be read: {quantity(len(parts.errors), 'image')}, such as {printable(image)}"
-        )
-        print(printable(reason))
-    if parts.is_mixed:
-        print("The files have different thresholds, which are left out: --calibrate chooses one")
-    return parts
+        vectors.set_checkpoint(path, identity, args.spec)
+    try:
+        net.check(vectors.spec)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, or of another version: {error}") from error
+    return vectors
 
 
 def made_by(args: argparse.Namespace, path: str, identity: str, orientation: str) -> dict:
@@ -293,18 +333,36 @@ def made_by(args: argparse.Namespace, path: str, identity: str, orientation: str
 
 def export(args: argparse.Namespace) -> None:
     """Write an index to a Parquet file."""
-    from proxy_anchor.checkpoint import in_run
     from proxy_anchor.index import exchange
     from proxy_anchor.index.store import Index
 
     exchange.arrow()
-    folder = Path(args.index)
-    index = Index.open(folder)
-    if not len(index.images):
-        raise FileNotFoundError(f"{folder} holds no complete index: run the `search.py index` command again")
-    calibration = index.calibration or calibration_of_checkpoint(index, args.resume and in_run(args.resume))
+    index = Index.open_complete(Path(args.index))
+    calibration, reason = calibration_to_export(index, args.resume)
     exchange.export(index, Path(args.out), calibration)
     print(f"Saved {quantity(len(index.images), 'vector')} to {printable(args.out)}")
+    if not calibration:
+        print(f"No threshold is recorded: {reason}")
+
+
+def calibration_to_export(index: Index, resume: str | None) -> tuple[Calibration | None, str]:
+    """The calibration for images in an index, and why there is none; resume: the checkpoint, if it has moved.
+
+    Raises ValueError if the calibration of a checkpoint would not be used.
+    """
+    from proxy_anchor.checkpoint import in_run
+
+    by_folder, recorded = index.made["by_folder"], index.made["checkpoint"]
+    if resume and (by_folder or index.spec.backbone_only or index.calibration):
+        raise ValueError(f"{index.folder} does not use the threshold of a checkpoint: leave out --resume")
+    if by_folder:
+        return None, "that of an index by folder is for folders, not for images"
+    reason = "choose one with `search.py index --calibrate`, if each folder shows one thing"
+    if index.spec.backbone_only or index.calibration:
+        return index.calibration, reason
+    if not resume and not os.path.exists(recorded):
+        return None, f"the checkpoint {printable(recorded)} is gone: give its new path with --resume"
+    return calibration_of_checkpoint(index, resume and in_run(resume)), f"{reason}, or with `evaluate.py --calibrate`"
 
 
 def open_network(args: argparse.Namespace) -> tuple[torch.nn.Module, str, str]:
@@ -317,38 +375,6 @@ def open_network(args: argparse.Namespace) -> tuple[torch.nn.Module, str, str]:
     if args.backbone_only:
         print(network.model.remark, end="", file=sys.stderr)
     return network, path, identity
-
-
-def embed_blocks(index: Index, stamps: dict[str, str | None], images_of, network, args: argparse.Namespace) -> int:
-    """Embed the entries that have a stamp, block by block, and save each block; returns how many could be read.
-
-    images_of(entry) -> the paths of its images.
-    """
-    from proxy_anchor import api
-    from proxy_anchor.embedding import Embedder
-    from proxy_anchor.index import entries
-
-    new = {entry: stamp for entry, stamp in stamps.items() if stamp is not None}
-    if not new:
-        return 0
-    embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)
-    if not warn_of_drift(index, embedder):
-        index.runtime = api.runtime(embedder.device)
-    seen = added = 0
-    for block in entries.blocks(((entry, images_of(entry)) for entry in new), BLOCK):
-        paths = [image for paths in block.values() for image in paths]
-        images = dataset.unlabelled(paths, index.spec)
-        if args.skip_bad_images:
-            dataset.leave_out_bad([images], args.workers)
-        if len(images):
-            vectors = embed(embedder, images, args.batch_size, args.workers)
-            embedded, embeddings = entries.embeddings_of(block, images.paths, vectors, index.distance)
-            index.add({entry: new[entry] for entry in embedded}, embeddings)
-            added += len(embedded)
-        seen += len(block)
-        if seen < len(new):
-            print(f"{seen:,} of {len(new):,} are done", flush=True)
-    return added
 
 
 def print_recall(index: Index) -> None:
@@ -392,17 +418,18 @@ class Presence:
     What is in a folder that is gone as a whole, or empty, counts as present: its disk may not be mounted. So does a
     link to a file in such a folder.
     stamps: of what is to be indexed now. folders: those whose images were indexed, [] where an older index does not
-    say so. missing: {folder that is gone or empty: how many entries are in it}.
+    say so. keep_all: whether all others count as present. missing: {folder that is gone or empty: how many entries are
+    in it}.
     """
 
-    def __init__(self, stamps: dict, folders: list[str], drop_missing: bool):
-        self.stamps, self.folders, self.drop_missing = stamps, folders, drop_missing
+    def __init__(self, stamps: dict, folders: list[str], drop_missing: bool, keep_all: bool):
+        self.stamps, self.folders, self.drop_missing, self.keep_all = stamps, folders, drop_missing, keep_all
         self.missing: Counter[str] = Counter()
 
     def of(self, entry: str) -> bool:
         if canonical(entry) in self.stamps:  # it was indexed through a linked folder
             return False
-        if has_images(entry):
+        if self.keep_all or has_images(entry):
             return True
         missing = None if self.drop_missing else self.missing_folder(entry)
         self.missing.update([missing] if missing else [])
@@ -676,15 +703,12 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
 
 
 def calibration_of_checkpoint(index: Index, path: str | None = None) -> Calibration | None:
-    """That of the checkpoint of an index of images, at the path if it has moved; None without one, or if it is gone."""
+    """That of the checkpoint of an index of images, at the path if it has moved; None without one."""
     from proxy_anchor.checkpoint import Checkpoint
 
-    recorded = index.made["checkpoint"]
-    if index.spec.backbone_only or index.made["by_folder"] or not (path or os.path.exists(recorded)):
-        return None
-    checkpoint = Checkpoint(path or recorded)
-    made = {"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path or recorded}
-    index.check(made)
+    path = path or index.made["checkpoint"]
+    checkpoint = Checkpoint(path)
+    index.check({"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path})
     return checkpoint.calibration
 
 

@@ -104,12 +104,11 @@ def test_continues_after_a_kill(folder):
     process.wait()
     files = list((folder / "vectors").glob("*.parquet"))
     assert files
-    parts = exchange.Parts.open(folder / "vectors")
-    assert len(parts.stamps) + len(parts.errors) == 4 * len(files)
+    assert len(exchange.ParquetFiles(folder / "vectors").stamps) == 4 * len(files)
     status, out, err = embed(folder, "--rows", "4")
     assert status == 0 and "21 of 21 files" in out, err
-    parts = exchange.Parts.open(folder / "vectors")
-    assert len(parts.stamps) == 83 and len(parts.errors) == 1
+    vectors = exchange.ParquetFiles(folder / "vectors")
+    assert len(vectors.stamps) == 84 and len(vectors.errors) == 1
 
 
 def test_plan_and_refusals(folder, monkeypatch, capsys):

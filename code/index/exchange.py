@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,8 @@ def record(made: dict, folders: Iterable[str], calibration: Calibration | None, 
 def schema(content: dict) -> pa.Schema:
     """The columns of a file with this record.
 
-    folder: that of an image, or an entry that is one. stamp: see entries.stamp. vector: zeros where there is an error,
-    which says why the image could not be read.
+    folder: that of the image; in an index by folder, the entry itself. stamp: see entries.stamp. error: why the image
+    could not be read; its vector is zeros.
     """
     pa = arrow()
     size = NetworkSpec.from_record(content["made"]["network"]).embedding_size
@@ -109,189 +110,245 @@ def export(index: Index, file: Path, calibration: Calibration | None) -> None:
     write(file, record(made, index.folders, index.calibration, threshold), blocks())
 
 
-class Parts:
-    """Vectors of one network, from one or more files that were written apart.
+class VectorFiles:
+    """The vectors of one network in files, to be added to an index.
 
-    stamps: {path: stamp} of the entries, in the order of their file or, of several files, of their paths, as an index
-    made at once has it. errors: {path: reason} of images that could not be read, which are left out. made, folders,
-    calibration: as in an index; no calibration where the files have different ones, is_mixed.
+    source: where they are. made, folders, calibration: as in an index. stamps: {path: stamp} of all rows. errors:
+    {path: reason} of the images that could not be read: these have no vector, and an index drops those that changed.
+    remarks: lines to print.
     """
 
-    def __init__(self, made: dict, folders: set[str], calibrations: list[dict], rows: list, groups: list, errors: dict):
-        """rows: (path, stamp, number of its group, row in it). groups: functions that read (N, D) vectors."""
-        self.made, self.folders, self.errors = made, folders, errors
+    def __init__(self, source: Path, made: dict):
+        self.source, self.made = source, made
         self.spec = NetworkSpec.from_record(made["network"])
-        self.is_mixed = any(other != calibrations[0] for other in calibrations)
-        recorded = {} if self.is_mixed else calibrations[0]
-        self.calibration = Calibration.from_record(recorded) if recorded else None
-        self.stamps: dict[str, str | None] = {path: stamp for path, stamp, *_ in rows}
-        self._group_of = np.array([group for *_, group, _ in rows], np.int64)
-        self._row_of = np.array([row for *_, row in rows], np.int64)
-        self._read = lru_cache(GROUPS)(lambda number: groups[number]())
+        self.folders: set[str] = set()
+        self.calibration: Calibration | None = None
+        self.stamps: dict[str, str | None] = {}
+        self.errors: dict[str, str] = {}
+        self.remarks: list[str] = []
+        self._order: np.ndarray | None = None  # the numbers of the rows as an index has them, where not as read
+        self._groups: list[Callable[[], np.ndarray]] = []  # each reads (N, D) vectors
+        self._starts: list[int] = []  # the number of the first row of each group
+        self._read = lru_cache(GROUPS)(lambda group: self._groups[group]())
 
-    @classmethod
-    def open(cls, path: Path) -> Parts:
-        """Those of a Parquet file, or of all in a folder.
+    def _append(self, paths: list, stamps: list, errors: list, vectors: np.ndarray, read: Callable) -> None:
+        """Take the rows of a group, whose vectors (N, D) are checked here and read again when they are needed.
 
-        Raises FileNotFoundError if there is none, ValueError if a file is damaged or no such file, if the files are of
-        different networks, if an entry is in them twice, or if they hold none.
+        Raises ValueError for a path that was read before, and as check_vectors.
         """
+        check_vectors(vectors, paths, self.spec.distance)
+        self._starts.append(len(self.stamps))
+        self._groups.append(read)
+        for path, stamp, error in zip(paths, stamps, errors):
+            if path in self.stamps:
+                raise ValueError(f"{self.source} lists {printable(path)} twice")
+            self.stamps[path] = stamp
+            if error is not None:
+                self.errors[path] = error
+
+    def set_checkpoint(self, path: str, weights: str, spec: NetworkSpec) -> None:
+        """Record the path of a checkpoint. Raises ValueError if another one embedded the vectors."""
+        network = replace(spec, orientation=self.spec.orientation).to_record()
+        made = self.made | {"checkpoint": path, "weights": weights, "network": network}
+        check_same(self.made, made, str(self.source), path)
+        self.made = made
+
+    def check(self, index: Index) -> None:
+        """Raise ValueError if the vectors cannot be added to this index, before anything is."""
+        check_same(index.made | {"network": index.spec.to_record()}, self.made, str(index.folder), str(self.source))
+
+    def add_to(self, index: Index) -> int:
+        """Add the rows that have a stamp and no error to an index, block by block; returns their number."""
+        paths = list(self.stamps)
+        is_new = np.fromiter(
+            (stamp is not None and path not in self.errors for path, stamp in self.stamps.items()), bool, len(paths)
+        )
+        new = np.flatnonzero(is_new) if self._order is None else self._order[is_new[self._order]]
+        for start in range(0, len(new), BLOCK):
+            rows = new[start : start + BLOCK]
+            stamps = {path: stamp for path in (paths[row] for row in rows) if (stamp := self.stamps[path]) is not None}
+            index.add_vectors(stamps, self._vectors(rows))
+        return len(new)
+
+    def _vectors(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors (N, D) of the rows with these numbers."""
+        vectors = np.empty((len(rows), self.spec.embedding_size), np.float32)
+        groups = np.searchsorted(self._starts, rows, side="right") - 1
+        for group in np.unique(groups):
+            chosen = groups == group
+            vectors[chosen] = self._read(group)[rows[chosen] - self._starts[group]]
+        return vectors
+
+
+class ParquetFiles(VectorFiles):
+    """The rows of a Parquet file, in their order, or of all in a folder, in the order of their paths.
+
+    No calibration where the files have different ones. Raises FileNotFoundError if there is no file, ValueError if one
+    is damaged or no such file, if they are of different networks, if a path is listed twice, or if they hold no vector.
+    """
+
+    def __init__(self, path: Path):
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not files:
             raise FileNotFoundError(f"There is no .parquet file in {path}")
-        made: dict = {}
-        folders: set[str] = set()
-        calibrations, rows = [], []
-        groups: list[Callable[[], np.ndarray]] = []
-        errors: dict[str, str] = {}
-        for file in files:
-            part = _Part(file)
-            made = made or part.content["made"]
-            check_same(made, part.content["made"], str(files[0]), str(file))
-            folders.update(part.content["folders"])
-            calibrations.append(part.content["calibration"])
-            for number, texts in enumerate(part.texts()):
-                for row, (name, stamp, error) in enumerate(texts):
-                    if error is None:
-                        rows.append((name, stamp, len(groups), row))
-                    else:
-                        errors[name] = error
-                groups.append(partial(part.vectors, number))
-        if not rows:
-            raise ValueError(f"{path} holds no vectors, but {quantity(len(errors), 'unreadable image')}")
+        first = _ParquetFile(files[0]).record()
+        super().__init__(path, first["made"])
+        has_one_calibration = True
+        for parquet in map(_ParquetFile, files):
+            record = parquet.record()
+            check_same(self.made, record["made"], str(files[0]), str(parquet.file))
+            has_one_calibration &= record["calibration"] == first["calibration"]
+            self.folders.update(record["folders"])
+            for number, (paths, stamps, errors, vectors) in enumerate(parquet.groups()):
+                self._append(paths, stamps, errors, vectors, partial(parquet.vectors, number))
+        if len(self.errors) == len(self.stamps):
+            raise ValueError(f"{path} holds no vector: none of its {quantity(len(self.errors), 'image')} could be read")
         if len(files) > 1:
-            separator = "/" * made["by_folder"]  # folders in the order of their images
-            rows.sort(key=lambda row: row[0] + separator)
-        check_unique([name for name, *_ in rows], path)
-        return cls(made, folders, calibrations, rows, groups, errors)
+            paths, separator = list(self.stamps), "/" * self.made["by_folder"]  # folders in the order of their images
+            self._order = np.array(sorted(range(len(paths)), key=lambda row: paths[row] + separator))
+        if self.errors:
+            image, reason = next(iter(self.errors.items()))
+            count = quantity(len(self.errors), "image")
+            self.remarks = [f"Left out, as they could not be read: {count}, such as {printable(image)}"]
+            self.remarks += [printable(reason)]
+        if not has_one_calibration:
+            self.remarks += ["The files have different thresholds, which are left out: --calibrate chooses one"]
+        elif first["calibration"]:
+            self.calibration = Calibration.from_record(first["calibration"])
 
-    @classmethod
-    def from_numpy(cls, file: Path, paths: list[str], made: dict) -> Parts:
-        """Those in a .npy file, float32 (N, D), of images at these paths; made: by which network.
 
-        The vectors count as those of the files as they are now; one that is not there yet is embedded when it is found.
-        Raises ValueError if the file is damaged, or is not of this many vectors of the network.
-        """
+class NumpyFile(VectorFiles):
+    """The vectors in a .npy file, float32 (N, D), of the images at N paths; made: by which network.
+
+    They count as those of the images as they are now; an image that does not exist has the stamp "", so it is embedded
+    once it does. No folders: their disk may not be mounted. Raises ValueError if the file is damaged, if it is not of
+    this many vectors of the network, or if a path is listed twice.
+    """
+
+    def __init__(self, file: Path, paths: list[str], made: dict):
+        super().__init__(file, made)
         try:
             vectors = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{file} is damaged, or no .npy file of numbers ({error})") from error
-        expected = (len(paths), made["network"]["embedding_size"])
+        expected = (len(paths), self.spec.embedding_size)
         if getattr(vectors, "shape", None) != expected or vectors.dtype != np.float32:
             found = f"{vectors.dtype} {vectors.shape}" if isinstance(vectors, np.ndarray) else "several arrays"
             raise ValueError(
                 f"{file} holds {found}, expected float32 {expected}: a vector of the network for each of "
                 f"{quantity(len(paths), 'path')}"
             )
-        check_unique(paths, file)
-        rows = [(path, entries.stamp([path]) if os.path.isfile(path) else "", 0, row) for row, path in enumerate(paths)]
-        folders = {os.path.commonpath([os.path.dirname(path) for path in paths])} if paths else set()
-        return cls(made, folders, [{}], rows, [lambda: vectors], {})
+        self._array = vectors
+        for start in range(0, len(paths), BLOCK):
+            rows = slice(start, start + BLOCK)
+            stamps = [entries.stamp([path]) if os.path.isfile(path) else "" for path in paths[rows]]
+            self._append(paths[rows], stamps, [None] * len(stamps), vectors[rows], partial(vectors.__getitem__, rows))
+        if absent := [path for path, stamp in self.stamps.items() if not stamp]:
+            count = f"{len(absent):,} of {quantity(len(paths), 'image')}"
+            self.remarks = [f"Not found: {count}, such as {printable(absent[0])}"]
 
-    def add_to(self, index: Index) -> int:
-        """Add the entries that have a stamp to an index, block by block, and save each; returns their number."""
-        new = [(number, path, stamp) for number, (path, stamp) in enumerate(self.stamps.items()) if stamp is not None]
-        for start in range(0, len(new), BLOCK):
-            block = new[start : start + BLOCK]
-            vectors = self._vectors([number for number, *_ in block], [path for _, path, _ in block])
-            index.add_vectors({path: stamp for _, path, stamp in block}, vectors)
-        return len(new)
+    def check(self, index: Index) -> None:
+        """As of all files; also raise ValueError if the index has another vector of an image that has not changed.
 
-    def _vectors(self, numbers: list[int], paths: list[str]) -> np.ndarray:
-        """The vectors (N, D) of the entries with these numbers and paths. Raises ValueError as check_vectors."""
-        vectors = np.empty((len(numbers), self.spec.embedding_size), np.float32)
-        groups, rows = self._group_of[numbers], self._row_of[numbers]
-        for group in np.unique(groups):
-            vectors[groups == group] = self._read(group)[rows[groups == group]]
-        check_vectors(vectors, paths, self.spec.distance)
-        return vectors
+        The stamp of an image that does not exist becomes that of the index.
+        """
+        super().check(index)
+        row_of = {path: row for row, path in enumerate(self.stamps)}
+        for path, stamp, vector in index.stored():
+            if self.stamps.get(path) in ("", stamp):
+                self.stamps[path] = stamp
+                if not np.array_equal(vector, self._array[row_of[path]].astype(index.dtype)):
+                    raise ValueError(
+                        f"{index.folder} has another vector of {printable(path)}, and the image has not changed: make "
+                        "a new index"
+                    )
 
 
-class _Part:
-    """One Parquet file: content, its record. Raises ValueError naming the file if it is damaged, or none of ours."""
+class _ParquetFile:
+    """A Parquet file of ours. Its methods raise ValueError naming it if it is damaged, another one or replaced."""
 
     def __init__(self, file: Path):
-        self.file, self.time = file, os.stat(file).st_mtime_ns
-        self.content = self._checked(self._read_record)
+        self.file, self.state = file, _state(file)
 
-    def texts(self) -> list[list[tuple[str, str, str | None]]]:
-        """(path, stamp, error) of the rows of each group."""
-        return self._checked(self._read_texts)
-
-    def vectors(self, group: int) -> np.ndarray:
-        """The vectors (N, D) of a group of rows, also of those with an error."""
-        return self._checked(lambda: self._read_vectors(group))
-
-    def _checked(self, read):
+    @contextmanager
+    def _opened(self):
         try:
-            return read()
-        except FileNotFoundError:
-            raise
-        except (arrow().ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            if _state(self.file) != self.state:
+                raise ValueError("it was replaced while it was read")
+            with arrow().parquet.ParquetFile(self.file, page_checksum_verification=True) as parquet:
+                yield parquet
+        except (arrow().ArrowException, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):  # not of the file's content
+                raise
             reason = printable(str(error), longest=160)
             raise ValueError(
                 f"{self.file} is damaged, or no file of `search.py export` ({reason}): write it again"
             ) from error
 
-    def _open(self):
-        if os.stat(self.file).st_mtime_ns != self.time:
-            raise ValueError("it was replaced while it was read")
-        return arrow().parquet.ParquetFile(self.file, page_checksum_verification=True)
-
-    def _read_record(self) -> dict[str, Any]:
-        with self._open() as parquet:
+    def record(self) -> dict[str, Any]:
+        """What its metadata records, see the module."""
+        with self._opened() as parquet:
             columns = parquet.schema_arrow
-        content = json.loads((columns.metadata or {})[KEY])
-        check_layout(content, LAYOUT, "record")
-        for folder in content["folders"]:
-            check_layout(folder, str, "folders")
-        if content.pop("sha256") != digest(content):
-            raise ValueError("its record has changed since it was written")
-        if content["calibration"]:
-            Calibration.from_record(content["calibration"])
-        if not columns.equals(schema(content)):
-            raise ValueError(f"its columns are {', '.join(f'{column.name} {column.type}' for column in columns)}")
-        return content
+            content = json.loads((columns.metadata or {})[KEY])
+            check_layout(content, LAYOUT, "record")
+            if content.pop("sha256") != digest(content):
+                raise ValueError("its record has changed since it was written")
+            for folder in content["folders"]:
+                check_layout(folder, str, "folders")
+                if not os.path.isabs(folder):
+                    raise ValueError(f"its folder {folder!r} is not absolute")
+            if type(content.get("threshold")) not in (int, float, type(None)):
+                raise ValueError(f"its threshold is {content['threshold']!r}")
+            if content["calibration"]:
+                Calibration.from_record(content["calibration"])
+            if not columns.equals(schema(content)):
+                raise ValueError(f"its columns are {', '.join(f'{column.name} {column.type}' for column in columns)}")
+            content["made"] = {name: content["made"][name] for name in MADE}
+            return content
 
-    def _read_texts(self):
-        with self._open() as parquet:
-            groups = []
+    def groups(self):
+        """(paths, stamps, errors, vectors (N, D)) of each group of rows; vectors of unreadable images are zeros."""
+        with self._opened() as parquet:
             for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=["path", "stamp", "error"])
+                table = parquet.read_row_group(group)
                 table.validate(full=True)
-                columns = [table[name].to_pylist() for name in ("path", "stamp", "error")]
-                if any(path is None or stamp is None or not os.path.isabs(path) for path, stamp in zip(*columns[:2])):
+                paths, stamps, errors = (table[name].to_pylist() for name in ("path", "stamp", "error"))
+                if any(path is None or stamp is None or not os.path.isabs(path) for path, stamp in zip(paths, stamps)):
                     raise ValueError("a path is missing or not absolute")
-                groups.append(list(zip(*columns)))
-        return groups
+                yield paths, stamps, errors, _numbers(table["vector"])
 
-    def _read_vectors(self, group):
-        with self._open() as parquet:
+    def vectors(self, group: int) -> np.ndarray:
+        """The vectors (N, D) of a group of rows, also of unreadable images."""
+        with self._opened() as parquet:
             table = parquet.read_row_group(group, columns=["vector"])
-        table.validate(full=True)
-        column = table["vector"].combine_chunks()
-        return column.values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+            table.validate(full=True)
+            return _numbers(table["vector"])
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to, also where the times of another file are copied with it."""
+    stat = os.stat(file)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    whole = column.combine_chunks()
+    return whole.values.to_numpy(zero_copy_only=False).reshape(len(whole), -1)
 
 
 def check_same(made: dict, other: dict, name: str, name_of_other: str) -> None:
-    """Raise ValueError if two parts, with names, were not embedded by the same network, or are of other entries."""
+    """Raise ValueError if two sources, with names, are of different networks, or one of images and one of folders."""
     difference = NetworkSpec.from_record(made["network"]).differences(NetworkSpec.from_record(other["network"]))
     if made["weights"] != other["weights"]:
         difference = f"{made['checkpoint']} and {other['checkpoint']}"
     if made["by_folder"] != other["by_folder"]:
-        difference = "images and folders"
+        kinds = ["folders" if of["by_folder"] else "images" for of in (made, other)]
+        raise ValueError(f"{name} is of {kinds[0]}, {name_of_other} of {kinds[1]}: they cannot be in one index")
     if difference:
         raise ValueError(
-            f"{name} and {name_of_other} were embedded by different networks, or are of different entries "
-            f"({printable(difference)}): their vectors cannot be in one index"
+            f"{name} and {name_of_other} were embedded by different networks ({printable(difference)}): their vectors "
+            "cannot be in one index"
         )
-
-
-def check_unique(paths: list[str], source: Path) -> None:
-    """Raise ValueError if a path is listed twice."""
-    if len(set(paths)) < len(paths):
-        ((twice, count),) = Counter(paths).most_common(1)
-        raise ValueError(f"{source} has {count} vectors of {printable(twice)}: expected each path once")
 
 
 def check_vectors(vectors: np.ndarray, paths: list[str], distance: str) -> None:

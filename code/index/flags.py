@@ -26,7 +26,7 @@ def index_options() -> argparse.ArgumentParser:
         ".npy file, float32 (N, D), with --paths and the network",
     )
     group.add_argument(
-        "--paths", type=cli.path, metavar="FILE", help="the paths of a .npy file of --vectors, one a line, or as .npy"
+        "--paths", type=cli.path, metavar="FILE", help="the paths of a .npy file of --vectors, one per line, or as .npy"
     )
     group.add_argument(
         "--by-folder",
@@ -43,7 +43,7 @@ def index_options() -> argparse.ArgumentParser:
         "--drop-missing",
         action="store_true",
         help="also drop images whose whole folder is gone or empty; without it they stay, as the disk of that folder "
-        "may not be mounted",
+        "may not be mounted; with --vectors: drop images that are gone and that the files do not list",
     )
     group.add_argument(
         "--moved-from",

@@ -172,8 +172,7 @@ class Index:
 
         Raises ValueError if nothing was indexed in it.
         """
-        of_blocks = (path for number in range(len(self._kept) - 1) for path, _ in self._block(number))
-        if not any(entries.within(path, old) for path in itertools.chain((path for path, _ in self.images), of_blocks)):
+        if not any(entries.within(path, old) for path, *_ in self.stored()):
             folders = ", ".join(map(printable, self.folders)) or "unknown folders"
             raise ValueError(f"{self.folder} holds no images in {printable(old)}, but in {folders}")
         self.move = old, new
@@ -214,6 +213,14 @@ class Index:
                 kept[row] = present and path not in elsewhere
                 deleted += not present
         return len(stamps) - known, changed, deleted, int(done)
+
+    def stored(self):
+        """(path, stamp, vector (D)) of what an interrupted run has added, the latest block first, and of its images."""
+        for images in [*map(self._block, reversed(range(len(self._kept) - 1))), self.images]:
+            for start, vectors in images.slices(rows.BLOCK):
+                for row, vector in enumerate(vectors, start):
+                    path, stamp = images[row]
+                    yield self._now(path), stamp, vector
 
     def add(self, stamps: dict[str, str], embeddings: torch.Tensor) -> None:
         """Write a block: images, {path: stamp}, with their embeddings (N, D). It survives an interruption."""

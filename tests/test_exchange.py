@@ -53,7 +53,7 @@ def contents(out):
     return recorded | {"order": list(recorded["images"]), "vectors": index.images.vectors.tobytes()}
 
 
-@pytest.mark.parametrize("more", [(), ("--by-folder",), ("--calibrate", "0.6")])
+@pytest.mark.parametrize("more", [(), ("--by-folder",), ("--calibrate", "0.6"), ("--float16",)])
 def test_round_trip_is_exact(more, weights, images, tmp_path, capsys):
     make_index(weights, images, tmp_path / "index", *more)
     export(tmp_path / "index", tmp_path / "vectors.parquet")
@@ -170,6 +170,16 @@ def save_array(folder, index, vectors=None):
 def array(weights, tmp_path):
     """The arguments of take for what save_array writes."""
     return tmp_path / "vectors.npy", ["--paths", tmp_path / "paths.txt", "--resume", weights / "a.pth"]
+
+
+def test_array_that_comes_again_into_half_the_bytes(array, weights, images, tmp_path, capsys):
+    """Its rounded numbers are those of the index."""
+    file, more = array
+    make_index(weights, images, tmp_path / "index")
+    save_array(tmp_path, Index.open(tmp_path / "index"))
+    for _ in range(2):
+        take(file, tmp_path / "half", "--float16", *more)
+    assert "new: 0, changed: 0, deleted: 0" in capsys.readouterr().out
 
 
 def test_array_that_was_corrected_is_refused(array, weights, images, tmp_path, capsys, monkeypatch):

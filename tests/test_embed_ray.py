@@ -210,8 +210,8 @@ def test_threshold_is_that_of_the_images_of_the_plan(folder, monkeypatch):
 def test_refusals_before_ray_starts(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     argv = list(map(str, command()[2:]))
-    fails(lambda: embed_ray.main([*argv, "--resume", "gone.pth"]), capsys, "gone.pth")
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    fails(lambda: embed_ray.main([*argv, "--resume", "gone.pth"]), capsys, "gone.pth")
     (folder / "vectors").mkdir()
     with lock_folder(folder / "vectors", ""):
         fails(lambda: embed_ray.main(argv), capsys, "is being written by process")

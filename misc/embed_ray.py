@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -73,15 +74,18 @@ class Embed:
         self.embedder = self.embedder or self.load()
         if self.embedder.identity != content["made"]["weights"]:
             raise BadFile(f"{self.embedder.path} was replaced while it was read: start again")
+        (folder,) = content["folders"]
+        if not (os.path.isdir(folder) and os.listdir(folder)):  # else all would count as unreadable
+            raise FileNotFoundError(f"{folder} is gone or empty on {gethostname()}: mount its disk there")
         batches = [paths[start : start + self.batch] for start in range(0, len(paths), self.batch)]
         vectors, stamps, errors = [], [], []
         decoding = self.pool.map(self.read, batches[0])
         for following in [*batches[1:], []]:
-            images, *texts = zip(*decoding)
+            images, times, reasons = zip(*decoding)
             decoding = self.pool.map(self.read, following)  # while these are embedded
             vectors.append(self.run(images))
-            stamps += texts[0]
-            errors += texts[1]
+            stamps += times
+            errors += reasons
         exchange.write(Path(file), content, [(paths, stamps, np.concatenate(vectors), errors)])
         return {"images": len(paths), "errors": len(paths) - errors.count(None)}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -247,6 +248,18 @@ def test_worker_writes_a_file(folder, monkeypatch):
     assert "best.pth was replaced while it was read: start again" in found["problem"]
     found = embed_ray.Embed("gone.pth", "cpu", {}, threads=1, batch=4)(files[0])
     assert "gone.pth" in found["problem"]
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_disk_that_is_not_mounted_leaves_no_file(left, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    file = planned(folder)[0]
+    shutil.rmtree(folder / "photos")
+    if left != "nothing":
+        (folder / "photos").mkdir()
+    found = embed_ray.Embed("best.pth", "cpu", {}, threads=1, batch=4)(file)
+    assert re.search("photos is gone or empty on .*: mount its disk there", found["problem"])
+    assert not os.path.exists(file["file"])
 
 
 def test_vectors_are_those_of_search_py_to_the_bit(folder, monkeypatch):

@@ -184,15 +184,20 @@ def errors_in_one_line(script: str):
             for stream in closed:
                 _to_nowhere(stream)  # or Python would complain when it ends
             sys.exit(128 + signal.SIGPIPE)
-        message = advice(error) or (one_line(error) if is_deliberate(error) else None)
-        if message is None:
+        text = message(error)
+        if text is None:
             kill_workers()
             raise
-        _say(f"{script}: error: {message}")
+        _say(f"{script}: error: {text}")
         kill_workers()
         with _silent_destructors():
             traceback.clear_frames(error.__traceback__)
         sys.exit(1)
+
+
+def message(error: Exception) -> str | None:
+    """What to tell the user of an error that they can mend, in one line; None for others."""
+    return advice(error) or (one_line(error) if is_deliberate(error) else None)
 
 
 def is_deliberate(error: Exception) -> bool:

@@ -108,10 +108,10 @@ def describe(device: torch.device) -> str:
 def processes(gpu_id: int):
     """Join the processes that torchrun started, if any, and yield this process's device. Only rank 0 prints.
 
-    Raises ValueError if srun started several tasks that do not know of each other: without torchrun, or each with its
-    own, as --gpu-id -1 starts it.
+    Raises ValueError if srun started several tasks that do not all know of each other: without torchrun, or in several
+    groups of torchruns, such as those that --gpu-id -1 starts.
     """
-    if (tasks := srun_tasks()) > 1 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # the number of torchruns
+    if (tasks := srun_tasks()) > int(os.environ.get("GROUP_WORLD_SIZE", 1)):  # the number of torchruns that joined
         raise ValueError(
             f"srun started {tasks} tasks that would each do the same work: start one task per machine, and let "
             "torchrun start a process per GPU and join the machines: srun --ntasks-per-node=1 torchrun "

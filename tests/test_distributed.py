@@ -406,6 +406,7 @@ def test_all_gpus_start_torchrun(monkeypatch):
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc in a step; srun -n 1
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": "x"}, False),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "a", "GROUP_WORLD_SIZE": "1"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "a", "GROUP_WORLD_SIZE": "2"}, True),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "a", "GROUP_WORLD_SIZE": "4"}, False),
         ({}, False),
     ],

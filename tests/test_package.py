@@ -36,7 +36,8 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
     """The wheel that `pip install git+file://...` installs, built without a network."""
-    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
+    settings = ("user.name=A", "user.email=a@b.c", "init.defaultBranch=main", "commit.gpgsign=false")
+    git = ["git", *(word for setting in settings for word in ("-c", setting))]
     for command in (["init"], ["add", "."], ["commit", "-m", "All"]):
         run([*git, *command], source)
     built = tmp_path_factory.mktemp("built")

@@ -28,7 +28,7 @@ BACKBONE = "backbone alone"  # as people read it
 SHOWN = 3  # metrics after each epoch: what fits into 80 characters
 LOG_DIR = Path(__file__).resolve().parents[2] / "logs"
 LONGEST_REASON = 200  # characters of an error of wandb
-WANDB_VARIABLES = {  # of the user, which come before these settings of ours; wandb itself reads those of all others
+WANDB_VARIABLES = {  # the user's variables override these settings; wandb reads its other variables itself
     "project": "WANDB_PROJECT",
     "notes": "WANDB_NOTES",
     "dir": "WANDB_DIR",

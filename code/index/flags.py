@@ -55,7 +55,7 @@ def index_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--index-factory",
         metavar="STRING",
-        help="FAISS factory string, e.g. IVF256,Flat for millions of images; without it, search is exact",
+        help="FAISS factory string, e.g. IVF1024,RaBitQ for millions of images; without it, search is exact",
     )
     group.add_argument(
         "--float16",

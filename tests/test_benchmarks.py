@@ -40,6 +40,17 @@ def test_benchmark_runs(command, words):
 
 
 @pytest.mark.slow
+def test_stores_are_compared():
+    pytest.importorskip("lancedb")
+    command = [sys.executable, BENCHMARKS / "stores.py", "--vectors", "20000", "--size", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| change a tenth, delete a hundredth |") == 2
+    recalls = [float(recall) for recall in re.findall(r"recall@10 (\S+)", done.stdout)]
+    assert len(recalls) == 6 and min(recalls) > 0.8
+
+
+@pytest.mark.slow
 def test_libraries_that_are_missing_are_named(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('faiss', 'pytorch_metric_learning', 'wandb'):\n    sys.modules[name] = None\n"

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dataset
 import net
 from dataset.files import REMEDIES, BadFile, is_hidden, read_image, read_thumbnail
-from dataset.folder import images as images_in
-from dataset.folder import images_at
+from dataset.folder import images_at, images_directly_in
 from proxy_anchor import cli, figures, hardware
 from proxy_anchor.files import printable, quantity
 from proxy_anchor.index import flags
@@ -190,6 +189,8 @@ def update_index(args: argparse.Namespace) -> None:
     source = open_vectors(args) if args.vectors else Images(args)
     folder = Path(args.out)
     shown = printable(str(folder))
+    if args.moved_from and not (folder / IMAGES).exists():
+        raise FileNotFoundError(f"There is no index in {folder} whose images could have moved: leave out --moved-from")
     with lock(folder):
         if (folder / IMAGES).exists():
             index = Index.open(folder)
@@ -205,8 +206,10 @@ def update_index(args: argparse.Namespace) -> None:
             index.calibration = source.calibration
         elif source.calibration not in (None, index.calibration) and not args.calibrate:
             print(f"The threshold of the files is left out, as {shown} has other images: --calibrate chooses one")
+        moved = 0
         if args.moved_from:
-            index.moved(os.path.realpath(args.moved_from), *source.folders)
+            (new_folder,) = source.folders
+            moved = index.move(canonical(args.moved_from), new_folder, source.stamps)
         keep_all = bool(args.vectors) and not args.drop_missing
         presence = Presence(source.stamps, index.folders, args.drop_missing, keep_all)
         new, changed, deleted, done = index.compare(source.stamps, presence.of)
@@ -219,13 +222,16 @@ def update_index(args: argparse.Namespace) -> None:
         )
         for missing, entries_there in presence.missing.items():
             print(
-                f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay, --drop-missing drops them"
+                f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay. --drop-missing drops "
+                "them; if they have moved, --moved-from keeps their vectors"
             )
+        if moved:
+            print(f"{moved:,} {kind} have moved: those that are the same keep their vectors")
         if done:
             print(f"{done:,} of these were embedded before the interruption")
         try:
             done += source.add_to(index)
-            if done or changed or deleted or args.moved_from:
+            if done or changed or deleted or moved:
                 index = index.finish()
                 print(f"Indexed {done:,} {kind}")
                 if index.factory != EXACT:
@@ -287,8 +293,11 @@ class Images:
         if not new:
             return 0
         embedder = Embedder(self.network, hardware.select(args.gpu_id), args.amp)
-        if not warn_of_drift(index, embedder):
-            index.runtime = runtime(embedder.device)
+        if index.is_empty:
+            index.runtime = runtime(embedder)
+            index.describe()
+        elif index.runtime != runtime(embedder):
+            index.runtime = runtime(embedder) if warn_of_drift(index, embedder) == "" else {}
         seen = added = 0
         for block in entries.blocks(((entry, self._images_of(entry)) for entry in new), BLOCK):
             images = dataset.unlabelled([image for paths in block.values() for image in paths], index.spec)
@@ -449,9 +458,7 @@ class Presence:
 
 def has_images(entry: str) -> bool:
     """Whether an entry's file exists, or an image in its folder."""
-    from proxy_anchor.index import entries
-
-    return os.path.isfile(entry) or entry in entries.group(images_in(Path(entry)))
+    return os.path.isfile(entry) or bool(images_directly_in(entry))
 
 
 def embed(embedder: Embedder, images: dataset.ImageDataset, batch_size: int, workers: int) -> torch.Tensor:
@@ -507,13 +514,13 @@ def open_search(args: argparse.Namespace) -> Search:
     return search
 
 
-def warn_of_drift(index: Index, embedder: Embedder) -> bool:
-    """Print a warning, and return whether there is one, if other versions than the index's move its vectors."""
-    from proxy_anchor import api
+def warn_of_drift(index: Index, embedder: Embedder) -> str | None:
+    """Print the warning of check_drift, if there is one, and return it."""
+    from proxy_anchor.api import check_drift
 
-    warning = api.check_drift(index, embedder)
-    print(printable(warning), end="\n" * bool(warning), file=sys.stderr)
-    return bool(warning)
+    if warning := check_drift(index, embedder):
+        print(printable(warning), file=sys.stderr)
+    return warning
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -624,7 +631,7 @@ def read_thumbnail_of(entry: str, size: int, upright: bool) -> Image.Image:
 
 def first_image(entry: str) -> str:
     """The path of an image or, of a folder, of the first one in it; its own if there is none."""
-    return next(iter(images_in(Path(entry))), entry) if os.path.isdir(entry) else entry
+    return next(iter(images_directly_in(entry)), entry)
 
 
 def folder_of(entry: str) -> str:

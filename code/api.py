@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -271,49 +272,53 @@ class Search:
         return self.opened, (), chosen
 
 
-def runtime(device: torch.device) -> dict[str, str]:
-    """What the vectors of images depend on besides the network: the device, and the libraries that decode and run."""
-    return {"device": device.type} | {name: version(name) for name in ("torch", "torchvision", "pillow")}
+def runtime(run: Embedder) -> dict[str, str]:
+    """What the vectors of images depend on besides the network: device, precision, libraries that decode and run."""
+    libraries = ("torch", "torchvision", "pillow", "onnxruntime")
+    found = {"device": run.device.type, "amp": run.settings[0]}
+    for name in libraries if getattr(run.network, "is_exported", False) else libraries[:-1]:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
-def check_drift(index: Index, run: Embedder) -> str:
-    """A warning if images of an index have other vectors when they are embedded here; "" without one.
+@torch.inference_mode()
+def check_drift(index: Index, run: Embedder) -> str | None:
+    """A warning if images of an index have other vectors when they are embedded here; "" if not.
 
-    It embeds some only if the runtime is not the one that the index records.
+    It embeds REFERENCES entries at even distances, if the index records another runtime. Returns None if it cannot
+    compare any, because their files have changed, are gone or cannot be read.
     """
-    here = runtime(run.device)
-    if index.runtime == here or not (references := references_of(index)):
+    if index.runtime == (here := runtime(run)):
         return ""
-    seen = dataset.unlabelled([path for paths in references.values() for path in paths], index.spec)
-    vectors = run.embed(dataset.eval_loader(seen, BATCH, workers=0)).vectors
-    images = {index.images[row][0]: paths for row, paths in references.items()}
-    _, embeddings = entries.embeddings_of(images, seen.paths, vectors, index.distance)
-    now, before = (
-        comparable(embeddings, index.distance).float().cpu().numpy(),
-        index.images.take(np.array([*references])),
-    )
-    moved = (np.linalg.norm(now - before, axis=1) / np.linalg.norm(before, axis=1).clip(1e-12)).max()
-    if moved <= DRIFT:
+    run.network.eval()
+    transform, upright = dataset.transform_of(index.spec), index.spec.orientation == "upright"
+    moved: list[float] = []
+    for row in np.linspace(0, len(index.images) - 1, min(REFERENCES, len(index.images))).round().astype(int).tolist():
+        entry, stamp = index.images[row]
+        try:
+            paths = dataset.folder.images_directly_in(entry) if index.made["by_folder"] else [entry]
+            if len(paths) > BATCH or entries.stamp(paths) != stamp:
+                continue
+            seen = torch.stack([transform(dataset.files.read_image(path, upright)) for path in paths])
+        except (OSError, ValueError):
+            continue
+        _, embeddings = entries.embeddings_of({entry: paths}, paths, run(seen.to(run.device)), index.distance)
+        (now,) = comparable(embeddings, index.distance).float().cpu().numpy()
+        (before,) = index.images.take(np.array([row]))
+        moved.append(float(np.linalg.norm(now - before)) / max(float(np.linalg.norm(before)), 1e-12))
+    if not moved:
+        return None
+    if max(moved) <= DRIFT:
         return ""
     kind = "folder" if index.made["by_folder"] else "image"
     made, present = (", ".join(f"{name} {of}" for name, of in record.items()) for record in (index.runtime, here))
     return (
-        f"{quantity(len(images), kind)} of {index.folder} embedded again: their vectors have moved by up to "
-        f"{moved:.4f} of their length, expected {DRIFT:g} at most. It was made with {made or 'unknown versions'}; here "
-        f"is {present}. Similarities are as inexact: use those versions, or build a new index"
+        f"The vectors of {quantity(len(moved), kind)} of {index.folder}, embedded again, moved by up to "
+        f"{max(moved):.4f} of their length, where at most {DRIFT:g} is expected. The index was made with "
+        f"{made or 'unknown versions'}; here is {present}. Similarities are off by as much: use those versions, or "
+        "build a new index"
     )
-
-
-def references_of(index: Index) -> dict[int, list[str]]:
-    """{row: its images} of up to REFERENCES entries, at even distances, whose files have not changed."""
-    images = {}
-    for row in np.linspace(0, len(index.images) - 1, min(REFERENCES, len(index.images))).round().astype(int).tolist():
-        entry, stamp = index.images[row]
-        paths = entries.group(dataset.folder.images(Path(entry))).get(entry, []) if index.made["by_folder"] else [entry]
-        if paths and all(map(os.path.isfile, paths)) and entries.stamp(paths) == stamp:
-            images[row] = paths
-    bad = dataset.unlabelled([path for paths in images.values() for path in paths], index.spec).find_bad(workers=0)
-    return {row: paths for row, paths in images.items() if not bad.keys() & {*paths}}
 
 
 def open_network(spec: NetworkSpec, path: str, checkpoint: Checkpoint | None) -> tuple[Any, str]:

@@ -31,7 +31,7 @@ HIDDEN = set(
 # Extensions of files that are obviously not photos, or are metadata of photos.
 NOT_PHOTOS = set(
     ".txt .pdf .md .csv .tsv .json .jsonl .xml .yaml .yml .html .log .ini .db "
-    ".toml .py .ipynb .sh .npy .npz .mat .pt .pth .pkl .xmp .aae .thm .md5 .float32 .faiss".split()
+    ".toml .py .ipynb .sh .npy .npz .mat .pt .pth .pkl .xmp .aae .thm .md5 .float32 .float16 .faiss .parquet".split()
 )
 SHOWN = 6  # extensions in a line
 TURNS = {  # by EXIF orientation

@@ -67,6 +67,13 @@ def images(folder: Path) -> list[str]:
     return scan(folder).images
 
 
+def images_directly_in(folder: str) -> list[str]:
+    """The images in a folder, sorted, without hidden files and those in subfolders; none if it does not exist."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    paths = (os.path.join(folder, name) for name in names if is_image(name) and not is_hidden(name))
+    return [path for path in paths if os.path.isfile(path)]
+
+
 class Contents(NamedTuple):
     """The contents of a folder, see scan."""
 

@@ -42,7 +42,6 @@ from proxy_anchor.vectors import comparable
 from search import canonical
 
 CODE = ("proxy_anchor.py", "code/**/*.py", "dataset/**/*.py", "net/**/*.py")  # what the workers import
-PLAN = "plan.jsonl"
 
 
 class Embed:
@@ -50,7 +49,9 @@ class Embed:
 
     def __init__(self, path: str, device: str, recorded: dict, threads: int, batch: int):
         self.load, self.batch = partial(load, path, device, **recorded), batch
-        self.embedder: ImageEmbedder | None = None  # until the first file, whose result can tell of an error
+        self.embedder: ImageEmbedder | None = (
+            None  # until the first file, so that an error in loading is returned as a result
+        )
         self.pool = ThreadPoolExecutor(threads)
 
     def __call__(self, row: dict) -> dict:
@@ -139,10 +140,10 @@ def plan(out: Path, images: str, rows: int, embedder: ImageEmbedder) -> list[dic
     images since: `search.py index --images` finds changes by the stamps. Raises ValueError if the folder is for other
     images or another network.
     """
-    source, file = os.path.realpath(images), out / PLAN
+    source, file = os.path.realpath(images), out / exchange.PLAN
     if not file.exists():
         if any(out.glob("*.parquet")):
-            raise ValueError(f"{out} holds Parquet files, but no {PLAN}: choose another --out")
+            raise ValueError(f"{out} holds Parquet files, but no {exchange.PLAN}: choose another --out")
         write_plan(file, source, rows, embedder)
     with open(file, "rb") as lines:
         try:

@@ -56,7 +56,8 @@ def test_moved_images_keep_their_vectors(weights, images, tmp_path, capsys, monk
     images.rename(new)
     paths = embedded(monkeypatch)
     make(weights, new, index, "--moved-from", str(images), *by_folder)
-    assert "new: 0, changed: 0, deleted: 0\n" in capsys.readouterr().out and not paths
+    assert "new: 0, changed: 0, deleted: 0\n" in (out := capsys.readouterr().out) and not paths
+    assert f"{6 if by_folder else 18} {'folders' if by_folder else 'images'} have moved" in out
     after = Index.open(index)
     assert [path for path, _ in after.images] == [name.replace(str(images), str(new)) for name in names]
     assert np.array_equal(after.images.vectors, vectors)
@@ -66,7 +67,7 @@ def test_moved_images_keep_their_vectors(weights, images, tmp_path, capsys, monk
     fails(
         lambda: make(weights, new, index, "--moved-from", str(images), *by_folder),
         capsys,
-        f"{index} holds no images in {images}, but in {new}",
+        f"No image of {index} has moved from {images} to {new}: it has {len(names)} in {new} already, and its folders",
     )
 
 
@@ -81,9 +82,13 @@ def test_some_of_the_moved_have_changed(weights, images, tmp_path, capsys, monke
     (new / "cat" / "1.jpg").unlink()
     paths = embedded(monkeypatch)
     make(weights, new, index, "--moved-from", f"{images}/")
-    assert "new: 1, changed: 1, deleted: 1\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "new: 1, changed: 1, deleted: 0\n" in out and f"{images} is gone or empty: its images (1) stay" in out
+    assert "17 images have moved" in out
+    make(weights, new, index, "--drop-missing")
+    assert "new: 0, changed: 0, deleted: 1\n" in capsys.readouterr().out
     assert sorted(paths) == [str(new / "bee" / "1.jpg"), str(new / "bee" / "new.jpg")]
-    assert described(index)["folders"] == sorted(map(str, (new, other)))
+    assert described(index)["folders"] == sorted(map(str, (images, new, other)))
     make(weights, new, tmp_path / "made at once")
     make(weights, other, tmp_path / "made at once")
     moved, expected = (
@@ -100,8 +105,10 @@ def test_images_that_were_indexed_again_where_they_are_now_count_once(weights, i
     images.rename(new)
     make(weights, new, index)
     assert "its images (18) stay" in capsys.readouterr().out and len(Index.open(index).images) == 36
-    make(weights, new, index, "--moved-from", str(images))
-    assert len(described(index)["images"]) == len(Index.open(index).images) == 18
+    fails(lambda: make(weights, new, index, "--moved-from", str(images)), capsys, f"it has 18 in {new} already")
+    make(weights, new, index, "--drop-missing")
+    assert "new: 0, changed: 0, deleted: 18\n" in capsys.readouterr().out
+    assert len(described(index)["images"]) == 18
 
 
 def test_move_after_an_interruption(weights, images, tmp_path, capsys, monkeypatch):
@@ -128,6 +135,36 @@ def test_move_after_an_interruption(weights, images, tmp_path, capsys, monkeypat
     assert len(found(index, capsys, new / "dog" / "1.jpg", "-k", 3)[0]["neighbours"]) == 3
 
 
+def test_only_some_have_moved(weights, images, tmp_path, capsys):
+    """The others stay where they are; a wrong folder is refused, and changes nothing."""
+    index, new = tmp_path / "index", tmp_path / "new"
+    make(weights, images, index)
+    new.mkdir()
+    (images / "ant").rename(new / "ant")
+    content = (index / "images.json").read_bytes()
+    for wrong in (tmp_path, images / "ant", tmp_path / "nowhere"):
+        words = "not two separate folders" if wrong == tmp_path else "No image of"
+        fails(lambda wrong=wrong: make(weights, new, index, "--moved-from", str(wrong)), capsys, words)
+    fails(lambda: make(weights, new, tmp_path / "none", "--moved-from", str(images)), capsys, "There is no index in")
+    assert (index / "images.json").read_bytes() == content and not (tmp_path / "none").exists()
+    make(weights, new, index, "--moved-from", str(images))
+    assert "new: 0, changed: 0, deleted: 0\n6 images have moved" in capsys.readouterr().out
+    paths = sorted(described(index)["images"])
+    assert (
+        sum(path.startswith(f"{new}/") for path in paths) == 6 and all(map(os.path.isfile, paths)) and len(paths) == 18
+    )
+    assert described(index)["folders"] == sorted(map(str, (images, new)))
+
+
+def test_link_that_is_left_behind(weights, images, tmp_path, capsys):
+    index, new = tmp_path / "index", tmp_path / "new"
+    make(weights, images, index)
+    images.rename(new)
+    images.symlink_to(new)
+    make(weights, new, index, "--moved-from", str(images))
+    assert "new: 0, changed: 0, deleted: 0\n18 images have moved" in capsys.readouterr().out
+
+
 # Other vectors of the same photographs
 
 
@@ -139,6 +176,7 @@ def shift(monkeypatch):
     def by(levels: int) -> None:
         shifted = lambda *args: (read(*args).int() + levels).clamp(0, 255).byte()
         monkeypatch.setattr("dataset.images.read_image", shifted)
+        monkeypatch.setattr("dataset.files.read_image", shifted)
 
     return by
 
@@ -156,19 +194,19 @@ def test_other_versions_that_move_vectors_are_a_warning(
 ):
     index, query = tmp_path / "index", images / "ant"
     make(weights, images, index, *by_folder)
-    here = api.runtime(torch.device("cpu"))
-    assert described(index)["runtime"] == here and here["torch"] in torch.__version__
+    here = described(index)["runtime"]
+    assert here["device"] == "cpu" and here["amp"] == "none" and here["torch"] in torch.__version__
     shift(40)
     assert ask(index, query, capsys, *by_folder) == ""  # the same versions: nothing is embedded again
-    monkeypatch.setattr(api, "runtime", lambda device: here | {"pillow": "99.1"})
+    monkeypatch.setattr(api, "runtime", lambda run: here | {"pillow": "99.1"})
     warning = ask(index, query, capsys, *by_folder)
     entries = "6 folders" if by_folder else "8 images"
-    assert f"{entries} of {index} embedded again: their vectors have moved by up to 0." in warning
-    assert f"made with device cpu, torch {here['torch']}," in warning and "pillow 99.1. " in warning
+    assert f"The vectors of {entries} of {index}, embedded again, moved by up to 0." in warning
+    assert f"made with device cpu, amp none, torch {here['torch']}," in warning and "pillow 99.1. " in warning
     trees.write_image(images / "dog" / "new.jpg", 7)
     make(weights, images, index, *by_folder)
-    assert "their vectors have moved" in capsys.readouterr().err
-    assert described(index)["runtime"] == here  # most of its vectors are by those versions
+    assert "embedded again, moved by" in capsys.readouterr().err
+    assert described(index)["runtime"] == {}  # some of its vectors are by these versions, most by those
     shift(0)
     shutil.rmtree(images / "dog")  # whose vector is of the other decoder
     assert ask(index, query, capsys, *by_folder) == ""  # other versions, the same vectors
@@ -195,7 +233,7 @@ def test_how_far_vectors_have_moved(weights, images, tmp_path, monkeypatch, othe
     rows = index.images
     monkeypatch.setattr(rows, "take", lambda chosen: turned[chosen])
     expected = np.linalg.norm(embedder([path for path, _ in rows]) - turned, axis=1).max()
-    assert f"have moved by up to {expected:.4f} of their length" in api.check_drift(index, embedder.run)
+    assert f"moved by up to {expected:.4f} of their length" in api.check_drift(index, embedder.run)
     monkeypatch.setattr(api, "DRIFT", expected + 1e-6)
     assert api.check_drift(index, embedder.run) == ""
 
@@ -214,9 +252,11 @@ def test_references_that_are_gone_changed_or_unreadable_are_left_out(
     size, time = map(int, chosen[2][1].split())
     images.joinpath(chosen[2][0]).write_bytes(bytes(size))  # of the same size and time
     os.utime(chosen[2][0], ns=(time, time))
-    assert api.check_drift(opened, embedder.run).startswith("5 images of ")
+    assert api.check_drift(opened, embedder.run).startswith("The vectors of 5 images of ")
     shutil.rmtree(images)
-    assert api.check_drift(opened, embedder.run) == ""
+    assert api.check_drift(opened, embedder.run) is None
+    make(weights, trees.folder(tmp_path / "other", classes=("ant",)), index)
+    assert described(index)["runtime"] == {}  # nothing could be compared
 
 
 def test_older_index_without_a_record_of_versions(weights, images, tmp_path, capsys, shift):

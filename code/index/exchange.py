@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # optional
 
 KEY = b"proxy_anchor"
 LAYOUT = {"made": MADE, "folders": list, "calibration": dict, "sha256": str}
+PLAN = "plan.jsonl"  # of misc/embed_ray.py: a record, then the paths of each file to be
 UNIT = 1e-3  # the largest difference of a length from 1
 GROUPS = 8  # groups of rows in memory, of BLOCK rows each: files of interleaved entries are read side by side
 
@@ -114,7 +115,8 @@ class VectorFiles:
     """The vectors of one network in files, to be added to an index.
 
     source: where they are. made, folders, calibration: as in an index. stamps: {path: stamp} of all rows. errors:
-    {path: reason} of the images that could not be read: these have no vector, and an index drops those that changed.
+    {path: reason} of the images that could not be read: these have no vector, and an index drops those that changed. An
+    image that was gone (stamp "") stays in an index that has it.
     remarks: lines to print.
     """
 
@@ -156,6 +158,10 @@ class VectorFiles:
     def check(self, index: Index) -> None:
         """Raise ValueError if the vectors cannot be added to this index, before anything is."""
         check_same(index.made | {"network": index.spec.to_record()}, self.made, str(index.folder), str(self.source))
+        gone = {path for path in self.errors if not self.stamps[path]}  # perhaps their disk was not mounted
+        for path, stamp, _ in index.stored() if gone else ():
+            if path in gone:
+                self.stamps[path] = stamp
 
     def add_to(self, index: Index) -> int:
         """Add the rows that have a stamp and no error to an index, block by block; returns their number."""
@@ -168,6 +174,7 @@ class VectorFiles:
             rows = new[start : start + BLOCK]
             stamps = {path: stamp for path in (paths[row] for row in rows) if (stamp := self.stamps[path]) is not None}
             index.add_vectors(stamps, self._vectors(rows))
+            index.runtime = {}  # it is not recorded with the vectors
         return len(new)
 
     def _vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -211,6 +218,8 @@ class ParquetFiles(VectorFiles):
             count = quantity(len(self.errors), "image")
             self.remarks = [f"Left out, as they could not be read: {count}, such as {printable(image)}"]
             self.remarks += [printable(reason)]
+        if (missing := _planned(path / PLAN) - len(files)) > 0:
+            self.remarks += [f"Not written yet: {quantity(missing, 'file')} of {PLAN}; misc/embed_ray.py continues"]
         if not has_one_calibration:
             self.remarks += ["The files have different thresholds, which are left out: --calibrate chooses one"]
         elif first["calibration"]:
@@ -323,6 +332,14 @@ class _ParquetFile:
             table = parquet.read_row_group(group, columns=["vector"])
             table.validate(full=True)
             return _numbers(table["vector"])
+
+
+def _planned(plan: Path) -> int:
+    """How many files are to be beside a plan; 0 without one."""
+    if not plan.exists():
+        return 0
+    with open(plan, "rb") as lines:
+        return sum(1 for _ in lines) - 1
 
 
 def _state(file: Path) -> tuple[int, ...]:

@@ -104,8 +104,8 @@ def write(vectors: Path, lines: Path, blocks) -> None:
             a.write(block_lines)
             with np.errstate(over="ignore"):
                 stored = np.ascontiguousarray(block_vectors, vectors.suffix[1:])
-            if not np.isfinite(stored).all():
-                raise ValueError("A number of a vector is not finite, or too large for float16")
+            if stored.dtype == np.float16 and not np.isfinite(stored).all():
+                raise ValueError("A number of a vector is too large for float16: make a new index without --float16")
             b.write(stored.data)
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from proxy_anchor.files import is_intact, lock_folder, numbered, printable, replacing, seal
+from proxy_anchor.files import is_intact, lock_folder, numbered, replacing, seal
 from proxy_anchor.index import clustering, entries, neighbours, rows
 from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
@@ -52,8 +53,8 @@ class Index:
     made: "checkpoint", its path; "weights", its identity; "network", the record of its spec; "by_folder": whether each
     entry is a folder, with the mean of the images in it.
     folders: those whose images were indexed. files: {name: seal} of its other files, see files.seal. calibration: the
-    threshold that was measured on its entries, if any. runtime: what embedded its images, see api.runtime; {} where an
-    older one does not say so. dtype: of its vectors on disk, one of rows.DTYPES.
+    threshold that was measured on its entries, if any. runtime: the versions that embedded its images, see api.runtime;
+    {} if unknown. dtype: of its vectors on disk, one of rows.DTYPES.
     """
 
     images: Rows
@@ -79,7 +80,7 @@ class Index:
         self.calibration = Calibration.from_record(calibration) if calibration else None
         self.runtime: dict[str, str] = runtime or {}
         self.dtype: str = dtype
-        self.move: tuple[str, str] | None = None  # folders: entries in the first are now in the second
+        self._now: Callable[[str], str] | None = None  # where an entry is, if some have moved; see move
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str, dtype: str = "float32") -> "Index":
@@ -167,19 +168,31 @@ class Index:
                 return
             raise ValueError(f"{self.folder} holds an index {self.factory}, not {factory}; make a new one")
 
-    def moved(self, old: str, new: str) -> None:
-        """Take what was indexed in the folder `old` for what is at the same place in `new`, in compare and finish.
+    def move(self, old: str, new: str, stamps: dict[str, str | None]) -> int:
+        """Treat entries in the folder `old` as being at the same place in `new`, if the present {path: stamp} has them.
 
-        Raises ValueError if nothing was indexed in it.
+        Returns their number. What the index has in `new` already stays as it is. Raises ValueError if no entry has
+        moved, or if one of the folders is within the other.
         """
-        if not any(entries.within(path, old) for path, *_ in self.stored()):
-            folders = ", ".join(map(printable, self.folders)) or "unknown folders"
-            raise ValueError(f"{self.folder} holds no images in {printable(old)}, but in {folders}")
-        self.move = old, new
-        self.folders = sorted({self._now(folder) for folder in self.folders})
+        if entries.within(old, new) or entries.within(new, old):
+            raise ValueError(f"{old} and {new} are not two separate folders: build a new index")
+        paths = [path for images in (self.images, *map(self._block, range(len(self._kept) - 1))) for path, _ in images]
+        indexed = {path for path in paths if entries.within(path, new)}
 
-    def _now(self, path: str) -> str:
-        return entries.relocate(path, *self.move) if self.move else path
+        def now(path: str) -> str:
+            moved = entries.relocate(path, old, new)
+            return moved if moved in stamps and moved not in indexed else path
+
+        staying = [path for path in paths if now(path) == path]
+        if len(staying) == len(paths):
+            raise ValueError(
+                f"No image of {self.folder} has moved from {old} to {new}: it has {len(indexed):,} in {new} already, "
+                f"and its folders are {', '.join(self.folders) or 'unknown'}"
+            )
+        here = [folder for folder in self.folders if any(entries.within(path, folder) for path in staying)]
+        self.folders = sorted({*here, *(entries.relocate(folder, old, new) for folder in self.folders)})
+        self._now = now
+        return len(paths) - len(staying)
 
     def compare(self, stamps: dict[str, str | None], exists) -> tuple[int, int, int, int]:
         """The numbers of images that are new, changed, deleted and done, for the present {path: stamp}.
@@ -188,11 +201,12 @@ class Index:
         embedding become None; finish leaves out what is deleted or out of date.
         exists(path): whether an indexed path that is not among the stamps still has its images.
         """
+        now = self._now or (lambda path: path)
         kept, *of_blocks = self._kept
         elsewhere, done = set(), 0  # of other folders, embedded by an interrupted run
         for number, kept_of_block in reversed([*enumerate(of_blocks)]):
             for row, (path, stamp) in enumerate(self._block(number)):
-                path = self._now(path)
+                path = now(path)
                 if path in stamps:
                     kept_of_block[row] = stamps[path] is not None and stamps[path] == stamp
                     done += kept_of_block[row]
@@ -202,7 +216,7 @@ class Index:
                     elsewhere.add(path)
         known = changed = deleted = 0
         for row, (path, stamp) in enumerate(self.images):
-            path = self._now(path)
+            path = now(path)
             if path in stamps:
                 known += 1
                 kept[row] = stamps[path] is not None and stamps[path] == stamp
@@ -219,8 +233,7 @@ class Index:
         for images in [*map(self._block, reversed(range(len(self._kept) - 1))), self.images]:
             for start, vectors in images.slices(rows.BLOCK):
                 for row, vector in enumerate(vectors, start):
-                    path, stamp = images[row]
-                    yield self._now(path), stamp, vector
+                    yield *images[row], vector
 
     def add(self, stamps: dict[str, str], embeddings: torch.Tensor) -> None:
         """Write a block: images, {path: stamp}, with their embeddings (N, D). It survives an interruption."""
@@ -261,8 +274,8 @@ class Index:
         """Blocks of rows.write: what is kept of the images, then of each block."""
         for number, kept in enumerate(self._kept, start=-1):
             for lines, vectors in (self.images if number < 0 else self._block(number)).blocks(kept):
-                if self.move:
-                    lines = rows.lines((self._now(path), stamp) for path, stamp in map(json.loads, lines.splitlines()))
+                if now := self._now:
+                    lines = rows.lines((now(path), stamp) for path, stamp in map(json.loads, lines.splitlines()))
                 yield lines, vectors
 
     def _write_neighbours(self, former: FaissFiles | None):
@@ -372,6 +385,11 @@ class Index:
                 measured = vectors @ query if cosine else np.linalg.norm(vectors - query, axis=1)
             order = np.argsort(-measured if cosine else measured, kind="stable")[:count]
             yield indices[order], measured[order]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no images, nor those of an interrupted run."""
+        return not len(self.images) and len(self._kept) == 1
 
     @property
     def is_upright(self) -> bool:

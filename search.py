@@ -68,7 +68,9 @@ def parse(argv=None) -> argparse.Namespace:
         "index",
         help="embed images into an index",
         usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
-        "[--flag value ...]\n       search.py index --vectors PATH --out INDEX [--flag value ...]",
+        "[--flag value ...]\n       search.py index --vectors PARQUET-OR-DIR --out INDEX [--flag value ...]\n"
+        "       search.py index --vectors NPY --paths FILE (--resume PATH | --backbone-only) --out INDEX "
+        "[--flag value ...]",
         parents=[
             flags.index_options(),
             dataset.options(training=False, without=("--cache",)),
@@ -136,8 +138,10 @@ def parse(argv=None) -> argparse.Namespace:
             make.error("argument --vectors: not with --images, --split, --by-folder or --moved-from")
         if ignored := [*given(args, data), *given(args, device)]:
             make.error(f"argument {ignored[0]}: it is for images, and --vectors reads none")
-        if bool(args.paths) != is_numpy:
-            make.error("argument --paths: it is for the .npy file of --vectors, which needs it")
+        if is_numpy and not args.paths:
+            make.error(f"argument --vectors: {args.vectors} needs --paths, a file with the path of each vector")
+        if args.paths and not is_numpy:
+            make.error("argument --paths: it is for a .npy file of --vectors")
         if is_numpy or args.resume or given(args, network):
             read_network(parser, make, args)
     elif args.command == "index":
@@ -145,7 +149,7 @@ def parse(argv=None) -> argparse.Namespace:
         if bool(args.images) == bool(args.split):
             parser.error("one of --images, --split or --vectors is required")
         if args.paths:
-            parser.error("argument --paths: it is for the .npy file of --vectors")
+            parser.error("argument --paths: it is for a .npy file of --vectors")
         if args.images and (ignored := [flag for flag in given(args, data) if flag in OF_DATASETS]):
             parser.error(f"argument {ignored[0]}: it is for --split")
         if args.split:
@@ -366,12 +370,12 @@ def calibration_to_export(index: Index, resume: str | None) -> tuple[Calibration
         raise ValueError(f"{index.folder} does not use the threshold of a checkpoint: leave out --resume")
     if by_folder:
         return None, "that of an index by folder is for folders, not for images"
-    reason = "choose one with `search.py index --calibrate`, if each folder shows one thing"
+    reason = "run the `search.py index` command with --calibrate, if each folder shows one thing, and export again"
     if index.spec.backbone_only or index.calibration:
         return index.calibration, reason
     if not resume and not os.path.exists(recorded):
         return None, f"the checkpoint {printable(recorded)} is gone: give its new path with --resume"
-    return calibration_of_checkpoint(index, resume and in_run(resume)), f"{reason}, or with `evaluate.py --calibrate`"
+    return calibration_of_checkpoint(index, resume and in_run(resume)), f"{reason}; or `evaluate.py --calibrate` first"
 
 
 def open_network(args: argparse.Namespace) -> tuple[torch.nn.Module, str, str]:

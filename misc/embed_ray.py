@@ -142,8 +142,8 @@ def plan(out: Path, images: str, rows: int, embedder: ImageEmbedder) -> list[dic
     """
     source, file = os.path.realpath(images), out / exchange.PLAN
     if not file.exists():
-        if any(out.glob("*.parquet")):
-            raise ValueError(f"{out} holds Parquet files, but no {exchange.PLAN}: choose another --out")
+        if any(name != ".lock" for name in os.listdir(out)):
+            raise ValueError(f"{out} is neither empty nor has a {exchange.PLAN}: choose another --out")
         write_plan(file, source, rows, embedder)
     with open(file, "rb") as lines:
         try:
@@ -208,16 +208,22 @@ def embed(args: argparse.Namespace) -> None:
     recorded = {"backbone": args.model, "embedding_size": args.embedding_size}
     embedder = load(args.resume, **recorded)
     out = Path(os.path.abspath(args.out))
+    if not os.path.isdir(args.images):
+        raise NotADirectoryError(f"{args.images} is no folder of images")
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, "choose another --out"):
         files = plan(out, args.images, args.rows, embedder)
         missing = [file for file in files if not os.path.exists(file["file"])]
-        print(f"{len(files) - len(missing):,} of {quantity(len(files), 'file')} exist already", flush=True)
+        print(f"Files to write: {len(missing):,} of {len(files):,}", flush=True)
         if not missing:
             return
         with TemporaryDirectory() as folder:  # Ray sends all that is in it
             copy_code(Path(folder))
             ray.init(runtime_env={"working_dir": folder}, log_to_driver=False, logging_level=logging.ERROR)
+        for flag, asked in (("CPU", args.cpus), ("GPU", args.gpus)):  # else Ray waits for such a machine
+            most = max(node["Resources"].get(flag, 0) for node in ray.nodes() if node["Alive"])
+            if asked > most:
+                raise ValueError(f"--{flag.lower()}s {asked}: no machine of the cluster has more than {most:g}")
         ray.data.DataContext.get_current().enable_progress_bars = False
         device = "cuda" if args.gpus else "cpu"
         data = ray.data.from_items(missing, override_num_blocks=len(missing)).map(
@@ -243,7 +249,12 @@ def embed(args: argparse.Namespace) -> None:
 def main(argv=None) -> None:
     args = parse(argv)
     with cli.errors_in_one_line("embed_ray.py"):
-        embed(args)
+        try:
+            embed(args)
+        except KeyboardInterrupt:
+            print("Finished files are kept: the same command continues from here", file=sys.stderr)
+            raise
+        print(f"Next: python search.py index --vectors {args.out} --out photos.index")
 
 
 if __name__ == "__main__":

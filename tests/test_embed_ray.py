@@ -68,6 +68,9 @@ def planned(folder, **arguments):
     return embed_ray.plan(folder / "vectors", **settings)
 
 
+NEXT = "Next: python search.py index --vectors vectors --out photos.index\n"
+
+
 def index(folder, name, *source):
     """The index that search.py makes; with --images, of the same batches."""
     images = ["--resume", str(folder / "best.pth"), "--batch-size", "4", "--workers", "0", "--skip-bad-images"]
@@ -86,7 +89,7 @@ def test_files_make_the_index_of_search_py(folder, capsys):
     """
     status, out, err = embed(folder)
     assert status == 0 and "3 of 3 files; 24 images" in out and "1 unreadable" in out, err
-    assert out.startswith("0 of 3 files exist already\n1 of 3 files; 8 images") and not err
+    assert out.startswith("Files to write: 3 of 3\n1 of 3 files; 8 images") and not err
     files = sorted((folder / "vectors").glob("*.parquet"))
     assert [file.name for file in files] == ["000000.parquet", "000001.parquet", "000002.parquet"]
     of_files = index(folder, "index", "--vectors", "vectors")
@@ -108,10 +111,10 @@ def test_files_make_the_index_of_search_py(folder, capsys):
     (photos / "cat" / "1.jpg").unlink()
     (folder / "best.pth").rename(folder / "moved.pth")
     status, out, err = embed(folder, "--resume", "moved.pth")
-    assert status == 0 and out.startswith("2 of 3 files exist already\n3 of 3 files; 8 images") and not err, err
+    assert status == 0 and out.startswith("Files to write: 1 of 3\n3 of 3 files; 8 images") and not err, err
     assert "2 unreadable" in out
     assert [file for file in files if file.stat().st_mtime_ns != times[file]] == [files[1]]
-    assert embed(folder, "--resume", "moved.pth")[:2] == (0, "3 of 3 files exist already\n")
+    assert embed(folder, "--resume", "moved.pth")[:2] == (0, f"Files to write: 0 of 3\n{NEXT}")
     index(folder, "later", "--vectors", "vectors")
     (folder / "moved.pth").rename(folder / "best.pth")
     capsys.readouterr()
@@ -147,7 +150,7 @@ def test_error_of_a_worker_is_one_line(folder):
     torch.nn.init.constant_(network.model.embedding.weight, float("nan"))
     trees.save_checkpoint(folder / "best.pth", network, RECORD | {"model": "resnet18"})
     status, out, err = embed(folder)
-    assert status == 1 and out == "0 of 3 files exist already\n", err
+    assert status == 1 and out == "Files to write: 3 of 3\n", err
     assert err == ["embed_ray.py: error: 4 of 4 embeddings are not finite; the first is number 0"]
 
 
@@ -194,7 +197,7 @@ def test_plan_is_made_once(folder, monkeypatch):
     with pytest.raises(ValueError, match="plan.jsonl is damaged"):
         planned(folder)
     (folder / "vectors" / "plan.jsonl").rename(folder / "vectors" / "000000.parquet")
-    with pytest.raises(ValueError, match="holds Parquet files, but no plan.jsonl"):
+    with pytest.raises(ValueError, match="is neither empty nor has a plan.jsonl"):
         planned(folder)
 
 

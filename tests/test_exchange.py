@@ -12,6 +12,7 @@ import torch
 import trees
 from helpers import RECORD, described, fails, make_index, mutations, query_index, result_or_error, threshold
 from pages import REPOSITORY, blocks, commands
+from PIL import Image
 
 import net
 import search
@@ -154,7 +155,7 @@ def test_image_that_is_not_there_is_embedded_when_it_is_found(weights, images, t
     shutil.move(images / "bee" / "1.jpg", tmp_path / "1.jpg")
     more = ["--paths", tmp_path / "paths.txt", "--resume", weights / "a.pth"]
     take(tmp_path / "vectors.npy", tmp_path / "again", *more)
-    assert f"Not found: 1 of 18 images, such as {images / 'bee' / '1.jpg'}" in capsys.readouterr().out
+    assert f"Not found, but indexed: 1 of 18 images, such as {images / 'bee' / '1.jpg'}" in capsys.readouterr().out
     shutil.move(tmp_path / "1.jpg", images / "bee" / "1.jpg")
     make_index(weights, images, tmp_path / "again")
     assert "new: 0, changed: 1, deleted: 0" in capsys.readouterr().out
@@ -237,7 +238,7 @@ def test_array_of_images_that_are_away_keeps_their_stamps(array, weights, images
     capsys.readouterr()
     take(file, tmp_path / "again", *more)
     out = capsys.readouterr().out
-    assert "Not found: 18 of 18 images" in out and "new: 0, changed: 0, deleted: 0" in out
+    assert "Not found, but indexed: 18 of 18 images" in out and "new: 0, changed: 0, deleted: 0" in out
     save_array(tmp_path, index, index.images.vectors[::-1])
     fails(lambda: take(file, tmp_path / "again", *more), capsys, "again has another vector of ")
     (tmp_path / "away").rename(images)
@@ -304,7 +305,7 @@ def test_threshold_that_is_not_recorded(weights, images, tmp_path, capsys):
     make_index(weights, images, tmp_path / "calibrated", "--calibrate", "0.6")
     make_index(weights, images, tmp_path / "plain")
     capsys.readouterr()
-    reasons = {"folders": "is for folders, not for images", "plain": "choose one with", "calibrated": ""}
+    reasons = {"folders": "is for folders, not for images", "plain": "--calibrate, if each folder shows one thing", "calibrated": ""}
     for name, words in reasons.items():
         export(tmp_path / name, tmp_path / "v.parquet")
         content = json.loads(pq.read_schema(tmp_path / "v.parquet").metadata[b"proxy_anchor"])
@@ -431,7 +432,7 @@ def test_file_that_is_replaced_while_it_is_read(weights, images, tmp_path):
         ({"made.model": "no such"}, "vectors.parquet is damaged, or of another version: "),
         ({"calibration": {"share": 1}}, "{'share': 1}"),
         ({"columns": ["path", "folder", "stamp", "vector"]}, "its columns are path string, folder string, stamp"),
-        ({"metadata": {}}, "b'proxy_anchor'"),
+        ({"metadata": {}}, "it has no record of the network; vectors of another program can come as .npy"),
         ({"metadata": {b"proxy_anchor": "[" * 200_000}}, "recursion"),
         ({"vector": 2}, "has length 2, expected unit length"),
         ({"path": "a.jpg"}, "a path is missing or not absolute"),
@@ -510,7 +511,10 @@ def test_page_finds_what_the_index_finds(library, weights, images, tmp_path, mon
     pytest.importorskip(library)
     make_index(weights, images, tmp_path / "photos.index", "--calibrate", "0.6")
     shutil.copyfile(weights / "a.pth", tmp_path / "best.pth")
-    shutil.copyfile(images / "ant" / "2.jpg", tmp_path / "new.jpg")
+    photo = Image.open(images / "ant" / "2.jpg")
+    exif = photo.getexif()
+    exif[0x0112] = 6  # upright in the index, though not in the training of this checkpoint
+    photo.save(tmp_path / "new.jpg", exif=exif)
     monkeypatch.chdir(tmp_path)
     exported, taken, _ = commands("python search.py", [PAGE])
     search.main(exported)
@@ -568,8 +572,8 @@ def test_refusals(weights, images, tmp_path, capsys):
     fails(lambda: export(tmp_path / "gone.index", tmp_path / "x.parquet"), capsys, "There is no index")
     for argv, words in [
         (["--vectors", "a.parquet", "--images", "b"], "argument --vectors: not with --images"),
-        (["--vectors", "a.npy", "--resume", "b"], "argument --paths: it is for the .npy"),
-        (["--vectors", "a.parquet", "--paths", "b"], "argument --paths: it is for the .npy"),
+        (["--vectors", "a.npy", "--resume", "b"], "argument --vectors: a.npy needs --paths"),
+        (["--vectors", "a.parquet", "--paths", "b"], "argument --paths: it is for a .npy file of --vectors"),
         (["--vectors", "a.npy", "--paths", "b"], "one of --resume or --backbone-only is required"),
         (
             ["--images", "a", "--resume", weights / "a.pth", "--data-root", "b"],

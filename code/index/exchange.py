@@ -196,6 +196,8 @@ class ParquetFiles(VectorFiles):
 
     def __init__(self, path: Path):
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not path.exists():
+            raise FileNotFoundError(f"There is no {path}")
         if not files:
             raise FileNotFoundError(f"There is no .parquet file in {path}")
         first = _ParquetFile(files[0]).record()
@@ -254,7 +256,7 @@ class NumpyFile(VectorFiles):
             self._append(paths[rows], stamps, [None] * len(stamps), vectors[rows], partial(vectors.__getitem__, rows))
         if absent := [path for path, stamp in self.stamps.items() if not stamp]:
             count = f"{len(absent):,} of {quantity(len(paths), 'image')}"
-            self.remarks = [f"Not found: {count}, such as {printable(absent[0])}"]
+            self.remarks = [f"Not found, but indexed: {count}, such as {printable(absent[0])}"]
 
     def check(self, index: Index) -> None:
         """As of all files; also raise ValueError if the index has another vector of an image that has not changed.
@@ -298,7 +300,9 @@ class _ParquetFile:
         """What its metadata records, see the module."""
         with self._opened() as parquet:
             columns = parquet.schema_arrow
-            content = json.loads((columns.metadata or {})[KEY])
+            if KEY not in (columns.metadata or {}):
+                raise ValueError("it has no record of the network; vectors of another program can come as .npy")
+            content = json.loads(columns.metadata[KEY])
             check_layout(content, LAYOUT, "record")
             if content.pop("sha256") != digest(content):
                 raise ValueError("its record has changed since it was written")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from helpers import make_index, query_index, threshold
+from helpers import exports_onnx, make_index, query_index, threshold
 from pages import REPOSITORY
 from PIL import Image
 
@@ -37,6 +37,8 @@ THRESHOLD = threshold(0.5)
 def made(tmp_path_factory):
     """A folder with a checkpoint in three forms, one for Euclidean distance, and images."""
     pytest.importorskip("onnxruntime")
+    if torch.__version__ < (2, 10):
+        pytest.skip(exports_onnx.kwargs["reason"])
     folder = tmp_path_factory.mktemp("made")
     trees.folder(folder / "images", classes=("ant", "bee", "cat"))
     trees.save_checkpoint(folder / "a.pth", net.create("resnet18", 16), RECORD)

@@ -42,7 +42,7 @@ def test_benchmark_runs(command, words):
 @pytest.mark.slow
 def test_stores_are_compared():
     pytest.importorskip("lancedb")
-    command = [sys.executable, BENCHMARKS / "stores.py", "--vectors", "20000", "--size", "16"]
+    command = [sys.executable, BENCHMARKS / "stores.py", "--vectors", "20000", "--size", "64"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| change a tenth, delete a hundredth |") == 2

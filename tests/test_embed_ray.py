@@ -151,7 +151,8 @@ def test_error_of_a_worker_is_one_line(folder):
     trees.save_checkpoint(folder / "best.pth", network, RECORD | {"model": "resnet18"})
     status, out, err = embed(folder)
     assert status == 1 and out == "Files to write: 3 of 3\n", err
-    assert err == ["embed_ray.py: error: 4 of 4 embeddings are not finite; the first is number 0"]
+    (line,) = err  # of a full batch, or of the one with the unreadable image
+    assert re.fullmatch(r"embed_ray.py: error: ([34]) of \1 embeddings are not finite; the first is number 0", line)
 
 
 def test_code_alone_is_sent_to_the_workers(tmp_path, monkeypatch):

@@ -305,7 +305,11 @@ def test_threshold_that_is_not_recorded(weights, images, tmp_path, capsys):
     make_index(weights, images, tmp_path / "calibrated", "--calibrate", "0.6")
     make_index(weights, images, tmp_path / "plain")
     capsys.readouterr()
-    reasons = {"folders": "is for folders, not for images", "plain": "--calibrate, if each folder shows one thing", "calibrated": ""}
+    reasons = {
+        "folders": "is for folders, not for images",
+        "plain": "--calibrate, if each folder shows one thing",
+        "calibrated": "",
+    }
     for name, words in reasons.items():
         export(tmp_path / name, tmp_path / "v.parquet")
         content = json.loads(pq.read_schema(tmp_path / "v.parquet").metadata[b"proxy_anchor"])

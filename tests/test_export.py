@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trees
-from helpers import fails
+from helpers import exports_onnx, fails
 from pages import REPOSITORY, blocks
 from PIL import Image
 
@@ -37,6 +37,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 safetensors = pytest.importorskip("safetensors")
+pytestmark = exports_onnx
 
 RECORD = {"model": "resnet18", "embedding_size": 16, "image_size": 32, "l2_norm": 1, "crop": 0.875}
 MODES = ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK", "I;16")

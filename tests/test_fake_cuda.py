@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import fakes_cuda
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +17,7 @@ from proxy_anchor import loss_registry, losses, retrieval, tiles, training
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.vectors import Embeddings
 
+pytestmark = fakes_cuda
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 

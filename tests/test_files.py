@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import trees
-from helpers import arguments
+from helpers import arguments, exports_onnx
 
 import dataset
 import evaluate
@@ -206,7 +206,7 @@ def test_index_is_of_the_weights_that_it_names(photos, replaced, tmp_path):
     torch.testing.assert_close(torch.tensor(index.images.vectors[0]), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".onnx"])
+@pytest.mark.parametrize("ending", [".safetensors", pytest.param(".onnx", marks=exports_onnx)])
 def test_export_is_of_the_weights_that_it_names(photos, replaced, tmp_path, ending):
     pytest.importorskip("onnxscript")
     path, identity, replace = replaced

@@ -69,8 +69,7 @@ def parse(argv=None) -> argparse.Namespace:
         help="embed images into an index",
         usage="search.py index (--resume PATH | --backbone-only) (--images DIR | --split NAME) --out INDEX "
         "[--flag value ...]\n       search.py index --vectors PARQUET-OR-DIR --out INDEX [--flag value ...]\n"
-        "       search.py index --vectors NPY --paths FILE (--resume PATH | --backbone-only) --out INDEX "
-        "[--flag value ...]",
+        "       search.py index --vectors NPY --paths FILE --resume PATH --out INDEX ...",
         parents=[
             flags.index_options(),
             dataset.options(training=False, without=("--cache",)),

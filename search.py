@@ -198,11 +198,9 @@ def update_index(args: argparse.Namespace) -> None:
         if (folder / IMAGES).exists():
             index = Index.open(folder)
             source.check(index)
-            index.check(source.made, args.index_factory, "float16" if args.float16 else None)
+            index.check(source.made, args.index_factory, args.dtype)
         else:
-            index = Index.new(
-                folder, source.made, args.index_factory or EXACT, "float16" if args.float16 else "float32"
-            )
+            index = Index.new(folder, source.made, args.index_factory or EXACT, args.dtype or "float32")
         for remark in source.remarks:
             print(remark)
         if not len(index.images):  # also after an interruption

@@ -111,8 +111,9 @@ def run_own(folder: Path, count: int, size: int) -> None:
         index = Index.open(folder)
         index.compare(present, lambda path: False)
         for rows, x in changes(changed, size):
-            block = {path: present[path] for path in paths(rows) if path in present}
-            index.add(block, torch.from_numpy(x[: len(block)]))
+            is_left = np.isin(rows, deleted, invert=True)
+            block = {path: present[path] for path in paths(np.array(rows)[is_left].tolist())}
+            index.add(block, torch.from_numpy(x[is_left]))
         index.finish()
 
 

@@ -59,7 +59,9 @@ def index_options() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--float16",
-        action="store_true",
+        dest="dtype",
+        action="store_const",
+        const="float16",
         help="store the vectors of a new index in half the bytes: similarities are then off by up to 0.0005, "
         "and distances by 0.0005 of the vectors' length",
     )

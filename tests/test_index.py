@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -329,6 +330,21 @@ def test_exact_search_in_slices(distance, tmp_path, monkeypatch):
         for row, own in zip(found, values):
             for a, b, equal in zip(row, row[1:], own[1:] == own[:-1]):
                 assert not equal or (a < b) == (distance == "euclidean")
+
+
+def test_many_blocks_need_few_open_files(tmp_path):
+    """An interrupted run may have left more blocks than a process may have files."""
+    index = Index.new(tmp_path, MADE, "Flat")
+    for number, x in enumerate(vectors(60)):
+        index.add({f"/old/{number}": "1 1"}, x[None])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, hard))
+    try:
+        assert [path for path, *_ in index.stored()] == [f"/old/{number}" for number in reversed(range(60))]
+        assert index.move("/old", "/new", {f"/new/{number}": "1 1" for number in range(60)}) == 60
+        assert len(index.finish().images) == 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])

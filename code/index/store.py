@@ -176,7 +176,7 @@ class Index:
         """
         if entries.within(old, new) or entries.within(new, old):
             raise ValueError(f"{old} and {new} are not two separate folders: build a new index")
-        paths = [path for images in (self.images, *map(self._block, range(len(self._kept) - 1))) for path, _ in images]
+        paths = [path for images in self._all_rows() for path, _ in images]
         indexed = {path for path in paths if entries.within(path, new)}
 
         def now(path: str) -> str:
@@ -230,7 +230,7 @@ class Index:
 
     def stored(self):
         """(path, stamp, vector (D)) of what an interrupted run has added, the latest block first, and of its images."""
-        for images in [*map(self._block, reversed(range(len(self._kept) - 1))), self.images]:
+        for images in self._all_rows():
             for start, vectors in images.slices(rows.BLOCK):
                 for row, vector in enumerate(vectors, start):
                     yield *images[row], vector
@@ -296,6 +296,11 @@ class Index:
         while self._files_of_block(len(kept) - 1)[1].exists():
             kept.append(np.ones(len(self._block(len(kept) - 1)), dtype=bool))
         return kept
+
+    def _all_rows(self):
+        """The rows of each block, the latest first, then of the images; one block is open at a time."""
+        yield from map(self._block, reversed(range(len(self._kept) - 1)))
+        yield self.images
 
     def _block(self, number: int) -> Rows:
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -72,7 +73,7 @@ def parse(argv=None) -> argparse.Namespace:
         "       search.py index --vectors NPY --paths FILE --resume PATH --out INDEX ...",
         parents=[
             flags.index_options(),
-            dataset.options(training=False, without=("--cache",)),
+            data := dataset.options(training=False, without=("--cache",)),
             net.options(training=False),
             hardware.options(without=("--compile",), several=False),
         ],
@@ -129,7 +130,6 @@ def parse(argv=None) -> argparse.Namespace:
                 f"argument {ignored[0]}: it is for a folder of images, which needs --resume or --backbone-only; an "
                 "index needs no network"
             )
-    data = dataset.options(training=False, without=("--cache",))
     if args.command == "index" and args.vectors:
         args.spec = None
         is_numpy = args.vectors.endswith(".npy")
@@ -297,8 +297,10 @@ class Images:
         if index.is_empty:
             index.runtime = runtime(embedder)
             index.describe()
-        elif index.runtime != runtime(embedder):
-            index.runtime = runtime(embedder) if warn_of_drift(index, embedder) == "" else {}
+        elif warn_of_drift(index, embedder) == "":
+            index.runtime = runtime(embedder)
+        else:  # some vectors are of other versions than the rest, or nothing could be compared
+            index.runtime = {}
         seen = added = 0
         for block in entries.blocks(((entry, self._images_of(entry)) for entry in new), BLOCK):
             images = dataset.unlabelled([image for paths in block.values() for image in paths], index.spec)
@@ -399,15 +401,20 @@ def print_recall(index: Index) -> None:
 
 
 def paths_to_index(args: argparse.Namespace) -> list[str]:
-    """The absolute paths of the images, each once: a query may come from any working directory.
-
-    They lead through no linked folder, so that images that are reached in two ways are in the index once.
-    """
+    """The paths of the images, see distinct."""
     if args.split:
         choice = {"allow_partial": args.allow_partial, "test_classes": args.test_classes}
         paths = dataset.load(args.dataset, args.data_root, args.split, **choice).paths
     else:
         paths = images_at(args.images)
+    return distinct(paths)
+
+
+def distinct(paths: Iterable[str]) -> list[str]:
+    """The canonical paths of images, each once, even if an image is reached in two ways.
+
+    They are absolute, as a query may come from any working directory.
+    """
     return list(dict.fromkeys(map(canonical, paths)))
 
 
@@ -684,7 +691,7 @@ def embed_folder(args: argparse.Namespace) -> Unlabelled:
         limit = threshold_for_groups(args, args.checkpoint.calibration if args.checkpoint else None)
     network, _, _ = open_network(args)
     spec = replace(args.spec, orientation="upright")
-    images = dataset.unlabelled(list(dict.fromkeys(map(canonical, images_at(args.images)))), spec)
+    images = dataset.unlabelled(distinct(images_at(args.images)), spec)
     if args.skip_bad_images:
         dataset.leave_out_bad([images], args.workers)
     embedder = Embedder(network, hardware.select(args.gpu_id), args.amp)

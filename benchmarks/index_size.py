@@ -71,14 +71,27 @@ class Memory:
         return int(line.split()[1]) * 1024 / 1e6
 
 
-def build(folder: Path, count: int, size: int, factory: str) -> Index:
-    network = {"model": "resnet18", "embedding_size": size, "image_size": 224, "l2_norm": 1}
-    spec = {"checkpoint": "none", "weights": "none", "network": network, "by_folder": False}
-    index = Index.new(folder, spec, factory)
+def blocks(count: int, size: int):
+    """(rows, vectors) of all images, in blocks."""
     for start in range(0, count, BLOCK):
         vectors = block_of_vectors(start, min(BLOCK, count - start), size)
-        paths = [f"/photos/of/some/collection/{i // 1000:06}/{i:09}.jpg" for i in range(start, start + len(vectors))]
-        index.add({path: f"{100_000 + i} {10**18 + i}" for i, path in enumerate(paths)}, torch.from_numpy(vectors))
+        yield range(start, start + len(vectors)), vectors
+
+
+def paths(rows) -> list[str]:
+    return [f"/photos/of/some/collection/{i // 1000:06}/{i:09}.jpg" for i in rows]
+
+
+def stamps(rows, version: int = 0) -> list[str]:
+    return [f"{100_000 + i} {10**18 + version}" for i in rows]
+
+
+def build(folder: Path, count: int, size: int, factory: str) -> Index:
+    network = {"model": "resnet18", "embedding_size": size, "image_size": 224, "l2_norm": 1}
+    made = {"checkpoint": "none", "weights": "none", "network": network, "by_folder": False}
+    index = Index.new(folder, made, factory)
+    for rows, vectors in blocks(count, size):
+        index.add(dict(zip(paths(rows), stamps(rows))), torch.from_numpy(vectors))
     return index.finish()
 
 

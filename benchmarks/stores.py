@@ -19,9 +19,9 @@ from pathlib import Path
 import index_size
 import numpy as np
 import torch
+from index_size import BLOCK, blocks, paths, stamps
 
 CELLS, COUNT, QUERIES, EXACT_QUERIES, NPROBES = 1024, 10, 200, 100, (4, 16, 64)
-BLOCK = index_size.BLOCK
 
 
 class Measurement:
@@ -39,21 +39,6 @@ class Measurement:
         self.memory.__exit__()
         disk = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()) / 1e6
         print(f"| {self.store} | {self.what} | {seconds:.1f} | {self.memory} | {disk:,.0f} |", flush=True)
-
-
-def paths(rows) -> list[str]:
-    return [f"/photos/of/some/collection/{i // 1000:06}/{i:09}.jpg" for i in rows]
-
-
-def stamps(rows, version: int = 0) -> list[str]:
-    return [f"{100_000 + i} {10**18 + version}" for i in rows]
-
-
-def blocks(count: int, size: int):
-    """(rows, vectors) of all vectors, in blocks."""
-    for start in range(0, count, BLOCK):
-        vectors = index_size.block_of_vectors(start, min(BLOCK, count - start), size)
-        yield range(start, start + len(vectors)), vectors
 
 
 def changes(rows: np.ndarray, size: int):
@@ -87,14 +72,9 @@ def run_own(folder: Path, count: int, size: int) -> None:
     from proxy_anchor.index.store import Index
 
     name = "search.py"
-    network = {"model": "resnet18", "embedding_size": size, "image_size": 224, "l2_norm": 1}
-    made = {"checkpoint": "none", "weights": "none", "network": network, "by_folder": False}
     vectors = queries(count, size)
     with Measurement(name, "build", folder):
-        index = Index.new(folder, made, f"IVF{CELLS},RaBitQ")
-        for rows, x in blocks(count, size):
-            index.add(dict(zip(paths(rows), stamps(rows))), torch.from_numpy(x))
-        index = index.finish()
+        index = index_size.build(folder, count, size, f"IVF{CELLS},RaBitQ")
 
     def search(query, nprobe):
         index.set_nprobe(nprobe)

@@ -22,7 +22,7 @@ from proxy_anchor.files import printable, quantity
 from proxy_anchor.index import entries
 from proxy_anchor.index.store import Index
 from proxy_anchor.spec import Calibration, NetworkSpec
-from proxy_anchor.vectors import comparable, to_nearness
+from proxy_anchor.vectors import comparable_array, to_nearness
 from proxy_anchor.weights import digest
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class ImageEmbedder:
         An image is a path, a PIL image, or uint8 pixels (H, W, 3) or (H, W). Raises OSError or ValueError for an image
         that cannot be read, which a path names, and TypeError for anything else.
         """
-        return comparable(self.embed(as_list(images)), self.spec.distance).float().cpu().numpy()
+        return comparable_array(self.embed(as_list(images)), self.spec.distance)
 
     @torch.inference_mode()
     def embed(self, images: list[ImageLike]) -> torch.Tensor:
@@ -304,7 +304,7 @@ def check_drift(index: Index, run: Embedder) -> str | None:
         except (OSError, ValueError):
             continue
         _, embeddings = entries.embeddings_of({entry: paths}, paths, run(seen.to(run.device)), index.distance)
-        (now,) = comparable(embeddings, index.distance).float().cpu().numpy()
+        (now,) = comparable_array(embeddings, index.distance)
         (before,) = index.images.take(np.array([row]))
         moved.append(float(np.linalg.norm(now - before)) / max(float(np.linalg.norm(before)), 1e-12))
     if not moved:

@@ -69,6 +69,11 @@ def comparable(embeddings: torch.Tensor, distance: str) -> torch.Tensor:
     return finite(embeddings).to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
+def comparable_array(embeddings: torch.Tensor, distance: str) -> np.ndarray:
+    """Rows (N, D) as `comparable` gives them, in float32: what an index holds."""
+    return comparable(embeddings, distance).float().cpu().numpy()
+
+
 def finite(embeddings: torch.Tensor) -> torch.Tensor:
     """The embeddings (N, D). Raises ValueError if any is not finite."""
     check_finite(torch.isfinite(embeddings).all(dim=1))

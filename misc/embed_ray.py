@@ -38,8 +38,8 @@ from proxy_anchor.api import ImageEmbedder
 from proxy_anchor.files import lock_folder, printable, quantity, replacing
 from proxy_anchor.index import entries, exchange
 from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.vectors import comparable
-from search import canonical
+from proxy_anchor.vectors import comparable_array
+from search import distinct
 
 CODE = ("proxy_anchor.py", "code/**/*.py", "dataset/**/*.py", "net/**/*.py")  # what the workers import
 
@@ -49,9 +49,7 @@ class Embed:
 
     def __init__(self, path: str, device: str, recorded: dict, threads: int, batch: int):
         self.load, self.batch = partial(load, path, device, **recorded), batch
-        self.embedder: ImageEmbedder | None = (
-            None  # until the first file, so that an error in loading is returned as a result
-        )
+        self.embedder: ImageEmbedder | None = None  # loaded for the first file: an error is then its result
         self.pool = ThreadPoolExecutor(threads)
 
     def __call__(self, row: dict) -> dict:
@@ -106,8 +104,8 @@ class Embed:
         seen = [image for image in images if image is not None]
         if seen:
             embeddings = self.embedder.run(torch.stack(seen).to(self.embedder.device))
-            found = comparable(embeddings, self.embedder.spec.distance).float().cpu().numpy()
-            vectors[[image is not None for image in images]] = found
+            is_seen = [image is not None for image in images]
+            vectors[is_seen] = comparable_array(embeddings, self.embedder.spec.distance)
         return vectors
 
 
@@ -171,7 +169,7 @@ def write_plan(file: Path, source: str, rows: int, embedder: ImageEmbedder) -> N
 
     Raises ValueError for a path that is no UTF-8, as Parquet holds no other.
     """
-    paths = list(dict.fromkeys(map(canonical, images_at(source))))
+    paths = distinct(images_at(source))
     for path in paths:
         if path != path.encode(errors="replace").decode():
             raise ValueError(f"The name {printable(path)} is not UTF-8, which Parquet needs: rename the file")

@@ -3,12 +3,13 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small: threads only wait for each other
 
-import helpers  # noqa: F401 - makes the network "tiny" known
+import helpers
 import pytest
 import torch
 import torchvision  # noqa: F401 - it cannot be imported while torch.cuda is changed
 import trees
 
+import net
 from proxy_anchor import tiles
 
 
@@ -38,6 +39,22 @@ def no_checkpoint_needed(monkeypatch):
 def cub_root(tmp_path_factory):
     """A data root with a small CUB: 4 training and 3 test classes of 6 images each."""
     return trees.cub(tmp_path_factory.mktemp("cub"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with two checkpoints of a small network, a.pth and b.pth, to index images with."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, name in enumerate(("a.pth", "b.pth")):
+        torch.manual_seed(seed)
+        trees.save_checkpoint(folder / name, net.create("tiny", 8), helpers.RECORD)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 18 images of three classes."""
+    return trees.folder(tmp_path / "images", classes=("ant", "bee", "cat"))
 
 
 @pytest.fixture(params=[960, 33])

@@ -221,19 +221,6 @@ def test_what_is_not_measured_is_said(monkeypatch):
 # search.py group
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
-    return folder
-
-
-@pytest.fixture
-def images(tmp_path):
-    return trees.folder(tmp_path / "images", classes=("ant", "bee", "cat"))
-
-
 @pytest.fixture
 def index(weights, images, tmp_path):
     make(weights, images, tmp_path / "index")

@@ -8,13 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 import trees
-from helpers import RECORD, described, fails, make_index, mutations, query_index, result_or_error, threshold
+from helpers import described, fails, make_index, mutations, query_index, result_or_error, threshold
 from pages import REPOSITORY, blocks, commands
 from PIL import Image
 
-import net
 import search
 from proxy_anchor.checkpoint import Checkpoint, save_calibration
 from proxy_anchor.index import entries, exchange
@@ -23,20 +21,6 @@ from proxy_anchor.index.store import Index, digest
 for library in ("faiss", "pyarrow"):
     pytest.importorskip(library)
 PAGE = REPOSITORY / "docs" / "vectors.md"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    for seed, name in enumerate(("a.pth", "b.pth")):
-        torch.manual_seed(seed)
-        trees.save_checkpoint(folder / name, net.create("tiny", 8), RECORD)
-    return folder
-
-
-@pytest.fixture
-def images(tmp_path):
-    return trees.folder(tmp_path / "images", classes=("ant", "bee", "cat"))
 
 
 def export(index, file):

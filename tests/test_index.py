@@ -17,7 +17,6 @@ from helpers import make_index as make
 from helpers import query_index as found
 from pages import REPOSITORY
 
-import net
 import search
 from proxy_anchor.embedding import Embedder
 from proxy_anchor.index import neighbours, rows
@@ -27,19 +26,6 @@ faiss = pytest.importorskip("faiss")
 HAS_RABITQ = hasattr(faiss, "IndexIVFRaBitQ")  # FAISS 1.11
 RABITQ = pytest.param("IVF8,RaBitQ", marks=pytest.mark.skipif(not HAS_RABITQ, reason="FAISS is older than 1.11"))
 MADE = {"checkpoint": "a.pth", "weights": "0", "network": RECORD | {"embedding_size": 16}, "by_folder": False}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
-    return folder
-
-
-@pytest.fixture
-def images(tmp_path):
-    return trees.folder(tmp_path / "images", classes=("ant", "bee", "cat"))
 
 
 @pytest.fixture(autouse=True)

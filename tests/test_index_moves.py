@@ -8,30 +8,16 @@ import numpy as np
 import pytest
 import torch
 import trees
-from helpers import RECORD, described, fails
+from helpers import described, fails
 from helpers import make_index as make
 from helpers import query_index as found
 
-import net
 import search
 from dataset import files
 from proxy_anchor import api
 from proxy_anchor.index.store import Index
 
 pytest.importorskip("faiss")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    trees.save_checkpoint(folder / "a.pth", net.create("tiny", 8), RECORD)
-    return folder
-
-
-@pytest.fixture
-def images(tmp_path):
-    return trees.folder(tmp_path / "images", classes=("ant", "bee", "cat"))
 
 
 def embedded(monkeypatch) -> list:

@@ -29,20 +29,6 @@ from proxy_anchor.vectors import to_nearness
 pytest.importorskip("faiss")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    for seed, name in enumerate(("a.pth", "b.pth")):
-        torch.manual_seed(seed)
-        trees.save_checkpoint(folder / name, net.create("tiny", 8), RECORD)
-    return folder
-
-
-@pytest.fixture
-def images(tmp_path):
-    return trees.folder(tmp_path / "images", classes=("ant", "bee", "cat"))
-
-
 def describe(out, content):
     """Write what described reads; the images may be damaged, which their seals would tell."""
     if isinstance(content, dict):

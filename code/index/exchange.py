@@ -115,9 +115,8 @@ class VectorFiles:
     """The vectors of one network in files, to be added to an index.
 
     source: where they are. made, folders, calibration: as in an index. stamps: {path: stamp} of all rows. errors:
-    {path: reason} of the images that could not be read: these have no vector, and an index drops those that changed. An
-    image that was gone (stamp "") stays in an index that has it.
-    remarks: lines to print.
+    {path: reason} of the images that could not be read: these have no vector, and an index drops those that changed,
+    but not those that were gone (stamp ""). remarks: lines to print.
     """
 
     def __init__(self, source: Path, made: dict):
@@ -170,11 +169,12 @@ class VectorFiles:
             (stamp is not None and path not in self.errors for path, stamp in self.stamps.items()), bool, len(paths)
         )
         new = np.flatnonzero(is_new) if self._order is None else self._order[is_new[self._order]]
+        if len(new):
+            index.runtime = {}  # files do not record it
         for start in range(0, len(new), BLOCK):
             rows = new[start : start + BLOCK]
             stamps = {path: stamp for path in (paths[row] for row in rows) if (stamp := self.stamps[path]) is not None}
             index.add_vectors(stamps, self._vectors(rows))
-            index.runtime = {}  # it is not recorded with the vectors
         return len(new)
 
     def _vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -276,7 +276,7 @@ class NumpyFile(VectorFiles):
 
 
 class _ParquetFile:
-    """A Parquet file of ours. Its methods raise ValueError naming it if it is damaged, another one or replaced."""
+    """A Parquet file of `write`. Its methods raise ValueError naming it if it is damaged, another one or replaced."""
 
     def __init__(self, file: Path):
         self.file, self.state = file, _state(file)
@@ -339,7 +339,7 @@ class _ParquetFile:
 
 
 def _planned(plan: Path) -> int:
-    """How many files are to be beside a plan; 0 without one."""
+    """The number of files in a plan; 0 without one."""
     if not plan.exists():
         return 0
     with open(plan, "rb") as lines:
@@ -386,7 +386,7 @@ def check_vectors(vectors: np.ndarray, paths: list[str], distance: str) -> None:
 
 
 def read_paths(file: Path) -> list[str]:
-    """The paths in a text file, one a line, or in a .npy file of texts. Raises ValueError for another file."""
+    """The paths in a text file, one per line, or in a .npy file of texts. Raises ValueError for another file."""
     try:
         if file.suffix == ".npy":
             paths = np.load(file, allow_pickle=False)
@@ -398,4 +398,4 @@ def read_paths(file: Path) -> list[str]:
             raise ValueError(f"line {paths.index('') + 1} is empty")
         return paths
     except (ValueError, EOFError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged, or no list of paths ({error}): expected one path a line") from error
+        raise ValueError(f"{file} is damaged, or no list of paths ({error}): expected one path per line") from error

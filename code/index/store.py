@@ -26,7 +26,7 @@ from proxy_anchor.index.neighbours import EXACT, Exact, FaissFiles
 from proxy_anchor.index.rows import Rows
 from proxy_anchor.spec import MEASURES, Calibration, NetworkSpec
 from proxy_anchor.thresholds.identification import calibration_of, identify
-from proxy_anchor.vectors import Embeddings, comparable
+from proxy_anchor.vectors import Embeddings, comparable_array
 
 IMAGES = "images.json"
 MADE = {"checkpoint": str, "weights": str, "network": dict, "by_folder": bool}
@@ -428,7 +428,7 @@ class Index:
         return faiss.METRIC_INNER_PRODUCT if self.distance == "cosine" else faiss.METRIC_L2
 
     def _vectors_of(self, embeddings):
-        return comparable(embeddings, self.distance).float().cpu().numpy()
+        return comparable_array(embeddings, self.distance)
 
     @property
     def cells(self) -> int:

@@ -32,8 +32,6 @@ class SyntheticProxyAnchor(ShardedProxyAnchor):
         share = random.beta(CONCENTRATION, CONCENTRATION)
         self.step += 1
         i, j = (pair[: round(self.ratio * len(x))] for pair in pairs(labels))  # (n,)
-        if not len(i):
-            return super().local_terms(x, labels)
         # The m synthetic classes, and the number of each image's: (m,), (n,)
         classes, numbers = (labels[i] * self.num_classes + labels[j]).unique(return_inverse=True)
         first, second = (self.directions(c) for c in (classes // self.num_classes, classes % self.num_classes))

@@ -195,8 +195,8 @@ def update_index(args: argparse.Namespace) -> None:
     if args.moved_from and not (folder / IMAGES).exists():
         raise FileNotFoundError(f"There is no index in {folder} whose images could have moved: leave out --moved-from")
     with lock(folder):
-        if (folder / IMAGES).exists():
-            index = Index.open(folder)
+        index = Index.open(folder) if (folder / IMAGES).exists() else None
+        if index and not index.is_empty:
             source.check(index)
             index.check(source.made, args.index_factory, args.dtype)
         else:
@@ -217,10 +217,11 @@ def update_index(args: argparse.Namespace) -> None:
         is_known = source.folders <= {*index.folders}
         index.folders = sorted({*index.folders, *source.folders})
         kind = "folders" if source.made["by_folder"] else "images"
-        print(
-            f"Updating {shown}, which holds {len(index.images):,} {kind}; "
-            f"new: {new:,}, changed: {changed:,}, deleted: {deleted:,}"
-        )
+        if len(index.images):
+            held = f"{len(index.images):,} {kind}"
+            print(f"Updating {shown}, which holds {held}; new: {new:,}, changed: {changed:,}, deleted: {deleted:,}")
+        else:
+            print(f"Building {shown} of {new:,} {kind}")
         for missing, entries_there in presence.missing.items():
             print(
                 f"{printable(missing)} is gone or empty: its {kind} ({entries_there:,}) stay. --drop-missing drops "

@@ -295,6 +295,8 @@ def advice(error: Exception) -> str | None:
 def one_line(error: Exception) -> str:
     """The message of an error, which may hold names of files, without the traceback that a worker's begins with."""
     text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:  # of the operating system
+        text = f"{error.filename}: {error.strerror}"
     if "in DataLoader worker process" in text:  # indented lines follow, then "package.ErrorType: message"
         text = text.rpartition("Traceback (most recent call last):\n")[2]
         text = re.sub(r"\A(?: .*\n)*(?:[\w.]+: )?", "", text)

@@ -422,7 +422,7 @@ def test_file_that_is_replaced_while_it_is_read(weights, images, tmp_path):
         ({"columns": ["path", "folder", "stamp", "vector"]}, "its columns are path string, folder string, stamp"),
         ({"metadata": {}}, "it has no record of the network; vectors of another program can come as .npy"),
         ({"metadata": {b"proxy_anchor": "[" * 200_000}}, "recursion"),
-        ({"vector": 2}, "has length 2, expected unit length"),
+        ({"vector": 2}, "has length 2, expected 1: divide"),
         ({"path": "a.jpg"}, "a path is missing or not absolute"),
     ],
 )
@@ -548,6 +548,7 @@ def test_refusals(weights, images, tmp_path, capsys):
     refused(["ant", "cat"], "cat.parquet of folders: they cannot be in one index")
     refused(["ant", "all"], "of_ant_all lists ")
     refused([], "There is no .parquet file in")
+    fails(lambda: take(tmp_path / "ant.index", tmp_path / "new"), capsys, "ant.index is an index: `search.py export`")
     refused(["bee"], "were embedded by different networks", "--resume", weights / "a.pth")
     assert not (tmp_path / "new").exists()
     words = "were embedded by different networks"
@@ -578,8 +579,8 @@ def test_refusals(weights, images, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda vectors, paths: (vectors * 2, paths), "has length 2, expected unit length"),
-        (lambda vectors, paths: (vectors * np.nan, paths), "has length nan, expected unit length"),
+        (lambda vectors, paths: (vectors * 2, paths), "has length 2, expected 1: divide"),
+        (lambda vectors, paths: (vectors * np.nan, paths), "has length nan, expected finite numbers"),
         (lambda vectors, paths: (vectors.astype(float), paths), "holds float64 (18, 8), expected float32 (18, 8)"),
         (lambda vectors, paths: (vectors[:, :7], paths), "holds float32 (18, 7), expected float32 (18, 8)"),
         (lambda vectors, paths: (vectors, paths[1:]), "holds float32 (18, 8), expected float32 (17, 8)"),

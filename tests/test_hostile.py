@@ -172,6 +172,11 @@ def test_path_of_several_lines_is_told_whole(tmp_path):
         assert cli.one_line(error) == f"The image {tmp_path}/a Traceback: b.jpg is missing"
 
 
+def test_error_of_the_operating_system_names_the_file_first(tmp_path):
+    error = result_or_error((tmp_path / "none.txt").read_text)
+    assert cli.one_line(error) == f"{tmp_path}/none.txt: No such file or directory"
+
+
 def test_network_stays_as_it_was(tmp_path):
     """A checkpoint of another size loads nothing, not even the tensors that would fit."""
     network = net.create("tiny", 8)

@@ -73,7 +73,7 @@ def test_interrupted_build_continues(factory, weights, images, tmp_path, capsys,
     capsys.readouterr()
     assert interrupted(monkeypatch, 2, KeyboardInterrupt(), run) == [4, 4]
     out, err = capsys.readouterr()
-    assert "new: 18, changed: 0, deleted: 0\n4 of 18 are done\n8 of 18 are done\n" in out
+    assert "of 18 images\n4 of 18 are done\n8 of 18 are done\n" in out
     assert err.endswith("Embedded images are saved: the same command continues from here\nsearch.py: interrupted\n")
     query = ["query", "--index", str(index), str(images)]
     fails(lambda: search.main(query), capsys, f"{index} holds no complete index: run the `search.py index` command")
@@ -353,6 +353,17 @@ def test_float16_is_an_index_of_rounded_vectors(factory, distance, tmp_path):
         whole = built(tmp_path / "b", factory, distance, x)
         names = [[{name for name, _ in result} for result in index.search(queries, 10)] for index in (half, whole)]
         assert sum(len(a & b) for a, b in zip(*names)) >= 0.99 * 10 * len(queries)
+
+
+def test_index_without_images_is_made_anew(weights, images, tmp_path, capsys):
+    """With another network and other numbers: nothing is in it that these would not fit."""
+    (tmp_path / "none").mkdir()
+    fails(lambda: make(weights, tmp_path / "none", tmp_path / "index"), capsys, "There are no images in")
+    assert (tmp_path / "index" / "vectors-0.float32").exists()
+    make(weights, images, tmp_path / "index", "--float16", name="b.pth")
+    index = Index.open(tmp_path / "index")
+    assert len(index.images) == 18 and index.made["checkpoint"] == str(weights / "b.pth")
+    assert [file.name for file in index.folder.glob("vectors*")] == ["vectors-1.float16"]
 
 
 def test_float16_that_cannot_hold_a_number(tmp_path):

@@ -20,7 +20,7 @@ import numpy as np
 from proxy_anchor.files import printable, quantity, replacing
 from proxy_anchor.index import entries
 from proxy_anchor.index.rows import BLOCK
-from proxy_anchor.index.store import MADE, Index, check_layout, digest
+from proxy_anchor.index.store import IMAGES, MADE, Index, check_layout, digest
 from proxy_anchor.spec import Calibration, NetworkSpec
 
 if TYPE_CHECKING:  # optional
@@ -142,7 +142,7 @@ class VectorFiles:
         self._groups.append(read)
         for path, stamp, error in zip(paths, stamps, errors):
             if path in self.stamps:
-                raise ValueError(f"{self.source} lists {printable(path)} twice")
+                raise ValueError(f"{self.source} lists {printable(path)} twice, in one file or in two")
             self.stamps[path] = stamp
             if error is not None:
                 self.errors[path] = error
@@ -198,6 +198,8 @@ class ParquetFiles(VectorFiles):
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not path.exists():
             raise FileNotFoundError(f"There is no {path}")
+        if not files and (path / IMAGES).exists():
+            raise FileNotFoundError(f"{path} is an index: `search.py export` writes its vectors to a .parquet file")
         if not files:
             raise FileNotFoundError(f"There is no .parquet file in {path}")
         first = _ParquetFile(files[0]).record()
@@ -247,7 +249,7 @@ class NumpyFile(VectorFiles):
             found = f"{vectors.dtype} {vectors.shape}" if isinstance(vectors, np.ndarray) else "several arrays"
             raise ValueError(
                 f"{file} holds {found}, expected float32 {expected}: a vector of the network for each of "
-                f"{quantity(len(paths), 'path')}"
+                f"{quantity(len(paths), 'path')}; .astype(np.float32) converts other numbers"
             )
         self._array = vectors
         for start in range(0, len(paths), BLOCK):
@@ -361,7 +363,7 @@ def check_same(made: dict, other: dict, name: str, name_of_other: str) -> None:
     """Raise ValueError if two sources, with names, are of different networks, or one of images and one of folders."""
     difference = NetworkSpec.from_record(made["network"]).differences(NetworkSpec.from_record(other["network"]))
     if made["weights"] != other["weights"]:
-        difference = f"{made['checkpoint']} and {other['checkpoint']}"
+        difference = " and ".join(map(_in_words, (made, other)))
     if made["by_folder"] != other["by_folder"]:
         kinds = ["folders" if of["by_folder"] else "images" for of in (made, other)]
         raise ValueError(f"{name} is of {kinds[0]}, {name_of_other} of {kinds[1]}: they cannot be in one index")
@@ -372,17 +374,20 @@ def check_same(made: dict, other: dict, name: str, name_of_other: str) -> None:
         )
 
 
+def _in_words(made: dict) -> str:
+    """The network of a source: the path of its checkpoint, or the backbone."""
+    spec = NetworkSpec.from_record(made["network"])
+    return f"{spec.model} --pretrained {made['checkpoint']}" if spec.backbone_only else made["checkpoint"]
+
+
 def check_vectors(vectors: np.ndarray, paths: list[str], distance: str) -> None:
     """Raise ValueError for vectors (N, D) that are not finite or, to be compared by cosine, not of unit length."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     is_valid = np.isfinite(lengths) if distance == "euclidean" else (lengths == 0) | (np.abs(lengths - 1) < UNIT)
     if not is_valid.all():
         row = int(np.argmin(is_valid))
-        expected = "unit length" if distance == "cosine" else "finite numbers"
-        raise ValueError(
-            f"The vector of {printable(paths[row])} has length {lengths[row]:g}, expected {expected}: vectors as "
-            "proxy_anchor.load gives them"
-        )
+        expected = "1: divide each vector by its length" if np.isfinite(lengths[row]) else "finite numbers"
+        raise ValueError(f"The vector of {printable(paths[row])} has length {lengths[row]:g}, expected {expected}")
 
 
 def read_paths(file: Path) -> list[str]:

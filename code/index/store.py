@@ -84,12 +84,18 @@ class Index:
 
     @classmethod
     def new(cls, folder: Path, made: dict, factory: str, dtype: str = "float32") -> "Index":
-        """An index without images. Raises ValueError for a factory string that FAISS does not know."""
+        """An index without images, also in place of another without any.
+
+        Raises ValueError for a factory string that FAISS does not know.
+        """
         index = cls(folder, made, factory, number=0, dtype=dtype)
         index._new_faiss_index()
         rows.write(*index._files(), [])
         index.describe()
         index._delete_others()
+        for former in rows.DTYPES:  # of an index without images, which this one replaces
+            if former != dtype:
+                index._file("vectors", former).unlink(missing_ok=True)
         return cls.open(folder)
 
     @classmethod

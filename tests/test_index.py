@@ -73,7 +73,7 @@ def test_interrupted_build_continues(factory, weights, images, tmp_path, capsys,
     capsys.readouterr()
     assert interrupted(monkeypatch, 2, KeyboardInterrupt(), run) == [4, 4]
     out, err = capsys.readouterr()
-    assert "of 18 images\n4 of 18 are done\n8 of 18 are done\n" in out
+    assert f"Building {index} of 18 images\n4 of 18 are done\n8 of 18 are done\n" in out
     assert err.endswith("Embedded images are saved: the same command continues from here\nsearch.py: interrupted\n")
     query = ["query", "--index", str(index), str(images)]
     fails(lambda: search.main(query), capsys, f"{index} holds no complete index: run the `search.py index` command")

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import trees
-from helpers import described, fails, make_index, mutations, query_index, result_or_error, threshold
+from helpers import RECORD, described, fails, make_index, mutations, query_index, result_or_error, threshold
 from pages import REPOSITORY, blocks, commands
 from PIL import Image
 
@@ -525,6 +525,14 @@ def test_page_finds_what_the_index_finds(library, weights, images, tmp_path, mon
     pq.write_table(table.replace_schema_metadata({b"proxy_anchor": json.dumps(content)}), "vectors.parquet")
     with pytest.raises(TypeError, match="NoneType"):  # not "no match"
         exec(program, {})
+
+
+def test_networks_that_differ_are_named():
+    """A checkpoint by its path, a backbone alone by its weights."""
+    made = {"checkpoint": "/a.pth", "weights": "0", "network": RECORD, "by_folder": False}
+    alone = {"checkpoint": "none", "weights": "1", "network": RECORD | {"backbone_only": True}}
+    with pytest.raises(ValueError, match=r"different networks \(/a.pth and tiny --pretrained none\)"):
+        exchange.check_same(made, made | alone, "a.parquet", "b.parquet")
 
 
 def test_refusals(weights, images, tmp_path, capsys):

@@ -51,14 +51,17 @@ def command(*more):
 
 
 def embed(folder, *more):
-    """The script's exit status, what it prints, and the lines of its errors."""
+    """The script's exit status, what it prints, and the lines of its errors; without Ray's notices."""
     environment = os.environ | {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command(*more), cwd=folder, env=environment, check=False, timeout=240, capture_output=True, text=True
     )
-    of_ray = ("[", "\033[33m(raylet)")  # notices that Ray prints, such as on workers that it ends
-    errors = [line for line in done.stderr.splitlines() if not line.startswith(of_ray)]
-    return done.returncode, done.stdout, errors
+    of_ray = ("[", "\033[33m(raylet)")  # on a worker that it ends, with work left, it prints either, to either stream
+    out, errors = (
+        [line for line in stream.splitlines(keepends=True) if not line.startswith(of_ray)]
+        for stream in (done.stdout, done.stderr)
+    )
+    return done.returncode, "".join(out), [line.removesuffix("\n") for line in errors]
 
 
 def planned(folder, **arguments):

@@ -223,15 +223,17 @@ def create(
 def create_proxy_anchor(
     num_classes: int, embedding_size: int, margin: float, alpha: float, share: float, synthesis: float, seed: int
 ) -> nn.Module:
-    """Proxy-Anchor, with all of its classes or a sample of them, or with synthetic ones; see create."""
+    """Proxy-Anchor, with all of its classes or a sample of them, with synthetic ones or without; see create."""
     from proxy_anchor import collectives
     from proxy_anchor.losses import ProxyAnchor
     from proxy_anchor.sharded import SampledProxyAnchor, ShardedProxyAnchor
-    from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor
+    from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor, SyntheticSampledProxyAnchor
 
     settings = num_classes, embedding_size, margin, alpha
+    if synthesis and share < 1:
+        return SyntheticSampledProxyAnchor(*settings, ratio=synthesis, share=share, seed=seed)
     if synthesis:
-        return SyntheticProxyAnchor(*settings, synthesis, seed)
+        return SyntheticProxyAnchor(*settings, ratio=synthesis, seed=seed)
     if share < 1:
         return SampledProxyAnchor(*settings, share, seed)
     return ShardedProxyAnchor(*settings) if collectives.world_size() > 1 else ProxyAnchor(*settings)

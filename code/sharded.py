@@ -46,8 +46,12 @@ class ShardedProxyAnchor(nn.Module):
 
     def local_terms(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The part of the loss that comes from this process's classes; x (B, D) of unit length."""
-        rows, weights = labels - self.classes.start, x.new_ones(len(self.proxies), 1)
-        return self.terms(self.proxies, x, labels, rows, weights, self.num_classes)
+        weights = x.new_ones(len(self.proxies), 1)
+        return self.terms(self.proxies, x, labels, self.rows_of(labels), weights, self.num_classes)
+
+    def rows_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """The row of each class among the proxies; -1 for the classes of other processes."""
+        return positions(labels, self.classes)
 
     def terms(self, proxies, x, labels, rows, weights, num_classes: int) -> torch.Tensor:
         """The terms of these proxies, see ProxyAnchorFunction."""
@@ -55,6 +59,11 @@ class ShardedProxyAnchor(nn.Module):
             return 0 * (x.sum() + proxies.sum())
         settings = self.margin, self.alpha, rows, weights, num_classes
         return ProxyAnchorFunction.apply(x, proxies.to(x.dtype), labels, *settings)
+
+
+def positions(numbers: torch.Tensor, among: range, offset: int = 0) -> torch.Tensor:
+    """The position of each number in the range, from the offset on; -1 for others."""
+    return torch.where((numbers >= among.start) & (numbers < among.stop), numbers - among.start + offset, -1)
 
 
 def initial_proxies(num_classes: int, embedding_size: int, classes: range) -> torch.Tensor:
@@ -72,20 +81,42 @@ def initial_proxies(num_classes: int, embedding_size: int, classes: range) -> to
     return proxies
 
 
-class SampledProxyAnchor(ShardedProxyAnchor):
+class RandomProxyAnchor(ShardedProxyAnchor):
+    """One that draws random numbers in each step: by the seed and the number of the step alone, whatever the processes.
+
+    A draw forces a host sync.
+    """
+
+    step: torch.Tensor
+
+    def __init__(self, num_classes: int, embedding_size: int, margin: float, alpha: float, seed: int):
+        super().__init__(num_classes, embedding_size, margin, alpha)
+        self.seed = seed
+        self.register_buffer("step", torch.tensor(0))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(embeddings, labels)
+        self.step += 1
+        return loss
+
+    def philox(self) -> np.random.Philox:
+        """The bit generator of this step."""
+        return np.random.Philox(key=[self.seed % 2**64, int(self.step)])
+
+
+class SampledProxyAnchor(RandomProxyAnchor):
     """An unbiased estimate of Proxy-Anchor and its gradient, from all classes of the batch and a sample of the others.
 
     The negative terms are a mean over the classes. Each class outside the batch is sampled with probability `share`,
-    and then represents 1/share classes. The sample depends on the seed and the number of the step alone, not on the
-    number of processes.
+    and then represents 1/share classes.
 
     `proxies` (m, D) are those of the step, copied from their rows. The optimizer sees no others: proxies that were not
     drawn are not decayed, and their moments do not change. rows: {name: (c, D)}, all local proxies and their moments.
     """
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float, alpha: float, share: float, seed: int):
-        super().__init__(num_classes, embedding_size, margin, alpha)
-        self.share, self.seed, self.step = share, seed, 0
+        super().__init__(num_classes, embedding_size, margin, alpha, seed)
+        self.share = share
         self.rows = {"proxies": self.proxies.data}
         self.sample = torch.empty(0, dtype=torch.long)  # (m,), ascending: which rows the step's proxies are
         self.proxies = nn.Parameter(self.proxies.data[:0])
@@ -93,29 +124,31 @@ class SampledProxyAnchor(ShardedProxyAnchor):
     def local_terms(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         local = labels - self.classes.start
         self.draw(local)
-        rows = torch.where(torch.isin(local, self.sample), torch.searchsorted(self.sample, local), -1)
         weights = torch.where(torch.isin(self.sample, local), 1, 1 / self.share).to(x.dtype)[:, None]  # (m, 1)
         # Autograd remembers the shape of a parameter, which changes with the step.
         proxies = self.proxies.detach().requires_grad_()
         proxies.register_post_accumulate_grad_hook(self._take_gradient)
-        return self.terms(proxies, x, labels, rows, weights, self.num_classes)
+        return self.terms(proxies, x, labels, self.rows_of(labels), weights, self.num_classes)
+
+    def rows_of(self, labels: torch.Tensor) -> torch.Tensor:
+        local = labels - self.classes.start
+        return torch.where(torch.isin(local, self.sample), torch.searchsorted(self.sample, local), -1)
 
     def draw(self, local: torch.Tensor) -> None:
-        """Take the proxies of the next step: a sample, and the local ones of the batch. It forces a host sync.
+        """Take the proxies of the step: a sample, and the local ones of the batch.
 
         local (B,): the rows of the batch's classes, outside of the range of rows for those of other processes.
         """
         self.rows = {name: rows.to(self.proxies) for name, rows in self.rows.items()}  # follow the module's device
         # Philox draws four numbers at a time, and can skip any multiple of four.
         fours, skipped = divmod(self.classes.start, 4)
-        philox = np.random.Philox(key=[self.seed % 2**64, self.step]).advance(fours)
+        philox = self.philox().advance(fours)
         numbers = np.random.Generator(philox).random(skipped + len(self.classes))[skipped:]
         drawn = torch.from_numpy(np.flatnonzero(numbers < self.share)).to(local.device)
         is_local = (local >= 0) & (local < len(self.classes))
         self.sample = torch.cat([drawn, local[is_local]]).unique()
         self.proxies.grad = None
         self.proxies.data = self.rows["proxies"][self.sample]
-        self.step += 1
 
     def _take_gradient(self, proxies):
         self.proxies.grad = proxies.grad
@@ -146,7 +179,8 @@ class SampledProxyAnchor(ShardedProxyAnchor):
         rows = {name: value.to(self.proxies) for name, value in entries.items() if name != "step"}
         if wrong := [tuple(value.shape) for value in rows.values() if value.shape != self.rows["proxies"].shape]:
             raise ValueError(f"expected rows {tuple(self.rows['proxies'].shape)}, found {wrong[0]}")
-        self.step, self.rows = int(entries["step"]), rows
+        self.step.fill_(int(entries["step"]))
+        self.rows = rows
 
 
 def take_rows(content: dict) -> dict[str, torch.Tensor]:

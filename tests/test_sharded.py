@@ -3,6 +3,7 @@
 import copy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,21 @@ from proxy_anchor import collectives, loss_registry, losses, sharded, training
 from proxy_anchor.embedding import Replica
 from proxy_anchor.runs import resuming
 from proxy_anchor.spec import NetworkSpec
+from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor, SyntheticSampledProxyAnchor
 
 SPEC = NetworkSpec("tiny", 4, 32)
 
 SIZE, EPOCHS = 8, 5
-# Classes, images in a batch, share of the classes: neither is divided by 2, 3 or 4; fewer classes than processes.
-CASES = {"all": (7, 9, 1), "few": (3, 10, 1), "sampled": (23, 6, 0.4), "few, sampled": (2, 4, 0.5)}
+# Classes, images in a batch, share of the classes, synthetic images per image: neither of the first two is divided by
+# 2, 3 or 4; fewer classes than processes.
+CASES = {
+    "all": (7, 9, 1, 0),
+    "few": (3, 10, 1, 0),
+    "synthetic": (7, 9, 1, 1),
+    "sampled": (23, 6, 0.4, 0),
+    "few, sampled": (2, 4, 0.5, 0),
+    "synthetic, sampled": (23, 6, 0.4, 1),
+}
 
 
 class Tiny(nn.Module):
@@ -43,12 +53,12 @@ class Tiny(nn.Module):
 class Training:
     """Epochs of two steps of a whole batch, to which each process contributes its images."""
 
-    def __init__(self, num_classes, batch_size, share, optimizer="adamw"):
+    def __init__(self, num_classes, batch_size, share, synthesis=0, optimizer="adamw"):
         torch.manual_seed(0)
         self.num_classes, self.batch_size, self.losses = num_classes, batch_size, []
         self.network = Tiny().double()
         self.criterion = loss_registry.create(
-            "Proxy_Anchor", num_classes, SIZE, 0.1, 32.0, share=share, seed=3
+            "Proxy_Anchor", num_classes, SIZE, 0.1, 32.0, share=share, synthesis=synthesis, seed=3
         ).double()
         self.optimizer = training.create_optimizer(optimizer, self.network, self.criterion, 1e-3, 1e-4)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -101,16 +111,16 @@ class Training:
 def cases(folder: Path):
     """All cases, and what four processes have saved, continued by this number of them."""
     results = {}
-    for name, (num_classes, batch_size, share) in CASES.items():
-        trained = Training(num_classes, batch_size, share).epochs(0, EPOCHS).result()
+    for name, case in CASES.items():
+        trained = Training(*case).epochs(0, EPOCHS).result()
         results |= {f"{name}: {key}": value for key, value in trained.items()}
         last = folder / f"{name}.pth"
         if collectives.world_size() == 4:
-            half = Training(num_classes, batch_size, share).epochs(0, 3)
+            half = Training(*case).epochs(0, 3)
             progress = {"epoch": 3, "losses": [], "seconds": 0.0, "rows": []}
             resuming.save(last, half.network, SPEC, half.parts, progress)
             dist.barrier()
-        resumed = Training(num_classes, batch_size, share)
+        resumed = Training(*case)
         assert resuming.load(last, resumed.network, resumed.parts)["epoch"] == 3
         resumed.optimizer.step()  # as a run does, without gradients
         continued = resumed.epochs(3, EPOCHS).result()
@@ -157,11 +167,17 @@ def test_initial_proxies_are_those_of_one_process(monkeypatch, count, num_classe
     assert torch.equal(torch.cat(parts), expected)
 
 
-def test_sample_is_an_unbiased_estimate():
+@pytest.mark.parametrize("synthesis", [0, 1])
+def test_sample_is_an_unbiased_estimate(synthesis, monkeypatch):
     """Loss and gradients, over many draws, are those of all classes; the error of a mean falls with their number."""
+    one = SimpleNamespace(beta=lambda *_: 0.3)
+    for criterion in (SyntheticProxyAnchor, SyntheticSampledProxyAnchor):
+        monkeypatch.setattr(criterion, "generator", lambda self: one)
     torch.manual_seed(0)
-    whole = losses.ProxyAnchor(40, SIZE).double()
-    sampled = sharded.SampledProxyAnchor(40, SIZE, 0.1, 32.0, share=0.3, seed=1).double()
+    whole, sampled = (
+        loss_registry.create("Proxy_Anchor", 40, SIZE, 0.1, 32.0, share=share, synthesis=synthesis, seed=1).double()
+        for share in (1, 0.3)
+    )
     sampled.rows = {"proxies": whole.proxies.detach().clone()}
     x, labels = torch.randn(6, SIZE, dtype=torch.double, requires_grad=True), torch.tensor([0, 0, 3, 17, 39, 39])
 
@@ -197,11 +213,13 @@ def test_proxies_that_were_not_drawn_rest():
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_sample_of_all_is_exact(optimizer, monkeypatch):
     """With any optimizer: its state follows the proxies."""
-    expected = Training(5, 6, 1, optimizer).epochs(0, 4)
+    expected = Training(5, 6, 1, optimizer=optimizer).epochs(0, 4)
     monkeypatch.setattr(
-        loss_registry, "create", lambda name, *settings, **sample: sharded.SampledProxyAnchor(*settings, **sample)
+        loss_registry,
+        "create",
+        lambda name, *settings, synthesis, **sample: sharded.SampledProxyAnchor(*settings, **sample),
     )
-    found = Training(5, 6, 1, optimizer).epochs(0, 4)
+    found = Training(5, 6, 1, optimizer=optimizer).epochs(0, 4)
     assert found.losses == pytest.approx(expected.losses, rel=1e-12)
     torch.testing.assert_close(found.criterion.rows["proxies"], expected.criterion.proxies.data, rtol=1e-12, atol=0)
 

@@ -44,7 +44,7 @@ def unit(a):
 
 def synthetic(ratio=1.0, classes=5, size=6, seed=3):
     torch.manual_seed(seed)
-    return SyntheticProxyAnchor(classes, size, 0.2, 16.0, ratio, seed).double()
+    return SyntheticProxyAnchor(classes, size, 0.2, 16.0, ratio=ratio, seed=seed).double()
 
 
 def appended(x, proxies, labels, share, ratio):
@@ -98,7 +98,7 @@ def test_without_synthetic_images_it_is_proxy_anchor_to_the_bit(ratio, labels):
     """With a ratio of 0, and where the batch has one class."""
     x, labels = torch.randn(6, 8), torch.tensor(labels)
     criteria, after = [], []
-    for make in (lambda: SyntheticProxyAnchor(5, 8, 0.1, 32.0, ratio, 0), lambda: losses.ProxyAnchor(5, 8)):
+    for make in (lambda: SyntheticProxyAnchor(5, 8, 0.1, 32.0, ratio=ratio, seed=0), lambda: losses.ProxyAnchor(5, 8)):
         torch.manual_seed(0)
         criteria.append(make())
         after.append(torch.rand(1))
@@ -377,8 +377,11 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("moment", [2, 8])
 def test_stopped_run_goes_on_to_the_same_end(cub_root, weights, tmp_path, monkeypatch, frozen, moment):
-    """In the middle of an epoch: the draws, the teacher and the average continue, to the last bit."""
-    changed = ALL if frozen else ALL | {"warm": 0, "bn-freeze": 0}
+    """In the middle of an epoch: the draws, the teacher and the average continue, to the last bit.
+
+    With --frozen all classes are used, otherwise a sample.
+    """
+    changed = ALL if frozen else ALL | {"warm": 0, "bn-freeze": 0, "sample-proxies": 0.5}
     line = [*["--frozen"] * frozen, *arguments(cub_root, pretrained=weights, epochs=3, **changed)]
     train.main([*line, "--LOG_DIR", str(tmp_path / "one")])
     if frozen:
@@ -407,7 +410,6 @@ def test_frozen_head_is_averaged_alone(cub_root, weights, tmp_path):
     "line, words",
     [
         ("--synthesis --loss MS --IPC 4", "argument --synthesis: it mixes the proxies of Proxy_Anchor"),
-        ("--synthesis --sample-proxies 0.1", "argument --synthesis: it excludes --sample-proxies, which weights"),
         ("--synthesis 2", "argument --synthesis: 2 is not a share, from 0 to 1"),
         ("--average-weights 1", "argument --average-weights: 1 is not a decay, from 0 to less than 1"),
         ("--self-distill -1", "argument --self-distill: -1 is not 0 or more"),
@@ -459,7 +461,7 @@ def test_run_with_upgrades_is_resumed_by_its_path(cub_root, tmp_path):
     train.main(["--resume", str(run_folder(tmp_path)), "--epochs", "2"])
 
 
-@pytest.mark.parametrize("more", [{}, {"share": 0.5}, {"synthesis": 1.0}])
+@pytest.mark.parametrize("more", [{}, {"share": 0.5}, {"synthesis": 1.0}, {"share": 0.5, "synthesis": 1.0}])
 def test_rate_of_the_proxies(more):
     criterion = loss_registry.create("Proxy_Anchor", 4, 8, proxy_lr=1e4, **more)
     optimizer = training.create_optimizer("adamw", net.create("tiny", 8), criterion, 5e-6, 1e-4)

@@ -54,10 +54,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """End with a usage error for what cannot be combined."""
     if args.synthesis and args.loss != "Proxy_Anchor":
         parser.error("argument --synthesis: it mixes the proxies of Proxy_Anchor: leave it out with any other --loss")
-    if args.synthesis and args.sample_proxies < 1:
-        parser.error(
-            "argument --synthesis: it excludes --sample-proxies, which weights real classes only: leave one of them out"
-        )
     if args.self_distill and args.batch_size < 2:
         parser.error("argument --self-distill: it compares the images of a batch: choose --batch-size 2 or more")
 

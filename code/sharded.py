@@ -50,7 +50,7 @@ class ShardedProxyAnchor(nn.Module):
         return self.terms(self.proxies, x, labels, self.rows_of(labels), weights, self.num_classes)
 
     def rows_of(self, labels: torch.Tensor) -> torch.Tensor:
-        """The row of each class among the proxies; -1 for the classes of other processes."""
+        """The row of each class among the proxies of the step; -1 for those without one in this process."""
         return positions(labels, self.classes)
 
     def terms(self, proxies, x, labels, rows, weights, num_classes: int) -> torch.Tensor:
@@ -81,30 +81,34 @@ def initial_proxies(num_classes: int, embedding_size: int, classes: range) -> to
     return proxies
 
 
-class RandomProxyAnchor(ShardedProxyAnchor):
-    """One that draws random numbers in each step: by the seed and the number of the step alone, whatever the processes.
+class SeededProxyAnchor(ShardedProxyAnchor):
+    """A ShardedProxyAnchor that draws random numbers in each step.
 
-    A draw forces a host sync.
+    They depend on the seed and the number of the step alone, not on the number of processes.
     """
-
-    step: torch.Tensor
 
     def __init__(self, num_classes: int, embedding_size: int, margin: float, alpha: float, seed: int):
         super().__init__(num_classes, embedding_size, margin, alpha)
-        self.seed = seed
-        self.register_buffer("step", torch.tensor(0))
+        self.seed, self.step = seed, 0  # a number of the host: the draw need not wait for a GPU
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = super().forward(embeddings, labels)
         self.step += 1
         return loss
 
-    def philox(self) -> np.random.Philox:
-        """The bit generator of this step."""
-        return np.random.Philox(key=[self.seed % 2**64, int(self.step)])
+    def bit_generator(self) -> np.random.Philox:
+        return np.random.Philox(key=[self.seed % 2**64, self.step])
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}step"] = self.step
+
+    def _load_from_state_dict(self, state, prefix, *more):
+        self.step = int(state.pop(f"{prefix}step"))
+        super()._load_from_state_dict(state, prefix, *more)
 
 
-class SampledProxyAnchor(RandomProxyAnchor):
+class SampledProxyAnchor(SeededProxyAnchor):
     """An unbiased estimate of Proxy-Anchor and its gradient, from all classes of the batch and a sample of the others.
 
     The negative terms are a mean over the classes. Each class outside the batch is sampled with probability `share`,
@@ -135,14 +139,14 @@ class SampledProxyAnchor(RandomProxyAnchor):
         return torch.where(torch.isin(local, self.sample), torch.searchsorted(self.sample, local), -1)
 
     def draw(self, local: torch.Tensor) -> None:
-        """Take the proxies of the step: a sample, and the local ones of the batch.
+        """Take the proxies of the step: a sample, and the local ones of the batch. It forces a host sync.
 
         local (B,): the rows of the batch's classes, outside of the range of rows for those of other processes.
         """
         self.rows = {name: rows.to(self.proxies) for name, rows in self.rows.items()}  # follow the module's device
         # Philox draws four numbers at a time, and can skip any multiple of four.
         fours, skipped = divmod(self.classes.start, 4)
-        philox = self.philox().advance(fours)
+        philox = self.bit_generator().advance(fours)
         numbers = np.random.Generator(philox).random(skipped + len(self.classes))[skipped:]
         drawn = torch.from_numpy(np.flatnonzero(numbers < self.share)).to(local.device)
         is_local = (local >= 0) & (local < len(self.classes))
@@ -172,15 +176,15 @@ class SampledProxyAnchor(RandomProxyAnchor):
             rows[self.sample] = values
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination |= {prefix + name: value for name, value in ({"step": self.step} | self.rows).items()}
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: rows for name, rows in self.rows.items()}  # not the proxies of the step
 
     def _load_from_state_dict(self, state, prefix, *_):
         entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         rows = {name: value.to(self.proxies) for name, value in entries.items() if name != "step"}
         if wrong := [tuple(value.shape) for value in rows.values() if value.shape != self.rows["proxies"].shape]:
             raise ValueError(f"expected rows {tuple(self.rows['proxies'].shape)}, found {wrong[0]}")
-        self.step.fill_(int(entries["step"]))
-        self.rows = rows
+        self.step, self.rows = int(entries["step"]), rows
 
 
 def take_rows(content: dict) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from pages import REPOSITORY
 from torch.utils.data import DataLoader, TensorDataset
 
 import net
-from proxy_anchor import hardware, losses, retrieval, training
+from proxy_anchor import hardware, loss_registry, losses, retrieval, training
 from proxy_anchor.embedding import Embedder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -64,6 +64,26 @@ def test_loss(classes, dtype, tolerance):
         outcomes.append((value, criterion.proxies.grad, embeddings.grad))
     for ours, expected, allowed in zip(*outcomes, (1e-5, 1e-5, tolerance)):
         assert_close(ours, expected, allowed)
+
+
+@pytest.mark.parametrize("synthesis", [0, 1])
+@pytest.mark.parametrize("share", [1, 0.3])
+def test_loss_of_a_sample_and_of_synthetic_classes(share, synthesis):
+    """Two steps against the CPU's in float64, with the same draws."""
+    x, y = torch.randn(2, 30, 16), torch.randint(40, (2, 30))
+    outcomes = []
+    for device, dtype in ((GPU, torch.float32), (torch.device("cpu"), torch.double)):
+        torch.manual_seed(1)
+        criterion = loss_registry.create("Proxy_Anchor", 40, 16, share=share, synthesis=synthesis)
+        criterion.to(device, dtype)
+        for embeddings, labels in zip(x.to(device, dtype), y.to(device)):
+            criterion.zero_grad()
+            value = criterion(embeddings.requires_grad_(), labels)
+            value.backward()
+            outcomes.append((value, criterion.proxies.grad, embeddings.grad))
+    for ours, expected in zip(outcomes[:2], outcomes[2:]):
+        for found, wanted in zip(ours, expected):
+            assert_close(found, wanted, 1e-5)
 
 
 # The search

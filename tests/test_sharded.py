@@ -3,7 +3,6 @@
 import copy
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from proxy_anchor import collectives, loss_registry, losses, sharded, training
 from proxy_anchor.embedding import Replica
 from proxy_anchor.runs import resuming
 from proxy_anchor.spec import NetworkSpec
-from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor, SyntheticSampledProxyAnchor
+from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor
 
 SPEC = NetworkSpec("tiny", 4, 32)
 
@@ -31,6 +30,7 @@ CASES = {
     "sampled": (23, 6, 0.4, 0),
     "few, sampled": (2, 4, 0.5, 0),
     "synthetic, sampled": (23, 6, 0.4, 1),
+    "few, synthetic, sampled": (4, 5, 0.1, 1),
 }
 
 
@@ -170,9 +170,7 @@ def test_initial_proxies_are_those_of_one_process(monkeypatch, count, num_classe
 @pytest.mark.parametrize("synthesis", [0, 1])
 def test_sample_is_an_unbiased_estimate(synthesis, monkeypatch):
     """Loss and gradients, over many draws, are those of all classes; the error of a mean falls with their number."""
-    one = SimpleNamespace(beta=lambda *_: 0.3)
-    for criterion in (SyntheticProxyAnchor, SyntheticSampledProxyAnchor):
-        monkeypatch.setattr(criterion, "generator", lambda self: one)
+    monkeypatch.setattr(SyntheticProxyAnchor, "draw_lambda", lambda self: 0.3)
     torch.manual_seed(0)
     whole, sampled = (
         loss_registry.create("Proxy_Anchor", 40, SIZE, 0.1, 32.0, share=share, synthesis=synthesis, seed=1).double()

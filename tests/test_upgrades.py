@@ -42,17 +42,19 @@ def unit(a):
 # Proxy Synthesis
 
 
-def synthetic(ratio=1.0, classes=5, size=6, seed=3):
+def synthetic(ratio=1.0, classes=5, size=6, seed=3, share=1.0):
     torch.manual_seed(seed)
-    return SyntheticProxyAnchor(classes, size, 0.2, 16.0, ratio=ratio, seed=seed).double()
+    return loss_registry.create(
+        "Proxy_Anchor", classes, size, 0.2, 16.0, share=share, synthesis=ratio, seed=seed
+    ).double()
 
 
-def appended(x, proxies, labels, share, ratio):
+def appended(x, proxies, labels, lam, ratio):
     """Embeddings, proxies and labels with the synthetic ones, by the paper: lists, image by image."""
     x, proxies, labels = [unit(row) for row in x.tolist()], [unit(row) for row in proxies.tolist()], labels.tolist()
 
     def mix(a, b):
-        return [share * p + (1 - share) * q for p, q in zip(a, b)]
+        return [lam * p + (1 - lam) * q for p, q in zip(a, b)]
 
     number, count = {}, len(labels)  # of the synthetic classes
     for i in range(round(ratio * count)):
@@ -70,13 +72,18 @@ def appended(x, proxies, labels, share, ratio):
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4], [0, 0, 1, 1, 3, 3, 0, 1], [2, 2, 2], [4, 4, 4, 4, 1]])
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
-def test_synthesis_is_the_equation(labels, ratio):
-    """At two steps, each with a draw of its own; several images of the same two classes are of one synthetic class."""
-    criterion, labels = synthetic(ratio), torch.tensor(labels)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_synthesis_is_the_equation(labels, ratio, sampled):
+    """At two steps, each with a draw of its own; several images of the same two classes are of one synthetic class.
+
+    A sample that has all classes by its share draws lambda from other numbers than the sample.
+    """
+    criterion, labels = synthetic(ratio, share=1 - 1e-12 if sampled else 1.0), torch.tensor(labels)
     x = torch.randn(len(labels), 6, dtype=torch.double)
     for step in range(2):
-        share = np.random.Generator(np.random.Philox(key=[3, step])).beta(0.4, 0.4)
-        together = appended(x, criterion.proxies.detach(), labels, share, ratio)
+        lam = np.random.Generator(np.random.Philox(key=[3, step]).jumped(int(sampled))).beta(0.4, 0.4)
+        proxies = criterion.rows["proxies"] if sampled else criterion.proxies.detach()
+        together = appended(x, proxies, labels, lam, ratio)
         assert criterion(x, labels).item() == pytest.approx(by_the_equation(*together, 0.2, 16), rel=1e-10)
 
 
@@ -86,7 +93,7 @@ def test_gradients_of_synthesis(ratio):
     labels = torch.tensor([0, 1, 1, 0, 3])
 
     def function(x, proxies):
-        criterion.step.fill_(2)
+        criterion.step = 2
         return torch.func.functional_call(criterion, {"proxies": proxies}, (x, labels))
 
     x = torch.randn(5, 3, dtype=torch.double, requires_grad=True)

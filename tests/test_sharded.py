@@ -21,8 +21,8 @@ from proxy_anchor.upgrades.synthesis import SyntheticProxyAnchor
 SPEC = NetworkSpec("tiny", 4, 32)
 
 SIZE, EPOCHS = 8, 5
-# Classes, images in a batch, share of the classes, synthetic images per image: neither of the first two is divided by
-# 2, 3 or 4; fewer classes than processes.
+# Classes, images in a batch, share of the classes, synthetic images per image. The classes are uneven over the
+# processes, or so few that a process may have none in a step.
 CASES = {
     "all": (7, 9, 1, 0),
     "few": (3, 10, 1, 0),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -30,7 +29,6 @@ if TYPE_CHECKING:  # functions import them, with torch: --help does not wait for
     from proxy_anchor.embedding import Embedder
     from proxy_anchor.index.exchange import VectorFiles
     from proxy_anchor.index.store import Index
-    from proxy_anchor.spec import Calibration
 
 BLOCK = 2**14  # images that are embedded before they are written
 AS_STORED = (
@@ -346,36 +344,16 @@ def made_by(args: argparse.Namespace, path: str, identity: str, orientation: str
 
 def export(args: argparse.Namespace) -> None:
     """Write an index to a Parquet file."""
-    from proxy_anchor.index import exchange
+    from proxy_anchor.index import calibrations, exchange
     from proxy_anchor.index.store import Index
 
     exchange.arrow()
     index = Index.open_complete(Path(args.index))
-    calibration, reason = calibration_to_export(index, args.resume)
+    calibration, reason = calibrations.to_export(index, args.resume)
     exchange.export(index, Path(args.out), calibration)
     print(f"Saved {quantity(len(index.images), 'vector')} to {printable(args.out)}")
     if not calibration:
         print(f"No threshold is recorded: {reason}")
-
-
-def calibration_to_export(index: Index, resume: str | None) -> tuple[Calibration | None, str]:
-    """The calibration for images in an index, and why there is none; resume: the checkpoint, if it has moved.
-
-    Raises ValueError if the calibration of a checkpoint would not be used.
-    """
-    from proxy_anchor.checkpoint import in_run
-
-    by_folder, recorded = index.made["by_folder"], index.made["checkpoint"]
-    if resume and (by_folder or index.spec.backbone_only or index.calibration):
-        raise ValueError(f"{index.folder} does not use the threshold of a checkpoint: leave out --resume")
-    if by_folder:
-        return None, "that of an index by folder is for folders, not for images"
-    reason = "run the `search.py index` command with --calibrate, if each folder shows one thing, and export again"
-    if index.spec.backbone_only or index.calibration:
-        return index.calibration, reason
-    if not resume and not os.path.exists(recorded):
-        return None, f"the checkpoint {printable(recorded)} is gone: give its new path with --resume"
-    return calibration_of_checkpoint(index, resume and in_run(resume)), f"{reason}; or `evaluate.py --calibrate` first"
 
 
 def open_network(args: argparse.Namespace) -> tuple[torch.nn.Module, str, str]:
@@ -479,6 +457,7 @@ def query(args: argparse.Namespace) -> None:
     """Print the neighbours of each image, or of each folder's mean."""
     from proxy_anchor.api import BATCH
     from proxy_anchor.index import entries
+    from proxy_anchor.index.answers import to_json, to_table
 
     paths = images_at(*args.images)
     search = open_search(args)
@@ -501,9 +480,9 @@ def query(args: argparse.Namespace) -> None:
     if remark:
         print(remark, file=sys.stderr)
     if args.json:
-        print_json(answers, bad, limit, index.measure)
+        print(to_json(answers, bad, limit, index.measure))
     else:
-        print_table(answers, limit, index.measure)
+        print(to_table(answers, limit, index.measure))
     if args.save:
         draw(answers, limit, index, Path(args.save))
     if bad:
@@ -544,43 +523,10 @@ def serve(args: argparse.Namespace) -> None:
     page.serve(answers, name, [*REMEDIES], args.port)
 
 
-def print_json(answers: list[Answer], bad: dict[str, str], limit: float | None, measure: str) -> None:
-    """Print the answers, and the reasons why images could not be read, as JSON."""
-    errors = [{"query": path, "error": reason} for path, reason in bad.items()]
-    rows = [
-        {
-            "query": answer.query,
-            "threshold": limit,
-            "match": None if limit is None else bool(answer.matches),
-            "probability": answer.probability,
-            "best": answer.nearest[0][1] if answer.nearest else None,
-            "things": [
-                {"folder": thing.folder, measure: thing.best, "images": thing.images} for thing in answer.things
-            ],
-            "neighbours": [{"path": path, measure: value} for path, value in answer.matches],
-        }
-        for answer in answers
-    ]
-    print(json.dumps([*errors, *rows], indent=1))
-
-
-def unit(measure: str) -> str:
-    """The word before a number: "distance "; a number alone is a similarity."""
-    return "distance " if measure == "distance" else ""
-
-
-def print_table(answers: list[Answer], limit: float | None, measure: str) -> None:
-    """Print each query with the thing that it shows and its matches, or "no match"."""
-    for answer in answers:
-        print(printable(answer.query))
-        if answer.things or not answer.matches:
-            print(f"  {': '.join(filter(None, answer.verdict(measure, limit)))}")
-        for rank, (path, value) in enumerate(answer.matches, start=1):
-            print(f"{rank:>4}  {unit(measure)}{value:.4f}  {printable(path)}")
-
-
 def draw(answers: list[Answer], limit: float | None, index: Index, file: Path) -> None:
     """Draw each query with its matches; an indexed query is left out of its own row."""
+    from proxy_anchor.index.answers import unit
+
     rows = []
     for query, _, matches, *_ in answers:
         kind = "query" if matches or limit is None else "no match"
@@ -609,23 +555,12 @@ def check_save(file: str | None, queries: list[str], index: Index) -> None:
 
 def threshold_in_use(args: argparse.Namespace, search: Search) -> tuple[float | None, str]:
     """The threshold of the command line, or that of the index or its checkpoint with a line on it."""
-    if args.threshold is not None:
-        search.calibration = None  # it is not read, and may be one of an earlier version
-        return None if args.threshold == "none" else args.threshold, ""
-    index = search.index
-    asked, held = ("folders" if by_folder else "images" for by_folder in (args.by_folder, index.made["by_folder"]))
-    if asked != held:
-        search.calibration = None
-        return None, f"There is no threshold for {asked} among {held}, so no query can be refused: give --threshold"
-    calibration = index.calibration if args.by_folder else search.calibration
-    if not calibration:
-        return None, (
-            "There is no threshold for this index, so no query can be refused: give --threshold or, if each folder of "
-            "the index shows one thing, run `search.py index` again with --calibrate"
-        )
-    size = len(index.images)
-    limit = calibration.at(size)
-    return limit, f"Threshold for {size:,} {held}: {index.measure} {limit:.4f}; {calibration.promise(size)}"
+    from proxy_anchor.index.calibrations import threshold_for_queries
+
+    if args.threshold is None:
+        return threshold_for_queries(search, args.by_folder)
+    search.calibration = None  # it is not read, and may be one of an earlier version
+    return None if args.threshold == "none" else args.threshold, ""
 
 
 def read_entry(entry: str, upright: bool) -> torch.Tensor:
@@ -683,13 +618,14 @@ def group(args: argparse.Namespace) -> None:
 def embed_folder(args: argparse.Namespace) -> Unlabelled:
     """The images of a folder, as the network of the command line sees them."""
     from proxy_anchor.embedding import Embedder
+    from proxy_anchor.index.calibrations import threshold_for_groups
     from proxy_anchor.index.store import IMAGES
 
     if (Path(args.images) / IMAGES).is_file():
         raise ValueError(f"{args.images} is an index, which needs no network: leave out --resume and --backbone-only")
     limit = args.threshold
     if needs_threshold(args):
-        limit = threshold_for_groups(args, args.checkpoint.calibration if args.checkpoint else None)
+        limit = threshold_for_groups(args.checkpoint.calibration if args.checkpoint else None, args.images)
     network, _, _ = open_network(args)
     spec = replace(args.spec, orientation="upright")
     images = dataset.unlabelled(distinct(images_at(args.images)), spec)
@@ -704,6 +640,7 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
     """The entries of an index; its checkpoint is read only if its threshold is needed."""
     import torch
 
+    from proxy_anchor.index import calibrations
     from proxy_anchor.index.store import IMAGES, Index
 
     folder = Path(args.images)
@@ -712,56 +649,17 @@ def read_index(args: argparse.Namespace) -> Unlabelled:
             f"There is no index in {folder}: for a folder of images, give a network, --resume or --backbone-only"
         )
     index = Index.open_complete(folder)
-    limit = threshold_for_groups(args, calibration_for_groups(index)) if needs_threshold(args) else args.threshold
+    limit = args.threshold
+    if needs_threshold(args):
+        limit = calibrations.threshold_for_groups(calibrations.for_groups(index), args.images)
     noun = "folder" if index.made["by_folder"] else "image"
     vectors = torch.from_numpy(index.images.vectors.copy())
     return Unlabelled([path for path, _ in index.images], noun, vectors, index.spec, limit)
 
 
-def calibration_of_checkpoint(index: Index, path: str | None = None) -> Calibration | None:
-    """That of the checkpoint of an index of images, at the path if it has moved; None without one."""
-    from proxy_anchor.checkpoint import Checkpoint
-
-    path = path or index.made["checkpoint"]
-    checkpoint = Checkpoint(path)
-    index.check({"weights": checkpoint.identity, "network": index.spec.to_record(), "checkpoint": path})
-    return checkpoint.calibration
-
-
 def needs_threshold(args: argparse.Namespace) -> bool:
     """Whether the command line leaves the threshold of `group` to a calibration."""
     return not args.things and args.threshold is None
-
-
-def calibration_for_groups(index: Index) -> Calibration | None:
-    """The calibration with the threshold to sort an index by: its own or that of its checkpoint; None without one.
-
-    Raises ValueError for an index of folders, and FileNotFoundError if the checkpoint is gone.
-    """
-    path = index.made["checkpoint"]
-    if index.made["by_folder"]:
-        raise ValueError(
-            f"{index.folder} is an index of folders, which has no threshold to sort by: give --things N or "
-            "--threshold T"
-        )
-    if index.spec.backbone_only or (index.calibration and index.calibration.groups is not None):
-        return index.calibration
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"The checkpoint {path} of {index.folder} is gone, so its threshold cannot be read: give --things N or "
-            "--threshold T"
-        )
-    return calibration_of_checkpoint(index)
-
-
-def threshold_for_groups(args: argparse.Namespace, calibration: Calibration | None) -> float:
-    """The threshold of a calibration. Raises ValueError without any."""
-    if calibration is None or calibration.groups is None:
-        raise ValueError(
-            f"There is no threshold to sort {args.images} by: give --things N or --threshold T, or record one with "
-            "evaluate.py --calibrate or, if each folder of an index shows one thing, with `search.py index --calibrate`"
-        )
-    return calibration.groups
 
 
 def main(argv=None):
